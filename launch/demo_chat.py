@@ -1,0 +1,132 @@
+"""Sends a few chats to a running server and prints the streams with the times a reader feels."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+
+from openai import AsyncOpenAI
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Give me three tips for sleeping well.",
+    "Why is the sky blue? Answer in two sentences.",
+)
+
+
+@dataclass
+class Chat:
+    """One streamed chat; times in seconds since it was sent."""
+
+    question: str
+    thinking: str = ""
+    answer: str = ""
+    times: dict[str, float] = field(default_factory=dict)
+
+
+async def stream(client: AsyncOpenAI, model: str, question: str) -> Chat:
+    chat = Chat(question)
+    sent = time.perf_counter()
+    chunks = await client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=120,
+        temperature=0,
+        stream=True,
+    )
+    async for chunk in chunks:
+        if not chunk.choices:
+            continue
+        delta, now = chunk.choices[0].delta, time.perf_counter() - sent
+        if thinking := getattr(delta, "reasoning_content", None):
+            chat.times.setdefault("TTFT", now)
+            chat.times["end of thinking"] = now
+            chat.thinking += thinking
+        if delta.content:
+            chat.times.setdefault("TTFT", now)
+            chat.times.setdefault("TTFO", now)
+            chat.answer += delta.content
+    chat.times["end"] = time.perf_counter() - sent
+    return chat
+
+
+def show(chat: Chat) -> None:
+    dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    times = chat.times
+    thought = times.get("end of thinking", 0.0) - times.get("TTFT", 0.0)
+    print(f"\n> {chat.question}")
+    print(f"{dim}<think> {chat.thinking.strip()} </think>{plain}")
+    print(chat.answer.strip() or "(no answer)")
+    print(
+        f"  TTFT {times.get('TTFT', float('nan')):.2f} s, thought {thought:.2f} s, "
+        f"TTFO {times.get('TTFO', float('nan')):.2f} s, done after {times['end']:.2f} s",
+        flush=True,
+    )
+
+
+def get_json(url: str) -> dict:
+    with urllib.request.urlopen(url, timeout=10) as reply:
+        return json.load(reply)
+
+
+def wait_until_healthy(base_url: str, server_pid: int | None, timeout: float) -> None:
+    """Poll `/health` until the server answers; exits with a message when it dies or is late."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if server_pid is not None and not alive(server_pid):
+            sys.exit("the server ended before it was ready; its messages are above")
+        try:
+            with urllib.request.urlopen(f"{base_url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    sys.exit(f"the server was not ready within {timeout:.0f} s")
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def chat_all(base_url: str, model: str) -> None:
+    client = AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=300)
+    show(await stream(client, model, QUESTIONS[0]))
+    print("\nThe rest at once:")
+    for chat in asyncio.as_completed([stream(client, model, q) for q in QUESTIONS[1:]]):
+        show(await chat)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base-url", default="http://127.0.0.1:30000")
+    parser.add_argument("--server-pid", type=int, help="give up as soon as this process is gone")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds to wait for the server")
+    options = parser.parse_args()
+    wait_until_healthy(options.base_url, options.server_pid, options.timeout)
+    model = get_json(f"{options.base_url}/v1/models")["data"][0]["id"]
+    asyncio.run(chat_all(options.base_url, model))
+    print("\nWhat the server measured (GET /pascal/status):")
+    for instance in get_json(f"{options.base_url}/pascal/status")["instances"]:
+        for request in instance["recent"]:
+            if request["ttfo_s"] is None or not request["reasoning_tokens"]:
+                continue
+            print(
+                f"  {request['reasoning_tokens']:4d} thinking + {request['answer_tokens']:4d} "
+                f"answering tokens: TTFT {request['ttft_s']:.2f} s, "
+                f"reasoning {request['reasoning_time_s']:.2f} s, TTFO {request['ttfo_s']:.2f} s, "
+                f"answer TPOT {(request['answer_tpot_s'] or 0) * 1000:.0f} ms"
+            )
+
+
+if __name__ == "__main__":
+    main()

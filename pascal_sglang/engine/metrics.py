@@ -1,0 +1,63 @@
+"""The `pascal:` Prometheus series, exported beside SGLang's own on `/metrics`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pascal_sglang.policy.timeline import PhaseTimeline
+
+_LATENCY = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480)
+_TPOT = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+
+
+class PhaseMetrics:
+    """Histograms of what the user feels and counters of how requests ended.
+
+    Built inside the scheduler process after SGLang set `PROMETHEUS_MULTIPROC_DIR`;
+    `prometheus_client` reads it on import.
+    """
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        from prometheus_client import Counter, Histogram
+
+        names = list(labels)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"pascal:{name}", text, names, buckets=buckets).labels(**labels)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"pascal:{name}", text, names).labels(**labels)
+
+        self._ttft = histogram("ttft_seconds", "Arrival to first token of any kind.", _LATENCY)
+        self._reasoning = histogram(
+            "reasoning_seconds", "First token to end-of-thinking token.", _LATENCY
+        )
+        self._ttfo = histogram("ttfo_seconds", "Arrival to first answering token.", _LATENCY)
+        self._tpot = histogram(
+            "answer_tpot_seconds", "Mean time per answering token after the first.", _TPOT
+        )
+        self._reasoning_tokens = counter("reasoning_tokens", "Thinking tokens generated.")
+        self._answer_tokens = counter("answer_tokens", "Answering tokens generated.")
+        requests = Counter(
+            "pascal:requests",
+            "Requests ended: answered, no_answer (ended inside its thinking), aborted.",
+            [*names, "outcome"],
+        )
+        self._requests = {
+            outcome: requests.labels(**labels, outcome=outcome)
+            for outcome in ("answered", "no_answer", "aborted")
+        }
+
+    def record(self, timeline: PhaseTimeline, outcome: str) -> None:
+        """Report a request that ended; latencies that never happened are left out."""
+        self._requests[outcome].inc()
+        self._reasoning_tokens.inc(timeline.reasoning_tokens)
+        self._answer_tokens.inc(timeline.answer_tokens)
+        for series, seconds in (
+            (self._ttft, timeline.ttft),
+            (self._reasoning, timeline.reasoning_time),
+            (self._ttfo, timeline.ttfo),
+            (self._tpot, timeline.answer_tpot),
+        ):
+            if seconds is not None:
+                series.observe(seconds)

@@ -1,0 +1,107 @@
+"""Reads each request's phase from SGLang's own reasoning state and times it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterable
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+
+from pascal_sglang.engine.metrics import PhaseMetrics
+from pascal_sglang.policy.timeline import Phase, PhaseTimeline, Progress
+
+RECENT = 64
+
+
+def progress_of(req: Req) -> Progress:
+    """The token counts of a request, from the fields `Req.update_reasoning_tokens` maintains.
+
+    A request that asked for reasoning on a server without a reasoning parser never gets a
+    reasoning token counted; it is answering from its first token on, like one that does not think.
+    """
+    output = req.finished_len if req.finished_len is not None else len(req.output_ids)
+    opened = req.reasoning_tokens > 0 or req._think_start_match_len > 0
+    return Progress(
+        output_tokens=output,
+        reasoning_tokens=min(req.reasoning_tokens, output),
+        thinking=opened and not req._is_reasoning_over,
+    )
+
+
+def timeline_of(req: Req) -> PhaseTimeline:
+    """The timeline attached to a request; made on first use for requests SGLang built itself."""
+    timeline: PhaseTimeline | None = getattr(req, "pascal_timeline", None)
+    if timeline is None:
+        timeline = PhaseTimeline(arrival=time.perf_counter())
+        req.pascal_timeline = timeline
+    return timeline
+
+
+class PhaseTracker:
+    """Follows every request of one scheduler from arrival to its end.
+
+    State lives on the requests, so nothing has to be cleaned up: a request that SGLang drops takes
+    its timeline along. Times are `time.perf_counter()` seconds.
+    """
+
+    def __init__(self, metrics: PhaseMetrics | None) -> None:
+        self.metrics = metrics
+        self.outcomes: Counter[str] = Counter()
+        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
+
+    def arrived(self, req: Req, created_time: float) -> None:
+        """Start the clock: `created_time` is when the HTTP side accepted the request (0: unknown)."""
+        req.pascal_timeline = PhaseTimeline(arrival=created_time or time.perf_counter())
+
+    def observe(self, reqs: Iterable[Req], now: float) -> None:
+        """Account for a pass: called with the requests that may have produced tokens in it."""
+        for req in reqs:
+            timeline = timeline_of(req)
+            if timeline.finished is not None:
+                continue
+            timeline.observe(now, progress_of(req))
+            if req.finished():
+                self.ended(req, now)
+
+    def ended(self, req: Req, now: float, aborted: bool = False) -> None:
+        """Close a request's timeline, once, and report it."""
+        timeline = timeline_of(req)
+        if timeline.finished is not None:
+            return
+        timeline.finish(now)
+        if aborted or isinstance(req.finished_reason, FINISH_ABORT):
+            outcome = "aborted"
+        else:
+            outcome = "answered" if timeline.answer_tokens else "no_answer"
+        self.outcomes[outcome] += 1
+        self.recent.append({**describe(req), "outcome": outcome})
+        if self.metrics is not None:
+            self.metrics.record(timeline, outcome)
+
+
+def describe(req: Req) -> dict[str, Any]:
+    """One request for `GET /pascal/status`; times in seconds, null until they happened."""
+    timeline = timeline_of(req)
+    return {
+        "rid": req.rid,
+        "phase": timeline.phase.value,
+        "prompt_tokens": len(req.origin_input_ids),
+        "reasoning_tokens": timeline.reasoning_tokens,
+        "answer_tokens": timeline.answer_tokens,
+        "ttft_s": timeline.ttft,
+        "reasoning_time_s": timeline.reasoning_time,
+        "ttfo_s": timeline.ttfo,
+        "answer_tpot_s": timeline.answer_tpot,
+    }
+
+
+def count_phases(reqs: Iterable[Req]) -> dict[str, int]:
+    """How many of the given requests are in each phase."""
+    counts = {Phase.REASONING.value: 0, Phase.ANSWERING.value: 0}
+    for req in reqs:
+        phase = timeline_of(req).phase
+        if phase is not Phase.FINISHED:
+            counts[phase.value] += 1
+    return counts

@@ -1,0 +1,113 @@
+"""`python -m pascal_sglang.launch_server`: SGLang's server under a pascal policy.
+
+Takes every flag of `sglang serve` and the `--pascal-*` flags. Bad input ends with one line on
+stderr and exit code 2; nothing is left running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import psutil
+
+from pascal_sglang import config as pascal_config
+from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
+from pascal_sglang.preflight import (
+    LaunchError,
+    OneLineParser,
+    check_arguments,
+    check_machine,
+    one_line,
+)
+
+PROG = "pascal_sglang"
+EXIT_BAD_INPUT = 2
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split `argv` into our options and SGLang's arguments; raises `LaunchError`."""
+    parser = OneLineParser(
+        prog=f"python -m {PROG}.launch_server", add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show all flags and exit")
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        help="serve the demo model, SmolLM2-135M-Instruct made to think, on this machine's CPU",
+    )
+    pascal_config.add_flags(parser)
+    options, rest = parser.parse_known_args(argv)
+    unknown = next((a for a in rest if a.startswith("--pascal-")), None)
+    if unknown:
+        parser.error(f"unknown flag {unknown.partition('=')[0]}")
+    if options.help:
+        parser.print_help()
+        print("\nEvery flag of sglang serve:\n")
+    return options, rest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server until it stops; the exit code."""
+    try:
+        options, rest = parse(sys.argv[1:] if argv is None else argv)
+        config = pascal_config.from_flags(options)
+        if options.demo:
+            from pascal_sglang.demo.serve import demo_arguments
+
+            config, rest = demo_arguments(config, rest)
+        if options.help:
+            rest = ["--help"]
+        return serve(config, rest)
+    except (LaunchError, ConfigError) as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
+    """Start SGLang with our plugin active in every process and block until it ends."""
+    # On a CPU, SGLang's imports warn about every quantisation kernel that is not there.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"sglang\.")
+    os.environ[CONFIG_ENV] = config.to_json()
+    _admit_plugin(os.environ)
+    check_machine(sglang_argv)
+
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.utils import kill_process_tree
+
+    from pascal_sglang import plugin
+
+    try:
+        load_plugins()
+        if not plugin.is_installed():
+            raise LaunchError("SGLang did not load the plugin; is pascal_sglang installed by pip?")
+        server_args = check_arguments(sglang_argv)
+        print(config.banner(), file=sys.stderr, flush=True)
+        run_server(server_args)
+        return 0
+    except KeyboardInterrupt:
+        print(f"{PROG}: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        raise LaunchError(line) from error
+    finally:
+        if psutil.Process().children():
+            kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _admit_plugin(environ: os._Environ[str]) -> None:
+    """`SGLANG_PLUGINS` is a whitelist; who starts this launcher wants us on it."""
+    allowed = environ.get("SGLANG_PLUGINS")
+    if allowed and "pascal" not in {name.strip() for name in allowed.split(",")}:
+        environ["SGLANG_PLUGINS"] = f"{allowed},pascal"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

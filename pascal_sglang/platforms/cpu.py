@@ -1,0 +1,33 @@
+"""Reference CPU platform: the unmodified engine on any laptop and in CI, in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+
+class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """Serves on a CPU without SGLang's AMX kernels.
+
+    SGLang's in-tree CPU path needs a CPU build of `sgl_kernel`; the published wheel is the CUDA
+    one. As an out-of-tree platform every kernel choice falls back to torch-native code.
+    Slow, exact (float32), meant for demos, tests and policy work.
+    """
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities()
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "eager"
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Torch-native sampling, and no busy loop while idle (a spinning rank starves the other)."""
+        if server_args.sampling_backend is None:
+            server_args.sampling_backend = "pytorch"
+        server_args.sleep_on_idle = True

@@ -1,0 +1,181 @@
+"""SGLang plugin: installs the seams in every process, or refuses to serve.
+
+Entry point `pascal` in the group `sglang.srt.plugins`. Does nothing unless `PASCAL_SGLANG_CONFIG`
+is set. SGLang's loader logs a plugin's errors and serves on without it, so whatever goes wrong
+here leaves as `SystemExit`, which that loader does not catch.
+
+`python -m pascal_sglang.plugin check` prints the table of seams and exits 1 if one has moved.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
+from pascal_sglang.seams import SeamError, check_seams, sglang_version, verify_seams
+
+_installed = False
+
+
+class Refusal(SystemExit):
+    """Ends the process with one line; not an `Exception`, so no plugin loader swallows it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"pascal_sglang refuses to serve: {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One change to SGLang. `only_main`: meant for the launching process."""
+
+    target: str
+    kind: str
+    load: Callable[[], Any]
+    only_main: bool = False
+
+    @property
+    def module(self) -> str:
+        """The module part of `target`: everything before the first capitalised or last name."""
+        parts = self.target.split(".")
+        for index, part in enumerate(parts):
+            if part.lstrip("_")[:1].isupper():
+                return ".".join(parts[:index])
+        return ".".join(parts[:-1])
+
+
+def _scheduler() -> Any:
+    from pascal_sglang.engine.scheduler import PascalScheduler
+
+    return PascalScheduler
+
+
+def _frontend(name: str) -> Callable[[], Any]:
+    def load() -> Any:
+        from pascal_sglang import frontend
+
+        return getattr(frontend, name)
+
+    return load
+
+
+_STATS = "sglang.srt.observability.req_time_stats"
+HOOKS = (
+    Hook("sglang.srt.managers.scheduler.Scheduler", "replace", _scheduler),
+    Hook(f"{_STATS}.APIServerReqTimeStats.__getstate__", "around", _frontend("keep_created_time")),
+    Hook(
+        f"{_STATS}.DPControllerReqTimeStats.__getstate__", "around", _frontend("keep_created_time")
+    ),
+    Hook(
+        "sglang.srt.managers.data_parallel_controller"
+        ".DataParallelController._record_scheduler_init_infos",
+        "before",
+        _frontend("require_dp_handshake"),
+    ),
+    Hook(
+        "sglang.srt.managers.data_parallel_controller.DataParallelController.get_init_info",
+        "around",
+        _frontend("pass_handshake_on"),
+    ),
+    Hook(
+        "sglang.srt.entrypoints.engine._wait_for_scheduler_ready",
+        "around",
+        _frontend("require_handshake"),
+        only_main=True,
+    ),
+    Hook(
+        "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+        "before",
+        _frontend("add_status_route"),
+        only_main=True,
+    ),
+    Hook(
+        "sglang.srt.entrypoints.http_server.serve_generate_request",
+        "around",
+        _frontend("assume_reasoning"),
+        only_main=True,
+    ),
+)
+
+
+def activate() -> None:
+    """Entry point: verify and install the seams if `PASCAL_SGLANG_CONFIG` asks for us.
+
+    Raises `Refusal` on a bad configuration, a seam that moved, or a hook that did not take.
+    """
+    if not os.environ.get(CONFIG_ENV):
+        return
+    try:
+        PascalConfig.from_env()
+        verify_seams()
+        _install()
+    except (ConfigError, SeamError) as error:
+        raise Refusal(str(error)) from None
+    except Exception as error:
+        raise Refusal(f"the plugin failed to install: {error!r}") from error
+
+
+def is_installed() -> bool:
+    """Whether the seams are in place in this process."""
+    return _installed
+
+
+def _install() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    global _installed
+    # Child processes get only what their own role imported: importing the HTTP server into a
+    # scheduler would cost seconds and memory. The launching process gets everything.
+    is_main = multiprocessing.parent_process() is None
+    hooks = [
+        hook for hook in HOOKS if is_main or (not hook.only_main and hook.module in sys.modules)
+    ]
+    loaded = [(hook, hook.load()) for hook in hooks]
+    for hook, implementation in loaded:
+        HookRegistry.register(hook.target, implementation, HookType(hook.kind))
+    HookRegistry.apply_hooks()
+    for hook, implementation in loaded:
+        _require_taken(hook, implementation, HookRegistry._patched)
+    _installed = True
+
+
+def _require_taken(hook: Hook, implementation: Any, patched: set[str]) -> None:
+    import pkgutil
+
+    now = pkgutil.resolve_name(hook.target)
+    taken = (
+        now is implementation if isinstance(implementation, type) else hasattr(now, "__wrapped__")
+    )
+    if hook.target not in patched or not taken:
+        raise SeamError(f"the hook on {hook.target} did not take")
+
+
+def check() -> int:
+    """Print every seam with its verdict; 0 if all hold, 1 otherwise."""
+    findings = check_seams()
+    width = max(len(f.seam.symbol) for f in findings)
+    print(f"sglang {sglang_version()}, {len(findings)} seams")
+    for f in findings:
+        print(
+            f"{f.verdict:<10} {f.seam.how:<9} {f.seam.symbol:<{width}} {f.found or '-':<17} {f.seam.why}"
+        )
+    return 0 if all(f.ok for f in findings) else 1
+
+
+def main(argv: list[str]) -> int:
+    if argv != ["check"]:
+        print("usage: python -m pascal_sglang.plugin check", file=sys.stderr)
+        return 2
+    try:
+        return check()
+    except SeamError as error:
+        print(f"pascal_sglang: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The scheduling policy: pure and deterministic. Imports the standard library only."""

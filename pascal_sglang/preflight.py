@@ -1,0 +1,110 @@
+"""Checks before anything heavy starts, each ending in one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pascal_sglang.platforms import CPU_PLATFORM
+
+
+class LaunchError(Exception):
+    """The server cannot start for a reason the user can act on; the message is one line."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Argument errors as one line; SGLang's usage text alone is hundreds of lines."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LaunchError(f"{message} (--help lists all flags)")
+
+
+def check_machine(argv: list[str]) -> None:
+    """Choose the reference CPU platform for `--device cpu`; must run before SGLang is imported.
+
+    Respects a platform somebody else chose. Ranks share the cores evenly: two ranks that each spin
+    a full set of OpenMP threads slow each other down many times over.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--device", default=None)
+    peek.add_argument("--dp-size", "--data-parallel-size", "--dp", type=int, default=1)
+    peek.add_argument("--tp-size", "--tensor-parallel-size", "--tp", type=int, default=1)
+    try:
+        seen, _ = peek.parse_known_args(argv)
+    except SystemExit:
+        return  # SGLang's own parser reports it.
+    if seen.device != "cpu" or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        return
+    os.environ.setdefault("SGLANG_PLATFORM", CPU_PLATFORM)
+    ranks = max(1, seen.dp_size) * max(1, seen.tp_size)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores) // ranks)))
+    if ranks > 1:
+        # SGLang refuses more ranks than NUMA nodes without it; it binds nothing on this platform.
+        binding = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", binding)
+
+
+def check_arguments(argv: list[str]) -> Any:
+    """Parse SGLang's arguments and check model and port.
+
+    Returns: SGLang's `ServerArgs`. Raises: `LaunchError` with one line.
+    """
+    from sglang.srt.server_args import ServerArgs, prepare_server_args
+
+    if "--config" not in argv and not {"-h", "--help"} & set(argv):
+        parser = OneLineParser(prog="sglang serve", add_help=False)
+        ServerArgs.add_cli_args(parser)
+        parser.parse_args(argv)
+    server_args = prepare_server_args(argv)
+    _check_model(server_args.model_path)
+    _check_port(server_args.host, server_args.port)
+    return server_args
+
+
+def _check_model(model_path: str) -> None:
+    """A path must hold a readable config.json; anything else is left to the hub client."""
+    path = Path(model_path)
+    if not path.exists():
+        if path.is_absolute() or model_path.startswith((".", "~")) or model_path.count("/") > 1:
+            raise LaunchError(f"model {model_path!r} does not exist")
+        return
+    config = path / "config.json" if path.is_dir() else None
+    if config is None:
+        return
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LaunchError(f"model folder {model_path!r} has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"cannot read {config}: {error}") from error
+
+
+def _check_port(host: str, port: int) -> None:
+    """Fail before the model is loaded, not after."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise LaunchError(f"port {port} on {host} is already in use") from None
+            raise LaunchError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def one_line(error: Exception) -> str | None:
+    """The line for an error the user can act on; None for one that deserves its traceback."""
+    if isinstance(error, LaunchError):
+        return str(error)
+    if isinstance(error, OSError | ValueError | AssertionError | NotImplementedError):
+        text = " ".join(str(error).split())
+        return f"{text[:400] or type(error).__name__}"
+    if isinstance(error, RuntimeError) and str(error):
+        return " ".join(str(error).split())[:400]
+    return None
