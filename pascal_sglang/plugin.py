@@ -160,9 +160,8 @@ def check() -> int:
     width = max(len(f.seam.symbol) for f in findings)
     print(f"sglang {sglang_version()}, {len(findings)} seams")
     for f in findings:
-        print(
-            f"{f.verdict:<10} {f.seam.how:<9} {f.seam.symbol:<{width}} {f.found or '-':<17} {f.seam.why}"
-        )
+        found = f.found or "-"
+        print(f"{f.verdict:<10} {f.seam.how:<9} {f.seam.symbol:<{width}} {found:<17} {f.seam.why}")
     return 0 if all(f.ok for f in findings) else 1
 
 

@@ -116,7 +116,7 @@ def _parse(path: Path) -> tuple[str, ast.Module] | None:
 
 
 def source_digest(module: str, qualname: str) -> str | None:
-    """First 16 hex digits of SHA-256 over the symbol's source lines; None if there is no such symbol."""
+    """First 16 hex digits of SHA-256 over the symbol's source lines; None if it does not exist."""
     package, _, rest = module.partition(".")
     base = _package_root(package).joinpath(*rest.split(".")) if rest else _package_root(package)
     parsed = _parse(base.with_suffix(".py")) or _parse(base / "__init__.py")

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any
 
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from pascal_sglang.engine.metrics import PhaseMetrics
@@ -52,7 +53,7 @@ class PhaseTracker:
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
 
     def arrived(self, req: Req, created_time: float) -> None:
-        """Start the clock: `created_time` is when the HTTP side accepted the request (0: unknown)."""
+        """Start the clock: `created_time` is when the HTTP side took the request (0: unknown)."""
         req.pascal_timeline = PhaseTimeline(arrival=created_time or time.perf_counter())
 
     def observe(self, reqs: Iterable[Req], now: float) -> None:
@@ -71,6 +72,8 @@ class PhaseTracker:
         if timeline.finished is not None:
             return
         timeline.finish(now)
+        if req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+            return
         if aborted or isinstance(req.finished_reason, FINISH_ABORT):
             outcome = "aborted"
         else:

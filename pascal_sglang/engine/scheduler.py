@@ -19,7 +19,7 @@ from pascal_sglang.frontend import INIT_INFO_KEY
 
 
 class PascalOutputStreamer(SchedulerOutputStreamer):
-    """Sees every request that produced tokens in a pass, streamed or not, just before they leave."""
+    """Sees every request that produced tokens in a pass, streamed or not, before they leave."""
 
     tracker: PhaseTracker
 

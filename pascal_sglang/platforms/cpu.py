@@ -27,7 +27,12 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return "eager"
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Torch-native sampling, and no busy loop while idle (a spinning rank starves the other)."""
+        """Exact arithmetic, torch-native sampling, and no busy loop while idle.
+
+        A spinning rank starves its neighbours on a machine of few cores.
+        """
+        if server_args.dtype == "auto":
+            server_args.dtype = "float32"
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         server_args.sleep_on_idle = True

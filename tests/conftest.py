@@ -1,0 +1,37 @@
+"""Servers and models shared by the whole session: each costs half a minute to start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import PASCAL, STOCK, TINY_FLAGS, Server
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer model with think tokens, float32."""
+    from pascal_sglang.demo.tiny import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def pascal_server(tiny_model: Path) -> Iterator[Server]:
+    """The tiny model under our launcher, with SGLang's strict memory checks on."""
+    strict = {
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+        "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+    }
+    with Server(PASCAL, ["--model-path", str(tiny_model), *TINY_FLAGS], strict) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def stock_server(tiny_model: Path) -> Iterator[Server]:
+    """The tiny model under SGLang's own launcher; we are installed but nobody asked for us."""
+    platform = {"SGLANG_PLATFORM": "pascal_cpu"}
+    with Server(STOCK, ["--model-path", str(tiny_model), *TINY_FLAGS], platform) as server:
+        yield server

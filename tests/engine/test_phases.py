@@ -1,0 +1,189 @@
+"""Phases and times of real requests on the real engine, as `GET /pascal/status` tells them."""
+
+import json
+import threading
+import time
+import urllib.request
+import uuid
+
+import pytest
+
+from tests.requests import chat, generate
+
+
+def rid():
+    return f"test-{uuid.uuid4().hex}"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_generate_with_reasoning(pascal_server, streamed):
+    body = generate("Once", think=12, total=30, rid=rid())
+    if streamed:
+        assert len(pascal_server.stream("/generate", body)) > 5
+    else:
+        meta = pascal_server.post("/generate", body)["meta_info"]
+        assert (meta["reasoning_tokens"], meta["completion_tokens"]) == (13, 30)
+    seen = pascal_server.recent(body["rid"])
+    assert (seen["reasoning_tokens"], seen["answer_tokens"]) == (13, 17)
+    assert seen["outcome"] == "answered"
+    assert 0 < seen["ttft_s"] < seen["ttft_s"] + seen["reasoning_time_s"] < seen["ttfo_s"]
+    assert 0 < seen["answer_tpot_s"] < 1
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_chat_with_reasoning(pascal_server, streamed):
+    body = chat("Hello", think=8, total=20, rid=rid())
+    if streamed:
+        deltas = [
+            e["choices"][0]["delta"]
+            for e in pascal_server.stream("/v1/chat/completions", body)
+            if e["choices"]
+        ]
+        kinds = [
+            "thinking" if d.get("reasoning_content") else "answer"
+            for d in deltas
+            if d.get("reasoning_content") or d.get("content")
+        ]
+        assert kinds == sorted(kinds, reverse=True)
+        assert {"thinking", "answer"} == set(kinds)
+    else:
+        message = pascal_server.post("/v1/chat/completions", body)["choices"][0]["message"]
+        assert message["reasoning_content"]
+        assert message["content"]
+    seen = pascal_server.recent(body["rid"])
+    assert (seen["reasoning_tokens"], seen["answer_tokens"]) == (9, 11)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", generate("Once", think=None, total=9)),
+        ("/v1/chat/completions", chat("Once", think=None, total=9)),
+    ],
+)
+def test_without_thinking_the_first_token_answers(pascal_server, path, body):
+    body = {**body, "rid": rid()}
+    pascal_server.post(path, body)
+    seen = pascal_server.recent(body["rid"])
+    assert (seen["reasoning_tokens"], seen["answer_tokens"]) == (0, 9)
+    assert seen["ttfo_s"] == seen["ttft_s"]
+    assert seen["reasoning_time_s"] is None
+
+
+def test_a_length_stop_inside_thinking_never_answers(pascal_server):
+    body = generate("Once", think=500, total=10, rid=rid())
+    pascal_server.post("/generate", body)
+    seen = pascal_server.recent(body["rid"])
+    assert (seen["reasoning_tokens"], seen["answer_tokens"]) == (10, 0)
+    assert seen["outcome"] == "no_answer"
+    assert seen["ttfo_s"] is None
+
+
+def test_parallel_samples_are_requests_of_their_own(pascal_server):
+    before = sum(pascal_server.instances()[0]["ended"].values())
+    body = generate("Once", think=4, total=8)
+    body["sampling_params"] |= {"n": 3, "temperature": 1.0}
+    assert len(pascal_server.post("/generate", body)) == 3
+    assert sum(pascal_server.instances()[0]["ended"].values()) == before + 3
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}},
+    "required": ["ok"],
+    "additionalProperties": False,
+}
+
+
+def test_structured_output_after_thinking(pascal_server):
+    body = chat("Is it so?", think=6, total=60, rid=rid(), ignore_eos=False)
+    body["response_format"] = {
+        "type": "json_schema",
+        "json_schema": {"name": "verdict", "schema": SCHEMA},
+    }
+    choice = pascal_server.post("/v1/chat/completions", body)["choices"][0]
+    seen = pascal_server.recent(body["rid"])
+    assert seen["reasoning_tokens"] == 7
+    assert seen["answer_tokens"] > 0
+    if choice["finish_reason"] == "stop":
+        assert set(json.loads(choice["message"]["content"])) == {"ok"}
+
+
+def test_tool_call_after_thinking(pascal_server):
+    tool = {
+        "type": "function",
+        "function": {"name": "look_up", "parameters": SCHEMA},
+    }
+    body = chat("Look it up", think=6, total=60, rid=rid(), tools=[tool], tool_choice="required")
+    pascal_server.post("/v1/chat/completions", {**body, "ignore_eos": False})
+    seen = pascal_server.recent(body["rid"])
+    assert seen["reasoning_tokens"] == 7
+    assert seen["answer_tokens"] > 0
+
+
+def test_live_requests_show_their_phase_and_an_abort_ends_them(pascal_server):
+    body = generate("Long", think=300, total=3000, rid=rid())
+    caller = threading.Thread(target=pascal_server.post, args=("/generate", body))
+    caller.start()
+    phases = []
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and "answering" not in phases:
+        live = {r["rid"]: r for i in pascal_server.instances() for r in i["requests"]}
+        if body["rid"] in live:
+            phases.append(live[body["rid"]]["phase"])
+        time.sleep(0.05)
+    assert phases == sorted(phases, reverse=True)
+    assert set(phases) == {"reasoning", "answering"}
+    request = urllib.request.Request(
+        f"{pascal_server.base_url}/abort_request",
+        json.dumps({"rid": body["rid"]}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    urllib.request.urlopen(request, timeout=30).read()
+    caller.join(60)
+    assert not caller.is_alive()
+    assert pascal_server.recent(body["rid"])["outcome"] == "aborted"
+
+
+def test_metrics_carry_the_series(pascal_server):
+    def value(name, **labels):
+        total = 0.0
+        for line in pascal_server.get("/metrics").splitlines():
+            if line.startswith(name + "{") and all(f'{k}="{v}"' in line for k, v in labels.items()):
+                total += float(line.rsplit(" ", 1)[1])
+        return total
+
+    names = ["ttft", "reasoning", "ttfo", "answer_tpot"]
+    before = {n: value(f"pascal:{n}_seconds_count") for n in names}
+    answered = value("pascal:requests_total", outcome="answered")
+    tokens = value("pascal:reasoning_tokens_total"), value("pascal:answer_tokens_total")
+    body = generate("Once", think=10, total=20, rid=rid())
+    pascal_server.post("/generate", body)
+    pascal_server.recent(body["rid"])
+    assert {n: value(f"pascal:{n}_seconds_count") - c for n, c in before.items()} == dict.fromkeys(
+        names, 1.0
+    )
+    assert value("pascal:requests_total", outcome="answered") == answered + 1
+    assert value("pascal:reasoning_tokens_total") == tokens[0] + 11
+    assert value("pascal:answer_tokens_total") == tokens[1] + 9
+
+
+def test_health_checks_are_not_requests(pascal_server):
+    before = pascal_server.instances()[0]["ended"]
+    pascal_server.get("/health_generate")
+    time.sleep(0.5)
+    assert pascal_server.instances()[0]["ended"] == before
+
+
+def test_an_idle_instance_rests_and_holds_no_memory(pascal_server):
+    time.sleep(1)
+    processes = pascal_server.tree()
+    for process in processes:
+        process.cpu_percent()
+    time.sleep(4)
+    busy = {p.name(): p.cpu_percent() for p in processes}
+    assert sum(busy.values()) < 25, busy
+    (instance,) = pascal_server.instances()
+    kv = instance["kv_tokens"]
+    assert kv["free"] + kv["evictable"] == kv["capacity"]
+    assert instance["requests"] == []

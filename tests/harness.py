@@ -1,0 +1,182 @@
+"""Starts real servers for tests, waits for them with a time-out, and takes all of them down."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+START_TIMEOUT_S = 240
+STOP_TIMEOUT_S = 40
+
+PASCAL = (sys.executable, "-m", "pascal_sglang.launch_server")
+STOCK = (sys.executable, "-m", "sglang.launch_server")
+
+TINY_FLAGS = (
+    "--device cpu --reasoning-parser qwen3 --max-total-tokens 8192 --max-running-requests 64 "
+    "--enable-custom-logit-processor --enable-metrics --log-level warning --random-seed 1"
+).split()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without anything that would activate or tune pascal_sglang."""
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("PASCAL_SGLANG", "SGLANG_")) and k != "PYTHONPATH"
+    }
+    return {**env, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(extra or {})}
+
+
+class Server:
+    """A server process tree of our own, with its output in a file."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        flags: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        self.port = free_port()
+        self.base_url = f"http://127.0.0.1:{self.port}"
+        descriptor, self._log = tempfile.mkstemp(prefix="server-", suffix=".log")
+        self.process = subprocess.Popen(
+            [*command, *flags, "--host", "127.0.0.1", "--port", str(self.port)],
+            stdout=descriptor,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment(env),
+            cwd=cwd,
+            start_new_session=True,
+        )
+        os.close(descriptor)
+        self._seen: dict[int, psutil.Process] = {}
+
+    def __enter__(self) -> Server:
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def output(self) -> str:
+        return Path(self._log).read_text(errors="replace")
+
+    def tree(self) -> list[psutil.Process]:
+        """Every process seen under this server that still lives."""
+        try:
+            root = psutil.Process(self.process.pid)
+            for process in [root, *root.children(recursive=True)]:
+                self._seen.setdefault(process.pid, process)
+        except psutil.NoSuchProcess:
+            pass
+        return [
+            p for p in self._seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE
+        ]
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"server ended early:\n{self.output[-4000:]}")
+            try:
+                with urllib.request.urlopen(f"{self.base_url}/health", timeout=5):
+                    self.tree()
+                    return
+            except OSError:
+                time.sleep(0.5)
+        raise TimeoutError(f"server not ready:\n{self.output[-4000:]}")
+
+    def stop(self, how: int = signal.SIGTERM) -> None:
+        """Ask the server to end and insist that nothing of it stays behind."""
+        self.tree()
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+            left = self.wait_gone()
+        finally:
+            self.kill()
+        assert not left, f"left behind: {left}\n{self.output[-2000:]}"
+
+    def wait_gone(self) -> list[psutil.Process]:
+        """Processes of this server that outlive it by more than ten seconds."""
+        _, left = psutil.wait_procs(self.tree(), timeout=10)
+        return [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def kill(self) -> None:
+        for process in self.tree():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait(STOP_TIMEOUT_S)
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.base_url}{path}", timeout=30) as reply:
+            body = reply.read().decode()
+        return json.loads(body) if reply.headers.get_content_subtype() == "json" else body
+
+    def post(self, path: str, body: Any, timeout: float = 120) -> Any:
+        request = urllib.request.Request(
+            f"{self.base_url}{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as reply:
+            return json.loads(reply.read() or b"null")
+
+    def stream(self, path: str, body: Any, timeout: float = 120) -> list[Any]:
+        """All server-sent events of one streamed request, decoded."""
+        request = urllib.request.Request(
+            f"{self.base_url}{path}",
+            json.dumps({**body, "stream": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        events = []
+        with urllib.request.urlopen(request, timeout=timeout) as reply:
+            for line in reply:
+                text = line.decode().strip()
+                if text.startswith("data: ") and text != "data: [DONE]":
+                    events.append(json.loads(text[6:]))
+        return events
+
+    def instances(self) -> list[dict[str, Any]]:
+        instances: list[dict[str, Any]] = self.get("/pascal/status")["instances"]
+        return instances
+
+    def recent(self, rid: str) -> dict[str, Any]:
+        """The status entry of a request that ended; waits, as a reply may overtake the status."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for instance in self.instances():
+                for request in instance["recent"]:
+                    if request["rid"] == rid:
+                        found: dict[str, Any] = request
+                        return found
+            time.sleep(0.05)
+        raise AssertionError(f"{rid} never showed up in /pascal/status")

@@ -1,0 +1,72 @@
+"""The frozen configuration: round trips, and every bad value is one clear line."""
+
+import dataclasses
+
+import pytest
+
+from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
+from pascal_sglang.launch_server import main, parse
+from pascal_sglang.preflight import LaunchError
+
+
+def test_survives_the_trip_to_a_child_process():
+    config = PascalConfig(assume_reasoning=True, default_thinking_budget=7)
+    assert PascalConfig.from_env({CONFIG_ENV: config.to_json()}) == config
+
+
+def test_absent_means_not_asked_for():
+    assert PascalConfig.from_env({}) is None
+    assert PascalConfig.from_env({CONFIG_ENV: ""}) is None
+
+
+def test_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PascalConfig().policy = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("not json", "not JSON"),
+        ("[1]", "JSON object"),
+        ('{"polcy": "fcfs"}', "polcy"),
+        ('{"policy": "best"}', "best"),
+        ('{"policy": 3}', "policy"),
+        ('{"assume_reasoning": "yes"}', "assume_reasoning"),
+        ('{"default_thinking_budget": -1}', "default_thinking_budget"),
+        ('{"default_thinking_budget": true}', "default_thinking_budget"),
+        ('{"default_thinking_budget": 1.5}', "default_thinking_budget"),
+    ],
+)
+def test_bad_values_name_the_culprit_on_one_line(text, says):
+    with pytest.raises(ConfigError) as caught:
+        PascalConfig.from_json(text)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_banner_is_one_line_with_policy_and_every_value():
+    banner = PascalConfig().banner()
+    assert "\n" not in banner
+    assert "policy=" in banner
+    for field in dataclasses.fields(PascalConfig):
+        assert f"{field.name}=" in banner
+
+
+def test_flags_are_split_from_sglangs():
+    options, rest = parse(["--model-path", "m", "--pascal-policy", "fcfs", "--tp-size", "2"])
+    assert options.pascal_policy == "fcfs"
+    assert rest == ["--model-path", "m", "--tp-size", "2"]
+
+
+def test_unknown_pascal_flags_do_not_reach_sglang():
+    with pytest.raises(LaunchError, match="--pascal-polcy"):
+        parse(["--pascal-polcy=fcfs"])
+
+
+def test_bad_flag_value_is_one_line_and_exit_code_2(capsys):
+    assert main(["--pascal-policy", "best"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "best" in captured.err
