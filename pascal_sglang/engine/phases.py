@@ -72,7 +72,7 @@ class PhaseTracker:
         if timeline.finished is not None:
             return
         timeline.finish(now)
-        if req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+        if _is_internal(req):
             return
         if aborted or isinstance(req.finished_reason, FINISH_ABORT):
             outcome = "aborted"
@@ -82,6 +82,11 @@ class PhaseTracker:
         self.recent.append({**describe(req), "outcome": outcome})
         if self.metrics is not None:
             self.metrics.record(timeline, outcome)
+
+
+def _is_internal(req: Req) -> bool:
+    """Health checks, and the prompt pass SGLang runs ahead of parallel samples: no user waits."""
+    return req.rid.startswith(HEALTH_CHECK_RID_PREFIX) or req.sampling_params.max_new_tokens == 0
 
 
 def describe(req: Req) -> dict[str, Any]:

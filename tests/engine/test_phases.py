@@ -15,16 +15,21 @@ def rid():
     return f"test-{uuid.uuid4().hex}"
 
 
+def ended_after(budget):
+    """Thinking tokens, end marker included, under a budget that overlap scheduling sees late."""
+    return (budget + 1, budget + 2)
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_generate_with_reasoning(pascal_server, streamed):
     body = generate("Once", think=12, total=30, rid=rid())
     if streamed:
-        assert len(pascal_server.stream("/generate", body)) > 5
+        meta = pascal_server.stream("/generate", body)[-1]["meta_info"]
     else:
         meta = pascal_server.post("/generate", body)["meta_info"]
-        assert (meta["reasoning_tokens"], meta["completion_tokens"]) == (13, 30)
     seen = pascal_server.recent(body["rid"])
-    assert (seen["reasoning_tokens"], seen["answer_tokens"]) == (13, 17)
+    assert seen["reasoning_tokens"] == meta["reasoning_tokens"] in ended_after(12)
+    assert seen["answer_tokens"] == meta["completion_tokens"] - meta["reasoning_tokens"]
     assert seen["outcome"] == "answered"
     assert 0 < seen["ttft_s"] < seen["ttft_s"] + seen["reasoning_time_s"] < seen["ttfo_s"]
     assert 0 < seen["answer_tpot_s"] < 1
@@ -51,7 +56,8 @@ def test_chat_with_reasoning(pascal_server, streamed):
         assert message["reasoning_content"]
         assert message["content"]
     seen = pascal_server.recent(body["rid"])
-    assert (seen["reasoning_tokens"], seen["answer_tokens"]) == (9, 11)
+    assert seen["reasoning_tokens"] in ended_after(8)
+    assert seen["reasoning_tokens"] + seen["answer_tokens"] == 20
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def test_structured_output_after_thinking(pascal_server):
     }
     choice = pascal_server.post("/v1/chat/completions", body)["choices"][0]
     seen = pascal_server.recent(body["rid"])
-    assert seen["reasoning_tokens"] == 7
+    assert seen["reasoning_tokens"] in ended_after(6)
     assert seen["answer_tokens"] > 0
     if choice["finish_reason"] == "stop":
         assert set(json.loads(choice["message"]["content"])) == {"ok"}
@@ -117,7 +123,7 @@ def test_tool_call_after_thinking(pascal_server):
     body = chat("Look it up", think=6, total=60, rid=rid(), tools=[tool], tool_choice="required")
     pascal_server.post("/v1/chat/completions", {**body, "ignore_eos": False})
     seen = pascal_server.recent(body["rid"])
-    assert seen["reasoning_tokens"] == 7
+    assert seen["reasoning_tokens"] in ended_after(6)
     assert seen["answer_tokens"] > 0
 
 
@@ -164,8 +170,9 @@ def test_metrics_carry_the_series(pascal_server):
         names, 1.0
     )
     assert value("pascal:requests_total", outcome="answered") == answered + 1
-    assert value("pascal:reasoning_tokens_total") == tokens[0] + 11
-    assert value("pascal:answer_tokens_total") == tokens[1] + 9
+    thought = value("pascal:reasoning_tokens_total") - tokens[0]
+    assert thought in ended_after(10)
+    assert value("pascal:answer_tokens_total") - tokens[1] == 20 - thought
 
 
 def test_health_checks_are_not_requests(pascal_server):

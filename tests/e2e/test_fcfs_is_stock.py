@@ -1,0 +1,46 @@
+"""Policy `fcfs` answers token by token as stock SGLang; installed but unasked, we are absent."""
+
+import urllib.error
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.requests import generate
+
+PROMPTS = [f"Question {i}: " + "why " * (i * 7 % 23) for i in range(24)]
+
+
+def outputs(server):
+    bodies = [
+        generate(
+            prompt,
+            think=None if i % 3 == 0 else 5 + i,
+            total=40 + i,
+            return_logprob=True,
+            stream=False,
+        )
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda b: server.post("/generate", b), bodies))
+    return [
+        (
+            r["output_ids"],
+            r["text"],
+            r["meta_info"]["reasoning_tokens"],
+            r["meta_info"]["finish_reason"],
+        )
+        for r in replies
+    ]
+
+
+def test_same_tokens_as_stock(pascal_server, stock_server):
+    assert outputs(pascal_server) == outputs(stock_server)
+
+
+def test_unasked_we_are_not_there(stock_server):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        stock_server.get("/pascal/status")
+    assert caught.value.code == 404
+    assert "pascal:" not in stock_server.get("/metrics")
+    assert "pascal" not in stock_server.get("/server_info")["internal_states"][0]

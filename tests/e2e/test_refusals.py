@@ -1,0 +1,164 @@
+"""What cannot be served is refused with one clear line, and nothing stays behind."""
+
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pascal_sglang.config import CONFIG_ENV, PascalConfig
+from tests.harness import PASCAL, STOCK, environment
+
+ROOT = Path(__file__).parents[2]
+SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
+ENGINE = (
+    sys.executable,
+    "-c",
+    "import sys, sglang; sglang.Engine(model_path=sys.argv[2], device='cpu')",
+)
+ASKED = {CONFIG_ENV: PascalConfig().to_json(), "SGLANG_PLATFORM": "pascal_cpu"}
+SYMBOL = "sglang.srt.managers.scheduler:Scheduler._create_generation_req"
+
+
+def run(command, flags, env=None):
+    """Run to the end; (exit code, output). Fails if a child outlives the command."""
+    process = subprocess.Popen(
+        [*command, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(env),
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=180)
+    finally:
+        left = [p for p in psutil.process_iter() if _session(p) == process.pid]
+        for p in left:
+            p.kill()
+    assert left == []
+    return process.returncode, output
+
+
+def _session(process):
+    import os
+
+    try:
+        return os.getsid(process.pid)
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
+def our_lines(output):
+    return [line for line in output.splitlines() if line.startswith("pascal_sglang")]
+
+
+@pytest.fixture(scope="module")
+def altered_copy(tmp_path_factory):
+    """A copy of the package whose seam list expects something else of one symbol."""
+    copy = tmp_path_factory.mktemp("altered")
+    shutil.copytree(ROOT / "pascal_sglang", copy / "pascal_sglang")
+    shutil.copytree(ROOT / "patches", copy / "patches")
+    seams = copy / "patches" / "seams.toml"
+    before, symbol, after = seams.read_text().partition(f'"{SYMBOL}"')
+    assert symbol
+    head, quote, tail = after.partition('"0.5.23" = "')
+    seams.write_text(before + symbol + head + quote + "f" * 16 + tail[16:])
+    return copy
+
+
+@pytest.mark.parametrize("command", [PASCAL, STOCK, SERVE, ENGINE])
+def test_an_altered_seam_stops_every_entry_point(altered_copy, tiny_model, command):
+    env = {**ASKED, "PYTHONPATH": str(altered_copy)}
+    code, output = run(command, ["--model-path", str(tiny_model)], env)
+    assert code != 0
+    (line,) = our_lines(output)
+    assert SYMBOL in line
+    assert "refuses to serve" in line
+    assert "Traceback" not in output
+
+
+def test_a_process_without_the_plugin_is_refused(tiny_model):
+    """The launcher's own process is fine, but a whitelist keeps the plugin out of its children."""
+    code = (
+        "import os, sys; from pascal_sglang import launch_server as l; "
+        "import sglang.srt.entrypoints.engine as e; "
+        "launch = e.Engine._launch_scheduler_processes.__func__\n"
+        "def without(cls, *a, **k):\n"
+        "    os.environ['SGLANG_PLUGINS'] = 'nothing'\n"
+        "    return launch(cls, *a, **k)\n"
+        "e.Engine._launch_scheduler_processes = classmethod(without)\n"
+        "if __name__ == '__main__': sys.exit(l.main(sys.argv[1:]))"
+    )
+    script = tiny_model.parent / "whitelist.py"
+    script.write_text(code)
+    env = {"SGLANG_PLATFORM": "pascal_cpu"}
+    status, output = run(
+        (sys.executable, str(script)), ["--model-path", str(tiny_model), "--device", "cpu"], env
+    )
+    assert status == 2
+    assert any("runs without the plugin" in line for line in our_lines(output))
+
+
+def broken_model(tmp_path):
+    (tmp_path / "config.json").write_text("{ not json")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model-path", "/no/such/model"], "does not exist"),
+        (["--model-path", "."], "config.json"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--port", "many"], "--port"),
+        ([], "--model-path"),
+        (["--demo", "--model-path", "x"], "--demo"),
+        (["--pascal-policy", "best"], "best"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, says):
+    code, output = run(PASCAL, [*flags, "--device", "cpu"])
+    assert code == 2
+    assert output.count("\n") == 1, output
+    assert says in output
+
+
+def test_an_unreadable_model_config_ends_in_one_line(tmp_path):
+    flags = ["--model-path", str(broken_model(tmp_path)), "--device", "cpu"]
+    code, output = run(PASCAL, flags)
+    assert code == 2
+    assert output.count("\n") == 1, output
+    assert "config.json" in output
+
+
+def test_a_model_nobody_knows_ends_in_one_line():
+    flags = ["--model-path", "nobody/knows-this-model", "--device", "cpu"]
+    code, output = run(PASCAL, flags)
+    assert code == 2
+    assert "nobody/knows-this-model" in our_lines(output)[-1]
+    assert "Traceback" not in output
+
+
+def test_a_busy_port_ends_in_one_line(tiny_model):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        flags = ["--model-path", str(tiny_model), "--device", "cpu", "--port", port]
+        code, output = run(PASCAL, flags)
+    assert code == 2
+    assert f"port {port}" in our_lines(output)[-1]
+    assert "Traceback" not in output
+
+
+def test_an_unwritable_cache_ends_in_one_line(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    code, output = run(PASCAL, ["--demo"], {"PASCAL_SGLANG_CACHE": str(blocked / "cache")})
+    assert code == 2
+    assert output.count("\n") == 1, output
+    assert str(blocked) in output
