@@ -81,12 +81,12 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
 
     from pascal_sglang import plugin
 
+    load_plugins()
+    if not plugin.is_installed():
+        raise LaunchError("SGLang did not load the plugin; is pascal_sglang installed by pip?")
+    server_args = check_arguments(sglang_argv)
+    print(config.banner(), file=sys.stderr, flush=True)
     try:
-        load_plugins()
-        if not plugin.is_installed():
-            raise LaunchError("SGLang did not load the plugin; is pascal_sglang installed by pip?")
-        server_args = check_arguments(sglang_argv)
-        print(config.banner(), file=sys.stderr, flush=True)
         run_server(server_args)
         return 0
     except KeyboardInterrupt:
@@ -96,7 +96,7 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
         line = one_line(error)
         if line is None:
             raise
-        raise LaunchError(line) from error
+        raise LaunchError(f"cannot serve {server_args.model_path!r}: {line}") from error
     finally:
         if psutil.Process().children():
             kill_process_tree(os.getpid(), include_parent=False)

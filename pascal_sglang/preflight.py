@@ -68,15 +68,15 @@ def check_arguments(argv: list[str]) -> Any:
 
 
 def _check_model(model_path: str) -> None:
-    """A path must hold a readable config.json; anything else is left to the hub client."""
+    """A folder must hold a readable config.json; anything else is left to SGLang and the hub."""
     path = Path(model_path)
     if not path.exists():
-        if path.is_absolute() or model_path.startswith((".", "~")) or model_path.count("/") > 1:
+        if path.is_absolute() or model_path.startswith((".", "~")):
             raise LaunchError(f"model {model_path!r} does not exist")
         return
-    config = path / "config.json" if path.is_dir() else None
-    if config is None:
+    if not path.is_dir():
         return
+    config = path / "config.json"
     try:
         json.loads(config.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -100,11 +100,6 @@ def _check_port(host: str, port: int) -> None:
 
 def one_line(error: Exception) -> str | None:
     """The line for an error the user can act on; None for one that deserves its traceback."""
-    if isinstance(error, LaunchError):
-        return str(error)
-    if isinstance(error, OSError | ValueError | AssertionError | NotImplementedError):
-        text = " ".join(str(error).split())
-        return f"{text[:400] or type(error).__name__}"
-    if isinstance(error, RuntimeError) and str(error):
+    if isinstance(error, OSError | ValueError | RuntimeError | NotImplementedError) and str(error):
         return " ".join(str(error).split())[:400]
     return None

@@ -13,40 +13,58 @@ from sglang.srt.sampling.custom_logit_processor import (
 from pascal_sglang.demo import smollm2, tiny
 
 
-class DemoThinkingBudget(ThinkingBudgetLogitProcessor):
-    """SGLang's own thinking budget with the demo model's token ids.
+def _step(request: Any) -> int:
+    """How many tokens the request has sampled so far.
 
-    The model was never taught to think: where it would end its turn inside the thinking, it closes
-    the thinking instead and goes on to answer.
+    Counted in KV entries: overlap scheduling shows `output_ids` a token late.
+    """
+    return int(request.kv.kv_committed_len) - len(request.origin_input_ids)
+
+
+class DemoThinkingBudget(ThinkingBudgetLogitProcessor):
+    """SGLang's thinking budget for the demo model, which was never taught to think.
+
+    Thinking closes after `custom_params["thinking_budget"]` tokens (None: no limit), or where the
+    model would end its turn, so that it always goes on to answer. SGLang's own processor looks at
+    `output_ids` only and writes the end marker twice under overlap scheduling.
     """
 
     THINKING_START_TOKEN_ID = smollm2.THINK_ID
     THINKING_END_TOKEN_ID = smollm2.END_THINK_ID
     NEW_LINE_TOKEN_ID = smollm2.NEW_LINE_ID
+    CLOSED_AT = "_closed_at"
 
     def __call__(
-        self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]]
+        self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None
     ) -> torch.Tensor:
         """`logits`: (batch, vocabulary), changed in place."""
         for row, params in enumerate(custom_param_list or ()):
             request = params.get("__req__") if params else None
-            if request is None or smollm2.END_THINK_ID in request.output_ids:
+            # A prompt that ends in a closed block asks for no thinking.
+            if request is None or smollm2.END_THINK_ID in request.origin_input_ids[-3:]:
                 continue
-            done = logits[row, smollm2.END_OF_TURN_ID].clone()
-            logits[row, smollm2.END_OF_TURN_ID] = -torch.inf
-            logits[row, smollm2.END_THINK_ID] = done
-        return super().__call__(logits, custom_param_list)
+            step, scores = _step(request), logits[row]
+            ends = int(scores.argmax()) == smollm2.END_OF_TURN_ID
+            scores[[smollm2.THINK_ID, smollm2.END_THINK_ID]] = -torch.inf
+            # A marker sampled one step ago may not be in `output_ids` yet.
+            if params.get(self.CLOSED_AT) == step - 1 or smollm2.END_THINK_ID in request.output_ids:
+                continue
+            scores[smollm2.END_OF_TURN_ID] = -torch.inf
+            budget = params.get("thinking_budget")
+            if ends or (isinstance(budget, int) and 0 <= budget <= step):
+                params[self.CLOSED_AT] = step
+                scores[:] = -torch.inf
+                scores[smollm2.END_THINK_ID] = 0.0
+        return logits
 
 
 class TinyThinkingBudget(CustomLogitProcessor):
-    """`custom_params["thinking_budget"]` thinking tokens, then the end marker, for the tiny model.
+    """Exactly `custom_params["thinking_budget"]` thinking tokens, then the end marker, for the tiny
+    model.
 
     Constant work per request and step; SGLang's own copies every id so far, which at load costs
-    more than the model. Under overlap scheduling a processor sees `output_ids` a token late, so
-    thinking may run one token over, and a marker just forced must be given time to show.
+    more than the model.
     """
-
-    FORCED_AT = "_forced_at"
 
     def __call__(
         self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None
@@ -57,22 +75,10 @@ class TinyThinkingBudget(CustomLogitProcessor):
             request = params.get("__req__") if params else None
             if not isinstance(budget, int) or request is None:
                 continue
-            if self._must_close(params, budget, request.output_ids):
+            if _step(request) == budget:
                 logits[row] = -torch.inf
                 logits[row, tiny.END_THINK_ID] = 0.0
             else:
                 logits[row, tiny.THINK_ID] = -torch.inf
                 logits[row, tiny.END_THINK_ID] = -torch.inf
         return logits
-
-    def _must_close(self, params: dict[str, Any], budget: int, output_ids: Any) -> bool:
-        seen = len(output_ids)
-        if seen < budget:
-            return False
-        forced_at = params.get(self.FORCED_AT)
-        if forced_at is not None:
-            window = output_ids[forced_at : forced_at + 2]
-            if tiny.END_THINK_ID in window or seen < forced_at + 2:
-                return False
-        params[self.FORCED_AT] = seen
-        return True

@@ -1,9 +1,11 @@
 """What cannot be served is refused with one clear line, and nothing stays behind."""
 
+import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -31,12 +33,17 @@ def run(command, flags, env=None):
         stderr=subprocess.STDOUT,
         text=True,
         env=environment(env),
+        cwd=tempfile.gettempdir(),  # Not the checkout: `python -m` would prefer what lies there.
         start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=180)
     finally:
-        left = [p for p in psutil.process_iter() if _session(p) == process.pid]
+        left = [
+            p
+            for p in psutil.process_iter()
+            if _session(p) == process.pid and p.status() != psutil.STATUS_ZOMBIE
+        ]
         for p in left:
             p.kill()
     assert left == []
@@ -44,8 +51,6 @@ def run(command, flags, env=None):
 
 
 def _session(process):
-    import os
-
     try:
         return os.getsid(process.pid)
     except (ProcessLookupError, PermissionError):
@@ -112,8 +117,8 @@ def broken_model(tmp_path):
     ("flags", "says"),
     [
         (["--model-path", "/no/such/model"], "does not exist"),
-        (["--model-path", "."], "config.json"),
-        (["--no-such-flag"], "--no-such-flag"),
+        (["--model-path", tempfile.gettempdir()], "config.json"),
+        (["--model-path", ".", "--no-such-flag"], "--no-such-flag"),
         (["--port", "many"], "--port"),
         ([], "--model-path"),
         (["--demo", "--model-path", "x"], "--demo"),
