@@ -25,7 +25,7 @@ class DemoThinkingBudget(ThinkingBudgetLogitProcessor):
     """SGLang's thinking budget for the demo model, which was never taught to think.
 
     Thinking closes after `custom_params["thinking_budget"]` tokens (None: no limit), or where the
-    model would end its turn, so that it always goes on to answer. SGLang's own processor looks at
+    model would end its turn, and the answer has at least one token. SGLang's own processor looks at
     `output_ids` only and writes the end marker twice under overlap scheduling.
     """
 
@@ -47,11 +47,13 @@ class DemoThinkingBudget(ThinkingBudgetLogitProcessor):
             ends = int(scores.argmax()) == smollm2.END_OF_TURN_ID
             scores[[smollm2.THINK_ID, smollm2.END_THINK_ID]] = -torch.inf
             # A marker sampled one step ago may not be in `output_ids` yet.
-            if params.get(self.CLOSED_AT) == step - 1 or smollm2.END_THINK_ID in request.output_ids:
+            just_closed = params.get(self.CLOSED_AT) == step - 1
+            if smollm2.END_THINK_ID in request.output_ids and not just_closed:
                 continue
             scores[smollm2.END_OF_TURN_ID] = -torch.inf
             budget = params.get("thinking_budget")
-            if ends or (isinstance(budget, int) and 0 <= budget <= step):
+            spent = isinstance(budget, int) and 0 <= budget <= step
+            if (ends or spent) and not just_closed:
                 params[self.CLOSED_AT] = step
                 scores[:] = -torch.inf
                 scores[smollm2.END_THINK_ID] = 0.0

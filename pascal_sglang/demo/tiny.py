@@ -6,7 +6,8 @@ and answers is up to `TinyThinkingBudget` and `max_new_tokens`.
 
 from __future__ import annotations
 
-import sys
+import argparse
+import string
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ END_OF_TURN_ID = 257
 THINK_ID = 258
 END_THINK_ID = 259
 VOCABULARY = 260
+# Read as text at once: bytes of half a character would wait in the detokenizer for the rest, and
+# white space or a "<" may be held back by the reasoning parser.
+_WRITTEN = string.ascii_letters + string.digits + ".,"
 
 
 def build_tiny_model(
@@ -32,14 +36,15 @@ def build_tiny_model(
 ) -> Path:
     """Write a random Qwen2 (float32) and its byte-level tokenizer to `out_dir`; returns `out_dir`.
 
-    Every id is one byte or one marker, so any UTF-8 text round-trips and every output has text.
-    The same seed gives the same weights.
+    Every id is one byte or one marker, so any UTF-8 text round-trips. What the model writes is
+    letters and digits, one a token. The same seed gives the same weights.
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    _tokenizer().save_pretrained(out_dir)
+    tokenizer = _tokenizer()
+    tokenizer.save_pretrained(out_dir)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
@@ -58,9 +63,11 @@ def build_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config).float()
+    # Markers come when a request asks for them, not by chance.
+    unlikely = torch.ones(VOCABULARY, dtype=torch.bool)
+    unlikely[tokenizer.convert_tokens_to_ids(list(_WRITTEN))] = False
     with torch.no_grad():
-        # Markers come when a test asks for them, not by chance.
-        model.lm_head.weight[END_OF_TURN_ID - 1 :] *= 0.01
+        model.lm_head.weight[unlikely] *= 0.01
     model.save_pretrained(out_dir)
     return out_dir
 
@@ -84,6 +91,8 @@ def _tokenizer() -> Any:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m pascal_sglang.demo.tiny OUT_DIR")
-    print(build_tiny_model(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description="Build the tiny model.")
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    print(build_tiny_model(options.out_dir, seed=options.seed))
