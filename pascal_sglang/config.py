@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 CONFIG_ENV = "PASCAL_SGLANG_CONFIG"
 
-POLICIES = ("fcfs",)
+POLICIES = ("pascal", "paper", "rr", "rr-restart", "fcfs")
 
 
 class ConfigError(ValueError):
@@ -23,25 +24,55 @@ class PascalConfig:
     """What `--pascal-*` decided.
 
     policy: name of the scheduling policy, one of `POLICIES`.
+    quantum_tokens, demote_tokens: see `policy.order.Tuning`.
+    answer_tpot_ms: the reader's pace, milliseconds per answering token; a request may override it
+        in `custom_params["pascal"]["answer_tpot_ms"]`.
+    host_kv_gb: host memory for paused KV, per instance; None: as much as the device pool holds four
+        times over, at most a quarter of the memory that is free at start.
     assume_reasoning: `/generate` requests that do not say `require_reasoning` count as reasoning.
     default_thinking_budget: thinking tokens after which a request without a logit processor of its
         own is made to close its thinking; None leaves requests alone. Set by `--demo`.
+    chaos: for tests: the chance per pass that a running request is paused, or a paused one resumed,
+        whatever the policy says.
     """
 
-    policy: str = "fcfs"
+    policy: str = "pascal"
+    quantum_tokens: int = 500
+    demote_tokens: int = 5000
+    answer_tpot_ms: float = 100.0
+    host_kv_gb: float | None = None
     assume_reasoning: bool = False
     default_thinking_budget: int | None = None
+    chaos: float = 0.0
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
         _require(isinstance(self.assume_reasoning, bool), "assume_reasoning must be true or false")
-        budget = self.default_thinking_budget
+        self._require_whole("quantum_tokens", at_least=1)
+        self._require_whole("demote_tokens", at_least=1)
+        self._require_whole("default_thinking_budget", at_least=0, optional=True)
+        self._require_number("answer_tpot_ms", above=0)
+        self._require_number("host_kv_gb", above=-1e-9, optional=True)
+        self._require_number("chaos", above=-1e-9)
+        _require(self.chaos <= 1, "chaos is a probability")
+
+    def _require_whole(self, name: str, at_least: int, optional: bool = False) -> None:
+        value = getattr(self, name)
+        holds = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
         _require(
-            budget is None or (isinstance(budget, int) and not isinstance(budget, bool)),
-            "default_thinking_budget must be a whole number of tokens",
+            holds or (optional and value is None),
+            f"{name} must be a whole number of at least {at_least}, not {value!r}",
         )
-        _require(budget is None or budget >= 0, "default_thinking_budget must not be negative")
+
+    def _require_number(self, name: str, above: float, optional: bool = False) -> None:
+        value = getattr(self, name)
+        holds = isinstance(value, int | float) and not isinstance(value, bool)
+        holds = holds and math.isfinite(value) and value > above
+        _require(
+            holds or (optional and value is None),
+            f"{name} must be a number above {above:g}, not {value!r}",
+        )
 
     @classmethod
     def from_json(cls, text: str) -> PascalConfig:
@@ -86,7 +117,33 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--pascal-policy",
         choices=POLICIES,
         default=defaults.policy,
-        help="fcfs leaves SGLang's own order untouched and only measures (default: %(default)s)",
+        help="pascal: thinking first, answers on pace; paper: PASCAL to the letter; rr: phase-"
+        "blind round robin, rr-restart: its count restarts at the phase boundary; fcfs: SGLang's "
+        "own order untouched (default: %(default)s)",
+    )
+    group.add_argument(
+        "--pascal-quantum-tokens",
+        type=int,
+        default=defaults.quantum_tokens,
+        help="tokens a request runs before others of its class get their turn (%(default)s)",
+    )
+    group.add_argument(
+        "--pascal-demote-tokens",
+        type=int,
+        default=defaults.demote_tokens,
+        help="a thinker longer than this falls behind all others (%(default)s)",
+    )
+    group.add_argument(
+        "--pascal-answer-tpot-ms",
+        type=float,
+        default=defaults.answer_tpot_ms,
+        help="the reader's pace: milliseconds per answering token (%(default)s)",
+    )
+    group.add_argument(
+        "--pascal-host-kv-gb",
+        type=float,
+        default=defaults.host_kv_gb,
+        help="host memory for paused KV, per instance (default: by the device pool's size)",
     )
     group.add_argument(
         "--pascal-assume-reasoning",
@@ -99,5 +156,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def from_flags(options: argparse.Namespace) -> PascalConfig:
     """Build the configuration from parsed `--pascal-*` flags."""
     return PascalConfig(
-        policy=options.pascal_policy, assume_reasoning=options.pascal_assume_reasoning
+        policy=options.pascal_policy,
+        quantum_tokens=options.pascal_quantum_tokens,
+        demote_tokens=options.pascal_demote_tokens,
+        answer_tpot_ms=options.pascal_answer_tpot_ms,
+        host_kv_gb=options.pascal_host_kv_gb,
+        assume_reasoning=options.pascal_assume_reasoning,
     )

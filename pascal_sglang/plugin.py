@@ -110,7 +110,11 @@ def activate() -> None:
     if not os.environ.get(CONFIG_ENV):
         return
     try:
-        PascalConfig.from_env()
+        config = PascalConfig.from_env()
+        if config is not None and config.policy != "fcfs":
+            # Admission is the planner's: SGLang's prefill adder, which reads this on import, is
+            # not to reserve more than it. Child processes inherit the environment.
+            os.environ.setdefault("SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION", "4")
         verify_seams()
         _install()
     except (ConfigError, SeamError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
@@ -47,8 +47,11 @@ class PhaseTracker:
     its timeline along. Times are `time.perf_counter()` seconds.
     """
 
-    def __init__(self, metrics: PhaseMetrics | None) -> None:
+    def __init__(
+        self, metrics: PhaseMetrics | None, on_progress: Callable[[Req], None] | None = None
+    ) -> None:
         self.metrics = metrics
+        self.on_progress = on_progress
         self.outcomes: Counter[str] = Counter()
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
 
@@ -63,6 +66,8 @@ class PhaseTracker:
             if timeline.finished is not None:
                 continue
             timeline.observe(now, progress_of(req))
+            if self.on_progress is not None:
+                self.on_progress(req)
             if req.finished():
                 self.ended(req, now)
 

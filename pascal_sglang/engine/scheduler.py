@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq, GetInternalStateReq, TokenizedGenerateReqInput
-from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.scheduler import Scheduler, _make_abort_req
+from sglang.srt.managers.scheduler_components.invariant_checker import (
+    SchedulerInvariantChecker,
+)
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.budget import with_default_budget
+from pascal_sglang.engine.governor import Governor, build_governor
+from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.metrics import PhaseMetrics
 from pascal_sglang.engine.phases import PhaseTracker, count_phases, describe
 from pascal_sglang.frontend import INIT_INFO_KEY
@@ -30,8 +36,21 @@ class PascalOutputStreamer(SchedulerOutputStreamer):
         SchedulerOutputStreamer.stream_output(self, reqs, return_logprob, skip_req)
 
 
+class PascalInvariantChecker(SchedulerInvariantChecker):
+    """SGLang's leak checks, aware of requests that left the batch but still hold their KV."""
+
+    ladder: Ladder
+
+    def _requests_owning_rows(self) -> list[Req]:
+        owners = SchedulerInvariantChecker._requests_owning_rows(self)
+        known = set(owners)
+        return owners + [r for r in self.ladder.leaving if r not in known and r.kv.holds_kv]
+
+
 class PascalScheduler(Scheduler):
     """SGLang's scheduler under the policy of `PascalConfig`; `fcfs` only observes."""
+
+    governor: Governor | None = None
 
     def __init__(self, server_args: Any, port_args: Any) -> None:
         config = PascalConfig.from_env()
@@ -43,7 +62,8 @@ class PascalScheduler(Scheduler):
     def init_output_streamer(self) -> None:
         reports = self.metrics_reporter.enable_metrics and get_parallel().attn_tp_rank == 0
         metrics = PhaseMetrics(self.metrics_collector.labels) if reports else None
-        self.phase_tracker = PhaseTracker(metrics)
+        on_progress = None if self.governor is None else self.governor.observe
+        self.phase_tracker = PhaseTracker(metrics, on_progress)
         super().init_output_streamer()
         self.output_streamer.tracker = self.phase_tracker
 
@@ -60,11 +80,59 @@ class PascalScheduler(Scheduler):
         kwargs = with_default_budget(recv_req, kwargs, self.pascal_config.default_thinking_budget)
         req = super()._create_generation_req(recv_req, *args, **kwargs)
         self.phase_tracker.arrived(req, getattr(recv_req.time_stats, "created_time", 0.0))
+        if self.governor is not None:
+            self.governor.arrived(req)
         return req
 
     def send_abort_output(self, abort_req: AbortReq, req: Req) -> None:
         self.phase_tracker.ended(req, time.perf_counter(), aborted=True)
         super().send_abort_output(abort_req, req)
+
+    def init_invariant_checker(self) -> None:
+        """The pools exist by now: build the governor, and let SGLang's leak checks count the KV of
+        requests on their way out."""
+        super().init_invariant_checker()
+        self.governor = build_governor(self, self.pascal_config)
+        if self.governor is not None:
+            stock = self.invariant_checker
+            fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
+            self.invariant_checker = PascalInvariantChecker(**fields)
+            self.invariant_checker.ladder = self.governor.ladder
+
+    def get_next_batch_to_run(
+        self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
+    ) -> Any:
+        if self.governor is not None:
+            running_batch = self.governor.govern(running_batch, last_batch)
+        return super().get_next_batch_to_run(running_batch=running_batch, last_batch=last_batch)
+
+    def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> Any:
+        if self.governor is None:
+            return super().get_new_batch_prefill(running_batch)
+        chosen, rest = self.governor.admitted(self.waiting_queue)
+        self.waiting_queue = list(chosen)
+        plan = super().get_new_batch_prefill(running_batch)
+        left = set(self.waiting_queue)
+        for req in chosen:
+            if req not in left:
+                self.governor.prefilled(req)
+        self.waiting_queue = self.waiting_queue + rest
+        return plan
+
+    def abort_request(self, recv_req: AbortReq) -> None:
+        super().abort_request(recv_req)
+        if self.governor is None:
+            return
+        for req in self.governor.ladder.forget(
+            lambda r: recv_req.abort_all or r.rid.startswith(recv_req.rid)
+        ):
+            self._release_aborted_request(req)
+            abort = _make_abort_req(req, finished_reason=recv_req.finished_reason)
+            self.send_abort_output(abort, req)
+
+    def is_fully_idle(self, *args: Any, **kwargs: Any) -> bool:
+        idle = super().is_fully_idle(*args, **kwargs)
+        return idle and (self.governor is None or self.governor.ladder.is_empty())
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> Any:
         output = super().get_internal_state(recv_req)
@@ -74,6 +142,9 @@ class PascalScheduler(Scheduler):
     def pascal_status(self) -> dict[str, Any]:
         """This instance for `GET /pascal/status`: counts by phase, KV tokens, requests."""
         live = [req for req in self.collect_inflight_reqs() if not req.finished()]
+        ladder = None if self.governor is None else self.governor.ladder
+        paused = [] if ladder is None else [*ladder.leaving, *ladder.paused]
+        live = list(dict.fromkeys([*live, *paused]))
         capacity = self.max_total_num_tokens
         free = self.token_to_kv_pool_allocator.available_size()
         return {
@@ -87,6 +158,9 @@ class PascalScheduler(Scheduler):
                 "free": free,
                 "evictable": self.tree_cache.evictable_size(),
             },
+            "paused": len(paused),
+            "pauses": {} if ladder is None else dict(ladder.counts),
+            "policy_errors": 0 if self.governor is None else self.governor.errors,
             "requests": [describe(req) for req in [*live, *self.waiting_queue]],
             "recent": list(self.phase_tracker.recent),
         }

@@ -66,7 +66,7 @@ def test_digest_follows_the_source(tmp_path, monkeypatch):
 def test_what_we_override_and_wrap_is_on_the_list():
     from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-    from pascal_sglang.engine.scheduler import PascalOutputStreamer, PascalScheduler
+    from pascal_sglang.engine.scheduler import PascalInvariantChecker, PascalOutputStreamer, PascalScheduler
 
     listed = {seam.symbol for seam in load_seams()}
     for ours, stock in (

@@ -1,0 +1,1 @@
+"""Benchmarks over HTTP: workloads, an open-loop client, metrics, reports and comparisons."""

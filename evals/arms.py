@@ -1,0 +1,235 @@
+"""The arms of a comparison: their TOML, and one server process tree at a time.
+
+Arms are started by command line and spoken to over HTTP, as any user would.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+COMMANDS = {"stock": "sglang.launch_server", "pascal": "pascal_sglang.launch_server"}
+# Stock SGLang has no platform for a CPU without AMX; it gets ours, and nothing else of ours.
+COMMAND_ENV = {"stock": {"SGLANG_PLATFORM": "pascal_cpu"}, "pascal": {}}
+ROLES = ("stock", "candidate", "oracle")
+PROCESSOR = (
+    "from pascal_sglang.demo.budget import TinyThinkingBudget; print(TinyThinkingBudget.to_str())"
+)
+STOP_TIMEOUT_S = 40
+IDLE_TIMEOUT_S = 60
+COUNTERS = ("sglang:num_retract", "pascal:")
+
+
+class ArmError(RuntimeError):
+    """An arm that cannot be run; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """`kv_tokens`: its own KV capacity in tokens, or None for the plan's."""
+
+    name: str
+    command: str
+    role: str
+    flags: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    kv_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.command not in COMMANDS:
+            raise ArmError(f"arm {self.name}: command must be one of {', '.join(COMMANDS)}")
+        if self.role not in ROLES:
+            raise ArmError(f"arm {self.name}: role must be one of {', '.join(ROLES)}")
+        object.__setattr__(self, "flags", tuple(self.flags))
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A load in requests per second; in overload, violations are judged against round robin."""
+
+    name: str
+    per_s: float
+    overload: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A whole comparison, as its TOML gives it."""
+
+    preset: str
+    requests: int
+    seeds: int
+    kv_tokens: int
+    target_tpot_ms: float
+    flags: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    rates: tuple[Rate, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    goodput_ms: Mapping[str, float] = field(default_factory=dict)
+    scale: float = 1.0
+    cv: float = 1.0
+    bins: int = 4
+    request_timeout_s: float = 300.0
+    run_timeout_s: float = 600.0
+    start_timeout_s: float = 240.0
+
+
+def load_plan(path: Path, *, quick: bool = False, **overrides: Any) -> Plan:
+    """Read `path`; its `[quick]` table and then `overrides` that are not None replace values.
+
+    `arms` and `rates` there are names to keep, in the file's order.
+    """
+    values = tomllib.loads(path.read_text())
+    fewer = values.pop("quick", {}) if quick else (values.pop("quick", None), {})[1]
+    fewer |= {key: value for key, value in overrides.items() if value is not None}
+    arms = [Arm(**arm) for arm in values.pop("arm")]
+    rates = [Rate(**rate) for rate in values.pop("rate")]
+    values["arms"] = _named(arms, fewer.pop("arms", None), "arm")
+    values["rates"] = _named(rates, fewer.pop("rates", None), "rate")
+    return Plan(**{**values, **fewer, "flags": tuple(values["flags"])})
+
+
+def _named(known: list[Any], wanted: list[str] | None, kind: str) -> tuple[Any, ...]:
+    missing = sorted(set(wanted or ()) - {each.name for each in known})
+    if missing:
+        raise ArmError(f"no such {kind}: {', '.join(missing)}")
+    return tuple(each for each in known if wanted is None or each.name in wanted)
+
+
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment without what would switch pascal_sglang on or tune an engine."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PASCAL_SGLANG", "SGLANG_"))}
+    return {**kept, **extra}
+
+
+def tiny_model(folder: Path) -> Path:
+    """Build the tiny model in `folder` unless it is there."""
+    if not (folder / "model.safetensors").exists():
+        _python("-m", "pascal_sglang.demo.tiny", str(folder))
+    return folder
+
+
+def logit_processor() -> str:
+    """The serialized processor that makes the tiny model think for exactly its budget."""
+    return _python("-c", PROCESSOR).splitlines()[-1]
+
+
+def _python(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment({})
+    )
+    if done.returncode:
+        raise ArmError(f"python {' '.join(arguments)}:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+class Server:
+    """A server of one arm, with its output in a file; leaving the context takes it all down."""
+
+    def __init__(self, arm: Arm, plan: Plan, model: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.base_url = f"http://127.0.0.1:{port}"
+        self._start_timeout_s = plan.start_timeout_s
+        places = {"model": model, "kv_tokens": arm.kv_tokens or plan.kv_tokens}
+        flags = [flag.format_map(places) for flag in (*plan.flags, *arm.flags)]
+        descriptor, log = tempfile.mkstemp(prefix=f"evals-{arm.name}-", suffix=".log")
+        self.log = Path(log)
+        self.command = [sys.executable, "-m", COMMANDS[arm.command], *flags]
+        self.process = subprocess.Popen(
+            [*self.command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=descriptor,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment({**plan.env, **COMMAND_ENV[arm.command], **arm.env}),
+            start_new_session=True,
+        )
+        os.close(descriptor)
+
+    def __enter__(self) -> Server:
+        try:
+            deadline = time.monotonic() + self._start_timeout_s
+            while not self._answers():
+                if self.process.poll() is not None:
+                    raise ArmError(f"server ended at start: {self._last_words()}")
+                if time.monotonic() > deadline:
+                    raise ArmError(f"server not ready in time: {self._last_words()}")
+                time.sleep(0.5)
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.base_url}/health", timeout=5):
+                return True
+        except OSError:
+            return False
+
+    def _last_words(self) -> str:
+        text = self.log.read_text(errors="replace").strip()
+        return text.splitlines()[-1] if text else "(no output)"
+
+    def _stop(self) -> None:
+        """Ask, wait, then kill whatever of the tree is left."""
+        try:
+            tree = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            tree = []
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for process in psutil.wait_procs(tree, timeout=5)[1]:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+
+    def flush(self) -> None:
+        """Wait until nothing runs and empty the prefix cache; the server refuses while it is busy,
+        so one request does both."""
+        request = urllib.request.Request(
+            f"{self.base_url}/flush_cache?timeout={IDLE_TIMEOUT_S}", method="POST"
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=IDLE_TIMEOUT_S + 10):
+                return
+        except (OSError, urllib.error.HTTPError) as error:
+            raise ArmError(f"server did not become idle: {error}") from error
+
+    def counters(self) -> dict[str, float]:
+        with urllib.request.urlopen(f"{self.base_url}/metrics", timeout=30) as reply:
+            return parse_counters(reply.read().decode())
+
+
+def parse_counters(text: str) -> dict[str, float]:
+    """Counters of interest in Prometheus text, summed over their labels."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if not line.startswith(COUNTERS):
+            continue
+        name = line.partition("{")[0].split(" ")[0]
+        if name.endswith(("_total", "_sum", "_count")):
+            found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
+    return found

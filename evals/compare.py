@@ -1,0 +1,271 @@
+"""Runs several arms over the same requests and says how they compare.
+
+`python -m evals.compare evals/arms/live.toml [--quick]`. Seeds are the outer loop and arms the
+inner one, so that a machine that drifts drifts for all; every (seed, arm) is one server start and
+sees all loads. Everything printed is also in the JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evals import arms, report, verdict, workload
+from evals.arms import Arm, ArmError, Plan, Rate, Server
+from evals.client import Target, replay
+from evals.metrics import Idle, bin_edges, fit_idle, summarize
+from evals.verdict import Run
+from evals.workload import Item
+
+CACHE = Path(tempfile.gettempdir()) / "pascal-evals"
+IDLE_PROMPT = 24
+IDLE_THINKING = (8, 64, 160, 320)
+IDLE_REPEATS = 4
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+
+class Comparison:
+    """The state of one comparison, written to its file after every run."""
+
+    def __init__(self, plan: Plan, out: Path, *, verbose: bool) -> None:
+        self.plan, self.out, self.verbose = plan, out, verbose
+        self.runs: list[Run] = []
+        self.failures: dict[str, str] = {}
+        self.console: list[str] = []
+        self.results: dict[str, Any] = {}
+        self.idle: Idle | None = None
+        lengths = [i.thinking_tokens for s in range(plan.seeds) for i in self.items(s, 1.0)]
+        self.edges = bin_edges(lengths, plan.bins)
+
+    def say(self, text: str = "") -> None:
+        print(text, flush=True)
+        self.console.append(text)
+
+    def items(self, seed: int, per_s: float) -> list[Item]:
+        plan = self.plan
+        return workload.generate(
+            plan.preset, plan.requests, per_s, seed, scale=plan.scale, cv=plan.cv
+        )
+
+    def save(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(
+            json.dumps(
+                {
+                    "plan": dataclasses.asdict(self.plan),
+                    "idle": dataclasses.asdict(self.idle) if self.idle else None,
+                    "bin_edges": self.edges,
+                    "failed_arms": self.failures,
+                    "runs": [dataclasses.asdict(run) for run in self.runs],
+                    "comparison": self.results,
+                    "console": self.console,
+                },
+                indent=1,
+            )
+        )
+
+    def run_all(self) -> None:
+        plan = self.plan
+        self.say(
+            f"KV capacity {plan.kv_tokens} tokens"
+            + "".join(f", {a.name} {a.kv_tokens}" for a in plan.arms if a.kv_tokens)
+            + f"; {plan.preset} x{plan.scale:g}, {plan.requests} requests a run, "
+            f"{plan.seeds} seeds, reader's pace {plan.target_tpot_ms:g} ms a token"
+        )
+        self.say("loads: " + ", ".join(f"{r.name} {r.per_s:g}/s" for r in plan.rates))
+        self.say("bins of thinking tokens: " + ", ".join(report.bin_names(self.edges)))
+        model, processor = arms.tiny_model(CACHE / "tiny"), arms.logit_processor()
+        for seed in range(plan.seeds):
+            for arm in plan.arms:
+                if arm.name in self.failures:
+                    continue
+                try:
+                    self.run_arm(arm, seed, model, processor)
+                except (ArmError, OSError) as error:
+                    self.failures[arm.name] = str(error)
+                    self.say(f"{arm.name}: gave up: {error}")
+                self.save()
+
+    def run_arm(self, arm: Arm, seed: int, model: Path, processor: str) -> None:
+        plan = self.plan
+        began = time.monotonic()
+        with Server(arm, plan, model) as server:
+            target = Target(
+                base_url=server.base_url,
+                logit_processor=processor,
+                request_timeout_s=plan.request_timeout_s,
+                run_timeout_s=plan.run_timeout_s,
+            )
+            idle = self.measure_idle(arm, target)
+            self.say(f"{arm.name}, seed {seed}: server up in {time.monotonic() - began:.0f} s")
+            for rate in plan.rates:
+                server.flush()
+                self.run_once(arm, rate, seed, server, target, idle)
+
+    def measure_idle(self, arm: Arm, target: Target) -> Idle:
+        """Warm the server up; the first one also says how long a request takes alone."""
+        ttfo_s = {length: self.alone(length, target) for length in IDLE_THINKING[::-1]}
+        if self.idle is None:
+            # The least of several: whatever else the machine did only ever adds.
+            for _ in range(IDLE_REPEATS):
+                for length, least in ttfo_s.items():
+                    ttfo_s[length] = min(least, self.alone(length, target))
+            self.idle = fit_idle(list(ttfo_s), list(ttfo_s.values()))
+            self.say(
+                f"alone on {arm.name}: TTFO = {self.idle.t0_s * 1e3:.1f} ms + "
+                f"{self.idle.per_token_s * 1e3:.2f} ms per thinking token"
+            )
+        return self.idle
+
+    def alone(self, thinking_tokens: int, target: Target) -> float:
+        """TTFO in seconds of one request on an idle server."""
+        record = replay([Item(0.0, IDLE_PROMPT, thinking_tokens, 4)], target).records[0]
+        if not record.answer_s:
+            raise ArmError(f"no answer from an idle server: {record.error}")
+        return record.answer_s[0] - record.arrival_s
+
+    def run_once(
+        self, arm: Arm, rate: Rate, seed: int, server: Server, target: Target, idle: Idle
+    ) -> None:
+        items = self.items(seed, rate.per_s)
+        before = server.counters()
+        back = replay(items, target, seed=seed)
+        after = server.counters()
+        counters = {name: value - before.get(name, 0.0) for name, value in after.items()}
+        summary = summarize(
+            back.records,
+            items,
+            idle=idle,
+            target_tpot_s=self.plan.target_tpot_ms / 1e3,
+            edges=self.edges,
+            goodput_ms=self.plan.goodput_ms,
+        )
+        tokens = [len(record.token_s) for record in back.records]
+        self.runs.append(Run(arm.name, rate.name, seed, summary, tokens, counters, back.lag_p99_ms))
+        if self.verbose:
+            for line in report.lines(summary, f"{arm.name}, {rate.name}, seed {seed}", self.edges):
+                self.say(line)
+        else:
+            self.say(f"  {rate.name:<9} {report.short(summary)}")
+        moved = {name: value for name, value in counters.items() if value and "_total" in name}
+        shown = ", ".join(f"{name} {value:.0f}" for name, value in moved.items())
+        self.say(f"            client lag p99 {back.lag_p99_ms:.1f} ms" + (shown and f"; {shown}"))
+
+    def conclude(self) -> bool:
+        """Print and keep the comparison; whether everything ran and no count of tokens differs."""
+        self.say()
+        wrong = verdict.token_mismatches(self.runs)
+        for text in wrong:
+            self.say(f"OUTPUT DIFFERS: {text}")
+        if not wrong:
+            self.say("all arms gave the same number of output tokens for every item")
+        for name, reason in self.failures.items():
+            self.say(f"NOT COMPARED: {name}: {reason}")
+        self.results = {"token_mismatches": wrong, "loads": {}}
+        for rate in self.plan.rates:
+            self.results["loads"][rate.name] = self.compare_load(rate)
+        self.save()
+        self.say(f"written to {self.out}")
+        return not wrong and not self.failures
+
+    def compare_load(self, rate: Rate) -> dict[str, Any]:
+        ran = {run.arm for run in self.runs if run.rate == rate.name}
+        present = [arm for arm in self.plan.arms if arm.name in ran]
+        stock = [arm.name for arm in present if arm.role == "stock"]
+        oracle = next((arm.name for arm in present if arm.role == "oracle"), None)
+        self.say(f"\n{f' {rate.name}: {rate.per_s:g} requests/s ':=^100}")
+        found: dict[str, Any] = {}
+        for arm in present:
+            found[arm.name] = self.compare_arm(arm, rate, stock, oracle)
+        for arm in present:
+            if arm.role == "candidate" and stock:
+                self.say(f"verdict on {arm.name} at {rate.name}:")
+                targets = verdict.verdict(self.runs, arm, rate, stock, len(self.edges) + 1)
+                for target in targets:
+                    self.say(f"  {target}")
+                found[arm.name]["verdict"] = [dataclasses.asdict(t) for t in targets]
+        return found
+
+    def compare_arm(
+        self, arm: Arm, rate: Rate, stock: Sequence[str], oracle: str | None
+    ) -> dict[str, Any]:
+        """Means over seeds, and ratios to the best stock arm of each figure."""
+        found: dict[str, Any] = {"ratios": {}}
+        self.say(f"{arm.name}")
+        names = report.bin_names(self.edges)
+        figures = [
+            ("mean TTFO (s)", verdict.key("mean_ttfo_ms"), 1e-3, False),
+            ("mean TTFT (s)", verdict.key("mean_ttft_ms"), 1e-3, False),
+            ("P99 slowdown", verdict.key("p99_slowdown"), 1.0, False),
+            *(
+                (f"tail TTFO {name} (s)", verdict.bin_tail(i), 1.0, False)
+                for i, name in enumerate(names)
+            ),
+            ("throughput (tok/s)", verdict.key("output_throughput"), 1.0, True),
+            ("in window (tok/s)", verdict.key("window_output_throughput"), 1.0, True),
+            ("SLO violations (%)", verdict.key("slo_violations"), 100.0, False),
+        ]
+        for label, read, unit, higher in figures:
+            value = verdict.mean(self.runs, arm.name, rate.name, read)
+            base = verdict.best(self.runs, stock, rate.name, read, higher=higher)
+            ratio = verdict.ratio(self.runs, arm.name, base, rate.name, read)
+            shown = report.line(f"  {label}:", None if value is None else value * unit)
+            self.say(f"{shown:<52}" + (f"{ratio} x {base}" if ratio else ""))
+            found["ratios"][label] = {
+                "mean": value,
+                "base": base,
+                "ratio": dataclasses.asdict(ratio) if ratio else None,
+            }
+        read = verdict.key("mean_ttfo_ms")
+        base = verdict.best(self.runs, stock, rate.name, read)
+        ends = [verdict.mean(self.runs, a, rate.name, read) for a in (base, arm.name, oracle) if a]
+        closed = verdict.gap_closure(*ends) if len(ends) == 3 and None not in ends else None
+        if arm.role == "candidate" and closed is not None:
+            self.say(report.line("  oracle gap closed (%):", 100 * closed))
+        found["gap_closure"] = closed
+        return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compare arms over the same requests.")
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--quick", action="store_true", help="the plan's [quick] table")
+    parser.add_argument("--arms", type=_names, help="comma-separated names")
+    parser.add_argument("--rates", type=_names, help="comma-separated names")
+    parser.add_argument("--seeds", type=int, help="how many seeds")
+    parser.add_argument("--requests", type=int, help="per run")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--verbose", action="store_true", help="the full report of every run")
+    asked = parser.parse_args(argv)
+    try:
+        plan = arms.load_plan(
+            asked.plan,
+            quick=asked.quick,
+            arms=asked.arms,
+            rates=asked.rates,
+            seeds=asked.seeds,
+            requests=asked.requests,
+        )
+    except (ArmError, OSError, ValueError, TypeError) as error:
+        print(f"evals: error: {asked.plan}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    out = asked.out or CACHE / f"{asked.plan.stem}.json"
+    comparison = Comparison(plan, out, verbose=asked.verbose)
+    comparison.run_all()
+    return 0 if comparison.conclude() else EXIT_FAILED
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

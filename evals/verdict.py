@@ -1,0 +1,183 @@
+"""From the runs of several arms to ratios and verdicts. Pure arithmetic.
+
+A ratio compares two arms seed by seed under one load and is averaged geometrically; below 1 is
+less. The baseline of every figure is whichever stock arm is best at that figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from evals.arms import Arm, Rate
+
+MEAN_TTFO_TARGET = 0.6
+P99_SLOWDOWN_TARGET = 0.35
+BEST_BIN_TARGET = 0.28
+WORST_BIN_LIMIT = 1.3
+THROUGHPUT_LIMIT = 0.97
+VIOLATION_LIMIT = 0.01
+OVERLOAD_REFERENCE = "rr"
+
+Read = Callable[[dict[str, Any]], float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One arm under one load with one seed; `output_tokens` per item."""
+
+    arm: str
+    rate: str
+    seed: int
+    summary: dict[str, Any]
+    output_tokens: list[int] = field(default_factory=list)
+    counters: dict[str, float] = field(default_factory=dict)
+    lag_p99_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A figure over seeds."""
+
+    point: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.point:.2f} ({self.low:.2f}..{self.high:.2f})"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One line of a verdict; `passed` None: it could not be judged."""
+
+    name: str
+    seen: str
+    passed: bool | None
+
+    def __str__(self) -> str:
+        word = {True: "pass", False: "FAIL", None: "n/a "}[self.passed]
+        return f"{word}  {self.name}: {self.seen}"
+
+
+def key(name: str) -> Read:
+    return lambda summary: summary[name]
+
+
+def bin_tail(index: int) -> Read:
+    return lambda summary: summary["tail_ttfo_by_bin"][index]
+
+
+def by_seed(runs: Sequence[Run], arm: str, rate: str, read: Read) -> dict[int, float]:
+    """A figure per seed, without the runs that do not have it."""
+    values = {r.seed: read(r.summary) for r in runs if (r.arm, r.rate) == (arm, rate)}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def mean(runs: Sequence[Run], arm: str, rate: str, read: Read) -> float | None:
+    values = by_seed(runs, arm, rate, read).values()
+    return sum(values) / len(values) if values else None
+
+
+def best(
+    runs: Sequence[Run], arms: Sequence[str], rate: str, read: Read, *, higher: bool = False
+) -> str | None:
+    """The arm with the best mean over seeds."""
+    means = {arm: m for arm in arms if (m := mean(runs, arm, rate, read)) is not None}
+    return (max if higher else min)(means, key=means.__getitem__) if means else None
+
+
+def ratio(runs: Sequence[Run], arm: str, base: str | None, rate: str, read: Read) -> Spread | None:
+    """`arm` over `base` on the seeds both ran."""
+    if base is None:
+        return None
+    ours, theirs = by_seed(runs, arm, rate, read), by_seed(runs, base, rate, read)
+    ratios = [ours[s] / theirs[s] for s in ours if theirs.get(s, 0) > 0]
+    if not ratios or min(ratios) <= 0:
+        return None
+    return Spread(math.exp(sum(map(math.log, ratios)) / len(ratios)), min(ratios), max(ratios))
+
+
+def gap_closure(stock: float, arm: float, oracle: float) -> float | None:
+    """Share of the distance from stock to oracle that the arm covers; None where there is none."""
+    return (stock - arm) / (stock - oracle) if stock > oracle else None
+
+
+def token_mismatches(runs: Sequence[Run]) -> list[str]:
+    """Items for which arms disagree on the number of output tokens."""
+    wrong = []
+    first: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        other = first.setdefault((run.rate, run.seed), run)
+        pairs = zip(other.output_tokens, run.output_tokens, strict=True)
+        items = [i for i, (a, b) in enumerate(pairs) if a != b]
+        if items:
+            wrong.append(
+                f"{run.rate}, seed {run.seed}: {run.arm} and {other.arm} differ on "
+                f"{len(items)} items, first {items[0]}"
+            )
+    return wrong
+
+
+def verdict(
+    runs: Sequence[Run], arm: Arm, rate: Rate, stock: Sequence[str], bins: int
+) -> list[Target]:
+    """Every target for one arm under one load, against the best stock arm of each figure."""
+
+    def against(read: Read, *, higher: bool = False) -> Spread | None:
+        return ratio(
+            runs, arm.name, best(runs, stock, rate.name, read, higher=higher), rate.name, read
+        )
+
+    def judged(name: str, seen: Spread | None, limit: float, *, least: bool = False) -> Target:
+        if seen is None:
+            return Target(name, "no data", None)
+        return Target(name, str(seen), seen.point >= limit if least else seen.point <= limit)
+
+    tails = [t for i in range(bins) if (t := against(bin_tail(i))) is not None]
+    low, high = (pick(tails, key=lambda t: t.point, default=None) for pick in (min, max))
+    return [
+        _complete(runs, arm.name, rate.name),
+        judged(f"mean TTFO <= {MEAN_TTFO_TARGET}x", against(key("mean_ttfo_ms")), MEAN_TTFO_TARGET),
+        judged(
+            f"P99 slowdown <= {P99_SLOWDOWN_TARGET}x",
+            against(key("p99_slowdown")),
+            P99_SLOWDOWN_TARGET,
+        ),
+        judged(f"tail TTFO of the best bin <= {BEST_BIN_TARGET}x", low, BEST_BIN_TARGET),
+        judged(f"tail TTFO of no bin > {WORST_BIN_LIMIT}x", high, WORST_BIN_LIMIT),
+        judged(
+            f"throughput >= {THROUGHPUT_LIMIT}x",
+            against(key("output_throughput"), higher=True),
+            THROUGHPUT_LIMIT,
+            least=True,
+        ),
+        _violations(runs, arm.name, rate),
+    ]
+
+
+def _complete(runs: Sequence[Run], arm: str, rate: str) -> Target:
+    """Latencies are over the requests that got that far, so the others must be none."""
+    lost = [
+        r.summary["failed"] + r.summary["no_answer"] for r in runs if (r.arm, r.rate) == (arm, rate)
+    ]
+    if not lost:
+        return Target("every request answered", "no data", None)
+    return Target("every request answered", f"{sum(lost)} were not", sum(lost) == 0)
+
+
+def _violations(runs: Sequence[Run], arm: str, rate: Rate) -> Target:
+    read = key("slo_violations")
+    seen = mean(runs, arm, rate.name, read)
+    limit: float | None = VIOLATION_LIMIT
+    name = f"SLO violations <= {100 * VIOLATION_LIMIT:.0f} %"
+    if rate.overload:
+        limit = mean(runs, OVERLOAD_REFERENCE, rate.name, read)
+        name = f"SLO violations no more than {OVERLOAD_REFERENCE}"
+    if seen is None:
+        return Target(name, "no data", None)
+    if limit is None:
+        return Target(name, f"{100 * seen:.1f} %, {OVERLOAD_REFERENCE} did not run", None)
+    return Target(name, f"{100 * seen:.1f} % (limit {100 * limit:.1f} %)", seen <= limit)

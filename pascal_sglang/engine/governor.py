@@ -1,0 +1,248 @@
+"""Carries out the policy's plan on a live scheduler, one pass at a time."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter
+from typing import Any
+
+import psutil
+import torch
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.ladder import Ladder
+from pascal_sglang.engine.phases import timeline_of
+from pascal_sglang.policy.member import Member, Place
+from pascal_sglang.policy.order import ORDERS, Moment, Tuning
+from pascal_sglang.policy.pacer import Pacer
+from pascal_sglang.policy.plan import Plan, Planner, Room
+from pascal_sglang.policy.timeline import Phase
+
+logger = logging.getLogger(__name__)
+
+
+class Governor:
+    """Builds the policy's view, executes its plan, keeps the members true.
+
+    Every decision is a function of the request stream, the KV pool and the clock of TP rank 0, so
+    all TP ranks decide alike.
+    """
+
+    def __init__(self, scheduler: Any, config: PascalConfig, host_budget_tokens: int) -> None:
+        self.scheduler = scheduler
+        self.config = config
+        self.ladder = Ladder(scheduler, host_budget_tokens)
+        self.planner = Planner(
+            ORDERS[config.policy],
+            Tuning(quantum=config.quantum_tokens, demote=config.demote_tokens),
+        )
+        self.moment = Moment(0, 0.0, 0.0)
+        self.errors = 0
+        self.unpausable: Counter[str] = Counter()
+        self._chaos = random.Random(0) if config.chaos else None
+        self._arrivals = 0
+        self._admitted: set[Req] = set()
+
+    def arrived(self, req: Req) -> None:
+        """Make the request's member; its reader's pace may come with the request."""
+        tpot_ms = self.config.answer_tpot_ms
+        custom = req.sampling_params.custom_params
+        if isinstance(custom, dict) and isinstance(own := custom.get("pascal"), dict):
+            asked = own.get("answer_tpot_ms")
+            if isinstance(asked, int | float) and asked > 0:
+                tpot_ms = asked
+        self._arrivals += 1
+        member = Member(seq=self._arrivals, pacer=Pacer(tpot_ms / 1000))
+        member.since_pass = self.moment.pass_no
+        reason = why_not_pausable(req)
+        if reason:
+            member.pausable = False
+            if not self.unpausable[reason]:
+                logger.warning("pascal_sglang does not pause requests with %s", reason)
+            self.unpausable[reason] += 1
+        req.pascal_member = member
+
+    def govern(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
+        """Begin a pass. An error of ours is logged and counted, and SGLang's order stands in."""
+        self.tick(self._clock())
+        try:
+            return self.before_batch(running, last)
+        except Exception:
+            self.errors += 1
+            logger.exception("pascal_sglang: the policy failed; SGLang's own order stands in")
+            self._admitted = set(self.scheduler.waiting_queue)
+            return running
+
+    def _clock(self) -> float:
+        """TP rank 0's clock, the same on every rank."""
+        now = torch.tensor([time.perf_counter()], dtype=torch.float64)
+        group = self.scheduler.tp_cpu_group
+        if torch.distributed.get_world_size(group) > 1:
+            first = torch.distributed.get_global_rank(group, 0)
+            torch.distributed.broadcast(now, src=first, group=group)
+        return float(now)
+
+    def tick(self, now: float) -> None:
+        """A new pass begins; `now` is TP rank 0's clock in seconds."""
+        last = self.moment
+        step = now - last.now if last.now and now > last.now else 0.0
+        # Only passes of a busy engine say how long a step takes.
+        pass_s = 0.9 * last.pass_s + 0.1 * min(step, 1.0) if step < 1.0 else last.pass_s
+        self.moment = Moment(last.pass_no + 1, now, pass_s)
+
+    def before_batch(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
+        """Settle pauses, plan, pause and resume; the running batch to go on with."""
+        paused, dropped = self.ladder.settle()
+        for req in paused:
+            member_of(req).enter(Place.HOST, self.moment.pass_no)
+        for req in dropped:
+            member_of(req).enter(Place.WAITING, self.moment.pass_no)
+            self.scheduler.waiting_queue.append(req)
+        running_reqs = [r for r in running.reqs if not r.finished()]
+        fresh = _extended(last, self.scheduler.chunked_req)
+        members = {self._refresh(r): r for r in running_reqs}
+        joining = set(fresh) - set(running_reqs)
+        others = {self._refresh(r): r for r in self.ladder.paused}
+        others.update((self._refresh(r), r) for r in self.scheduler.waiting_queue)
+        plan = self.planner.plan(members, others, self._room(running), self.moment, len(joining))
+        if self._chaos is not None:
+            plan = self._shake(plan, members, others)
+        leaving = [members[m] for m in plan.pause if m in members]
+        if leaving:
+            self.ladder.leave(leaving, running)
+        self._admitted = set()
+        resumed = []
+        for member in plan.start:
+            req = others[member]
+            if member.place is Place.HOST:
+                if not self.ladder.can_resume(req):
+                    break
+                resumed.append(req)
+                self.planner.started(member, self.moment)
+                running = self._merge(running, self.ladder.resume([req]))
+            else:
+                self._admitted.add(req)
+        return running
+
+    def admitted(self, waiting: list[Req]) -> tuple[list[Req], list[Req]]:
+        """Split the waiting queue into who may be prefilled now, best first, and the rest."""
+        order = {member_of(r).seq: r for r in waiting if r in self._admitted}
+        rank = self.planner.order
+        chosen = sorted(
+            order.values(),
+            key=lambda r: (
+                rank.rank(member_of(r), self.moment, self.planner.tuning),
+                rank.tie(member_of(r), self.moment),
+                member_of(r).seq,
+            ),
+        )
+        return chosen, [r for r in waiting if r not in self._admitted]
+
+    def prefilled(self, req: Req) -> None:
+        """The engine took the request into a prefill batch."""
+        self.planner.started(member_of(req), self.moment)
+
+    def observe(self, req: Req) -> None:
+        """The request may have produced tokens: tell its reader."""
+        member, timeline = member_of(req), timeline_of(req)
+        if new := timeline.answer_tokens - member.pacer.delivered:
+            member.pacer.deliver(self.moment.now, new)
+
+    def _merge(self, running: ScheduleBatch, batch: ScheduleBatch) -> ScheduleBatch:
+        if running.is_empty():
+            return batch
+        running.merge_batch(batch)
+        running.batch_is_full = False
+        return running
+
+    def _refresh(self, req: Req) -> Member:
+        member, timeline = member_of(req), timeline_of(req)
+        total = timeline.reasoning_tokens + timeline.answer_tokens
+        phase = timeline.phase
+        if phase is not member.phase:
+            member.phase = phase
+            member.credit = 0
+        answering = phase is Phase.ANSWERING
+        member.phase_tokens = timeline.answer_tokens if answering else timeline.reasoning_tokens
+        member.total_tokens = total
+        if member.place is Place.HOST:
+            member.kv_tokens = self.ladder.paused[req].tokens
+        elif req.kv.holds_kv:
+            member.kv_tokens = req.kv.kv_committed_len
+        else:
+            member.kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
+        return member
+
+    def _room(self, running: ScheduleBatch) -> Room:
+        scheduler = self.scheduler
+        return Room(
+            free_tokens=scheduler.token_to_kv_pool_allocator.available_size()
+            + scheduler.tree_cache.evictable_size(),
+            releasing_tokens=self.ladder.releasing_tokens,
+            slots=min(
+                scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running),
+                scheduler.max_running_requests - len(running.reqs),
+            )
+            + len(self.ladder.leaving),
+        )
+
+    def _shake(self, plan: Plan, running: dict[Member, Req], others: dict[Member, Req]) -> Plan:
+        """Pause and hold back at random, on top of the plan."""
+        assert self._chaos is not None
+        chance, roll = self.config.chaos, self._chaos.random
+        pause = list(plan.pause)
+        pause += [m for m in running if m.pausable and m not in plan.pause and roll() < chance]
+        start = tuple(m for m in plan.start if roll() >= chance)
+        return Plan(start, tuple(pause))
+
+
+def build_governor(scheduler: Any, config: PascalConfig) -> Governor | None:
+    """The governor of a scheduler; None under `fcfs`."""
+    if config.policy == "fcfs":
+        return None
+    capacity = scheduler.max_total_num_tokens
+    kv_bytes = scheduler.token_to_kv_pool_allocator.get_kvcache().mem_usage * 2**30
+    budget = (
+        min(4 * kv_bytes, psutil.virtual_memory().available / 4)
+        if config.host_kv_gb is None
+        else config.host_kv_gb * 2**30
+    )
+    return Governor(scheduler, config, int(budget * capacity / max(kv_bytes, 1)))
+
+
+def member_of(req: Req) -> Member:
+    member: Member = req.pascal_member
+    return member
+
+
+def _extended(last: ScheduleBatch | None, chunked: Req | None) -> list[Req]:
+    """Requests whose prefill has just run and who join the running batch in this pass, and the one
+    still being prefilled in chunks."""
+    fresh = []
+    if last is not None and last.forward_mode.is_extend():
+        fresh = [r for r in last.reqs if not r.finished() and r is not chunked]
+    return fresh if chunked is None else [*fresh, chunked]
+
+
+def why_not_pausable(req: Req) -> str | None:
+    """What about the request the ladder cannot carry; None if it can be paused."""
+    params = req.sampling_params
+    reasons = {
+        "beam search": req.beam_group is not None,
+        "a session": req.session is not None or req.session_id is not None,
+        "multimodal inputs": req.multimodal_inputs is not None,
+        "input embeddings": req.input_embeds is not None,
+        "a LoRA adapter": req.lora_id is not None,
+        "hidden states returned": bool(req.return_hidden_states),
+        "a grammar": any((params.json_schema, params.regex, params.ebnf, params.structural_tag)),
+        "penalties": bool(
+            params.frequency_penalty
+            or params.presence_penalty
+            or params.repetition_penalty != 1.0
+            or params.min_new_tokens
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)

@@ -1,0 +1,86 @@
+"""The open-loop client against a small server of our own that misbehaves on request."""
+
+import asyncio
+import json
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from evals.client import Target, open_loop
+from evals.workload import Item
+
+
+async def generate(request):
+    """Streams what was asked for; a thinking budget above 100 names a way to fail."""
+    sampling = (await request.json())["sampling_params"]
+    thinking, total = sampling["custom_params"]["thinking_budget"], sampling["max_new_tokens"]
+    if thinking == 101:
+        raise web.HTTPServiceUnavailable(text="busy")
+    reply = web.StreamResponse()
+    await reply.prepare(request)
+    for count in range(1, total + 1):
+        meta = {
+            "completion_tokens": count,
+            "reasoning_tokens": min(count, thinking + 1),
+            "finish_reason": {"type": "length"} if count == total else None,
+        }
+        event = b"data: " + json.dumps({"meta_info": meta}).encode() + b"\n\n"
+        # Cut where a network might: in the middle of an event.
+        await reply.write(event[:30])
+        await reply.write(event[30:])
+        if thinking == 102 and count == 2:
+            await asyncio.sleep(30)
+        if thinking == 103 and count == 2:
+            return reply
+    await reply.write(b"data: [DONE]\n\n")
+    return reply
+
+
+def send(items, **bounds):
+    async def go():
+        app = web.Application()
+        app.router.add_post("/generate", generate)
+        async with TestServer(app, shutdown_timeout=0.1) as server:
+            bounds.setdefault("run_timeout_s", 30.0)
+            target = Target(base_url=str(server.make_url("/")), logit_processor="p", **bounds)
+            return await open_loop(items, target, seed=0)
+
+    return asyncio.run(go())
+
+
+@pytest.mark.filterwarnings("ignore:the client itself was late")
+def test_many_streams_at_once_lose_nothing():
+    items = [Item(i * 0.001, 8, 3, 4) for i in range(400)]
+    back = send(items)
+    assert len(back.records) == len(items)
+    for item, record in zip(items, back.records, strict=True):
+        assert (record.finished, record.error) == (True, None)
+        assert len(record.token_s) == item.output_tokens
+        assert len(record.answer_s) == item.answer_tokens
+        assert record.token_s == sorted(record.token_s)
+        assert record.arrival_s <= record.sent_s <= record.token_s[0]
+
+
+def test_each_failure_is_kept_with_its_request():
+    items = [Item(0.0, 8, thinking, 4) for thinking in (101, 102, 103, 3)]
+    refused, slow, cut, fine = send(items, request_timeout_s=1.0).records
+    assert refused.error == "HTTP 503: busy"
+    assert slow.error == "timeout (request)"
+    assert len(slow.token_s) == 2
+    assert cut.error == "stream ended early"
+    assert (fine.finished, fine.error) == (True, None)
+
+
+def test_the_whole_run_is_bounded():
+    items = [Item(0.0, 8, 3, 4), Item(0.0, 8, 102, 4), Item(60.0, 8, 3, 4)]
+    fine, slow, unsent = send(items, run_timeout_s=1.0).records
+    assert fine.finished
+    assert slow.error == unsent.error == "timeout (run)"
+    assert unsent.sent_s is None
+
+
+def test_a_server_that_is_not_there_is_an_error_of_every_request():
+    target = Target(base_url="http://127.0.0.1:9", logit_processor="p")
+    back = asyncio.run(open_loop([Item(0.0, 8, 3, 4)] * 2, target, seed=0))
+    assert all("Connect" in record.error for record in back.records)

@@ -1,0 +1,160 @@
+"""Ratios, verdicts and plans, without any server."""
+
+from pathlib import Path
+
+import pytest
+
+from evals import verdict
+from evals.arms import Arm, ArmError, Rate, load_plan, parse_counters
+from evals.verdict import Run
+
+LIVE = Path(__file__).parents[2] / "evals" / "arms" / "live.toml"
+HIGH = Rate("high", 5.0)
+OURS = Arm(name="pascal", command="pascal", role="candidate")
+MEAN_TTFO = verdict.key("mean_ttfo_ms")
+
+
+def run(arm, seed=0, rate="high", tokens=(4, 5), **figures):
+    summary = {
+        "mean_ttfo_ms": 1000.0,
+        "p99_slowdown": 10.0,
+        "tail_ttfo_by_bin": [2.0, 4.0],
+        "output_throughput": 100.0,
+        "slo_violations": 0.0,
+        "failed": 0,
+        "no_answer": 0,
+        **figures,
+    }
+    return Run(arm, rate, seed, summary, list(tokens))
+
+
+def judge(runs, rate=HIGH):
+    targets = verdict.verdict(runs, OURS, rate, ["fcfs", "priority"], 2)
+    return {target.name: target.passed for target in targets}
+
+
+def test_ratios_are_per_seed_and_averaged_geometrically():
+    runs = [
+        run("fcfs", 0, mean_ttfo_ms=1000.0),
+        run("fcfs", 1, mean_ttfo_ms=2000.0),
+        run("fcfs", 2, mean_ttfo_ms=9000.0),
+        run("pascal", 0, mean_ttfo_ms=250.0),
+        run("pascal", 1, mean_ttfo_ms=2000.0),
+    ]
+    seen = verdict.ratio(runs, "pascal", "fcfs", "high", MEAN_TTFO)
+    assert seen.point == pytest.approx(0.5)
+    assert (seen.low, seen.high) == (0.25, 1.0)
+    assert str(seen) == "0.50 (0.25..1.00)"
+
+
+def test_ratios_without_data_are_none():
+    runs = [run("fcfs"), run("pascal", mean_ttfo_ms=None)]
+    assert verdict.ratio(runs, "pascal", "fcfs", "high", MEAN_TTFO) is None
+    assert verdict.ratio(runs, "fcfs", None, "high", MEAN_TTFO) is None
+    assert verdict.ratio(runs, "fcfs", "fcfs", "low", MEAN_TTFO) is None
+    assert verdict.ratio(runs, "fcfs", "fcfs", "high", verdict.key("slo_violations")) is None
+
+
+def test_the_best_stock_arm_is_chosen_per_figure():
+    runs = [
+        run("fcfs", mean_ttfo_ms=900.0, output_throughput=90.0),
+        run("priority", mean_ttfo_ms=1000.0, output_throughput=110.0),
+    ]
+    arms = ["fcfs", "priority"]
+    throughput = verdict.key("output_throughput")
+    assert verdict.best(runs, arms, "high", MEAN_TTFO) == "fcfs"
+    assert verdict.best(runs, arms, "high", throughput, higher=True) == "priority"
+    assert verdict.best(runs, [], "high", MEAN_TTFO) is None
+
+
+def test_gap_closure():
+    assert verdict.gap_closure(stock=10.0, arm=4.0, oracle=2.0) == pytest.approx(0.75)
+    assert verdict.gap_closure(stock=10.0, arm=12.0, oracle=2.0) == pytest.approx(-0.25)
+    assert verdict.gap_closure(stock=2.0, arm=1.0, oracle=2.0) is None
+
+
+def test_arms_must_agree_on_tokens_per_item():
+    same = [run("fcfs"), run("pascal"), run("fcfs", 1, tokens=(7, 7))]
+    assert verdict.token_mismatches(same) == []
+    (wrong,) = verdict.token_mismatches([*same, run("rr", tokens=(4, 6))])
+    assert "rr and fcfs differ on 1 items, first 1" in wrong
+
+
+def test_a_verdict_that_passes_and_one_that_fails():
+    stock = [run("fcfs"), run("priority", mean_ttfo_ms=1100.0)]
+    good = run(
+        "pascal",
+        mean_ttfo_ms=590.0,
+        p99_slowdown=3.4,
+        tail_ttfo_by_bin=[0.5, 5.0],
+        output_throughput=98.0,
+        slo_violations=0.01,
+    )
+    assert set(judge([*stock, good]).values()) == {True}
+    bad = run(
+        "pascal",
+        mean_ttfo_ms=610.0,
+        p99_slowdown=3.6,
+        tail_ttfo_by_bin=[0.6, 5.3],
+        output_throughput=96.0,
+        slo_violations=0.02,
+        no_answer=1,
+    )
+    assert set(judge([*stock, bad]).values()) == {False}
+
+
+def test_overload_is_judged_against_round_robin():
+    overload = Rate("high", 9.0, overload=True)
+    name = "SLO violations no more than rr"
+    runs = [run("fcfs"), run("pascal", slo_violations=0.05)]
+    assert judge(runs, overload)[name] is None
+    assert judge([*runs, run("rr", slo_violations=0.05)], overload)[name] is True
+    assert judge([*runs, run("rr", slo_violations=0.04)], overload)[name] is False
+
+
+def test_missing_arms_are_not_judged():
+    passed = judge([run("pascal")])
+    assert passed["mean TTFO <= 0.6x"] is None
+    assert passed["every request answered"] is True
+
+
+def test_the_plan_of_live_and_its_parts():
+    plan = load_plan(LIVE)
+    assert [arm.name for arm in plan.arms if arm.role == "stock"] == ["fcfs", "priority"]
+    assert [arm.name for arm in plan.arms if arm.role == "oracle"] == ["oracle"]
+    assert sum(rate.overload for rate in plan.rates) == 1
+    part = load_plan(LIVE, quick=True, arms=["pascal", "fcfs"], requests=7)
+    assert [arm.name for arm in part.arms] == ["fcfs", "pascal"]
+    assert [rate.name for rate in part.rates] == ["high"]
+    assert (part.seeds, part.requests) == (1, 7)
+    for flag in (flag for arm in plan.arms for flag in (*plan.flags, *arm.flags)):
+        flag.format_map({"model": "m", "kv_tokens": 1})
+
+
+def test_bad_plans_are_refused():
+    with pytest.raises(ArmError, match="no such arm: nobody"):
+        load_plan(LIVE, arms=["nobody"])
+    with pytest.raises(ArmError, match="command must be one of"):
+        Arm(name="x", command="docker", role="stock")
+    with pytest.raises(ArmError, match="role must be one of"):
+        Arm(name="x", command="stock", role="winner")
+
+
+def test_counters_are_summed_over_labels():
+    text = "\n".join(
+        (
+            "# TYPE pascal:pauses counter",
+            'pascal:pauses_total{rung="host",model="a b"} 3.0',
+            'pascal:pauses_total{rung="drop",model="a b"} 2.0',
+            'pascal:ttfo_seconds_bucket{le="1.0"} 9.0',
+            "pascal:ttfo_seconds_sum 1.5",
+            "sglang:num_retracted_requests_total 4.0",
+            "sglang:num_retracted_reqs 1.0",
+            "sglang:generation_tokens_total 99.0",
+        )
+    )
+    assert parse_counters(text) == {
+        "pascal:pauses_total": 5.0,
+        "pascal:ttfo_seconds_sum": 1.5,
+        "sglang:num_retracted_requests_total": 4.0,
+    }
