@@ -67,7 +67,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A whole comparison, as its TOML gives it."""
+    """A whole comparison, as its TOML gives it. `pascal_flags` go to arms of command `pascal`."""
 
     preset: str
     requests: int
@@ -77,6 +77,7 @@ class Plan:
     flags: tuple[str, ...]
     arms: tuple[Arm, ...]
     rates: tuple[Rate, ...]
+    pascal_flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     goodput_ms: Mapping[str, float] = field(default_factory=dict)
     scale: float = 1.0
@@ -93,13 +94,16 @@ def load_plan(path: Path, *, quick: bool = False, **overrides: Any) -> Plan:
     `arms` and `rates` there are names to keep, in the file's order.
     """
     values = tomllib.loads(path.read_text())
-    fewer = values.pop("quick", {}) if quick else (values.pop("quick", None), {})[1]
+    quick_values = values.pop("quick", {})
+    fewer = quick_values if quick else {}
     fewer |= {key: value for key, value in overrides.items() if value is not None}
     arms = [Arm(**arm) for arm in values.pop("arm")]
     rates = [Rate(**rate) for rate in values.pop("rate")]
     values["arms"] = _named(arms, fewer.pop("arms", None), "arm")
     values["rates"] = _named(rates, fewer.pop("rates", None), "rate")
-    return Plan(**{**values, **fewer, "flags": tuple(values["flags"])})
+    values["flags"] = tuple(values["flags"])
+    values["pascal_flags"] = tuple(values.get("pascal_flags", ()))
+    return Plan(**{**values, **fewer})
 
 
 def _named(known: list[Any], wanted: list[str] | None, kind: str) -> tuple[Any, ...]:
@@ -136,6 +140,18 @@ def _python(*arguments: str) -> str:
     return done.stdout
 
 
+def command_line(arm: Arm, plan: Plan, model: Path) -> list[str]:
+    """How to start the arm, without its address."""
+    shared = (*plan.flags, *(plan.pascal_flags if arm.command == "pascal" else ()))
+    places = {
+        "model": model,
+        "kv_tokens": arm.kv_tokens or plan.kv_tokens,
+        "target_tpot_ms": f"{plan.target_tpot_ms:g}",
+    }
+    flags = [flag.format_map(places) for flag in (*shared, *arm.flags)]
+    return [sys.executable, "-m", COMMANDS[arm.command], *flags]
+
+
 class Server:
     """A server of one arm, with its output in a file; leaving the context takes it all down."""
 
@@ -145,13 +161,10 @@ class Server:
             port = probe.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{port}"
         self._start_timeout_s = plan.start_timeout_s
-        places = {"model": model, "kv_tokens": arm.kv_tokens or plan.kv_tokens}
-        flags = [flag.format_map(places) for flag in (*plan.flags, *arm.flags)]
         descriptor, log = tempfile.mkstemp(prefix=f"evals-{arm.name}-", suffix=".log")
         self.log = Path(log)
-        self.command = [sys.executable, "-m", COMMANDS[arm.command], *flags]
         self.process = subprocess.Popen(
-            [*self.command, "--host", "127.0.0.1", "--port", str(port)],
+            [*command_line(arm, plan, model), "--host", "127.0.0.1", "--port", str(port)],
             stdout=descriptor,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

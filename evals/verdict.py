@@ -20,6 +20,7 @@ WORST_BIN_LIMIT = 1.3
 THROUGHPUT_LIMIT = 0.97
 VIOLATION_LIMIT = 0.01
 OVERLOAD_REFERENCE = "rr"
+LEAST_GAP = 0.05
 
 Read = Callable[[dict[str, Any]], float | None]
 
@@ -101,8 +102,21 @@ def ratio(runs: Sequence[Run], arm: str, base: str | None, rate: str, read: Read
 
 
 def gap_closure(stock: float, arm: float, oracle: float) -> float | None:
-    """Share of the distance from stock to oracle that the arm covers; None where there is none."""
-    return (stock - arm) / (stock - oracle) if stock > oracle else None
+    """Share of the distance from stock to oracle that the arm covers; None where the distance is
+    within noise, so that there is nothing to cover."""
+    gap = stock - oracle
+    return (stock - arm) / gap if gap > LEAST_GAP * stock else None
+
+
+def gap_closed(
+    runs: Sequence[Run], arm: str, stock: Sequence[str], oracle: str | None, rate: str
+) -> float | None:
+    """`gap_closure` of mean TTFO, from the best stock arm."""
+    read = key("mean_ttfo_ms")
+    base = best(runs, stock, rate, read)
+    ends = [mean(runs, end, rate, read) for end in (base, arm, oracle) if end is not None]
+    known = [end for end in ends if end is not None]
+    return gap_closure(*known) if len(known) == 3 else None
 
 
 def token_mismatches(runs: Sequence[Run]) -> list[str]:

@@ -48,7 +48,8 @@ class Lengths:
     def sample(self, rng: np.random.Generator, count: int, scale: float) -> np.ndarray:
         mu = math.log(self.mean) - self.sigma**2 / 2
         drawn = np.clip(rng.lognormal(mu, self.sigma, count), self.low, self.high)
-        return np.maximum(1, np.rint(drawn * scale)).astype(int)
+        tokens: np.ndarray = np.maximum(1, np.rint(drawn * scale)).astype(int)
+        return tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from pascal_sglang.preflight import (
     OneLineParser,
     check_arguments,
     check_machine,
+    check_policy,
     one_line,
 )
 
@@ -85,6 +86,7 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     if not plugin.is_installed():
         raise LaunchError("SGLang did not load the plugin; is pascal_sglang installed by pip?")
     server_args = check_arguments(sglang_argv)
+    check_policy(config.policy, server_args)
     print(config.banner(), file=sys.stderr, flush=True)
     try:
         run_server(server_args)

@@ -67,6 +67,26 @@ def check_arguments(argv: list[str]) -> Any:
     return server_args
 
 
+def check_policy(policy: str, server_args: Any) -> None:
+    """Refuse engine features that the pause ladder does not carry; `fcfs` serves them all."""
+    if policy == "fcfs":
+        return
+    features = {
+        "--speculative-algorithm": server_args.speculative_algorithm is not None,
+        "--pp-size above 1": server_args.pp_size > 1,
+        "--enable-dp-attention": server_args.enable_dp_attention,
+        "--disaggregation-mode": server_args.disaggregation_mode != "null",
+        "--enable-hierarchical-cache": server_args.enable_hierarchical_cache,
+        "--enable-hisparse": server_args.enable_hisparse,
+        "--dllm-algorithm": server_args.dllm_algorithm is not None,
+    }
+    asked = [name for name, given in features.items() if given]
+    if asked:
+        raise LaunchError(
+            f"policy {policy} does not work with {asked[0]} yet; use --pascal-policy fcfs"
+        )
+
+
 def _check_model(model_path: str) -> None:
     """A folder must hold a readable config.json; anything else is left to SGLang and the hub."""
     path = Path(model_path)

@@ -14,6 +14,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.ladder import Ladder
+from pascal_sglang.engine.metrics import PauseMetrics
 from pascal_sglang.engine.phases import timeline_of
 from pascal_sglang.policy.member import Member, Place
 from pascal_sglang.policy.order import ORDERS, Moment, Tuning
@@ -43,6 +44,7 @@ class Governor:
         self.errors = 0
         self.unpausable: Counter[str] = Counter()
         self._chaos = random.Random(0) if config.chaos else None
+        self.metrics: PauseMetrics | None = None
         self._arrivals = 0
         self._admitted: set[Req] = set()
 
@@ -69,12 +71,14 @@ class Governor:
         """Begin a pass. An error of ours is logged and counted, and SGLang's order stands in."""
         self.tick(self._clock())
         try:
-            return self.before_batch(running, last)
+            running = self.before_batch(running, last)
         except Exception:
             self.errors += 1
             logger.exception("pascal_sglang: the policy failed; SGLang's own order stands in")
             self._admitted = set(self.scheduler.waiting_queue)
-            return running
+        if self.metrics is not None:
+            self.metrics.update(self.ladder.counts, len(self.ladder.paused), self.errors)
+        return running
 
     def _clock(self) -> float:
         """TP rank 0's clock, the same on every rank."""
@@ -106,7 +110,11 @@ class Governor:
         members = {self._refresh(r): r for r in running_reqs}
         joining = set(fresh) - set(running_reqs)
         others = {self._refresh(r): r for r in self.ladder.paused}
-        others.update((self._refresh(r), r) for r in self.scheduler.waiting_queue)
+        for req in self.scheduler.waiting_queue:
+            member = self._refresh(req)
+            if member.place is not Place.WAITING:  # SGLang retracted it.
+                member.enter(Place.WAITING, self.moment.pass_no)
+            others[member] = req
         plan = self.planner.plan(members, others, self._room(running), self.moment, len(joining))
         if self._chaos is not None:
             plan = self._shake(plan, members, others)
@@ -114,13 +122,12 @@ class Governor:
         if leaving:
             self.ladder.leave(leaving, running)
         self._admitted = set()
-        resumed = []
         for member in plan.start:
             req = others[member]
             if member.place is Place.HOST:
-                if not self.ladder.can_resume(req):
+                keep = self._promised_tokens() + len(running.reqs) + len(joining) + 1
+                if not self.ladder.can_resume(req, keep):
                     break
-                resumed.append(req)
                 self.planner.started(member, self.moment)
                 running = self._merge(running, self.ladder.resume([req]))
             else:
@@ -180,7 +187,8 @@ class Governor:
         scheduler = self.scheduler
         return Room(
             free_tokens=scheduler.token_to_kv_pool_allocator.available_size()
-            + scheduler.tree_cache.evictable_size(),
+            + scheduler.tree_cache.evictable_size()
+            - self._promised_tokens(),
             releasing_tokens=self.ladder.releasing_tokens,
             slots=min(
                 scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running),
@@ -188,6 +196,14 @@ class Governor:
             )
             + len(self.ladder.leaving),
         )
+
+    def _promised_tokens(self) -> int:
+        """KV the rest of a chunked prefill will take: SGLang goes on with it unasked."""
+        chunked = self.scheduler.chunked_req
+        if chunked is None:
+            return 0
+        whole = len(chunked.origin_input_ids) + len(chunked.output_ids)
+        return max(0, whole - chunked.kv.kv_committed_len)
 
     def _shake(self, plan: Plan, running: dict[Member, Req], others: dict[Member, Req]) -> Plan:
         """Pause and hold back at random, on top of the plan."""
@@ -203,6 +219,12 @@ def build_governor(scheduler: Any, config: PascalConfig) -> Governor | None:
     """The governor of a scheduler; None under `fcfs`."""
     if config.policy == "fcfs":
         return None
+    carried = not (scheduler.is_hybrid_swa or scheduler.is_hybrid_ssm or scheduler.attn_dp_enabled)
+    if not carried:
+        raise RuntimeError(
+            f"policy {config.policy} does not work with hybrid KV pools or DP attention yet; "
+            "use --pascal-policy fcfs"
+        )
     capacity = scheduler.max_total_num_tokens
     kv_bytes = scheduler.token_to_kv_pool_allocator.get_kvcache().mem_usage * 2**30
     budget = (

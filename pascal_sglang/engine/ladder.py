@@ -111,8 +111,8 @@ class Ladder:
     def _release(self, req: Req) -> None:
         release_kv_cache(req, self.scheduler.tree_cache, checkpoint=False)
 
-    def can_resume(self, req: Req) -> bool:
-        """Whether a row and the KV entries are to be had right now."""
+    def can_resume(self, req: Req, keep_tokens: int) -> bool:
+        """Whether a row and the KV entries are to be had now, with `keep_tokens` left over."""
         scheduler = self.scheduler
         free = (
             scheduler.token_to_kv_pool_allocator.available_size()
@@ -121,7 +121,7 @@ class Ladder:
         page = scheduler.page_size
         return (
             scheduler.req_to_token_pool.available_size() > 0
-            and free >= -(-self.paused[req].tokens // page) * page
+            and free - keep_tokens >= -(-self.paused[req].tokens // page) * page
         )
 
     def resume(self, reqs: list[Req]) -> ScheduleBatch:

@@ -61,3 +61,51 @@ class PhaseMetrics:
         ):
             if seconds is not None:
                 series.observe(seconds)
+
+
+class PauseMetrics:
+    """What the pause ladder did: pauses by rung, resumes, KV entries moved, policy errors."""
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        from prometheus_client import Counter, Gauge
+
+        names = list(labels)
+        pauses = Counter(
+            "pascal:pauses",
+            "Pauses by rung: host (KV kept in host memory), recompute (KV dropped).",
+            [*names, "rung"],
+        )
+        tokens = Counter(
+            "pascal:paused_tokens", "KV entries taken off the device by pauses.", [*names, "rung"]
+        )
+        self._counters = {
+            "host": pauses.labels(**labels, rung="host"),
+            "recompute": pauses.labels(**labels, rung="recompute"),
+            "host_tokens": tokens.labels(**labels, rung="host"),
+            "recompute_tokens": tokens.labels(**labels, rung="recompute"),
+            "resumed": Counter(
+                "pascal:resumes", "Paused requests brought back without recompute.", names
+            ).labels(**labels),
+            "errors": Counter(
+                "pascal:policy_errors", "Passes in which SGLang's order stood in.", names
+            ).labels(**labels),
+        }
+        self._paused = Gauge(
+            "pascal:paused_requests",
+            "Requests paused with their KV in host memory.",
+            names,
+            multiprocess_mode="mostrecent",
+        ).labels(**labels)
+        self._reported: dict[str, int] = dict.fromkeys(self._counters, 0)
+        self._last_paused = -1
+
+    def update(self, counts: Mapping[str, int], paused: int, errors: int) -> None:
+        """Report what has changed since the last pass."""
+        if paused != self._last_paused:
+            self._paused.set(paused)
+            self._last_paused = paused
+        for name, counter in self._counters.items():
+            now = errors if name == "errors" else counts.get(name, 0)
+            if now != self._reported[name]:
+                counter.inc(now - self._reported[name])
+                self._reported[name] = now

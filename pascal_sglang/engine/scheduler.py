@@ -19,7 +19,7 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.budget import with_default_budget
 from pascal_sglang.engine.governor import Governor, build_governor
 from pascal_sglang.engine.ladder import Ladder
-from pascal_sglang.engine.metrics import PhaseMetrics
+from pascal_sglang.engine.metrics import PauseMetrics, PhaseMetrics
 from pascal_sglang.engine.phases import PhaseTracker, count_phases, describe
 from pascal_sglang.frontend import INIT_INFO_KEY
 
@@ -62,6 +62,8 @@ class PascalScheduler(Scheduler):
     def init_output_streamer(self) -> None:
         reports = self.metrics_reporter.enable_metrics and get_parallel().attn_tp_rank == 0
         metrics = PhaseMetrics(self.metrics_collector.labels) if reports else None
+        if reports and self.governor is not None:
+            self.governor.metrics = PauseMetrics(self.metrics_collector.labels)
         on_progress = None if self.governor is None else self.governor.observe
         self.phase_tracker = PhaseTracker(metrics, on_progress)
         super().init_output_streamer()

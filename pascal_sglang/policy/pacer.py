@@ -50,4 +50,4 @@ class Pacer:
         end = self.last_shown + self.tpot
         due = self.delivered * (self.first_shown + self._ideal(self.delivered - 1)) / 2
         whole = self.delivered * end - due
-        return max(0.0, 1.0 - self.delay / whole)
+        return min(1.0, max(0.0, 1.0 - self.delay / whole))

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.harness import PASCAL, TINY_FLAGS, Server
 from tests.requests import generate
 
 PROMPTS = [f"Question {i}: " + "why " * (i * 7 % 23) for i in range(24)]
@@ -34,8 +35,11 @@ def outputs(server):
     ]
 
 
-def test_same_tokens_as_stock(pascal_server, stock_server):
-    assert outputs(pascal_server) == outputs(stock_server)
+def test_same_tokens_as_stock(tiny_model, stock_server):
+    flags = ["--model-path", str(tiny_model), *TINY_FLAGS, "--pascal-policy", "fcfs"]
+    with Server(PASCAL, flags) as server:
+        assert outputs(server) == outputs(stock_server)
+        assert server.instances()[0]["policy"] == "fcfs"
 
 
 def test_unasked_we_are_not_there(stock_server):

@@ -113,6 +113,14 @@ def broken_model(tmp_path):
     return tmp_path
 
 
+def test_a_feature_the_ladder_does_not_carry_ends_in_one_line(tiny_model):
+    flags = ["--model-path", str(tiny_model), "--device", "cpu", "--pp-size", "2"]
+    code, output = run(PASCAL, flags)
+    assert code == 2
+    (line,) = our_lines(output)
+    assert "--pp-size" in line
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

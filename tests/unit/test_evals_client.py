@@ -3,7 +3,6 @@
 import asyncio
 import json
 
-import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
@@ -49,7 +48,6 @@ def send(items, **bounds):
     return asyncio.run(go())
 
 
-@pytest.mark.filterwarnings("ignore:the client itself was late")
 def test_many_streams_at_once_lose_nothing():
     items = [Item(i * 0.001, 8, 3, 4) for i in range(400)]
     back = send(items)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from evals import verdict
-from evals.arms import Arm, ArmError, Rate, load_plan, parse_counters
+from evals.arms import Arm, ArmError, Rate, command_line, load_plan, parse_counters
 from evals.verdict import Run
 
 LIVE = Path(__file__).parents[2] / "evals" / "arms" / "live.toml"
@@ -71,6 +71,21 @@ def test_gap_closure():
     assert verdict.gap_closure(stock=10.0, arm=4.0, oracle=2.0) == pytest.approx(0.75)
     assert verdict.gap_closure(stock=10.0, arm=12.0, oracle=2.0) == pytest.approx(-0.25)
     assert verdict.gap_closure(stock=2.0, arm=1.0, oracle=2.0) is None
+    assert verdict.gap_closure(stock=2.0, arm=1.0, oracle=1.95) is None
+
+
+def test_gap_closed_starts_at_the_best_stock_arm():
+    runs = [
+        run("fcfs", mean_ttfo_ms=1100.0),
+        run("priority", mean_ttfo_ms=1000.0),
+        run("pascal", mean_ttfo_ms=400.0),
+        run("oracle", mean_ttfo_ms=200.0),
+    ]
+    stock = ["fcfs", "priority"]
+    seen = verdict.gap_closed(runs, "pascal", stock, "oracle", "high")
+    assert seen == pytest.approx(0.75)
+    assert verdict.gap_closed(runs, "pascal", stock, None, "high") is None
+    assert verdict.gap_closed(runs, "rr", stock, "oracle", "high") is None
 
 
 def test_arms_must_agree_on_tokens_per_item():
@@ -127,8 +142,19 @@ def test_the_plan_of_live_and_its_parts():
     assert [arm.name for arm in part.arms] == ["fcfs", "pascal"]
     assert [rate.name for rate in part.rates] == ["high"]
     assert (part.seeds, part.requests) == (1, 7)
-    for flag in (flag for arm in plan.arms for flag in (*plan.flags, *arm.flags)):
-        flag.format_map({"model": "m", "kv_tokens": 1})
+
+
+def test_command_lines_of_live():
+    plan = load_plan(LIVE)
+    lines = {arm.name: command_line(arm, plan, Path("m"))[1:] for arm in plan.arms}
+    assert lines["fcfs"][:4] == ["-m", "sglang.launch_server", "--model-path", "m"]
+    assert lines["pascal"][:2] == ["-m", "pascal_sglang.launch_server"]
+    pace = lines["pascal"].index("--pascal-answer-tpot-ms") + 1
+    assert float(lines["pascal"][pace]) == plan.target_tpot_ms
+    capacity = lines["oracle"].index("--max-total-tokens") + 1
+    assert int(lines["oracle"][capacity]) > plan.kv_tokens
+    for name in ("fcfs", "priority", "oracle"):
+        assert not any(flag.startswith("--pascal") for flag in lines[name])
 
 
 def test_bad_plans_are_refused():

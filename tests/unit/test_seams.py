@@ -66,12 +66,17 @@ def test_digest_follows_the_source(tmp_path, monkeypatch):
 def test_what_we_override_and_wrap_is_on_the_list():
     from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-    from pascal_sglang.engine.scheduler import PascalInvariantChecker, PascalOutputStreamer, PascalScheduler
+    from pascal_sglang.engine.scheduler import (
+        PascalInvariantChecker,
+        PascalOutputStreamer,
+        PascalScheduler,
+    )
 
     listed = {seam.symbol for seam in load_seams()}
     for ours, stock in (
         (PascalScheduler, PascalScheduler.__mro__[1]),
         (PascalOutputStreamer, SchedulerOutputStreamer),
+        (PascalInvariantChecker, PascalInvariantChecker.__mro__[1]),
     ):
         for name in vars(ours):
             defined = next((c for c in stock.__mro__ if name in vars(c)), None)

@@ -1,0 +1,187 @@
+"""Promises of the plan, for every policy, under random situations."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pascal_sglang.policy.member import Member, Place
+from pascal_sglang.policy.order import AHEAD, ORDERS, URGENT, Moment, Tuning
+from pascal_sglang.policy.pacer import Pacer
+from pascal_sglang.policy.plan import GROWTH, Planner, Room
+from pascal_sglang.policy.timeline import Phase
+
+TUNING = Tuning(quantum=50, demote=400, burst=10)
+NOW = 1000.0
+TPOT = 0.1
+
+
+@st.composite
+def member(draw, seq, place):
+    pacer = Pacer(TPOT)
+    answering = place is not Place.WAITING and draw(st.booleans())
+    tokens = draw(st.integers(0, 600))
+    if answering and tokens:
+        pacer.delivered = tokens
+        pacer.first_shown = NOW - 50
+        pacer.last_shown = NOW + draw(st.floats(-2, 5))
+    return Member(
+        seq=seq,
+        pacer=pacer,
+        place=place,
+        phase=Phase.ANSWERING if answering else Phase.REASONING,
+        phase_tokens=tokens,
+        total_tokens=tokens + (draw(st.integers(0, 300)) if answering else 0),
+        kv_tokens=draw(st.integers(1, 700)),
+        pausable=draw(st.sampled_from([True, True, True, False])),
+        since_pass=draw(st.integers(0, 5000)),
+    )
+
+
+@st.composite
+def situation(draw):
+    places = draw(st.lists(st.sampled_from(list(Place)), max_size=14))
+    members = [draw(member(i, place)) for i, place in enumerate(places)]
+    room = Room(draw(st.integers(0, 1500)), draw(st.integers(0, 300)), draw(st.integers(0, 6)))
+    running = [m for m in members if m.place is Place.RUNNING]
+    return running, [m for m in members if m.place is not Place.RUNNING], room
+
+
+MOMENT = Moment(5000, NOW, 0.01)
+policies = st.sampled_from(sorted(ORDERS))
+
+
+def decide(policy, running, others, room):
+    planner = Planner(ORDERS[policy], TUNING)
+    return planner, planner.plan(running, others, room, MOMENT)
+
+
+@given(policies, situation())
+@settings(max_examples=400, deadline=None)
+def test_never_beyond_memory_or_slots(policy, case):
+    running, others, room = case
+    _, plan = decide(policy, running, others, room)
+    if not running and len(plan.start) == 1:
+        return  # An idle instance may try what does not fit; the engine refuses it.
+    given_back = sum(m.kv_tokens for m in plan.pause)
+    left = room.free_tokens + room.releasing_tokens + given_back
+    growing = len(running) - len(plan.pause) + len(plan.start)
+    if plan.start:
+        assert sum(m.kv_tokens for m in plan.start) + GROWTH * growing <= left
+        assert len(plan.start) <= max(0, room.slots) + len(plan.pause)
+
+
+@given(policies, situation())
+@settings(max_examples=400, deadline=None)
+def test_nobody_is_paused_for_nothing(policy, case):
+    running, others, room = case
+    _, plan = decide(policy, running, others, room)
+    short = room.free_tokens + room.releasing_tokens < GROWTH * len(running)
+    assert plan.start or short or not plan.pause
+    assert all(m.pausable and m.place is Place.RUNNING for m in plan.pause)
+    assert len(set(map(id, plan.pause))) == len(plan.pause)
+
+
+@given(policies, situation())
+@settings(max_examples=400, deadline=None)
+def test_only_a_strictly_better_rank_displaces(policy, case):
+    running, others, room = case
+    short = room.free_tokens + room.releasing_tokens < GROWTH * len(running)
+    planner, plan = decide(policy, running, others, room)
+    if plan.start and not short:
+
+        def rank(m):
+            return planner.order.rank(m, MOMENT, TUNING)
+
+        assert all(rank(v) > min(map(rank, plan.start)) for v in plan.pause)
+
+
+@given(policies, situation())
+@settings(max_examples=200, deadline=None)
+def test_the_same_view_gives_the_same_plan(policy, case):
+    running, others, room = case
+    _, first = decide(policy, running, others, room)
+    _, again = decide(policy, list(reversed(running)), list(reversed(others)), room)
+    assert first == again
+
+
+@given(situation())
+@settings(max_examples=400, deadline=None)
+def test_no_thinker_waits_behind_an_answer_with_slack(case):
+    """Under `pascal`, the first thinker in line starts if pausing answers with slack makes room."""
+    running, others, room = case
+    planner, plan = decide("pascal", running, others, room)
+    ranks = {m.seq: planner.order.rank(m, MOMENT, TUNING) for m in [*running, *others]}
+    line = sorted(others, key=lambda m: (ranks[m.seq], planner.order.tie(m, MOMENT), m.seq))
+    if not line or ranks[line[0].seq][0] in (URGENT, AHEAD):
+        return
+    first = line[0]
+    slack = [m for m in running if m.pausable and ranks[m.seq][0] == AHEAD]
+    room_made = room.free_tokens + room.releasing_tokens - GROWTH * len(running)
+    room_made += sum(m.kv_tokens + GROWTH for m in slack)
+    if first.kv_tokens + GROWTH <= room_made and room.slots + len(slack) >= 1:
+        assert first in plan.start
+
+
+@given(situation())
+@settings(max_examples=400, deadline=None)
+def test_an_answer_about_to_run_dry_comes_back_if_any_order_allows(case):
+    running, others, room = case
+    planner, plan = decide("pascal", running, others, room)
+
+    def urgent(m):
+        return planner.order.rank(m, MOMENT, TUNING)[0] == URGENT
+
+    dry = sorted((m for m in others if urgent(m)), key=lambda m: (m.pacer.slack(NOW), m.seq))
+    if not dry:
+        return
+    yielding = [m for m in running if m.pausable and not urgent(m)]
+    most = room.free_tokens + room.releasing_tokens - GROWTH * len(running)
+    most += sum(m.kv_tokens + GROWTH for m in yielding)
+    if dry[0].kv_tokens + GROWTH <= most and room.slots + len(yielding) >= 1:
+        assert dry[0] in plan.start
+
+
+@pytest.mark.parametrize("policy", sorted(ORDERS))
+def test_no_ping_pong_within_a_quantum(policy):
+    """Two thinkers, room for one: the one that runs keeps running for a quantum."""
+    planner = Planner(ORDERS[policy], TUNING)
+    members = [Member(seq=i, pacer=Pacer(TPOT), kv_tokens=20) for i in range(2)]
+    switches, running = 0, None
+    for pass_no in range(1, 2000):
+        moment = Moment(pass_no, NOW + pass_no * 0.01, 0.01)
+        free = 30 - (running.kv_tokens if running else 0)
+        others = [m for m in members if m is not running]
+        plan = planner.plan([running] if running else [], others, Room(free, 0, 2), moment)
+        if plan.pause:
+            running.enter(Place.HOST, pass_no)
+            running = None
+        if plan.start:
+            running = plan.start[0]
+            planner.started(running, moment)
+            switches += 1
+        running.phase_tokens += 1
+        running.total_tokens += 1
+    assert 2 <= switches <= 2000 / TUNING.quantum + 2
+
+
+def test_waiting_is_bounded_under_endless_new_thinkers():
+    """A long thinker, one slot, always a fresh short one in line: it runs within the bound."""
+    planner = Planner(ORDERS["pascal"], TUNING)
+    long = Member(seq=0, pacer=Pacer(TPOT), place=Place.HOST, phase_tokens=300, kv_tokens=20)
+    quanta = long.phase_tokens // TUNING.quantum
+    bound = TUNING.ageing * TUNING.quantum * (quanta + 2)
+    running, seq = None, 1
+    for pass_no in range(1, bound + TUNING.quantum + 2):
+        moment = Moment(pass_no, NOW, 0.01)
+        fresh = Member(seq=seq, pacer=Pacer(TPOT), kv_tokens=20, since_pass=pass_no)
+        seq += 1
+        free = 30 - (running.kv_tokens if running else 0)
+        plan = planner.plan([running] if running else [], [long, fresh], Room(free, 0, 1), moment)
+        if long in plan.start:
+            return
+        if plan.start:
+            running = plan.start[0]
+            planner.started(running, moment)
+        running.phase_tokens += 1
+        running.total_tokens += 1
+    pytest.fail(f"starved for more than {bound} passes")
