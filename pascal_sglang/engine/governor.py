@@ -128,8 +128,11 @@ class Governor:
                 keep = self._promised_tokens() + len(running.reqs) + len(joining) + 1
                 if not self.ladder.can_resume(req, keep):
                     break
+                batch = self.ladder.resume(req)
+                if batch is None:
+                    break
                 self.planner.started(member, self.moment)
-                running = self._merge(running, self.ladder.resume([req]))
+                running = self._merge(running, batch)
             else:
                 self._admitted.add(req)
         return running

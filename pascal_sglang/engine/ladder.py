@@ -124,13 +124,17 @@ class Ladder:
             and free - keep_tokens >= -(-self.paused[req].tokens // page) * page
         )
 
-    def resume(self, reqs: list[Req]) -> ScheduleBatch:
-        """Bring paused requests back as a batch that decodes in the next step, without prefill."""
-        for req in reqs:
-            self._to_device(req, self.paused.pop(req))
+    def resume(self, req: Req) -> ScheduleBatch | None:
+        """Bring a paused request back as a batch that decodes in the next step, without prefill.
+
+        None, and the request stays paused, if the pool does not give what `can_resume` counted on.
+        """
+        if not self._to_device(req, self.paused[req]):
+            return None
+        del self.paused[req]
         scheduler = self.scheduler
         batch = ScheduleBatch.init_new(
-            reqs,
+            [req],
             scheduler.req_to_token_pool,
             scheduler.token_to_kv_pool_allocator,
             scheduler.tree_cache,
@@ -140,23 +144,25 @@ class Ladder:
         )
         batch.prepare_for_prebuilt()
         batch.forward_mode = ForwardMode.DECODE
-        last = torch.tensor([req.output_ids[-1] for req in reqs], dtype=torch.int64)
+        last = torch.tensor([req.output_ids[-1]], dtype=torch.int64)
         scheduler.future_map.stash(
             batch.req_pool_indices, RelayPayload(bonus_tokens=last.to(batch.device))
         )
-        self.counts["resumed"] += len(reqs)
+        self.counts["resumed"] += 1
         return batch
 
-    def _to_device(self, req: Req, copy: HostCopy) -> None:
+    def _to_device(self, req: Req, copy: HostCopy) -> bool:
         scheduler = self.scheduler
         allocator = scheduler.token_to_kv_pool_allocator
         tokens = copy.tokens
         pages = -(-tokens // scheduler.page_size) * scheduler.page_size
-        scheduler.req_to_token_pool.alloc([req])
+        if scheduler.req_to_token_pool.alloc([req]) is None:
+            return False
         evict_from_tree_cache(scheduler.tree_cache, pages)
         locations = allocator.alloc(pages)
         if locations is None:
-            raise RuntimeError(f"no room for {pages} KV entries of a resumed request")
+            scheduler.req_to_token_pool.free(req)
+            return False
         locations = locations[:tokens]
         scheduler.req_to_token_pool.write((req.kv.req_pool_idx, slice(0, tokens)), locations)
         req.kv.kv_allocated_len = req.kv.kv_committed_len = tokens
@@ -168,6 +174,7 @@ class Ladder:
         req.host_hit_length = 0
         req.refresh_fill_ids()
         allocator.load_cpu_copy(copy.layers, locations)
+        return True
 
     def forget(self, matches: Any) -> list[Req]:
         """Let go of requests being aborted; returns them, with everything they held given back."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pascal_sglang.policy.timeline import PhaseTimeline
 
 _LATENCY = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480)
+_QOE = (0.1, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99, 0.999, 1.0)
 _TPOT = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
 
@@ -36,6 +37,9 @@ class PhaseMetrics:
         self._tpot = histogram(
             "answer_tpot_seconds", "Mean time per answering token after the first.", _TPOT
         )
+        self._qoe = histogram(
+            "answer_qoe", "QoE of answers at the reader's pace; below 0.95 misses the SLO.", _QOE
+        )
         self._reasoning_tokens = counter("reasoning_tokens", "Thinking tokens generated.")
         self._answer_tokens = counter("answer_tokens", "Answering tokens generated.")
         requests = Counter(
@@ -48,19 +52,20 @@ class PhaseMetrics:
             for outcome in ("answered", "no_answer", "aborted")
         }
 
-    def record(self, timeline: PhaseTimeline, outcome: str) -> None:
-        """Report a request that ended; latencies that never happened are left out."""
+    def record(self, timeline: PhaseTimeline, outcome: str, qoe: float | None) -> None:
+        """Report a request that ended; what never happened is left out."""
         self._requests[outcome].inc()
         self._reasoning_tokens.inc(timeline.reasoning_tokens)
         self._answer_tokens.inc(timeline.answer_tokens)
-        for series, seconds in (
+        for series, value in (
             (self._ttft, timeline.ttft),
             (self._reasoning, timeline.reasoning_time),
             (self._ttfo, timeline.ttfo),
             (self._tpot, timeline.answer_tpot),
+            (self._qoe, qoe),
         ):
-            if seconds is not None:
-                series.observe(seconds)
+            if value is not None:
+                series.observe(value)
 
 
 class PauseMetrics:

@@ -86,12 +86,18 @@ class PhaseTracker:
         self.outcomes[outcome] += 1
         self.recent.append({**describe(req), "outcome": outcome})
         if self.metrics is not None:
-            self.metrics.record(timeline, outcome)
+            self.metrics.record(timeline, outcome, qoe_of(req))
 
 
 def _is_internal(req: Req) -> bool:
     """Health checks, and the prompt pass SGLang runs ahead of parallel samples: no user waits."""
     return req.rid.startswith(HEALTH_CHECK_RID_PREFIX) or req.sampling_params.max_new_tokens == 0
+
+
+def qoe_of(req: Req) -> float | None:
+    """The reader's QoE of an answer so far; None without one, or under `fcfs`."""
+    member = getattr(req, "pascal_member", None)
+    return member.pacer.qoe if member is not None and member.pacer.delivered else None
 
 
 def describe(req: Req) -> dict[str, Any]:
@@ -107,6 +113,7 @@ def describe(req: Req) -> dict[str, Any]:
         "reasoning_time_s": timeline.reasoning_time,
         "ttfo_s": timeline.ttfo,
         "answer_tpot_s": timeline.answer_tpot,
+        "qoe": qoe_of(req),
     }
 
 

@@ -162,6 +162,7 @@ class PascalScheduler(Scheduler):
             },
             "paused": len(paused),
             "pauses": {} if ladder is None else dict(ladder.counts),
+            "unpausable": {} if self.governor is None else dict(self.governor.unpausable),
             "policy_errors": 0 if self.governor is None else self.governor.errors,
             "requests": [describe(req) for req in [*live, *self.waiting_queue]],
             "recent": list(self.phase_tracker.recent),

@@ -154,14 +154,15 @@ def test_metrics_carry_the_series(pascal_server):
                 total += float(line.rsplit(" ", 1)[1])
         return total
 
-    names = ["ttft", "reasoning", "ttfo", "answer_tpot"]
-    before = {n: value(f"pascal:{n}_seconds_count") for n in names}
+    names = ["ttft_seconds", "reasoning_seconds", "ttfo_seconds", "answer_tpot_seconds"]
+    names.append("answer_qoe")
+    before = {n: value(f"pascal:{n}_count") for n in names}
     answered = value("pascal:requests_total", outcome="answered")
     tokens = value("pascal:reasoning_tokens_total"), value("pascal:answer_tokens_total")
     body = generate("Once", think=10, total=20, rid=rid())
     pascal_server.post("/generate", body)
     pascal_server.recent(body["rid"])
-    assert {n: value(f"pascal:{n}_seconds_count") - c for n, c in before.items()} == dict.fromkeys(
+    assert {n: value(f"pascal:{n}_count") - c for n, c in before.items()} == dict.fromkeys(
         names, 1.0
     )
     assert value("pascal:requests_total", outcome="answered") == answered + 1
