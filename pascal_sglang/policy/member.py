@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Phase
@@ -28,6 +29,8 @@ class Member:
     pausable: False for what the engine cannot pause; it runs on as in stock SGLang.
     since_pass: the pass in which it entered its current place.
     credit: quanta forgiven for having waited; lasts until it has run a quantum.
+    handle: the adapter's own object.
+    ticket: which of its entries in a `Line` is the true one.
     """
 
     seq: int
@@ -40,9 +43,12 @@ class Member:
     pausable: bool = True
     since_pass: int = 0
     credit: int = 0
-    ran_from: int = field(default=0)
+    ran_from: int = 0
+    handle: Any = None
+    ticket: int = 0
 
     def enter(self, place: Place, pass_no: int) -> None:
+        """Change place; waiting starts anew, and so does the count of what it runs."""
         self.place = place
         self.since_pass = pass_no
         if place is Place.RUNNING:

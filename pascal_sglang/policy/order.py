@@ -1,11 +1,13 @@
 """The one ordering key of each policy: it admits, resumes and pauses (DESIGN: never two keys).
 
 A rank is `(class, quanta)`; lower goes first. Only a strictly lower rank may displace somebody, so
-equals never displace each other. Within a rank, `tie` orders: by arrival, or by who runs dry first.
+equals never displace each other. Within a rank, `key` orders. Requests that do not run stand in
+lanes in which `key` orders them by rank too, so that a line need not be sorted anew in every pass.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +18,9 @@ Rank = tuple[int, int]
 
 URGENT, THINKING, DEMOTED, AHEAD = range(4)
 HIGH, LOW = range(2)
+
+# Passes between the decision to bring an answer back and its next token.
+REACTION_PASSES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +50,11 @@ class Moment:
     pass_s: float
 
 
-Key = Callable[[Member, Moment, Tuning], Rank]
+def credit_of(member: Member, tuning: Tuning) -> int:
+    """Quanta forgiven for waiting, which last one quantum of running."""
+    if member.place is Place.RUNNING and member.total_tokens - member.ran_from >= tuning.quantum:
+        return 0
+    return member.credit
 
 
 def quanta(member: Member, moment: Moment, tuning: Tuning) -> int:
@@ -55,11 +64,18 @@ def quanta(member: Member, moment: Moment, tuning: Tuning) -> int:
     `ageing * quantum * (quanta + 1)` passes a waiting request outranks every request of its class
     that has not waited as long.
     """
-    consumed = member.phase_tokens // tuning.quantum
+    consumed = member.phase_tokens // tuning.quantum - credit_of(member, tuning)
     if member.place is Place.RUNNING:
-        return consumed - member.credit
+        return consumed
     waited = moment.pass_no - member.since_pass
-    return consumed - member.credit - waited // (tuning.ageing * tuning.quantum)
+    return consumed - waited // (tuning.ageing * tuning.quantum)
+
+
+def served(member: Member, tuning: Tuning) -> float:
+    """The pass at which a request of no quanta would have come to stand where this one stands: the
+    order of `quanta` while everybody waits, without the clock."""
+    consumed = member.phase_tokens // tuning.quantum - credit_of(member, tuning)
+    return consumed * tuning.ageing * tuning.quantum + member.since_pass
 
 
 def is_demoted(member: Member, tuning: Tuning) -> bool:
@@ -70,24 +86,27 @@ def pascal(member: Member, moment: Moment, tuning: Tuning) -> Rank:
     """Answers about to run dry, then thinking, then demoted thinking, then answers with slack."""
     if member.phase is Phase.ANSWERING:
         return (URGENT if is_urgent(member, moment, tuning) else AHEAD, 0)
-    demoted = is_demoted(member, tuning)
-    return (DEMOTED if demoted else THINKING, quanta(member, moment, tuning))
+    return (pascal_lane(member, tuning), quanta(member, moment, tuning))
 
 
 def is_urgent(member: Member, moment: Moment, tuning: Tuning) -> bool:
     """The SLO guard. A running answer stays urgent until it has a burst of lead, so that it does
     not come and go with every token; the first answering token is always urgent: TTFO waits."""
-    tpot = member.pacer.tpot
-    guard = tuning.guard * tpot + 4 * moment.pass_s
-    if member.place is Place.RUNNING:
-        guard += tuning.burst * tpot
-    return member.pacer.slack(moment.now) < guard
+    lead = tuning.burst * member.pacer.tpot if member.place is Place.RUNNING else 0.0
+    return urgent_at(member, tuning) - lead < moment.now + REACTION_PASSES * moment.pass_s
+
+
+def urgent_at(member: Member, tuning: Tuning) -> float:
+    """When a paused answer has to come back, in seconds; at once before its first token."""
+    pacer = member.pacer
+    if not pacer.delivered:
+        return -math.inf
+    return pacer.last_shown + (1 - tuning.guard) * pacer.tpot
 
 
 def paper(member: Member, moment: Moment, tuning: Tuning) -> Rank:
     """PAPER.md: strict priority of thinking; both queues round robin on consumed quanta."""
-    low = member.phase is Phase.ANSWERING or is_demoted(member, tuning)
-    return (LOW if low else HIGH, member.phase_tokens // tuning.quantum)
+    return (paper_lane(member, tuning), member.phase_tokens // tuning.quantum)
 
 
 def round_robin(member: Member, moment: Moment, tuning: Tuning) -> Rank:
@@ -100,28 +119,47 @@ def round_robin_restart(member: Member, moment: Moment, tuning: Tuning) -> Rank:
     return (0, member.phase_tokens // tuning.quantum)
 
 
-def by_arrival(member: Member, moment: Moment) -> float:
-    return member.seq
+def by_quanta(member: Member, tuning: Tuning) -> float:
+    return member.phase_tokens // tuning.quantum
 
 
-def by_dryness(member: Member, moment: Moment) -> float:
-    """Answers: who runs dry first; thinkers: arrival."""
+def by_all_quanta(member: Member, tuning: Tuning) -> float:
+    return member.total_tokens // tuning.quantum
+
+
+def pascal_key(member: Member, tuning: Tuning) -> float:
+    """Answers: who has to come back first; thinkers: who has been served least."""
     if member.phase is Phase.ANSWERING:
-        return member.pacer.slack(moment.now)
-    return member.seq
+        return urgent_at(member, tuning)
+    return served(member, tuning)
+
+
+def pascal_lane(member: Member, tuning: Tuning) -> int:
+    if member.phase is Phase.ANSWERING:
+        return AHEAD
+    return DEMOTED if is_demoted(member, tuning) else THINKING
+
+
+def paper_lane(member: Member, tuning: Tuning) -> int:
+    return LOW if member.phase is Phase.ANSWERING or is_demoted(member, tuning) else HIGH
+
+
+def one_lane(member: Member, tuning: Tuning) -> int:
+    return HIGH
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A policy: its rank and what orders equals."""
+    """A policy. `key` and `lane` of a member do not change while it waits or is paused."""
 
-    rank: Key
-    tie: Callable[[Member, Moment], float]
+    rank: Callable[[Member, Moment, Tuning], Rank]
+    key: Callable[[Member, Tuning], float]
+    lane: Callable[[Member, Tuning], int]
 
 
 ORDERS = {
-    "pascal": Order(pascal, by_dryness),
-    "paper": Order(paper, by_arrival),
-    "rr": Order(round_robin, by_arrival),
-    "rr-restart": Order(round_robin_restart, by_arrival),
+    "pascal": Order(pascal, pascal_key, pascal_lane),
+    "paper": Order(paper, by_quanta, paper_lane),
+    "rr": Order(round_robin, by_all_quanta, one_lane),
+    "rr-restart": Order(round_robin_restart, by_quanta, one_lane),
 }

@@ -50,9 +50,16 @@ MOMENT = Moment(5000, NOW, 0.01)
 policies = st.sampled_from(sorted(ORDERS))
 
 
-def decide(policy, running, others, room):
+def planner_with(policy, others):
     planner = Planner(ORDERS[policy], TUNING)
-    return planner, planner.plan(running, others, room, MOMENT)
+    for m in others:
+        planner.line.add(m)
+    return planner
+
+
+def decide(policy, running, others, room):
+    planner = planner_with(policy, others)
+    return planner, planner.plan(running, room, MOMENT)
 
 
 @given(policies, situation())
@@ -99,9 +106,32 @@ def test_only_a_strictly_better_rank_displaces(policy, case):
 @settings(max_examples=200, deadline=None)
 def test_the_same_view_gives_the_same_plan(policy, case):
     running, others, room = case
-    _, first = decide(policy, running, others, room)
+    planner, first = decide(policy, running, others, room)
+    planner.line.clear()
     _, again = decide(policy, list(reversed(running)), list(reversed(others)), room)
     assert first == again
+
+
+@given(policies, situation())
+@settings(max_examples=400, deadline=None)
+def test_the_line_is_in_the_order_of_the_one_key(policy, case):
+    _, others, _ = case
+    planner = planner_with(policy, others)
+    assert list(planner.line.best_first(MOMENT)) == sorted(others, key=place_in(planner))
+    assert len(planner.line) == len(others)
+    for m in others[::2]:
+        planner.line.remove(m)
+        planner.line.remove(m)
+    for m in others[:1]:
+        planner.line.add(m)
+    left = [m for m in others if m in others[:1] or m not in others[::2]]
+    assert list(planner.line.best_first(MOMENT)) == sorted(left, key=place_in(planner))
+    assert len(planner.line) == len(left)
+
+
+def place_in(planner):
+    order = planner.order
+    return lambda m: (order.rank(m, MOMENT, TUNING), order.key(m, TUNING), m.seq)
 
 
 @given(situation())
@@ -111,7 +141,7 @@ def test_no_thinker_waits_behind_an_answer_with_slack(case):
     running, others, room = case
     planner, plan = decide("pascal", running, others, room)
     ranks = {m.seq: planner.order.rank(m, MOMENT, TUNING) for m in [*running, *others]}
-    line = sorted(others, key=lambda m: (ranks[m.seq], planner.order.tie(m, MOMENT), m.seq))
+    line = sorted(others, key=place_in(planner))
     if not line or ranks[line[0].seq][0] in (URGENT, AHEAD):
         return
     first = line[0]
@@ -131,7 +161,7 @@ def test_an_answer_about_to_run_dry_comes_back_if_any_order_allows(case):
     def urgent(m):
         return planner.order.rank(m, MOMENT, TUNING)[0] == URGENT
 
-    dry = sorted((m for m in others if urgent(m)), key=lambda m: (m.pacer.slack(NOW), m.seq))
+    dry = sorted((m for m in others if urgent(m)), key=place_in(planner))
     if not dry:
         return
     yielding = [m for m in running if m.pausable and not urgent(m)]
@@ -146,14 +176,15 @@ def test_no_ping_pong_within_a_quantum(policy):
     """Two thinkers, room for one: the one that runs keeps running for a quantum."""
     planner = Planner(ORDERS[policy], TUNING)
     members = [Member(seq=i, pacer=Pacer(TPOT), kv_tokens=20) for i in range(2)]
+    for m in members:
+        planner.line.add(m)
     switches, running = 0, None
     for pass_no in range(1, 2000):
         moment = Moment(pass_no, NOW + pass_no * 0.01, 0.01)
         free = 30 - (running.kv_tokens if running else 0)
-        others = [m for m in members if m is not running]
-        plan = planner.plan([running] if running else [], others, Room(free, 0, 2), moment)
+        plan = planner.plan([running] if running else [], Room(free, 0, 2), moment)
         if plan.pause:
-            running.enter(Place.HOST, pass_no)
+            planner.stopped(running, Place.HOST, moment)
             running = None
         if plan.start:
             running = plan.start[0]
@@ -170,15 +201,18 @@ def test_waiting_is_bounded_under_endless_new_thinkers():
     long = Member(seq=0, pacer=Pacer(TPOT), place=Place.HOST, phase_tokens=300, kv_tokens=20)
     quanta = long.phase_tokens // TUNING.quantum
     bound = TUNING.ageing * TUNING.quantum * (quanta + 2)
+    planner.line.add(long)
     running, seq = None, 1
     for pass_no in range(1, bound + TUNING.quantum + 2):
         moment = Moment(pass_no, NOW, 0.01)
         fresh = Member(seq=seq, pacer=Pacer(TPOT), kv_tokens=20, since_pass=pass_no)
+        planner.line.add(fresh)
         seq += 1
         free = 30 - (running.kv_tokens if running else 0)
-        plan = planner.plan([running] if running else [], [long, fresh], Room(free, 0, 1), moment)
+        plan = planner.plan([running] if running else [], Room(free, 0, 1), moment)
         if long in plan.start:
             return
+        planner.line.remove(fresh)
         if plan.start:
             running = plan.start[0]
             planner.started(running, moment)
