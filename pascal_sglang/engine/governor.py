@@ -24,6 +24,8 @@ from pascal_sglang.policy.timeline import Phase
 
 logger = logging.getLogger(__name__)
 
+RECOUNT_PASSES = 512
+
 
 class Governor:
     """Builds the policy's view, executes its plan, keeps the members true.
@@ -46,7 +48,7 @@ class Governor:
         self._chaos = random.Random(0) if config.chaos else None
         self.metrics: PauseMetrics | None = None
         self._arrivals = 0
-        self._admitted: set[Req] = set()
+        self._admitted: list[Req] = []
 
     def arrived(self, req: Req) -> None:
         """Make the request's member; its reader's pace may come with the request."""
@@ -57,8 +59,7 @@ class Governor:
             if isinstance(asked, int | float) and asked > 0:
                 tpot_ms = asked
         self._arrivals += 1
-        member = Member(seq=self._arrivals, pacer=Pacer(tpot_ms / 1000))
-        member.since_pass = self.moment.pass_no
+        member = Member(seq=self._arrivals, pacer=Pacer(tpot_ms / 1000), handle=req)
         reason = why_not_pausable(req)
         if reason:
             member.pausable = False
@@ -75,7 +76,7 @@ class Governor:
         except Exception:
             self.errors += 1
             logger.exception("pascal_sglang: the policy failed; SGLang's own order stands in")
-            self._admitted = set(self.scheduler.waiting_queue)
+            self._admitted = list(self.scheduler.waiting_queue)
         if self.metrics is not None:
             self.metrics.update(self.ladder.counts, len(self.ladder.paused), self.errors)
         return running
@@ -99,67 +100,85 @@ class Governor:
 
     def before_batch(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
         """Settle pauses, plan, pause and resume; the running batch to go on with."""
+        moment = self.moment
         paused, dropped = self.ladder.settle()
         for req in paused:
-            member_of(req).enter(Place.HOST, self.moment.pass_no)
+            self._stopped(req, Place.HOST)
         for req in dropped:
-            member_of(req).enter(Place.WAITING, self.moment.pass_no)
             self.scheduler.waiting_queue.append(req)
-        running_reqs = [r for r in running.reqs if not r.finished()]
-        fresh = _extended(last, self.scheduler.chunked_req)
-        members = {self._refresh(r): r for r in running_reqs}
-        joining = set(fresh) - set(running_reqs)
-        others = {self._refresh(r): r for r in self.ladder.paused}
-        for req in self.scheduler.waiting_queue:
-            member = self._refresh(req)
-            if member.place is not Place.WAITING:  # SGLang retracted it.
-                member.enter(Place.WAITING, self.moment.pass_no)
-            others[member] = req
-        plan = self.planner.plan(members, others, self._room(running), self.moment, len(joining))
+            self._stopped(req, Place.WAITING)
+        if moment.pass_no % RECOUNT_PASSES == 0:
+            self._recount()
+        joining = len(_extended(last, self.scheduler.chunked_req))
+        members = [member_of(r) for r in running.reqs if not r.finished()]
+        for member in members:
+            member.kv_tokens = member.handle.kv.kv_committed_len
+        plan = self.planner.plan(members, self._room(running), moment, joining)
         if self._chaos is not None:
-            plan = self._shake(plan, members, others)
-        leaving = [members[m] for m in plan.pause if m in members]
-        if leaving:
-            self.ladder.leave(leaving, running)
-        self._admitted = set()
+            plan = self._shake(plan, members)
+        if plan.pause:
+            self.ladder.leave([m.handle for m in plan.pause], running)
+        self._admitted = []
         for member in plan.start:
-            req = others[member]
-            if member.place is Place.HOST:
-                keep = self._promised_tokens() + len(running.reqs) + len(joining) + 1
-                if not self.ladder.can_resume(req, keep):
-                    break
-                batch = self.ladder.resume(req)
-                if batch is None:
-                    break
-                self.planner.started(member, self.moment)
-                running = self._merge(running, batch)
-            else:
-                self._admitted.add(req)
+            req = member.handle
+            if member.place is Place.WAITING:
+                self._admitted.append(req)
+                continue
+            keep = self._promised_tokens() + len(running.reqs) + joining + 1
+            batch = self.ladder.resume(req) if self.ladder.can_resume(req, keep) else None
+            if batch is None:
+                break
+            self.planner.started(member, moment)
+            running = self._merge(running, batch)
         return running
+
+    def queued(self, req: Req) -> None:
+        """The request entered the waiting queue, for the first time or after a retraction."""
+        self._stopped(req, Place.WAITING)
+
+    def _stopped(self, req: Req, place: Place) -> None:
+        member = member_of(req)
+        if place is Place.HOST:
+            member.kv_tokens = self.ladder.paused[req].tokens
+        else:
+            member.kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
+        self.planner.stopped(member, place, self.moment)
+
+    def gone(self, req: Req) -> None:
+        """The request ended outside the running batch."""
+        self.planner.line.remove(member_of(req))
+
+    def _recount(self) -> None:
+        """Make the line anew from the queues themselves, in case SGLang moved somebody past us."""
+        line = self.planner.line
+        line.clear()
+        for req in (*self.scheduler.waiting_queue, *self.ladder.paused):
+            line.add(member_of(req))
 
     def admitted(self, waiting: list[Req]) -> tuple[list[Req], list[Req]]:
         """Split the waiting queue into who may be prefilled now, best first, and the rest."""
-        order = {member_of(r).seq: r for r in waiting if r in self._admitted}
-        rank = self.planner.order
-        chosen = sorted(
-            order.values(),
-            key=lambda r: (
-                rank.rank(member_of(r), self.moment, self.planner.tuning),
-                rank.tie(member_of(r), self.moment),
-                member_of(r).seq,
-            ),
-        )
-        return chosen, [r for r in waiting if r not in self._admitted]
+        if not self._admitted:
+            return [], waiting
+        queued = set(waiting)
+        chosen = [req for req in self._admitted if req in queued]
+        taken = set(chosen)
+        return chosen, [req for req in waiting if req not in taken]
 
     def prefilled(self, req: Req) -> None:
         """The engine took the request into a prefill batch."""
         self.planner.started(member_of(req), self.moment)
 
     def observe(self, req: Req) -> None:
-        """The request may have produced tokens: tell its reader."""
+        """The request may have produced tokens: bring its member up to date, tell its reader."""
         member, timeline = member_of(req), timeline_of(req)
         if new := timeline.answer_tokens - member.pacer.delivered:
             member.pacer.deliver(self.moment.now, new)
+        answering = timeline.phase is Phase.ANSWERING
+        if answering and member.phase is Phase.REASONING:
+            member.phase = Phase.ANSWERING
+            member.credit = 0
+        member.phase_tokens = timeline.answer_tokens if answering else timeline.reasoning_tokens
+        member.total_tokens = timeline.reasoning_tokens + timeline.answer_tokens
 
     def _merge(self, running: ScheduleBatch, batch: ScheduleBatch) -> ScheduleBatch:
         if running.is_empty():
@@ -167,24 +186,6 @@ class Governor:
         running.merge_batch(batch)
         running.batch_is_full = False
         return running
-
-    def _refresh(self, req: Req) -> Member:
-        member, timeline = member_of(req), timeline_of(req)
-        total = timeline.reasoning_tokens + timeline.answer_tokens
-        phase = timeline.phase
-        if phase is not member.phase:
-            member.phase = phase
-            member.credit = 0
-        answering = phase is Phase.ANSWERING
-        member.phase_tokens = timeline.answer_tokens if answering else timeline.reasoning_tokens
-        member.total_tokens = total
-        if member.place is Place.HOST:
-            member.kv_tokens = self.ladder.paused[req].tokens
-        elif req.kv.holds_kv:
-            member.kv_tokens = req.kv.kv_committed_len
-        else:
-            member.kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
-        return member
 
     def _room(self, running: ScheduleBatch) -> Room:
         scheduler = self.scheduler
@@ -208,7 +209,7 @@ class Governor:
         whole = len(chunked.origin_input_ids) + len(chunked.output_ids)
         return max(0, whole - chunked.kv.kv_committed_len)
 
-    def _shake(self, plan: Plan, running: dict[Member, Req], others: dict[Member, Req]) -> Plan:
+    def _shake(self, plan: Plan, running: list[Member]) -> Plan:
         """Pause and hold back at random, on top of the plan."""
         assert self._chaos is not None
         chance, roll = self.config.chaos, self._chaos.random

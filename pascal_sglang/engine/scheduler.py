@@ -88,7 +88,14 @@ class PascalScheduler(Scheduler):
 
     def send_abort_output(self, abort_req: AbortReq, req: Req) -> None:
         self.phase_tracker.ended(req, time.perf_counter(), aborted=True)
+        if self.governor is not None:
+            self.governor.gone(req)
         super().send_abort_output(abort_req, req)
+
+    def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
+        super()._add_request_to_queue(req, is_retracted=is_retracted)
+        if self.governor is not None and self.waiting_queue and self.waiting_queue[-1] is req:
+            self.governor.queued(req)
 
     def init_invariant_checker(self) -> None:
         """The pools exist by now: build the governor, and let SGLang's leak checks count the KV of

@@ -107,6 +107,7 @@ def test_chaos_is_invisible(arm, tiny_model, reference):
     env = {
         CONFIG_ENV: PascalConfig(**{**CHAOS, **settings}).to_json(),
         "SGLANG_PLATFORM": "pascal_cpu",
+        "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
         "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
     }
