@@ -27,8 +27,8 @@ class PascalConfig:
     quantum_tokens, demote_tokens: see `policy.order.Tuning`.
     answer_tpot_ms: the reader's pace, milliseconds per answering token; a request may override it
         in `custom_params["pascal"]["answer_tpot_ms"]`.
-    host_kv_gb: host memory for paused KV, per instance; None: as much as the device pool holds four
-        times over, at most a quarter of the memory that is free at start.
+    host_kv_gb: host memory for paused KV, per instance; None: four times the device pool, at most
+        this instance's share of a quarter of the memory that is free at start.
     assume_reasoning: `/generate` requests that do not say `require_reasoning` count as reasoning.
     default_thinking_budget: thinking tokens after which a request without a logit processor of its
         own is made to close its thinking; None leaves requests alone. Set by `--demo`.

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.ladder import Ladder
@@ -25,6 +26,7 @@ from pascal_sglang.policy.timeline import Phase
 logger = logging.getLogger(__name__)
 
 RECOUNT_PASSES = 512
+ERRORS_LOGGED = 5
 
 
 class Governor:
@@ -75,20 +77,15 @@ class Governor:
             running = self.before_batch(running, last)
         except Exception:
             self.errors += 1
-            logger.exception("pascal_sglang: the policy failed; SGLang's own order stands in")
+            if self.errors <= ERRORS_LOGGED:
+                logger.exception("pascal_sglang: the policy failed; SGLang's own order stands in")
             self._admitted = list(self.scheduler.waiting_queue)
         if self.metrics is not None:
             self.metrics.update(self.ladder.counts, len(self.ladder.paused), self.errors)
         return running
 
     def _clock(self) -> float:
-        """TP rank 0's clock, the same on every rank."""
-        now = torch.tensor([time.perf_counter()], dtype=torch.float64)
-        group = self.scheduler.tp_cpu_group
-        if torch.distributed.get_world_size(group) > 1:
-            first = torch.distributed.get_global_rank(group, 0)
-            torch.distributed.broadcast(now, src=first, group=group)
-        return float(now)
+        return agree(self.scheduler, time.perf_counter())
 
     def tick(self, now: float) -> None:
         """A new pass begins; `now` is TP rank 0's clock in seconds."""
@@ -221,7 +218,7 @@ class Governor:
 
 def build_governor(scheduler: Any, config: PascalConfig) -> Governor | None:
     """The governor of a scheduler; None under `fcfs`."""
-    if config.policy == "fcfs":
+    if config.policy == "fcfs" or not scheduler.is_generation:
         return None
     carried = not (scheduler.is_hybrid_swa or scheduler.is_hybrid_ssm or scheduler.attn_dp_enabled)
     if not carried:
@@ -231,12 +228,27 @@ def build_governor(scheduler: Any, config: PascalConfig) -> Governor | None:
         )
     capacity = scheduler.max_total_num_tokens
     kv_bytes = scheduler.token_to_kv_pool_allocator.get_kvcache().mem_usage * 2**30
+    parallel = get_parallel()
+    ranks = parallel.dp_size * parallel.tp_size
     budget = (
-        min(4 * kv_bytes, psutil.virtual_memory().available / 4)
+        min(4 * kv_bytes, psutil.virtual_memory().available / 4 / ranks)
         if config.host_kv_gb is None
-        else config.host_kv_gb * 2**30
+        else config.host_kv_gb * 2**30 / parallel.tp_size
     )
-    return Governor(scheduler, config, int(budget * capacity / max(kv_bytes, 1)))
+    tokens = agree(scheduler, budget * capacity / max(kv_bytes, 1))
+    return Governor(scheduler, config, int(tokens))
+
+
+def agree(scheduler: Any, value: float) -> float:
+    """TP rank 0's value on every rank: what differs between ranks must not reach a decision."""
+    group = scheduler.tp_cpu_group
+    if torch.distributed.get_world_size(group) == 1:
+        return value
+    shared = torch.tensor([value], dtype=torch.float64)
+    torch.distributed.broadcast(
+        shared, src=torch.distributed.get_global_rank(group, 0), group=group
+    )
+    return float(shared)
 
 
 def member_of(req: Req) -> Member:
