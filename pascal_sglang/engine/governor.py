@@ -106,8 +106,10 @@ class Governor:
             self._stopped(req, Place.WAITING)
         if moment.pass_no % RECOUNT_PASSES == 0:
             self._recount()
-        joining = len(_extended(last, self.scheduler.chunked_req))
-        members = [member_of(r) for r in running.reqs if not r.finished()]
+        going_on = [r for r in running.reqs if not r.finished()]
+        # A request told to end does so in its next step; pausing it would only keep it.
+        members = [member_of(r) for r in going_on if r.to_finish is None]
+        joining = len(_extended(last, self.scheduler.chunked_req)) + len(going_on) - len(members)
         for member in members:
             member.kv_tokens = member.handle.kv.kv_committed_len
         plan = self.planner.plan(members, self._room(running), moment, joining)
