@@ -92,7 +92,7 @@ class Governor:
         last = self.moment
         step = now - last.now if last.now and now > last.now else 0.0
         # Only passes of a busy engine say how long a step takes.
-        pass_s = 0.9 * last.pass_s + 0.1 * min(step, 1.0) if step < 1.0 else last.pass_s
+        pass_s = 0.9 * last.pass_s + 0.1 * step if step < 1.0 else last.pass_s
         self.moment = Moment(last.pass_no + 1, now, pass_s)
 
     def before_batch(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
@@ -189,9 +189,7 @@ class Governor:
     def _room(self, running: ScheduleBatch) -> Room:
         scheduler = self.scheduler
         return Room(
-            free_tokens=scheduler.token_to_kv_pool_allocator.available_size()
-            + scheduler.tree_cache.evictable_size()
-            - self._promised_tokens(),
+            free_tokens=self.ladder.free_tokens - self._promised_tokens(),
             releasing_tokens=self.ladder.releasing_tokens,
             slots=min(
                 scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running),

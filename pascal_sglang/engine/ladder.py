@@ -48,6 +48,14 @@ class Ladder:
         """Device KV that requests on their way out still hold."""
         return sum(req.kv.kv_committed_len for req in self.leaving)
 
+    @property
+    def free_tokens(self) -> int:
+        """Device KV entries that are free or can be evicted from the prefix cache."""
+        scheduler = self.scheduler
+        free: int = scheduler.token_to_kv_pool_allocator.available_size()
+        evictable: int = scheduler.tree_cache.evictable_size()
+        return free + evictable
+
     def is_empty(self) -> bool:
         return not self.leaving and not self.paused
 
@@ -113,16 +121,15 @@ class Ladder:
 
     def can_resume(self, req: Req, keep_tokens: int) -> bool:
         """Whether a row and the KV entries are to be had now, with `keep_tokens` left over."""
-        scheduler = self.scheduler
-        free = (
-            scheduler.token_to_kv_pool_allocator.available_size()
-            + scheduler.tree_cache.evictable_size()
-        )
-        page = scheduler.page_size
         return (
-            scheduler.req_to_token_pool.available_size() > 0
-            and free - keep_tokens >= -(-self.paused[req].tokens // page) * page
+            self.scheduler.req_to_token_pool.available_size() > 0
+            and self.free_tokens - keep_tokens >= self._in_pages(self.paused[req].tokens)
         )
+
+    def _in_pages(self, tokens: int) -> int:
+        """`tokens` rounded up to whole pages, which is what the pool gives."""
+        page: int = self.scheduler.page_size
+        return -(-tokens // page) * page
 
     def resume(self, req: Req) -> ScheduleBatch | None:
         """Bring a paused request back as a batch that decodes in the next step, without prefill.
@@ -155,7 +162,7 @@ class Ladder:
         scheduler = self.scheduler
         allocator = scheduler.token_to_kv_pool_allocator
         tokens = copy.tokens
-        pages = -(-tokens // scheduler.page_size) * scheduler.page_size
+        pages = self._in_pages(tokens)
         if scheduler.req_to_token_pool.alloc([req]) is None:
             return False
         evict_from_tree_cache(scheduler.tree_cache, pages)

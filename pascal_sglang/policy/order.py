@@ -64,7 +64,7 @@ def quanta(member: Member, moment: Moment, tuning: Tuning) -> int:
     `ageing * quantum * (quanta + 1)` passes a waiting request outranks every request of its class
     that has not waited as long.
     """
-    consumed = member.phase_tokens // tuning.quantum - credit_of(member, tuning)
+    consumed = by_quanta(member, tuning) - credit_of(member, tuning)
     if member.place is Place.RUNNING:
         return consumed
     waited = moment.pass_no - member.since_pass
@@ -74,7 +74,7 @@ def quanta(member: Member, moment: Moment, tuning: Tuning) -> int:
 def served(member: Member, tuning: Tuning) -> float:
     """The pass at which a request of no quanta would have come to stand where this one stands: the
     order of `quanta` while everybody waits, without the clock."""
-    consumed = member.phase_tokens // tuning.quantum - credit_of(member, tuning)
+    consumed = by_quanta(member, tuning) - credit_of(member, tuning)
     return consumed * tuning.ageing * tuning.quantum + member.since_pass
 
 
@@ -106,24 +106,24 @@ def urgent_at(member: Member, tuning: Tuning) -> float:
 
 def paper(member: Member, moment: Moment, tuning: Tuning) -> Rank:
     """PAPER.md: strict priority of thinking; both queues round robin on consumed quanta."""
-    return (paper_lane(member, tuning), member.phase_tokens // tuning.quantum)
+    return (paper_lane(member, tuning), by_quanta(member, tuning))
 
 
 def round_robin(member: Member, moment: Moment, tuning: Tuning) -> Rank:
     """Phase-blind round robin: quanta counted over the whole request."""
-    return (0, member.total_tokens // tuning.quantum)
+    return (HIGH, by_all_quanta(member, tuning))
 
 
 def round_robin_restart(member: Member, moment: Moment, tuning: Tuning) -> Rank:
     """Round robin whose count starts again at the phase boundary."""
-    return (0, member.phase_tokens // tuning.quantum)
+    return (HIGH, by_quanta(member, tuning))
 
 
-def by_quanta(member: Member, tuning: Tuning) -> float:
+def by_quanta(member: Member, tuning: Tuning) -> int:
     return member.phase_tokens // tuning.quantum
 
 
-def by_all_quanta(member: Member, tuning: Tuning) -> float:
+def by_all_quanta(member: Member, tuning: Tuning) -> int:
     return member.total_tokens // tuning.quantum
 
 
