@@ -13,6 +13,7 @@ from dataclasses import dataclass
 CONFIG_ENV = "PASCAL_SGLANG_CONFIG"
 
 POLICIES = ("pascal", "paper", "rr", "rr-restart", "fcfs")
+DEMOTE_ON = ("kv", "thinking")
 
 
 class ConfigError(ValueError):
@@ -25,11 +26,16 @@ class PascalConfig:
 
     policy: name of the scheduling policy, one of `POLICIES`.
     quantum_tokens, demote_tokens: see `policy.order.Tuning`.
+    demote_on: what counts towards `demote_tokens`: `kv`, all KV beyond the prompt, or `thinking`,
+        thinking tokens alone (a model may write text before it opens its thinking).
     answer_tpot_ms: the reader's pace, milliseconds per answering token; a request may override it
         in `custom_params["pascal"]["answer_tpot_ms"]`.
+    qoe_slo: an answer whose QoE ends below this counts as an SLO violation.
     host_kv_gb: host memory for paused KV, per instance; None: four times the device pool, at most
         this instance's share of a quarter of the memory that is free at start.
+    pace_stream: streamed answers leave the server at the reader's pace.
     assume_reasoning: `/generate` requests that do not say `require_reasoning` count as reasoning.
+    log_decisions: log every scheduling decision as one line of JSON.
     default_thinking_budget: thinking tokens after which a request without a logit processor of its
         own is made to close its thinking; None leaves requests alone. Set by `--demo`.
     chaos: for tests: the chance per pass that a running request is paused, or a paused one resumed,
@@ -39,20 +45,31 @@ class PascalConfig:
     policy: str = "pascal"
     quantum_tokens: int = 500
     demote_tokens: int = 5000
+    demote_on: str = "kv"
     answer_tpot_ms: float = 100.0
+    qoe_slo: float = 0.95
     host_kv_gb: float | None = None
+    pace_stream: bool = False
     assume_reasoning: bool = False
+    log_decisions: bool = False
     default_thinking_budget: int | None = None
     chaos: float = 0.0
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
-        _require(isinstance(self.assume_reasoning, bool), "assume_reasoning must be true or false")
+        _require(
+            self.demote_on in DEMOTE_ON,
+            f"demote_on must be one of {', '.join(DEMOTE_ON)}, not {self.demote_on!r}",
+        )
+        for name in ("pace_stream", "assume_reasoning", "log_decisions"):
+            _require(isinstance(getattr(self, name), bool), f"{name} must be true or false")
         self._require_whole("quantum_tokens", at_least=1)
         self._require_whole("demote_tokens", at_least=1)
         self._require_whole("default_thinking_budget", at_least=0, optional=True)
         self._require_number("answer_tpot_ms", above=0)
+        self._require_number("qoe_slo", above=0)
+        _require(self.qoe_slo <= 1, f"qoe_slo is at most 1, not {self.qoe_slo!r}")
         self._require_number("host_kv_gb", above=-1e-9, optional=True)
         self._require_number("chaos", above=-1e-9)
         _require(self.chaos <= 1, "chaos is a probability")
@@ -134,16 +151,40 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="a thinker longer than this falls behind all others (%(default)s)",
     )
     group.add_argument(
+        "--pascal-demote-on",
+        choices=DEMOTE_ON,
+        default=defaults.demote_on,
+        help="what counts towards that: all KV beyond the prompt, or thinking tokens (%(default)s)",
+    )
+    group.add_argument(
         "--pascal-answer-tpot-ms",
         type=float,
         default=defaults.answer_tpot_ms,
         help="the reader's pace: milliseconds per answering token (%(default)s)",
     )
     group.add_argument(
+        "--pascal-qoe-slo",
+        type=float,
+        default=defaults.qoe_slo,
+        help="answers whose QoE ends below this count as SLO violations (%(default)s)",
+    )
+    group.add_argument(
         "--pascal-host-kv-gb",
         type=float,
         default=defaults.host_kv_gb,
         help="host memory for paused KV, per instance (default: by the device pool's size)",
+    )
+    group.add_argument(
+        "--pascal-pace-stream",
+        action="store_true",
+        default=defaults.pace_stream,
+        help="release streamed answering tokens at the reader's pace",
+    )
+    group.add_argument(
+        "--pascal-log-decisions",
+        action="store_true",
+        default=defaults.log_decisions,
+        help="log every scheduling decision as one line of JSON",
     )
     group.add_argument(
         "--pascal-assume-reasoning",
@@ -159,6 +200,10 @@ def from_flags(options: argparse.Namespace) -> PascalConfig:
         policy=options.pascal_policy,
         quantum_tokens=options.pascal_quantum_tokens,
         demote_tokens=options.pascal_demote_tokens,
+        demote_on=options.pascal_demote_on,
+        qoe_slo=options.pascal_qoe_slo,
+        pace_stream=options.pascal_pace_stream,
+        log_decisions=options.pascal_log_decisions,
         answer_tpot_ms=options.pascal_answer_tpot_ms,
         host_kv_gb=options.pascal_host_kv_gb,
         assume_reasoning=options.pascal_assume_reasoning,

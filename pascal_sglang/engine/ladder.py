@@ -1,104 +1,137 @@
 """The pause ladder: takes a running request's KV off the device and brings it back.
 
-Rungs: KV to host memory and back without recompute; or, when the host budget is spent, drop and
-recompute through the waiting queue. A request paused under overlap scheduling leaves the batch now
-and gives up its KV one pass later, when its token in flight has arrived.
+Rungs, cheapest first: the request gives back its slot and its KV stays; KV to host memory and back
+without recompute; or drop and recompute through the waiting queue. A request paused under overlap
+scheduling leaves the batch now and its KV follows one pass later, when its token in flight has
+arrived.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sglang.srt.managers.overlap_utils import RelayPayload
-from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from pascal_sglang.engine.pool import Pool
+from pascal_sglang.policy.rung import Costs, Rung
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class HostCopy:
-    """A paused request's KV: `tokens` entries in the pool's own host format."""
+    """A paused request's KV in host memory, in the pool's own format.
+
+    shared: leading tokens that stood in the prefix cache; `prefix` holds these, `own` the rest.
+    """
 
     tokens: int
-    layers: Any
+    shared: int
+    prefix: Any
+    own: Any
 
 
 class Ladder:
     """Owns every request that is between the running batch and its KV's return.
 
-    leaving: out of the batch, KV still on the device. paused: KV in host memory.
+    leaving: out of the batch, its KV not yet handled; the rung it was told, or None for the
+    cheapest off the device. resident: where on the device the KV is. host: its copy.
+    counts: pauses and KV entries by rung, spills, resumes, copies that failed.
     """
 
-    def __init__(self, scheduler: Any, host_budget_tokens: int) -> None:
+    def __init__(self, scheduler: Any, host_budget_tokens: int, costs: Costs) -> None:
         self.scheduler = scheduler
+        self.pool = Pool(scheduler)
         self.host_budget_tokens = host_budget_tokens
-        self.leaving: list[Req] = []
-        self.paused: dict[Req, HostCopy] = {}
+        self.costs = costs
+        self.leaving: dict[Req, Rung | None] = {}
+        self.resident: dict[Req, torch.Tensor] = {}
+        self.host: dict[Req, HostCopy] = {}
+        self.host_tokens = 0
         self.counts: Counter[str] = Counter()
 
     @property
-    def host_tokens(self) -> int:
-        return sum(copy.tokens for copy in self.paused.values())
-
-    @property
     def releasing_tokens(self) -> int:
-        """Device KV that requests on their way out still hold."""
-        return sum(req.kv.kv_committed_len for req in self.leaving)
+        """Device KV that requests on their way out will give back."""
+        return sum(
+            req.kv.kv_committed_len
+            for req, rung in self.leaving.items()
+            if rung is not Rung.RESIDENT
+        )
 
-    @property
-    def free_tokens(self) -> int:
-        """Device KV entries that are free or can be evicted from the prefix cache."""
-        scheduler = self.scheduler
-        free: int = scheduler.token_to_kv_pool_allocator.available_size()
-        evictable: int = scheduler.tree_cache.evictable_size()
-        return free + evictable
+    def paused(self) -> Iterator[Req]:
+        """Everybody paused whose KV can be brought back."""
+        yield from self.resident
+        yield from self.host
 
     def is_empty(self) -> bool:
-        return not self.leaving and not self.paused
+        return not (self.leaving or self.resident or self.host)
 
-    def leave(self, reqs: list[Req], batch: ScheduleBatch) -> None:
+    def leave(
+        self, reqs: Iterable[Req], batch: ScheduleBatch, rung: Callable[[Req], Rung | None]
+    ) -> None:
         """Take `reqs` out of the running batch; their KV follows in `settle`."""
-        batch.filter_batch(reqs_to_exclude=reqs)
+        leaving = {req: rung(req) for req in reqs}
+        batch.filter_batch(reqs_to_exclude=list(leaving))
         batch.batch_is_full = False
-        self.leaving.extend(reqs)
+        self.leaving.update(leaving)
 
-    def settle(self) -> tuple[list[Req], list[Req]]:
-        """Move the KV of everybody whose last token has arrived.
+    def settle(self) -> Iterator[tuple[Req, Rung]]:
+        """Handle the KV of everybody whose last token has arrived; yields each with its rung.
 
-        Returns (paused, dropped); dropped requests must go back to the waiting queue. Requests
-        that finished with their last token were released by SGLang and are forgotten.
+        Who is dropped for recompute has to go back to the waiting queue. Requests that finished
+        with their last token were released by SGLang and are forgotten.
         """
         in_flight = self._in_flight()
-        still, paused, dropped = [], [], []
-        host = self.host_tokens
-        for req in self.leaving:
+        for req, rung in list(self.leaving.items()):
             if req in in_flight:
-                still.append(req)
-            elif req.finished() or not req.kv.holds_kv:
                 continue
-            elif host + req.kv.kv_committed_len <= self.host_budget_tokens:
-                self.paused[req] = self._to_host(req)
-                host += self.paused[req].tokens
-                paused.append(req)
+            if req.finished() or not req.kv.holds_kv:
+                del self.leaving[req]
+                continue
+            if rung is Rung.RESIDENT:
+                self.resident[req] = self.pool.locations(req)
+                self.pool.rows.free(req)
+                self._count(rung, req.kv.kv_committed_len)
             else:
-                self._drop(req)
-                dropped.append(req)
-        self.leaving = still
-        return paused, dropped
+                rung = self._off_device(req, self.pool.locations(req), rung, self.pool.release)
+            del self.leaving[req]
+            yield req, rung
 
-    def _in_flight(self) -> set[Req]:
-        """Requests with a forward whose result the scheduler has not processed yet."""
-        queue = getattr(self.scheduler, "result_queue", None) or ()
-        return {req for batch, _ in queue for req in batch.reqs}
+    def spill(self, req: Req) -> Rung:
+        """Take the KV of a resident request off the device; returns the rung it went to."""
+        locations = self.resident[req]
+        rung = self._off_device(
+            req, locations, None, lambda r: self.pool.release_rowless(r, locations)
+        )
+        del self.resident[req]
+        self.counts["spilled"] += 1
+        return rung
 
-    def _to_host(self, req: Req) -> HostCopy:
-        tokens = req.kv.kv_committed_len
-        rows = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :tokens]
-        copy = self.scheduler.token_to_kv_pool_allocator.get_cpu_copy(rows)
-        self._release(req)
+    def _off_device(
+        self,
+        req: Req,
+        locations: torch.Tensor,
+        rung: Rung | None,
+        release: Callable[[Req], None],
+    ) -> Rung:
+        tokens = len(locations)
+        allowed = self.costs.cheapest(tokens, self.host_budget_tokens - self.host_tokens)
+        copy = None
+        if (rung or allowed) is Rung.HOST and tokens + self.host_tokens <= self.host_budget_tokens:
+            copy = self._copied(req, locations)
+        release(req)
+        if copy is None:
+            req.reset_for_retract()
+            self._count(Rung.RECOMPUTE, tokens)
+            return Rung.RECOMPUTE
         req.prefix_len = 0
         req.last_node = None
         req.lock = None
@@ -106,39 +139,65 @@ class Ladder:
         req.kv.cache_protected_len = 0
         req.kv.cache_inserted_len = 0
         req.kv.kv_committed_len = 0
-        self.counts["host"] += 1
-        self.counts["host_tokens"] += tokens
-        return HostCopy(tokens, copy)
+        self.host[req] = copy
+        self.host_tokens += tokens
+        self._count(Rung.HOST, tokens)
+        return Rung.HOST
 
-    def _drop(self, req: Req) -> None:
-        self.counts["recompute"] += 1
-        self.counts["recompute_tokens"] += req.kv.kv_committed_len
-        self._release(req)
-        req.reset_for_retract()
+    def _copied(self, req: Req, locations: torch.Tensor) -> HostCopy | None:
+        """The host copy; None, logged and counted, if the copy failed (host memory, a device
+        error): the request is recomputed instead."""
+        shared = min(req.kv.cache_protected_len, len(locations))
+        get = self.pool.allocator.get_cpu_copy
+        try:
+            prefix = get(locations[:shared]) if shared else None
+            own = get(locations[shared:]) if shared < len(locations) else None
+        except (RuntimeError, MemoryError):
+            self.counts["copy_failed"] += 1
+            logger.exception("pascal_sglang: copying KV to the host failed; it is recomputed")
+            return None
+        return HostCopy(len(locations), shared, prefix, own)
 
-    def _release(self, req: Req) -> None:
-        release_kv_cache(req, self.scheduler.tree_cache, checkpoint=False)
+    def _count(self, rung: Rung, tokens: int) -> None:
+        self.counts[rung.value] += 1
+        self.counts[f"{rung.value}_tokens"] += tokens
+
+    def _in_flight(self) -> set[Req]:
+        """Requests with a forward whose result the scheduler has not processed yet."""
+        queue = getattr(self.scheduler, "result_queue", None) or ()
+        return {req for batch, _ in queue for req in batch.reqs}
 
     def can_resume(self, req: Req, keep_tokens: int) -> bool:
         """Whether a row and the KV entries are to be had now, with `keep_tokens` left over."""
-        return (
-            self.scheduler.req_to_token_pool.available_size() > 0
-            and self.free_tokens - keep_tokens >= self._in_pages(self.paused[req].tokens)
-        )
+        if not self.pool.rows.available_size():
+            return False
+        return self.pool.free_tokens - keep_tokens >= self.needs(req)
 
-    def _in_pages(self, tokens: int) -> int:
-        """`tokens` rounded up to whole pages, which is what the pool gives."""
-        page: int = self.scheduler.page_size
-        return -(-tokens // page) * page
+    def needs(self, req: Req) -> int:
+        """KV entries that bringing a paused request back takes from what is free or evictable."""
+        copy = self.host.get(req)
+        if copy is None:
+            return 0
+        whole = self.pool.in_pages(copy.tokens)
+        if not copy.shared:
+            return whole
+        held = self.pool.held(req, copy.shared)
+        return whole if held.tokens < copy.shared else whole - held.tokens + held.evictable
 
     def resume(self, req: Req) -> ScheduleBatch | None:
         """Bring a paused request back as a batch that decodes in the next step, without prefill.
 
         None, and the request stays paused, if the pool does not give what `can_resume` counted on.
         """
-        if not self._to_device(req, self.paused[req]):
+        if req in self.resident:
+            if self.pool.rows.alloc([req]) is None:
+                return None
+            locations = self.resident.pop(req)
+            self.pool.rows.write((req.kv.req_pool_idx, slice(0, len(locations))), locations)
+        elif self._to_device(req, self.host[req]):
+            self.host_tokens -= self.host.pop(req).tokens
+        else:
             return None
-        del self.paused[req]
         scheduler = self.scheduler
         batch = ScheduleBatch.init_new(
             [req],
@@ -159,38 +218,54 @@ class Ladder:
         return batch
 
     def _to_device(self, req: Req, copy: HostCopy) -> bool:
-        scheduler = self.scheduler
-        allocator = scheduler.token_to_kv_pool_allocator
-        tokens = copy.tokens
-        pages = self._in_pages(tokens)
-        if scheduler.req_to_token_pool.alloc([req]) is None:
+        pool, tokens = self.pool, copy.tokens
+        held = pool.held(req, copy.shared)
+        # All of the shared prefix or none: the copy comes in two parts.
+        shared = copy.shared if held.tokens == copy.shared else 0
+        node = held.node if shared else pool.tree.root_node_handle(req.extra_key)
+        if pool.rows.alloc([req]) is None:
             return False
-        evict_from_tree_cache(scheduler.tree_cache, pages)
-        locations = allocator.alloc(pages)
-        if locations is None:
-            scheduler.req_to_token_pool.free(req)
+        lock = pool.tree.lock(node) if shared else None  # Before anything is evicted.
+        own = pool.take(tokens - shared)
+        if own is None:
+            pool.tree.unlock(lock)
+            pool.rows.free(req)
             return False
-        locations = locations[:tokens]
-        scheduler.req_to_token_pool.write((req.kv.req_pool_idx, slice(0, tokens)), locations)
+        locations = own
+        if shared:
+            path = pool.tree.path_device_indices(node)[:shared]
+            locations = torch.cat([path.to(own.dtype), own])
+        pool.rows.write((req.kv.req_pool_idx, slice(0, tokens)), locations)
         req.kv.kv_allocated_len = req.kv.kv_committed_len = tokens
-        req.prefix_len = 0
+        req.kv.cache_protected_len = req.prefix_len = shared
         req.extend_end = tokens
-        root = scheduler.tree_cache.root_node_handle(req.extra_key)
-        req.last_node = req.last_host_node = req.best_match_node = root
+        req.last_node = req.last_host_node = req.best_match_node = node
+        req.lock = lock
         req.num_matched_prefix_tokens = 0
         req.host_hit_length = 0
         req.refresh_fill_ids()
-        allocator.load_cpu_copy(copy.layers, locations)
+        put = pool.allocator.load_cpu_copy
+        if copy.prefix is not None and not shared:
+            put(copy.prefix, locations[: copy.shared])
+        if copy.own is not None:
+            put(copy.own, locations[copy.shared :])
         return True
 
-    def forget(self, matches: Any) -> list[Req]:
+    def forget(self, matches: Callable[[Req], bool]) -> list[Req]:
         """Let go of requests being aborted; returns them, with everything they held given back."""
-        gone = [req for req in self.paused if matches(req)]
+        gone = [req for req in self.paused() if matches(req)]
         for req in gone:
-            del self.paused[req]
-        for req in [r for r in self.leaving if matches(r) and r not in self._in_flight()]:
-            self.leaving.remove(req)
+            if req in self.resident:
+                self.pool.release_rowless(req, self.resident.pop(req))
+            else:
+                self.host_tokens -= self.host.pop(req).tokens
+        in_flight = self._in_flight()
+        for req in [r for r in self.leaving if matches(r)]:
+            if req in in_flight:
+                req.to_finish = FINISH_ABORT()  # Its result is due and ends it, as for who runs.
+                continue
+            del self.leaving[req]
             if not req.finished():
-                self._release(req)
+                self.pool.release(req)
                 gone.append(req)
         return gone

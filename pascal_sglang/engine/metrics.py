@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pascal_sglang.policy.rung import Rung
 from pascal_sglang.policy.timeline import PhaseTimeline
 
 _LATENCY = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480)
@@ -18,8 +19,10 @@ class PhaseMetrics:
     `prometheus_client` reads it on import.
     """
 
-    def __init__(self, labels: Mapping[str, str]) -> None:
+    def __init__(self, labels: Mapping[str, str], qoe_slo: float) -> None:
         from prometheus_client import Counter, Histogram
+
+        self._qoe_slo = qoe_slo
 
         names = list(labels)
 
@@ -37,11 +40,12 @@ class PhaseMetrics:
         self._tpot = histogram(
             "answer_tpot_seconds", "Mean time per answering token after the first.", _TPOT
         )
-        self._qoe = histogram(
-            "answer_qoe", "QoE of answers at the reader's pace; below 0.95 misses the SLO.", _QOE
-        )
+        self._qoe = histogram("answer_qoe", "QoE of answers at the reader's pace.", _QOE)
         self._reasoning_tokens = counter("reasoning_tokens", "Thinking tokens generated.")
         self._answer_tokens = counter("answer_tokens", "Answering tokens generated.")
+        self._violations = counter(
+            "slo_violations", "Answers whose QoE ended below --pascal-qoe-slo."
+        )
         requests = Counter(
             "pascal:requests",
             "Requests ended: answered, no_answer (ended inside its thinking), aborted.",
@@ -57,6 +61,8 @@ class PhaseMetrics:
         self._requests[outcome].inc()
         self._reasoning_tokens.inc(timeline.reasoning_tokens)
         self._answer_tokens.inc(timeline.answer_tokens)
+        if qoe is not None and qoe < self._qoe_slo:
+            self._violations.inc()
         for series, value in (
             (self._ttft, timeline.ttft),
             (self._reasoning, timeline.reasoning_time),
@@ -68,49 +74,90 @@ class PhaseMetrics:
                 series.observe(value)
 
 
-class PauseMetrics:
-    """What the pause ladder did: pauses by rung, resumes, KV entries moved, policy errors."""
+class DecisionMetrics:
+    """What the policy decided and why: pauses, resumes, waits, queues, what the passes cost."""
 
-    def __init__(self, labels: Mapping[str, str]) -> None:
-        from prometheus_client import Counter, Gauge
+    def __init__(self, labels: Mapping[str, str], kv_bytes_per_token: float) -> None:
+        from prometheus_client import Counter, Gauge, Histogram
 
+        self._labels = dict(labels)
+        self._bytes = kv_bytes_per_token
         names = list(labels)
-        pauses = Counter(
-            "pascal:pauses",
-            "Pauses by rung: host (KV kept in host memory), recompute (KV dropped).",
-            [*names, "rung"],
-        )
-        tokens = Counter(
-            "pascal:paused_tokens", "KV entries taken off the device by pauses.", [*names, "rung"]
-        )
-        self._counters = {
-            "host": pauses.labels(**labels, rung="host"),
-            "recompute": pauses.labels(**labels, rung="recompute"),
-            "host_tokens": tokens.labels(**labels, rung="host"),
-            "recompute_tokens": tokens.labels(**labels, rung="recompute"),
-            "resumed": Counter(
-                "pascal:resumes", "Paused requests brought back without recompute.", names
-            ).labels(**labels),
-            "errors": Counter(
-                "pascal:policy_errors", "Passes in which SGLang's order stood in.", names
-            ).labels(**labels),
-        }
-        self._paused = Gauge(
-            "pascal:paused_requests",
-            "Requests paused with their KV in host memory.",
-            names,
-            multiprocess_mode="mostrecent",
-        ).labels(**labels)
-        self._reported: dict[str, int] = dict.fromkeys(self._counters, 0)
-        self._last_paused = -1
 
-    def update(self, counts: Mapping[str, int], paused: int, errors: int) -> None:
-        """Report what has changed since the last pass."""
-        if paused != self._last_paused:
-            self._paused.set(paused)
-            self._last_paused = paused
-        for name, counter in self._counters.items():
-            now = errors if name == "errors" else counts.get(name, 0)
-            if now != self._reported[name]:
-                counter.inc(now - self._reported[name])
-                self._reported[name] = now
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(f"pascal:{name}", text, [*names, *more])
+
+        self._paused = counter(
+            "pauses",
+            "Running requests paused. why: growth (the next steps would not fit), displaced (for a "
+            "better one), memory (this step did not fit).",
+            "class",
+            "why",
+        )
+        self._rungs = counter(
+            "paused_kv",
+            "Times KV was taken to a rung: resident (stays on the device), host, recompute.",
+            "rung",
+        )
+        self._rung_tokens = counter("paused_tokens", "KV entries taken to a rung.", "rung")
+        self._rung_bytes = counter("paused_bytes", "Bytes of KV taken to a rung, per rank.", "rung")
+        self._starts = counter(
+            "starts", "Requests admitted (from waiting) or resumed, by class.", "class", "place"
+        )
+        self._waits = Histogram(
+            "pascal:wait_seconds",
+            "How long a request waited for its start. place: waiting (never ran, or has to be "
+            "prefilled again), resident or host (was paused).",
+            [*names, "class", "place"],
+            buckets=_LATENCY,
+        )
+        self._blocked = counter(
+            "blocked_passes",
+            "Passes in which the best request in line could not start, by what it lacked: memory, "
+            "slots, or rank (nobody worse to displace).",
+            "lacks",
+        )
+        self._totals = {
+            "errors": counter("policy_errors", "Passes in which SGLang's order stood in."),
+            "passes": counter("policy_passes", "Scheduler passes."),
+            "seconds": counter("policy_seconds", "Time the policy and its pauses took."),
+        }
+        self._queued = Gauge(
+            "pascal:queued_requests",
+            "Requests that do not run, by class and place (waiting, resident, host).",
+            [*names, "class", "place"],
+            multiprocess_mode="mostrecent",
+        )
+        self._reported: dict[str, float] = dict.fromkeys(self._totals, 0.0)
+        self._shown: dict[tuple[str, str], int] = {}
+
+    def paused(self, name: str, why: str) -> None:
+        self._paused.labels(**self._labels, **{"class": name}, why=why).inc()
+
+    def left_device(self, rung: Rung, tokens: int) -> None:
+        for series, amount in (
+            (self._rungs, 1.0),
+            (self._rung_tokens, tokens),
+            (self._rung_bytes, tokens * self._bytes),
+        ):
+            series.labels(**self._labels, rung=rung.value).inc(amount)
+
+    def started(self, name: str, place: str, waited_s: float) -> None:
+        where = {**self._labels, "class": name, "place": place}
+        self._starts.labels(**where).inc()
+        self._waits.labels(**where).observe(waited_s)
+
+    def blocked(self, lacks: str) -> None:
+        self._blocked.labels(**self._labels, lacks=lacks).inc()
+
+    def update(self, totals: Mapping[str, float], queued: Mapping[tuple[str, str], int]) -> None:
+        """Report what has changed: running totals, and requests queued by (class, place)."""
+        for name, total in totals.items():
+            if total != self._reported[name]:
+                self._totals[name].labels(**self._labels).inc(total - self._reported[name])
+                self._reported[name] = total
+        for key, count in queued.items():
+            if self._shown.get(key) != count:
+                where = {**self._labels, "class": key[0], "place": key[1]}
+                self._queued.labels(**where).set(count)
+                self._shown[key] = count

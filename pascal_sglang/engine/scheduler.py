@@ -13,13 +13,15 @@ from sglang.srt.managers.scheduler_components.invariant_checker import (
     SchedulerInvariantChecker,
 )
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
 from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.budget import with_default_budget
-from pascal_sglang.engine.governor import Governor, build_governor
+from pascal_sglang.engine.build import build_governor, kv_bytes_per_token
+from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.ladder import Ladder
-from pascal_sglang.engine.metrics import PauseMetrics, PhaseMetrics
+from pascal_sglang.engine.metrics import DecisionMetrics, PhaseMetrics
 from pascal_sglang.engine.phases import PhaseTracker, count_phases, describe
 from pascal_sglang.frontend import INIT_INFO_KEY
 
@@ -37,7 +39,8 @@ class PascalOutputStreamer(SchedulerOutputStreamer):
 
 
 class PascalInvariantChecker(SchedulerInvariantChecker):
-    """SGLang's leak checks, aware of requests that left the batch but still hold their KV."""
+    """SGLang's leak checks, aware of requests that left the batch but still hold their KV, with or
+    without a row."""
 
     ladder: Ladder
 
@@ -45,6 +48,11 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
         owners = SchedulerInvariantChecker._requests_owning_rows(self)
         known = set(owners)
         return owners + [r for r in self.ladder.leaving if r not in known and r.kv.holds_kv]
+
+    def _get_total_uncached_sizes(self) -> tuple[int, int]:
+        full, swa = SchedulerInvariantChecker._get_total_uncached_sizes(self)
+        rowless = sum(kv_private_tokens(r.kv, self.page_size) for r in self.ladder.resident)
+        return full + rowless, swa
 
 
 class PascalScheduler(Scheduler):
@@ -61,9 +69,10 @@ class PascalScheduler(Scheduler):
 
     def init_output_streamer(self) -> None:
         reports = self.metrics_reporter.enable_metrics and get_parallel().attn_tp_rank == 0
-        metrics = PhaseMetrics(self.metrics_collector.labels) if reports else None
+        labels = self.metrics_collector.labels if reports else {}
+        metrics = PhaseMetrics(labels, self.pascal_config.qoe_slo) if reports else None
         if reports and self.governor is not None:
-            self.governor.metrics = PauseMetrics(self.metrics_collector.labels)
+            self.governor.journal.metrics = DecisionMetrics(labels, kv_bytes_per_token(self))
         on_progress = None if self.governor is None else self.governor.observe
         self.phase_tracker = PhaseTracker(metrics, on_progress)
         super().init_output_streamer()
@@ -83,7 +92,7 @@ class PascalScheduler(Scheduler):
         req = super()._create_generation_req(recv_req, *args, **kwargs)
         self.phase_tracker.arrived(req, getattr(recv_req.time_stats, "created_time", 0.0))
         if self.governor is not None:
-            self.governor.arrived(req)
+            self.governor.members.arrived(req)
         return req
 
     def send_abort_output(self, abort_req: AbortReq, req: Req) -> None:
@@ -114,6 +123,17 @@ class PascalScheduler(Scheduler):
         if self.governor is not None:
             running_batch = self.governor.govern(running_batch, last_batch)
         return super().get_next_batch_to_run(running_batch=running_batch, last_batch=last_batch)
+
+    def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
+        if self.governor is not None:
+            self.governor.relieve(batch)
+            # Read by `retract_decode`, which now strikes only what cannot be paused.
+            batch._get_decode_retraction_order = self.governor.retraction_order
+        try:
+            updated: ScheduleBatch | None = super().update_running_batch(batch)
+        finally:
+            batch.__dict__.pop("_get_decode_retraction_order", None)
+        return updated
 
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> Any:
         if self.governor is None:
@@ -151,8 +171,9 @@ class PascalScheduler(Scheduler):
     def pascal_status(self) -> dict[str, Any]:
         """This instance for `GET /pascal/status`: counts by phase, KV tokens, requests."""
         live = [req for req in self.collect_inflight_reqs() if not req.finished()]
-        ladder = None if self.governor is None else self.governor.ladder
-        paused = [] if ladder is None else [*ladder.leaving, *ladder.paused]
+        governor = self.governor
+        ladder = None if governor is None else governor.ladder
+        paused = [] if ladder is None else [*ladder.leaving, *ladder.paused()]
         live = list(dict.fromkeys([*live, *paused]))
         capacity = self.max_total_num_tokens
         free = self.token_to_kv_pool_allocator.available_size()
@@ -169,8 +190,10 @@ class PascalScheduler(Scheduler):
             },
             "paused": len(paused),
             "pauses": {} if ladder is None else dict(ladder.counts),
-            "unpausable": {} if self.governor is None else dict(self.governor.unpausable),
-            "policy_errors": 0 if self.governor is None else self.governor.errors,
+            "decisions": {} if governor is None else dict(governor.journal.counts),
+            "queued": {} if governor is None else governor.queued_by_class(),
+            "unpausable": {} if governor is None else dict(governor.members.unpausable),
+            "policy_errors": 0 if governor is None else governor.errors,
             "requests": [describe(req) for req in [*live, *self.waiting_queue]],
             "recent": list(self.phase_tracker.recent),
         }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 
-from pascal_sglang.policy.member import Member
+from pascal_sglang.policy.member import Member, Place
 from pascal_sglang.policy.order import Moment, Order, Tuning
 
 Entry = tuple[float, int, int, Member]
@@ -16,13 +17,17 @@ class Line:
     """Members that do not run, in lanes whose inner order does not change while they wait.
 
     Adding and removing cost O(log n); walking the first k costs O(k log n) and a comparison per
-    lane. A removed member's entry stays behind with an outdated ticket until it surfaces.
+    lane. A removed member's entry stays behind with an outdated ticket until it surfaces. A
+    member's place must not change while it is in line.
+
+    counts: members by (lane, place).
     """
 
     def __init__(self, order: Order, tuning: Tuning) -> None:
         self.order = order
         self.tuning = tuning
         self._lanes: dict[int, list[Entry]] = {}
+        self.counts: Counter[tuple[int, Place]] = Counter()
         self._size = 0
 
     def __len__(self) -> int:
@@ -33,14 +38,17 @@ class Line:
         self.remove(member)
         member.ticket += 1
         key = self.order.key(member, self.tuning)
-        lane = self._lanes.setdefault(self.order.lane(member, self.tuning), [])
+        member.lane = self.order.lane(member, self.tuning)
+        lane = self._lanes.setdefault(member.lane, [])
         heapq.heappush(lane, (key, member.seq, member.ticket, member))
+        self.counts[member.lane, member.place] += 1
         self._size += 1
 
     def remove(self, member: Member) -> None:
         """Take a member out; nothing happens if it is not in line."""
-        if member.ticket % 2:
+        if self.holds(member):
             member.ticket += 1
+            self.counts[member.lane, member.place] -= 1
             self._size -= 1
 
     def clear(self) -> None:
@@ -48,6 +56,9 @@ class Line:
             for _, _, _, member in lane:
                 self.remove(member)
         self._lanes.clear()
+
+    def holds(self, member: Member) -> bool:
+        return member.ticket % 2 == 1
 
     def best_first(self, moment: Moment) -> Iterator[Member]:
         """The members in line by `(rank, key, seq)`; the line stays as it is."""

@@ -15,6 +15,7 @@ class Place(Enum):
 
     WAITING = "waiting"  # no KV yet, or dropped for recompute: has to be prefilled
     RUNNING = "running"  # decodes in every step
+    RESIDENT = "resident"  # paused, KV still on the device
     HOST = "host"  # paused, KV in host memory
 
 
@@ -26,11 +27,16 @@ class Member:
     phase_tokens: tokens generated in the current phase; the quantum counts these.
     total_tokens: tokens generated in all.
     kv_tokens: KV entries it holds, or needs back to resume, or needs to be prefilled.
+    remaining: the most tokens it may still produce in this phase, as far as limits say; the
+        default stands for no known limit.
     pausable: False for what the engine cannot pause; it runs on as in stock SGLang.
     since_pass: the pass in which it entered its current place.
+    since: the time (s) of that pass.
+    head_start: passes it counts as having waited longer, for a prefix the device already holds.
     credit: quanta forgiven for having waited; lasts until it has run a quantum.
     handle: the adapter's own object.
     ticket: which of its entries in a `Line` is the true one.
+    lane: the lane of that entry.
     """
 
     seq: int
@@ -40,16 +46,22 @@ class Member:
     phase_tokens: int = 0
     total_tokens: int = 0
     kv_tokens: int = 0
+    remaining: int = 1 << 30
     pausable: bool = True
     since_pass: int = 0
+    since: float = 0.0
+    head_start: int = 0
     credit: int = 0
     ran_from: int = 0
     handle: Any = None
     ticket: int = 0
+    lane: int = 0
 
-    def enter(self, place: Place, pass_no: int) -> None:
+    def enter(self, place: Place, pass_no: int, now: float) -> None:
         """Change place; waiting starts anew, and so does the count of what it runs."""
         self.place = place
         self.since_pass = pass_no
+        self.since = now
         if place is Place.RUNNING:
             self.ran_from = self.total_tokens
+            self.head_start = 0

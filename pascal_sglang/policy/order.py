@@ -29,16 +29,21 @@ class Tuning:
 
     quantum: tokens a request runs before its rank falls behind those that ran less.
     demote: a thinker longer than this loses its place before all other thinkers.
+    demote_on: what counts towards that: `kv`, all tokens it generated, or `thinking`, its thinking
+        tokens alone (they differ for models that write before they open their thinking).
     ageing: quanta-lengths of passes a request waits to be forgiven one quantum.
     burst: an answer brought back builds up this many tokens of lead before it may be paused again.
     guard: an answer this close to running dry, in tokens of its reader's pace, comes first.
+    headroom: tokens somebody who starts must be able to grow by, unless it ends its phase sooner.
     """
 
     quantum: int = 500
     demote: int = 5000
+    demote_on: str = "kv"
     ageing: int = 2
     burst: int = 24
     guard: int = 2
+    headroom: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ def quanta(member: Member, moment: Moment, tuning: Tuning) -> int:
     consumed = by_quanta(member, tuning) - credit_of(member, tuning)
     if member.place is Place.RUNNING:
         return consumed
-    waited = moment.pass_no - member.since_pass
+    waited = moment.pass_no - member.since_pass + member.head_start
     return consumed - waited // (tuning.ageing * tuning.quantum)
 
 
@@ -75,11 +80,13 @@ def served(member: Member, tuning: Tuning) -> float:
     """The pass at which a request of no quanta would have come to stand where this one stands: the
     order of `quanta` while everybody waits, without the clock."""
     consumed = by_quanta(member, tuning) - credit_of(member, tuning)
-    return consumed * tuning.ageing * tuning.quantum + member.since_pass
+    stands_since = member.since_pass - member.head_start
+    return consumed * tuning.ageing * tuning.quantum + stands_since
 
 
 def is_demoted(member: Member, tuning: Tuning) -> bool:
-    return member.phase is Phase.REASONING and member.total_tokens > tuning.demote
+    counted = member.total_tokens if tuning.demote_on == "kv" else member.phase_tokens
+    return member.phase is Phase.REASONING and counted > tuning.demote
 
 
 def pascal(member: Member, moment: Moment, tuning: Tuning) -> Rank:
@@ -150,16 +157,27 @@ def one_lane(member: Member, tuning: Tuning) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A policy. `key` and `lane` of a member do not change while it waits or is paused."""
+    """A policy. `key` and `lane` of a member do not change while it waits or is paused.
+
+    names: what its classes are called. worst: a rank that none exceeds, if there is one.
+    """
 
     rank: Callable[[Member, Moment, Tuning], Rank]
     key: Callable[[Member, Tuning], float]
     lane: Callable[[Member, Tuning], int]
+    names: tuple[str, ...]
+    worst: Rank | None = None
 
 
 ORDERS = {
-    "pascal": Order(pascal, pascal_key, pascal_lane),
-    "paper": Order(paper, by_quanta, paper_lane),
-    "rr": Order(round_robin, by_all_quanta, one_lane),
-    "rr-restart": Order(round_robin_restart, by_quanta, one_lane),
+    "pascal": Order(
+        pascal,
+        pascal_key,
+        pascal_lane,
+        ("urgent_answer", "thinking", "demoted", "answer"),
+        worst=(AHEAD, 0),
+    ),
+    "paper": Order(paper, by_quanta, paper_lane, ("high", "low")),
+    "rr": Order(round_robin, by_all_quanta, one_lane, ("all",)),
+    "rr-restart": Order(round_robin_restart, by_quanta, one_lane, ("all",)),
 }

@@ -1,20 +1,22 @@
-"""The plan of one pass: who starts, who is paused."""
+"""The plan of one pass: who starts, who is paused, whose KV has to leave the device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pascal_sglang.policy.line import Line
 from pascal_sglang.policy.member import Member, Place
 from pascal_sglang.policy.order import Moment, Order, Rank, Tuning, credit_of
+from pascal_sglang.policy.victims import Victims
 
 # Tokens every running request may grow by before the next plan can react: a pause under overlap
 # scheduling takes two passes to free memory.
 GROWTH = 4
 
-# Passes before displacement is tried again for a request for whom it has just failed.
-PATIENCE = 4
+# Passes before displacement is tried again for a request for whom it has just failed. Those who run
+# change rank but once in many passes, and looking at all of them costs.
+PATIENCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +30,31 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
+class Worth:
+    """KV tokens a start takes and a pause gives back. The engine knows about shared prefixes."""
+
+    needs: Callable[[Member], int] = lambda m: 0 if m.place is Place.RESIDENT else m.kv_tokens
+    gives: Callable[[Member], int] = lambda m: m.kv_tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """`start`: waiting or paused requests in the order to start them. `pause`: running requests to
-    pause, worst first."""
+    """One decision.
+
+    start: waiting or paused requests in the order to start them.
+    pause: running requests to pause, worst first; `park` says which of them keep their KV on the
+    device because nobody needs its memory yet.
+    spill: requests paused with their KV on the device that have to give it up now.
+    blocked, lacks: the best request that could not start, and what it lacked: `memory`, `slots`,
+    or `rank` where others could give way but are not worse.
+    """
 
     start: tuple[Member, ...] = ()
     pause: tuple[Member, ...] = ()
+    park: frozenset[Member] = frozenset()
+    spill: tuple[Member, ...] = ()
+    blocked: Member | None = None
+    lacks: str = ""
 
 
 NOTHING = Plan()
@@ -42,10 +63,13 @@ NOTHING = Plan()
 class Planner:
     """Turns a view of the requests into one deterministic decision."""
 
-    def __init__(self, order: Order, tuning: Tuning) -> None:
+    def __init__(self, order: Order, tuning: Tuning, worth: Worth | None = None) -> None:
         self.order = order
         self.tuning = tuning
+        self.worth = worth or Worth()
         self.line = Line(order, tuning)
+        self.victims = Victims(order, tuning)
+        self.parked: dict[Member, None] = {}
         self._blocked: Member | None = None
         self._look_again = 0
 
@@ -60,84 +84,211 @@ class Planner:
         budget = room.free_tokens + room.releasing_tokens - GROWTH * (len(running) + joining)
         if budget >= 0 and not self.line:
             return NOTHING
-        slots = room.slots
-        victims: list[tuple[Rank, Member]] | None = None
-        pause: list[Member] = []
-        if budget < 0:
-            victims = self._victims(running, moment)
-            while budget < 0 and len(running) - len(pause) > 1 and victims:
-                _, victim = victims.pop()
-                pause.append(victim)
-                budget += victim.kv_tokens + GROWTH
-                slots += 1
+        made = _Pass(self, running, moment, budget, room.slots)
+        made.let_grow()
         start: list[Member] = []
+        blocked: Member | None = None
         for member in self.line.best_first(moment):
-            need = member.kv_tokens + GROWTH
-            if need > budget or slots < 1:
-                if self._stays_blocked(member, moment):
-                    break
-                if victims is None:
-                    victims = self._victims(running, moment)
-                rank = self.order.rank(member, moment, self.tuning)
-                displaced = self._displace(victims, rank, need - budget, 1 - slots)
-                if displaced is None:
-                    self._blocked = member
-                    self._look_again = moment.pass_no + PATIENCE
-                    if not running and not joining and not start:
-                        start.append(member)  # An idle instance: let the engine try, or refuse it.
-                    break
-                for victim in displaced:
-                    pause.append(victim)
-                    budget += victim.kv_tokens + GROWTH
-                    slots += 1
-            budget -= need
-            slots -= 1
+            if member in made.spilled:
+                blocked = member  # It has just given way; nobody behind it goes first.
+                break
+            need = self.worth.needs(member) + self._headroom(member)
+            if (need > made.budget or made.slots < 1) and not made.room_for(member, need):
+                if not running and not joining and not start:
+                    start.append(member)  # An idle instance: let the engine try, or refuse it.
+                blocked = member
+                break
+            made.budget -= need
+            made.slots -= 1
+            made.starting.add(member)
             start.append(member)
-        return Plan(tuple(start), tuple(pause))
+        return Plan(
+            tuple(start),
+            tuple(made.paused),
+            made.parked(),
+            tuple(made.spilled),
+            blocked,
+            "" if blocked is None else made.lacks,
+        )
 
-    def _stays_blocked(self, member: Member, moment: Moment) -> bool:
-        """Whether looking for somebody to displace was just in vain for this very request; who runs
-        changes rank but once in many passes, so that is not tried in every one."""
-        return member is self._blocked and moment.pass_no < self._look_again
+    def _headroom(self, member: Member) -> int:
+        return max(GROWTH, min(self.tuning.headroom, member.remaining))
 
     def started(self, member: Member, moment: Moment) -> None:
         """Take note that a request of the plan really started; it keeps what waiting earned it."""
-        self.line.remove(member)
+        self.left(member)
         rank = self.order.rank(member, moment, self.tuning)[1]
-        member.enter(Place.RUNNING, moment.pass_no)
+        member.enter(Place.RUNNING, moment.pass_no, moment.now)
         member.credit += self.order.rank(member, moment, self.tuning)[1] - rank
 
     def stopped(self, member: Member, place: Place, moment: Moment) -> None:
         """Take note that a request waits or is paused from now on."""
+        self.left(member)
         member.credit = credit_of(member, self.tuning)
-        member.enter(place, moment.pass_no)
+        member.enter(place, moment.pass_no, moment.now)
+        self._stands(member)
+
+    def spilled(self, member: Member, place: Place) -> None:
+        """Take note that a paused request's KV has left the device; its waiting goes on."""
+        self.left(member)
+        member.place = place
+        self._stands(member)
+
+    def left(self, member: Member) -> None:
+        """Take note that a request does not wait any more, for whatever reason."""
+        self.line.remove(member)
+        self.parked.pop(member, None)
+
+    def recount(self, members: Sequence[Member]) -> None:
+        """Make the line anew from those who truly wait."""
+        self.line.clear()
+        self.parked.clear()
+        for member in members:
+            self._stands(member)
+
+    def _stands(self, member: Member) -> None:
         self.line.add(member)
+        if member.place is Place.RESIDENT:
+            self.parked[member] = None
 
-    def _victims(self, running: Sequence[Member], moment: Moment) -> list[tuple[Rank, Member]]:
-        """Running requests that may be paused, the worst last."""
-        ranked = [
-            (self.order.rank(m, moment, self.tuning), self.order.key(m, self.tuning), m.seq, m)
-            for m in running
-            if m.pausable
-        ]
-        ranked.sort(key=lambda entry: entry[:3])
-        return [(rank, member) for rank, _, _, member in ranked]
+    def best_first(self, members: Iterable[Member], moment: Moment) -> list[Member]:
+        """Any members by the one ordering key."""
 
-    @staticmethod
-    def _displace(
-        victims: list[tuple[Rank, Member]], rank: Rank, tokens: int, slots: int
-    ) -> list[Member] | None:
-        """Take from the end of `victims` as many as give back `tokens` and `slots`; None, and
-        nobody taken, if those of strictly worse rank do not suffice."""
-        taken: list[Member] = []
-        at = len(victims)
-        while tokens > 0 or slots > 0:
-            at -= 1
-            if at < 0 or victims[at][0] <= rank:
-                return None
-            victim = victims[at][1]
-            taken.append(victim)
-            tokens -= victim.kv_tokens + GROWTH
-            slots -= 1
-        del victims[at:]
-        return taken
+        def place(member: Member) -> tuple[Rank, float, int]:
+            rank = self.order.rank(member, moment, self.tuning)
+            return rank, self.order.key(member, self.tuning), member.seq
+
+        return sorted(members, key=place)
+
+    def parked_worst_first(self, moment: Moment) -> list[Member]:
+        """Paused requests whose KV is on the device; who would come back last comes first."""
+        return self.best_first(self.parked, moment)[::-1]
+
+    def stays_blocked(self, member: Member, moment: Moment) -> bool:
+        return member is self._blocked and moment.pass_no < self._look_again
+
+    def gave_up_on(self, member: Member, moment: Moment) -> None:
+        self._blocked = member
+        self._look_again = moment.pass_no + PATIENCE
+
+
+class _Pass:
+    """A plan in the making: what is left to give, and who gives way."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        running: Sequence[Member],
+        moment: Moment,
+        budget: int,
+        slots: int,
+    ) -> None:
+        self.planner = planner
+        self.running = running
+        self.moment = moment
+        self.budget = budget
+        self.slots = slots
+        self.paused: list[Member] = []
+        self.spilled: dict[Member, None] = {}
+        self.starting: set[Member] = set()
+        self.lacks = "memory"
+        self._parked: list[Member] | None = None
+        self._gave: dict[Member, int] = {}
+
+    def let_grow(self) -> None:
+        """Make the next decode steps fit: first whoever does not run gives up its KV, then the
+        worst who run, but never the last of them."""
+        if self.budget >= 0:
+            return
+        for member in self._spills(-self.budget):
+            self._spill(member)
+        if self.budget >= 0:
+            return
+        for victim in self.planner.victims.worst_first(self.running, self.moment):
+            if self.budget >= 0 or len(self.running) - len(self.paused) <= 1:
+                return
+            self._pause(victim)
+
+    def room_for(self, member: Member, need: int) -> bool:
+        """Make room for one who starts, by those of strictly worse rank alone; if they do not
+        suffice nobody gives way."""
+        planner = self.planner
+        tokens, slots = need - self.budget, 1 - self.slots
+        self.lacks = "slots" if slots > 0 else "memory"
+        spills = self._spills(tokens, besides=member)
+        tokens -= sum(planner.worth.gives(m) for m in spills)
+        if tokens > 0 or slots > 0:
+            if planner.stays_blocked(member, self.moment):
+                return False
+            rank = planner.order.rank(member, self.moment, planner.tuning)
+            victims = self._displaced(rank, tokens, slots)
+            if victims is None:
+                planner.gave_up_on(member, self.moment)
+                return False
+            for victim in victims:
+                self._pause(victim)
+        for spill in spills:
+            self._spill(spill)
+        return True
+
+    def parked(self) -> frozenset[Member]:
+        """Whose KV nobody needs yet: the first to come back keep theirs."""
+        kept = []
+        for victim in reversed(self.paused):
+            if self._gave[victim] > self.budget:
+                break
+            self.budget -= self._gave[victim]
+            kept.append(victim)
+        return frozenset(kept)
+
+    def _spills(self, tokens: int, besides: Member | None = None) -> list[Member]:
+        """The fewest parked requests, worst first, that give back `tokens`, or all of them."""
+        if tokens <= 0 or not self.planner.parked:
+            return []
+        if self._parked is None:
+            self._parked = self.planner.parked_worst_first(self.moment)
+        chosen: list[Member] = []
+        for member in self._parked:
+            if tokens <= 0:
+                break
+            if member is besides or member in self.starting or member in self.spilled:
+                continue
+            chosen.append(member)
+            tokens -= self.planner.worth.gives(member)
+        return chosen
+
+    def _displaced(self, rank: Rank, tokens: int, slots: int) -> list[Member] | None:
+        """Who gives way to `rank`: as many as give back `tokens` and `slots`; None if those of
+        strictly worse rank do not suffice."""
+        planner = self.planner
+        if planner.order.worst is not None and rank >= planner.order.worst:
+            self.lacks = "rank"
+            return None
+        for fresh in (False, True):
+            if fresh and planner.victims.is_fresh(self.moment):
+                break
+            taken: list[Member] = []
+            left, lacking = tokens, slots
+            for victim in planner.victims.worst_first(self.running, self.moment, fresh=fresh):
+                if victim in self._gave:
+                    continue
+                if planner.order.rank(victim, self.moment, planner.tuning) <= rank:
+                    self.lacks = "rank"
+                    break
+                taken.append(victim)
+                left -= planner.worth.gives(victim) + GROWTH
+                lacking -= 1
+                if left <= 0 and lacking <= 0:
+                    return taken
+        return None
+
+    def _pause(self, victim: Member) -> None:
+        given = self.planner.worth.gives(victim)
+        self._gave[victim] = given
+        self.paused.append(victim)
+        self.budget += given + GROWTH
+        self.slots += 1
+
+    def _spill(self, member: Member) -> None:
+        self.spilled[member] = None
+        self.budget += self.planner.worth.gives(member)

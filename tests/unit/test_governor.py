@@ -3,14 +3,20 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.engine.governor import Governor, why_not_pausable
+from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.ladder import HostCopy
+from pascal_sglang.engine.members import remaining_of, why_not_pausable
+from pascal_sglang.policy.member import Member
+from pascal_sglang.policy.pacer import Pacer
+from pascal_sglang.policy.rung import Costs, Rung
+from pascal_sglang.policy.timeline import Phase
 
 
-class Pool:
-    """A pool that has rows, or none, and never any KV to give."""
+class Rows:
+    """Request rows, or none to give."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -23,28 +29,80 @@ class Pool:
         self.freed.append(req)
 
 
+class Tree:
+    """A prefix cache that holds nothing."""
+
+    def root_node_handle(self, extra_key):
+        return None
+
+    def match_prefix(self, params):
+        return SimpleNamespace(device_prefix_len=0)
+
+    def swa_reprefill_tail_tokens(self, req):
+        return 0
+
+    def unlock(self, lock):
+        assert lock is None
+
+    def evictable_size(self):
+        return 0
+
+    def supports_prefix_sharing(self):
+        return False
+
+
+class Allocator:
+    """KV memory that gives nothing and cannot be copied."""
+
+    def alloc(self, _):
+        return None
+
+    def available_size(self):
+        return 0
+
+    def get_cpu_copy(self, _):
+        raise RuntimeError("host memory is gone")
+
+
 def scheduler(rows=1):
     return SimpleNamespace(
-        waiting_queue=["waiting"],
-        req_to_token_pool=Pool(rows),
-        token_to_kv_pool_allocator=SimpleNamespace(alloc=lambda _: None),
-        tree_cache=None,
+        waiting_queue=[],
+        req_to_token_pool=Rows(rows),
+        token_to_kv_pool_allocator=Allocator(),
+        tree_cache=Tree(),
         page_size=1,
+        tp_cpu_group=None,
+    )
+
+
+class Paused(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+def paused():
+    return Paused(
+        rid="r",
+        origin_input_ids=[1, 2],
+        output_ids=[3],
+        extra_key=None,
+        cache_salt=None,
+        pascal_member=Member(0, Pacer(0.1)),
+        kv=SimpleNamespace(cache_protected_len=0),
     )
 
 
 @pytest.fixture
-def governor():
-    made = Governor(scheduler(), PascalConfig(), host_budget_tokens=100)
-    made._clock = lambda: 1.0
-    return made
+def governor(monkeypatch):
+    monkeypatch.setattr("pascal_sglang.engine.governor.agree", lambda _, now: now)
+    return Governor(scheduler(), PascalConfig(), host_budget_tokens=100, costs=Costs())
 
 
 def test_a_failing_policy_is_counted_and_everybody_admitted(governor, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(governor, "before_batch", fail)
+    monkeypatch.setattr(governor, "_carry_out", fail)
+    governor.scheduler.waiting_queue.append("waiting")
     running = SimpleNamespace(reqs=[])
     assert governor.govern(running, None) is running
     assert governor.errors == 1
@@ -53,12 +111,23 @@ def test_a_failing_policy_is_counted_and_everybody_admitted(governor, monkeypatc
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_a_resume_the_pool_refuses_leaves_the_request_paused(governor, rows):
-    governor.ladder.scheduler = scheduler(rows)
-    copy = HostCopy(tokens=10, layers=None)
-    governor.ladder.paused["request"] = copy
-    assert governor.ladder.resume("request") is None
-    assert governor.ladder.paused == {"request": copy}
-    assert governor.ladder.scheduler.req_to_token_pool.freed == (["request"] if rows else [])
+    ladder, pool = governor.ladder, scheduler(rows)
+    ladder.scheduler = ladder.pool.scheduler = pool
+    request, copy = paused(), HostCopy(tokens=10, shared=0, prefix=None, own=object())
+    ladder.host[request] = copy
+    assert ladder.resume(request) is None
+    assert ladder.host == {request: copy}
+    assert pool.req_to_token_pool.freed == ([request] if rows else [])
+
+
+def test_a_copy_that_fails_turns_into_recompute(governor):
+    ladder, request, released = governor.ladder, paused(), []
+    request.reset_for_retract = lambda: released.append("reset")
+    rung = ladder._off_device(request, torch.arange(10), None, released.append)
+    assert rung is Rung.RECOMPUTE
+    assert released == [request, "reset"]
+    assert not ladder.host
+    assert ladder.counts["copy_failed"] == 1
 
 
 def request(**changes):
@@ -104,3 +173,15 @@ def test_a_plain_request_can_be_paused():
 )
 def test_what_cannot_be_paused_says_why(change, reason):
     assert reason in why_not_pausable(request(**change))
+
+
+def test_what_may_still_come_is_known_by_phase():
+    """Thinking ends with its budget (and the marker), all ends with `max_new_tokens`."""
+    params = SimpleNamespace(max_new_tokens=100, custom_params={"thinking_budget": 20})
+    req = SimpleNamespace(sampling_params=params, output_ids=[0] * 15)
+    member = Member(0, Pacer(0.1), phase_tokens=15)
+    assert remaining_of(req, member) == 6
+    member.phase = Phase.ANSWERING
+    assert remaining_of(req, member) == 85
+    params.max_new_tokens = None
+    assert remaining_of(req, member) > 1_000_000

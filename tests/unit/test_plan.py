@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pascal_sglang.policy.member import Member, Place
-from pascal_sglang.policy.order import AHEAD, ORDERS, URGENT, Moment, Tuning
+from pascal_sglang.policy.order import AHEAD, ORDERS, URGENT, Moment, Tuning, is_demoted
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.plan import GROWTH, Planner, Room
+from pascal_sglang.policy.plan import GROWTH, PATIENCE, Plan, Planner, Room
 from pascal_sglang.policy.timeline import Phase
 
 TUNING = Tuning(quantum=50, demote=400, burst=10)
@@ -52,8 +52,7 @@ policies = st.sampled_from(sorted(ORDERS))
 
 def planner_with(policy, others):
     planner = Planner(ORDERS[policy], TUNING)
-    for m in others:
-        planner.line.add(m)
+    planner.recount(others)
     return planner
 
 
@@ -69,12 +68,49 @@ def test_never_beyond_memory_or_slots(policy, case):
     _, plan = decide(policy, running, others, room)
     if not running and len(plan.start) == 1:
         return  # An idle instance may try what does not fit; the engine refuses it.
-    given_back = sum(m.kv_tokens for m in plan.pause)
+    given_back = sum(m.kv_tokens for m in plan.pause if m not in plan.park)
+    given_back += sum(m.kv_tokens for m in plan.spill)
     left = room.free_tokens + room.releasing_tokens + given_back
     growing = len(running) - len(plan.pause) + len(plan.start)
     if plan.start:
-        assert sum(m.kv_tokens for m in plan.start) + GROWTH * growing <= left
+        assert sum(map(needs, plan.start)) + GROWTH * growing <= left
         assert len(plan.start) <= max(0, room.slots) + len(plan.pause)
+
+
+def needs(m):
+    return 0 if m.place is Place.RESIDENT else m.kv_tokens
+
+
+@given(policies, situation())
+@settings(max_examples=400, deadline=None)
+def test_kv_leaves_the_device_only_for_memory(policy, case):
+    """Nobody's KV is copied away while what is free covers all that starts and grows."""
+    running, others, room = case
+    _, plan = decide(policy, running, others, room)
+    assert all(m.place is Place.RESIDENT and m not in plan.start for m in plan.spill)
+    assert plan.park <= set(plan.pause)
+    if not running and len(plan.start) == 1:
+        return
+    growing = len(running) - len(plan.pause) + len(plan.start)
+    left = room.free_tokens + room.releasing_tokens
+    left -= sum(map(needs, plan.start)) + GROWTH * growing
+    gone = [m for m in plan.pause if m not in plan.park] + list(plan.spill)
+    if gone:
+        assert left < min(m.kv_tokens for m in gone), "one of them could have kept its KV"
+
+
+def test_a_pause_for_a_slot_leaves_the_kv_where_it_is():
+    """Two slots' worth of memory, one slot: the thinker gets the answer's slot, not its memory."""
+    pacer = Pacer(TPOT, delivered=50, last_shown=NOW + 9)
+    answer = Member(0, pacer, Place.RUNNING, Phase.ANSWERING, 50, 100, kv_tokens=100)
+    thinker = Member(1, Pacer(TPOT), kv_tokens=30)
+    planner, plan = decide("pascal", [answer], [thinker], Room(500, 0, 0))
+    assert plan == Plan(start=(thinker,), pause=(answer,), park=frozenset({answer}))
+    planner.stopped(answer, Place.RESIDENT, MOMENT)
+    planner.started(thinker, MOMENT)
+    tight = planner.plan([thinker], Room(2, 0, 0), MOMENT)
+    assert tight.spill == (answer,), "who does not run gives up its KV first"
+    assert not tight.pause
 
 
 @given(policies, situation())
@@ -83,7 +119,7 @@ def test_nobody_is_paused_for_nothing(policy, case):
     running, others, room = case
     _, plan = decide(policy, running, others, room)
     short = room.free_tokens + room.releasing_tokens < GROWTH * len(running)
-    assert plan.start or short or not plan.pause
+    assert plan.start or short or not (plan.pause or plan.spill)
     assert all(m.pausable and m.place is Place.RUNNING for m in plan.pause)
     assert len(set(map(id, plan.pause))) == len(plan.pause)
 
@@ -107,7 +143,7 @@ def test_only_a_strictly_better_rank_displaces(policy, case):
 def test_the_same_view_gives_the_same_plan(policy, case):
     running, others, room = case
     planner, first = decide(policy, running, others, room)
-    planner.line.clear()
+    planner.recount([])
     _, again = decide(policy, list(reversed(running)), list(reversed(others)), room)
     assert first == again
 
@@ -148,7 +184,7 @@ def test_no_thinker_waits_behind_an_answer_with_slack(case):
     slack = [m for m in running if m.pausable and ranks[m.seq][0] == AHEAD]
     room_made = room.free_tokens + room.releasing_tokens - GROWTH * len(running)
     room_made += sum(m.kv_tokens + GROWTH for m in slack)
-    if first.kv_tokens + GROWTH <= room_made and room.slots + len(slack) >= 1:
+    if needs(first) + GROWTH <= room_made and room.slots + len(slack) >= 1:
         assert first in plan.start
 
 
@@ -167,7 +203,7 @@ def test_an_answer_about_to_run_dry_comes_back_if_any_order_allows(case):
     yielding = [m for m in running if m.pausable and not urgent(m)]
     most = room.free_tokens + room.releasing_tokens - GROWTH * len(running)
     most += sum(m.kv_tokens + GROWTH for m in yielding)
-    if dry[0].kv_tokens + GROWTH <= most and room.slots + len(yielding) >= 1:
+    if needs(dry[0]) + GROWTH <= most and room.slots + len(yielding) >= 1:
         assert dry[0] in plan.start
 
 
@@ -195,6 +231,35 @@ def test_no_ping_pong_within_a_quantum(policy):
     assert 2 <= switches <= 2000 / TUNING.quantum + 2
 
 
+def test_displacement_finds_todays_victim_behind_an_old_ranking():
+    """Victims are ranked for many passes; an answer that has gained slack since is found."""
+    pacer = Pacer(TPOT, delivered=5, last_shown=NOW)
+    answer = Member(0, pacer, Place.RUNNING, Phase.ANSWERING, 5, 50, kv_tokens=90)
+    thinker = Member(1, Pacer(TPOT), Place.RUNNING, kv_tokens=90)
+    fresh = Member(2, Pacer(TPOT), kv_tokens=50, since_pass=MOMENT.pass_no)
+    planner = planner_with("pascal", [fresh])
+    first = planner.plan([answer, thinker], Room(10, 0, 4), MOMENT)
+    assert first == Plan(blocked=fresh, lacks="rank")
+    pacer.last_shown = NOW + 9
+    later = Moment(MOMENT.pass_no + PATIENCE, NOW, 0.01)
+    assert planner.plan([answer, thinker], Room(10, 0, 4), later).pause == (answer,)
+
+
+def test_a_prefix_on_the_device_counts_as_having_waited():
+    """Arrived in the same pass: the one that needs less goes first; a quantum outweighs it."""
+    cold = Member(0, Pacer(TPOT), kv_tokens=50, since_pass=4990)
+    warm = Member(1, Pacer(TPOT), kv_tokens=50, since_pass=4995, head_start=10)
+    assert list(planner_with("pascal", [cold, warm]).line.best_first(MOMENT)) == [warm, cold]
+    warm.phase_tokens = TUNING.quantum
+    assert list(planner_with("pascal", [cold, warm]).line.best_first(MOMENT)) == [cold, warm]
+
+
+@pytest.mark.parametrize(("on", "demoted"), [("kv", True), ("thinking", False)])
+def test_what_counts_towards_demotion(on, demoted):
+    late = Member(0, Pacer(TPOT), phase_tokens=100, total_tokens=500)
+    assert is_demoted(late, Tuning(demote=400, demote_on=on)) is demoted
+
+
 def test_waiting_is_bounded_under_endless_new_thinkers():
     """A long thinker, one slot, always a fresh short one in line: it runs within the bound."""
     planner = Planner(ORDERS["pascal"], TUNING)
@@ -212,7 +277,7 @@ def test_waiting_is_bounded_under_endless_new_thinkers():
         plan = planner.plan([running] if running else [], Room(free, 0, 1), moment)
         if long in plan.start:
             return
-        planner.line.remove(fresh)
+        planner.left(fresh)
         if plan.start:
             running = plan.start[0]
             planner.started(running, moment)

@@ -1,6 +1,7 @@
 """The seam list: complete, true to the installed SGLang, and strict about every change."""
 
 import inspect
+import pkgutil
 import sys
 
 import pytest
@@ -20,6 +21,11 @@ def altered(tmp_path, old, new):
 
 def test_every_seam_holds_for_the_installed_sglang():
     assert [f.seam.symbol for f in check_seams() if not f.ok] == []
+
+
+def test_whoever_uses_a_seam_exists():
+    for seam in load_seams():
+        pkgutil.resolve_name(seam.by)
 
 
 def test_a_changed_digest_is_named(tmp_path, monkeypatch):

@@ -1,0 +1,21 @@
+"""Pauses and holds back at random, on top of the plan: for tests that must survive it."""
+
+from __future__ import annotations
+
+import random
+
+from pascal_sglang.policy.rung import Rung
+
+
+class Chaos:
+    """Seeded alike on every rank. `chance`: how often something happens, per request and pass."""
+
+    def __init__(self, chance: float) -> None:
+        self.chance = chance
+        self._dice = random.Random(0)
+
+    def strikes(self) -> bool:
+        return self._dice.random() < self.chance
+
+    def rung(self) -> Rung:
+        return self._dice.choice(list(Rung))

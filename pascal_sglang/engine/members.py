@@ -1,0 +1,104 @@
+"""Keeps the policy's picture of each request true: one `Member` per SGLang `Req`."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import Req
+
+from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.phases import timeline_of
+from pascal_sglang.policy.member import Member
+from pascal_sglang.policy.pacer import Pacer
+from pascal_sglang.policy.timeline import Phase
+
+logger = logging.getLogger(__name__)
+
+UNLIMITED = 1 << 30
+
+
+class Members:
+    """Makes members and brings them up to date.
+
+    unpausable: how many requests arrived that cannot be paused, by reason.
+    """
+
+    def __init__(self, config: PascalConfig) -> None:
+        self.config = config
+        self.unpausable: Counter[str] = Counter()
+        self._arrivals = 0
+
+    def arrived(self, req: Req) -> Member:
+        """Make the request's member; its reader's pace may come with the request."""
+        custom = req.sampling_params.custom_params
+        tpot_ms = self.config.answer_tpot_ms
+        if isinstance(custom, dict) and isinstance(own := custom.get("pascal"), dict):
+            asked = own.get("answer_tpot_ms")
+            if isinstance(asked, int | float) and asked > 0:
+                tpot_ms = asked
+        self._arrivals += 1
+        member = Member(seq=self._arrivals, pacer=Pacer(tpot_ms / 1000), handle=req)
+        reason = why_not_pausable(req)
+        if reason:
+            member.pausable = False
+            if not self.unpausable[reason]:
+                logger.warning("pascal_sglang does not pause requests with %s", reason)
+            self.unpausable[reason] += 1
+        req.pascal_member = member
+        return member
+
+    def observe(self, req: Req, now: float) -> None:
+        """The request may have produced tokens: bring its member up to date, tell its reader."""
+        member, timeline = member_of(req), timeline_of(req)
+        if new := timeline.answer_tokens - member.pacer.delivered:
+            member.pacer.deliver(now, new)
+        answering = timeline.phase is Phase.ANSWERING
+        if answering and member.phase is Phase.REASONING:
+            member.phase = Phase.ANSWERING
+            member.credit = 0
+        member.phase_tokens = timeline.answer_tokens if answering else timeline.reasoning_tokens
+        member.total_tokens = timeline.reasoning_tokens + timeline.answer_tokens
+        member.remaining = remaining_of(req, member)
+
+
+def member_of(req: Req) -> Member:
+    member: Member = req.pascal_member
+    return member
+
+
+def remaining_of(req: Req, member: Member) -> int:
+    """Tokens the request can still produce in its phase: what `max_new_tokens` leaves, and while it
+    thinks no more than its `thinking_budget`."""
+    params = req.sampling_params
+    left = UNLIMITED
+    if params.max_new_tokens is not None:
+        left = params.max_new_tokens - len(req.output_ids)
+    custom = params.custom_params
+    if member.phase is Phase.REASONING and isinstance(custom, dict):
+        budget = custom.get("thinking_budget")
+        if isinstance(budget, int) and budget >= 0:
+            left = min(left, budget + 1 - member.phase_tokens)
+    return max(0, left)
+
+
+def why_not_pausable(req: Req) -> str | None:
+    """What about the request the ladder cannot carry; None if it can be paused."""
+    params = req.sampling_params
+    reasons: dict[str, Any] = {
+        "beam search": req.beam_group is not None,
+        "a session": req.session is not None or req.session_id is not None,
+        "multimodal inputs": req.multimodal_inputs is not None,
+        "input embeddings": req.input_embeds is not None,
+        "a LoRA adapter": req.lora_id is not None,
+        "hidden states returned": bool(req.return_hidden_states),
+        "a grammar": any((params.json_schema, params.regex, params.ebnf, params.structural_tag)),
+        "penalties": bool(
+            params.frequency_penalty
+            or params.presence_penalty
+            or params.repetition_penalty != 1.0
+            or params.min_new_tokens
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)

@@ -1,0 +1,133 @@
+"""What the KV pool holds for a request, and what shared prefixes make of it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.common import (
+    _req_radix_key,
+    evict_from_tree_cache,
+    free_kv_row_segments,
+    release_kv_cache,
+)
+
+from pascal_sglang.policy.rung import Costs
+
+PROBE_TOKENS = 256
+PROBES = 3
+
+
+class Held(NamedTuple):
+    """A prefix on the device: its length in tokens, its node in the prefix cache, and how many of
+    its tokens nobody else holds, so that using them takes them from what can be evicted."""
+
+    tokens: int
+    node: Any
+    evictable: int
+
+
+class Pool:
+    """One scheduler's device KV: request rows, KV entries, prefix cache."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    @property
+    def allocator(self) -> Any:
+        return self.scheduler.token_to_kv_pool_allocator
+
+    @property
+    def tree(self) -> Any:
+        return self.scheduler.tree_cache
+
+    @property
+    def rows(self) -> Any:
+        return self.scheduler.req_to_token_pool
+
+    @property
+    def free_tokens(self) -> int:
+        """KV entries that are free or can be evicted from the prefix cache."""
+        free: int = self.allocator.available_size()
+        evictable: int = self.tree.evictable_size()
+        return free + evictable
+
+    def in_pages(self, tokens: int) -> int:
+        """`tokens` rounded up to whole pages, which is what the pool gives."""
+        page: int = self.scheduler.page_size
+        return -(-tokens // page) * page
+
+    def held(self, req: Req, limit: int) -> Held:
+        """The longest prefix of the request, up to `limit` tokens, that the device holds."""
+        ids = req.origin_input_ids + req.output_ids
+        key = _req_radix_key(self.tree, req, ids, limit)
+        match = self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
+        if not match.device_prefix_len:
+            return Held(0, self.tree.root_node_handle(req.extra_key), 0)
+        before = self.tree.evictable_size()
+        lock = self.tree.lock(match.last_device_node)
+        evictable = before - self.tree.evictable_size()
+        self.tree.unlock(lock)
+        return Held(match.device_prefix_len, match.last_device_node, evictable)
+
+    def given_back(self, req: Req) -> int:
+        """KV entries that become free or evictable once the request lets go of its KV."""
+        own = self.in_pages(req.kv.kv_allocated_len) - req.kv.cache_protected_len
+        if req.lock is None:
+            return own
+        before = self.tree.evictable_size()
+        self.tree.unlock(req.lock)
+        alone: int = self.tree.evictable_size() - before
+        req.lock = self.tree.lock(req.lock.node)
+        return own + alone
+
+    def locations(self, req: Req) -> torch.Tensor:
+        """Where the request's KV entries are, in order; shape (committed tokens,)."""
+        row = self.rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len]
+        return row.clone()
+
+    def release(self, req: Req) -> None:
+        """Give back the row and the KV of a request that has a row."""
+        release_kv_cache(req, self.tree, checkpoint=False)
+
+    def release_rowless(self, req: Req, locations: torch.Tensor) -> None:
+        """The same for a request whose KV is at `locations` and whose row is given back."""
+        own = req.kv.cache_protected_len
+        if len(locations) > own:
+            free_kv_row_segments(
+                self.allocator, [(locations[own:], own)], swa_evicted_seqlen=0, swa_dead_lo=0
+            )
+        self.tree.unlock(req.lock)
+        req.lock = None
+        req.kv.mark_kv_released()
+
+    def take(self, tokens: int) -> torch.Tensor | None:
+        """`tokens` KV entries, evicting cached prefixes as needed; None if there are not enough."""
+        pages = self.in_pages(tokens)
+        evict_from_tree_cache(self.tree, pages)
+        found = self.allocator.alloc(pages)
+        return None if found is None else found[:tokens]
+
+
+def measure_costs(scheduler: Any) -> Costs:
+    """Time copies of KV to the host and back before the first request: one token, and many.
+
+    The pool's content is written back as it was.
+    """
+    allocator, device = scheduler.token_to_kv_pool_allocator, scheduler.device
+    many = min(PROBE_TOKENS, scheduler.max_total_num_tokens)
+
+    def one_way(tokens: int) -> float:
+        locations = torch.arange(1, tokens + 1, dtype=torch.int64, device=device)
+        took = []
+        for _ in range(PROBES):
+            begin = time.perf_counter()
+            allocator.load_cpu_copy(allocator.get_cpu_copy(locations), locations)
+            took.append((time.perf_counter() - begin) / 2)
+        return min(took)
+
+    fixed = one_way(1)
+    return Costs(fixed, max(0.0, one_way(many) - fixed) / max(1, many - 1))

@@ -1,0 +1,61 @@
+"""What there is to give in this pass, in the policy's terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+from pascal_sglang.engine.ladder import Ladder
+from pascal_sglang.policy.member import Member, Place
+from pascal_sglang.policy.plan import Room
+
+
+class View:
+    """Reads memory and slots off a live scheduler."""
+
+    def __init__(self, scheduler: Any, ladder: Ladder) -> None:
+        self.scheduler = scheduler
+        self.ladder = ladder
+        self.pool = ladder.pool
+
+    def room(self, running: ScheduleBatch) -> Room:
+        scheduler = self.scheduler
+        return Room(
+            free_tokens=self.pool.free_tokens - self.promised_tokens(),
+            releasing_tokens=self.ladder.releasing_tokens,
+            slots=min(
+                scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running),
+                scheduler.max_running_requests - len(running.reqs),
+            )
+            + len(self.ladder.leaving),
+        )
+
+    def promised_tokens(self) -> int:
+        """KV the rest of a chunked prefill will take: SGLang goes on with it unasked."""
+        chunked = self.scheduler.chunked_req
+        if chunked is None:
+            return 0
+        whole = len(chunked.origin_input_ids) + len(chunked.output_ids)
+        return max(0, whole - chunked.kv.kv_committed_len)
+
+    def joining(self, last: ScheduleBatch | None) -> int:
+        """How many come out of a prefill in this pass, the one still being prefilled in chunks
+        included."""
+        chunked: Req | None = self.scheduler.chunked_req
+        fresh = 0
+        if last is not None and last.forward_mode.is_extend():
+            fresh = sum(not r.finished() and r is not chunked for r in last.reqs)
+        return fresh + (chunked is not None)
+
+    def needs(self, member: Member) -> int:
+        """KV a start takes: a prefix the device holds for others is paid already."""
+        req: Req = member.handle
+        if member.place is not Place.WAITING:
+            return self.ladder.needs(req)
+        held = self.pool.held(req, member.kv_tokens - 1)
+        return self.pool.in_pages(member.kv_tokens - held.tokens) + held.evictable
+
+    def gives(self, member: Member) -> int:
+        """KV that is free or evictable once the request has left the device."""
+        return self.pool.given_back(member.handle)

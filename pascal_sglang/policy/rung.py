@@ -1,0 +1,45 @@
+"""The rungs of the pause ladder, and what each costs on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Rung(Enum):
+    """Where a paused request's KV is, cheapest first."""
+
+    RESIDENT = "resident"  # on the device; only the request slot is given back
+    HOST = "host"  # in host memory; comes back by a copy
+    RECOMPUTE = "recompute"  # nowhere; prompt and output so far are prefilled again
+
+
+@dataclass(slots=True)
+class Costs:
+    """What moving and recomputing KV takes here, in seconds; measured, never assumed.
+
+    copy_s, copy_token_s: one copy between device and host, and each of its tokens.
+    prefill_token_s: each token of a prefill; None until one has been seen.
+    """
+
+    copy_s: float = 0.0
+    copy_token_s: float = 0.0
+    prefill_token_s: float | None = None
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        """Learn from a prefill of `tokens` that took `seconds`: a running mean."""
+        if tokens <= 0 or seconds <= 0:
+            return
+        seen = seconds / tokens
+        known = self.prefill_token_s
+        self.prefill_token_s = seen if known is None else 0.9 * known + 0.1 * seen
+
+    def cheapest(self, tokens: int, host_free_tokens: int) -> Rung:
+        """The rung for KV that has to leave the device: `host` while the budget lasts, unless
+        prefilling it again takes less than carrying it there and back."""
+        if tokens > host_free_tokens:
+            return Rung.RECOMPUTE
+        if self.prefill_token_s is None:
+            return Rung.HOST
+        carried = 2 * (self.copy_s + tokens * self.copy_token_s)
+        return Rung.RECOMPUTE if tokens * self.prefill_token_s < carried else Rung.HOST

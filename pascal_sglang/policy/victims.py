@@ -1,0 +1,45 @@
+"""Who gives way, worst first, without ranking everybody who runs in every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from pascal_sglang.policy.member import Member
+from pascal_sglang.policy.order import Moment, Order, Tuning
+
+# Passes a ranking of those who run is used for. Ranks change but once in many tokens, and whoever
+# takes a victim from an old ranking looks at its rank of today.
+KEEP_PASSES = 32
+
+
+class Victims:
+    """Running requests that may be paused, ranked once and used for several passes."""
+
+    def __init__(self, order: Order, tuning: Tuning) -> None:
+        self.order = order
+        self.tuning = tuning
+        self._ranked: list[Member] = []
+        self._ranked_in = -KEEP_PASSES
+
+    def worst_first(
+        self, running: Sequence[Member], moment: Moment, *, fresh: bool = True
+    ) -> Iterator[Member]:
+        """Pausable members of `running`. `fresh`: by today's ranking; otherwise an earlier one may
+        serve, which lacks those who have started since."""
+        age = moment.pass_no - self._ranked_in
+        if age >= KEEP_PASSES or (fresh and age):
+            self._rank(running, moment)
+        present = set(running)
+        return (m for m in self._ranked if m in present)
+
+    def is_fresh(self, moment: Moment) -> bool:
+        return self._ranked_in == moment.pass_no
+
+    def _rank(self, running: Sequence[Member], moment: Moment) -> None:
+        rank, key, tuning = self.order.rank, self.order.key, self.tuning
+        ranked = [
+            (rank(m, moment, tuning), key(m, tuning), m.seq, m) for m in running if m.pausable
+        ]
+        ranked.sort(key=lambda entry: entry[:3], reverse=True)
+        self._ranked = [entry[3] for entry in ranked]
+        self._ranked_in = moment.pass_no

@@ -1,0 +1,36 @@
+"""What stock SGLang answers, once for all engine tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pascal_sglang.config import CONFIG_ENV, PascalConfig
+from tests.engine.load import run
+from tests.harness import TINY_FLAGS, Server
+
+SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
+
+
+@pytest.fixture(scope="session")
+def reference(stock_server):
+    """Output ids and finish reasons with memory to spare."""
+    return run(stock_server)[0]
+
+
+@pytest.fixture
+def serve(tiny_model):
+    """Starts the tiny model under a configuration, with SGLang's strict memory checks on."""
+
+    def start(settings, flags, command=SERVE, **more):
+        env = {
+            CONFIG_ENV: PascalConfig(**settings).to_json(),
+            "SGLANG_PLATFORM": "pascal_cpu",
+            "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
+            "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+            "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+            **more,
+        }
+        return Server(command, ["--model-path", str(tiny_model), *TINY_FLAGS, *flags], env)
+
+    return start

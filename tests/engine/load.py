@@ -1,0 +1,93 @@
+"""A mixed load for the tiny model, and what came back of it."""
+
+import json
+import random
+import time
+import urllib.request
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.requests import generate
+
+REQUESTS = 240
+ABORTED = frozenset(range(5, REQUESTS, 16))
+
+
+def bodies(count):
+    """The first `count` requests: thinking or not, stop strings, shared beginnings."""
+    dice = random.Random(5)
+    made = []
+    for i in range(count):
+        prompt = (
+            "a shared beginning of some length " * (i % 4) + f"Q{i} " + "x" * dice.randint(0, 60)
+        )
+        body = generate(
+            prompt,
+            think=None if i % 7 == 0 else dice.randint(3, 80),
+            total=dice.randint(60, 160),
+            rid=f"{i}-{uuid.uuid4().hex}",
+        )
+        if i % 5 == 1:
+            body["sampling_params"]["stop"] = [dice.choice("abcdefgh") + dice.choice("ijklmnop")]
+        made.append(body)
+    return made
+
+
+def run(server, count=REQUESTS):
+    """Send them, some streamed, some aborted.
+
+    Returns output ids and finish reason per request; streams are checked for gaps as they come,
+    and what the aborted ones had got.
+    """
+
+    def one(job):
+        i, body = job
+        if i in ABORTED:
+            return None
+        if i % 2:
+            reply = server.post("/generate", body, timeout=300)
+        else:
+            seen, events = [], server.stream("/generate", body, timeout=300)
+            for event in events:
+                assert event["output_ids"][: len(seen)] == seen, "a stream took back a token"
+                seen = event["output_ids"]
+            reply = events[-1]
+        return reply["output_ids"], reply["meta_info"]["finish_reason"]["type"]
+
+    def aborted(job):
+        i, body = job
+        if i not in ABORTED:
+            return None
+        with ThreadPoolExecutor(1) as caller:
+            reply = caller.submit(server.post, "/generate", body, 300)
+            time.sleep(random.Random(i).random())
+            while not reply.done():
+                abort(server, body["rid"])
+                time.sleep(0.2)
+            return reply.result()["output_ids"]
+
+    jobs = list(enumerate(bodies(count)))
+    with ThreadPoolExecutor(32) as pool, ThreadPoolExecutor(4) as aborters:
+        cut = list(aborters.map(aborted, [job for job in jobs if job[0] in ABORTED]))
+        whole = list(pool.map(one, jobs))
+    return whole, cut
+
+
+def abort(server, rid):
+    request = urllib.request.Request(
+        f"{server.base_url}/abort_request",
+        json.dumps({"rid": rid}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    urllib.request.urlopen(request, timeout=30).read()
+
+
+def settled(server):
+    """The instance once nothing runs, waits or is paused."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        (instance,) = server.instances()
+        if not instance["requests"] and not instance["paused"]:
+            return instance
+        time.sleep(0.2)
+    raise AssertionError(f"never came to rest: {instance}")

@@ -1,0 +1,85 @@
+"""Pauses for want of slots and of memory, SGLang's own retraction, and a policy that fails."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engine.load import run, settled
+
+COUNT = 60
+BROKEN = (sys.executable, str(Path(__file__).with_name("broken_policy.py")))
+
+
+def differences(whole, reference):
+    return [i for i, (a, b) in enumerate(zip(whole, reference, strict=False)) if a != b]
+
+
+def nothing_left(instance):
+    kv = instance["kv_tokens"]
+    assert kv["free"] + kv["evictable"] == kv["capacity"]
+    assert instance["requests"] == []
+
+
+def test_without_slots_kv_stays_on_the_device(serve, reference):
+    """Eight slots, memory to spare: who is paused gives up its slot alone; every decision is
+    written down."""
+    settings = {"policy": "rr", "quantum_tokens": 20, "log_decisions": True}
+    with serve(settings, ["--max-running-requests", "8"]) as server:
+        whole, _ = run(server, COUNT)
+        instance = settled(server)
+        written = [
+            json.loads(line[line.index("{") :])
+            for line in server.output.splitlines()
+            if '{"decision"' in line
+        ]
+    assert differences(whole, reference) == []
+    nothing_left(instance)
+    assert instance["pauses"]["resident"] > 20
+    assert "host" not in instance["pauses"]
+    assert "recompute" not in instance["pauses"]
+    kinds = {
+        kind: [w for w in written if w["decision"] == kind]
+        for kind in ("pause", "rung", "start", "blocked")
+    }
+    paused = sum(n for name, n in instance["decisions"].items() if name.startswith("pause:"))
+    assert len(kinds["pause"]) == paused
+    assert {w["rung"] for w in kinds["rung"]} == {"resident"}
+    assert {w["why"] for w in kinds["pause"]} == {"displaced"}
+    assert len(kinds["start"]) >= COUNT + len(kinds["rung"])
+    assert {w["lacks"] for w in kinds["blocked"]} <= {"slots", "rank"}
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_policy_that_fails_in_every_pass_loses_nobody(serve, reference, overlap):
+    """Whoever was paused comes back, and want of memory still pauses instead of recomputing."""
+    flags = ["--max-total-tokens", "2500", "--pascal-quantum-tokens", "20"]
+    if not overlap:
+        flags.append("--disable-overlap-schedule")
+    with serve({}, [*flags, "--device", "cpu"], BROKEN) as server:
+        whole, _ = run(server, COUNT)
+        instance = settled(server)
+        logged = server.output.count("broken on purpose")
+    assert differences(whole, reference) == []
+    nothing_left(instance)
+    assert instance["policy_errors"] > 100
+    assert 1 <= logged < 20
+    assert any(name.endswith(":memory") for name in instance["decisions"])
+    assert "recompute" not in instance["pauses"]
+
+
+def test_a_retraction_of_sglangs_own_is_survived(serve, reference):
+    """SGLang's test switch retracts running requests; they come back through our line."""
+    with serve({"quantum_tokens": 50}, [], SGLANG_TEST_RETRACT="1") as server:
+        whole, _ = run(server, COUNT)
+        instance = settled(server)
+        metrics = server.get("/metrics")
+    assert differences(whole, reference) == []
+    nothing_left(instance)
+    retracted = [
+        float(line.rsplit(" ", 1)[1])
+        for line in metrics.splitlines()
+        if line.startswith("sglang:num_retracted_requests_total{")
+    ]
+    assert sum(retracted) > 0

@@ -1,0 +1,28 @@
+"""Which rung of the pause ladder is cheapest."""
+
+import pytest
+
+from pascal_sglang.policy.rung import Costs, Rung
+
+
+def test_a_spent_budget_leaves_only_recompute():
+    assert Costs().cheapest(10, host_free_tokens=9) is Rung.RECOMPUTE
+    assert Costs().cheapest(10, host_free_tokens=10) is Rung.HOST
+
+
+def test_recompute_only_where_it_is_cheaper_than_both_copies():
+    # There and back: 2 * (1 ms + 10 * 0.1 ms) = 4 ms.
+    costs = Costs(copy_s=0.001, copy_token_s=0.0001, prefill_token_s=0.0003)
+    assert costs.cheapest(10, 100) is Rung.RECOMPUTE  # 3 ms
+    costs.prefill_token_s = 0.0005
+    assert costs.cheapest(10, 100) is Rung.HOST  # 5 ms
+
+
+def test_prefill_cost_is_learned_and_nonsense_is_not():
+    costs = Costs()
+    costs.prefilled(0, 1.0)
+    costs.prefilled(10, 0.0)
+    assert costs.prefill_token_s is None
+    costs.prefilled(10, 1.0)
+    costs.prefilled(10, 2.0)
+    assert costs.prefill_token_s == pytest.approx(0.11)
