@@ -29,6 +29,7 @@ def test_without_slots_kv_stays_on_the_device(serve, reference):
     with serve(settings, ["--max-running-requests", "8"]) as server:
         whole, _ = run(server, COUNT)
         instance = settled(server)
+        metrics = server.get("/metrics")
         written = [
             json.loads(line[line.index("{") :])
             for line in server.output.splitlines()
@@ -49,6 +50,15 @@ def test_without_slots_kv_stays_on_the_device(serve, reference):
     assert {w["why"] for w in kinds["pause"]} == {"displaced"}
     assert len(kinds["start"]) >= COUNT + len(kinds["rung"])
     assert {w["lacks"] for w in kinds["blocked"]} <= {"slots", "rank"}
+    for series in (
+        'pascal:wait_seconds_count{class="all"',
+        "pascal:blocked_passes_total{",
+        "pascal:policy_seconds_total",
+        "pascal:queued_requests",
+        "pascal:paused_bytes_total",
+        'why="displaced"',
+    ):
+        assert series in metrics
 
 
 @pytest.mark.parametrize("overlap", [True, False])
