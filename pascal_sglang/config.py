@@ -110,6 +110,14 @@ class PascalConfig:
         text = environ.get(CONFIG_ENV)
         return cls.from_json(text) if text else None
 
+    def answer_tpot_ms_of(self, custom_params: object) -> float:
+        """The pace of one request's reader: its own, in `custom_params`, or everybody's."""
+        own = custom_params.get("pascal") if isinstance(custom_params, dict) else None
+        asked = own.get("answer_tpot_ms") if isinstance(own, dict) else None
+        if isinstance(asked, bool) or not isinstance(asked, int | float):
+            return self.answer_tpot_ms
+        return float(asked) if 0 < asked < math.inf else self.answer_tpot_ms
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 

@@ -20,6 +20,7 @@ from pascal_sglang.preflight import (
     LaunchError,
     OneLineParser,
     check_arguments,
+    check_frontend,
     check_machine,
     check_policy,
     one_line,
@@ -87,6 +88,7 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
         raise LaunchError("SGLang did not load the plugin; is pascal_sglang installed by pip?")
     server_args = check_arguments(sglang_argv)
     check_policy(config.policy, server_args)
+    check_frontend(config, server_args)
     print(config.banner(), file=sys.stderr, flush=True)
     try:
         run_server(server_args)

@@ -54,6 +54,12 @@ def _scheduler() -> Any:
     return PascalScheduler
 
 
+def _pace_stream() -> Any:
+    from pascal_sglang.pace_stream import generate_request
+
+    return generate_request
+
+
 def _frontend(name: str) -> Callable[[], Any]:
     def load() -> Any:
         from pascal_sglang import frontend
@@ -97,6 +103,12 @@ HOOKS = (
         "sglang.srt.entrypoints.http_server.serve_generate_request",
         "around",
         _frontend("assume_reasoning"),
+        only_main=True,
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        "around",
+        _pace_stream,
         only_main=True,
     ),
 )

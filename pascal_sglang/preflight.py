@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pascal_sglang.config import PascalConfig
 from pascal_sglang.platforms import CPU_PLATFORM
 
 
@@ -85,6 +86,17 @@ def check_policy(policy: str, server_args: Any) -> None:
         raise LaunchError(
             f"policy {policy} does not work with {asked[0]} yet; use --pascal-policy fcfs"
         )
+
+
+def check_frontend(config: PascalConfig, server_args: Any) -> None:
+    """Refuse what several tokenizer workers would silently not do: SGLang loads no plugin there."""
+    wanted = {
+        "--pascal-pace-stream": config.pace_stream,
+        "--pascal-assume-reasoning": config.assume_reasoning,
+    }
+    asked = [name for name, given in wanted.items() if given]
+    if asked and server_args.tokenizer_worker_num > 1:
+        raise LaunchError(f"{asked[0]} does not work with --tokenizer-worker-num above 1")
 
 
 def _check_model(model_path: str) -> None:

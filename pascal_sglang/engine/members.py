@@ -32,12 +32,7 @@ class Members:
 
     def arrived(self, req: Req) -> Member:
         """Make the request's member; its reader's pace may come with the request."""
-        custom = req.sampling_params.custom_params
-        tpot_ms = self.config.answer_tpot_ms
-        if isinstance(custom, dict) and isinstance(own := custom.get("pascal"), dict):
-            asked = own.get("answer_tpot_ms")
-            if isinstance(asked, int | float) and asked > 0:
-                tpot_ms = asked
+        tpot_ms = self.config.answer_tpot_ms_of(req.sampling_params.custom_params)
         self._arrivals += 1
         member = Member(seq=self._arrivals, pacer=Pacer(tpot_ms / 1000), handle=req)
         reason = why_not_pausable(req)
