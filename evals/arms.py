@@ -30,6 +30,14 @@ PROCESSOR = (
 )
 STOP_TIMEOUT_S = 40
 IDLE_TIMEOUT_S = 60
+TARGETS = {
+    "mean_ttfo": 0.6,
+    "p99_slowdown": 0.35,
+    "best_bin": 0.28,
+    "worst_bin": 1.3,
+    "throughput": 0.97,
+    "violations": 0.01,
+}
 COUNTERS = ("sglang:num_retract", "pascal:")
 
 
@@ -67,7 +75,11 @@ class Rate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A whole comparison, as its TOML gives it. `pascal_flags` go to arms of command `pascal`."""
+    """A whole comparison, as its TOML gives it.
+
+    pascal_flags: for arms of command `pascal`. targets: ratios to the best stock arm that the
+    verdict asks for, by the names of `TARGETS`; `violations` is a share of requests.
+    """
 
     preset: str
     requests: int
@@ -80,12 +92,17 @@ class Plan:
     pascal_flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     goodput_ms: Mapping[str, float] = field(default_factory=dict)
+    targets: Mapping[str, float] = field(default_factory=lambda: dict(TARGETS))
     scale: float = 1.0
     cv: float = 1.0
     bins: int = 4
     request_timeout_s: float = 300.0
     run_timeout_s: float = 600.0
     start_timeout_s: float = 240.0
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.targets) - set(TARGETS)):
+            raise ArmError(f"no such target: {', '.join(unknown)}")
 
 
 def load_plan(path: Path, *, quick: bool = False, **overrides: Any) -> Plan:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -116,7 +117,8 @@ class PascalConfig:
         asked = own.get("answer_tpot_ms") if isinstance(own, dict) else None
         if isinstance(asked, bool) or not isinstance(asked, int | float):
             return self.answer_tpot_ms
-        return float(asked) if 0 < asked < math.inf else self.answer_tpot_ms
+        # Not infinity: JSON's whole numbers may be larger than any float.
+        return float(asked) if 0 < asked <= sys.float_info.max else self.answer_tpot_ms
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

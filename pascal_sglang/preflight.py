@@ -89,14 +89,23 @@ def check_policy(policy: str, server_args: Any) -> None:
 
 
 def check_frontend(config: PascalConfig, server_args: Any) -> None:
-    """Refuse what several tokenizer workers would silently not do: SGLang loads no plugin there."""
+    """Refuse what would silently not happen: SGLang loads no plugin in extra tokenizer workers, and
+    its other front ends do without the Python code we hook into."""
+    from sglang.srt.environ import envs
+
     wanted = {
         "--pascal-pace-stream": config.pace_stream,
         "--pascal-assume-reasoning": config.assume_reasoning,
     }
+    elsewhere = {
+        "--tokenizer-worker-num above 1": server_args.tokenizer_worker_num > 1,
+        "--smg-grpc-mode": server_args.smg_grpc_mode or server_args.grpc_mode,
+        "SGLANG_RUST_SERVER": envs.SGLANG_RUST_SERVER.get(),
+    }
     asked = [name for name, given in wanted.items() if given]
-    if asked and server_args.tokenizer_worker_num > 1:
-        raise LaunchError(f"{asked[0]} does not work with --tokenizer-worker-num above 1")
+    served = [name for name, given in elsewhere.items() if given]
+    if asked and served:
+        raise LaunchError(f"{asked[0]} does not work with {served[0]}")
 
 
 def _check_model(model_path: str) -> None:

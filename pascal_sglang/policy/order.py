@@ -43,7 +43,7 @@ class Tuning:
     ageing: int = 2
     burst: int = 24
     guard: int = 2
-    headroom: int = 4
+    headroom: int = 32
 
 
 @dataclass(frozen=True, slots=True)

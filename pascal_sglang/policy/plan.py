@@ -6,13 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pascal_sglang.policy.line import Line
+from pascal_sglang.policy.making import GROWTH, Making
 from pascal_sglang.policy.member import Member, Place
 from pascal_sglang.policy.order import Moment, Order, Rank, Tuning, credit_of
 from pascal_sglang.policy.victims import Victims
-
-# Tokens every running request may grow by before the next plan can react: a pause under overlap
-# scheduling takes two passes to free memory.
-GROWTH = 4
 
 # Passes before displacement is tried again for a request for whom it has just failed. Those who run
 # change rank but once in many passes, and looking at all of them costs.
@@ -84,7 +81,7 @@ class Planner:
         budget = room.free_tokens + room.releasing_tokens - GROWTH * (len(running) + joining)
         if budget >= 0 and not self.line:
             return NOTHING
-        made = _Pass(self, running, moment, budget, room.slots)
+        made = Making(self, running, moment, budget, room.slots)
         made.let_grow()
         start: list[Member] = []
         blocked: Member | None = None
@@ -102,10 +99,12 @@ class Planner:
             made.slots -= 1
             made.starting.add(member)
             start.append(member)
+        made.let_grow(whatever=True)
+        made.keep_what_nobody_needs()
         return Plan(
             tuple(start),
             tuple(made.paused),
-            made.parked(),
+            frozenset(made.parked),
             tuple(made.spilled),
             blocked,
             "" if blocked is None else made.lacks,
@@ -170,125 +169,3 @@ class Planner:
     def gave_up_on(self, member: Member, moment: Moment) -> None:
         self._blocked = member
         self._look_again = moment.pass_no + PATIENCE
-
-
-class _Pass:
-    """A plan in the making: what is left to give, and who gives way."""
-
-    def __init__(
-        self,
-        planner: Planner,
-        running: Sequence[Member],
-        moment: Moment,
-        budget: int,
-        slots: int,
-    ) -> None:
-        self.planner = planner
-        self.running = running
-        self.moment = moment
-        self.budget = budget
-        self.slots = slots
-        self.paused: list[Member] = []
-        self.spilled: dict[Member, None] = {}
-        self.starting: set[Member] = set()
-        self.lacks = "memory"
-        self._parked: list[Member] | None = None
-        self._gave: dict[Member, int] = {}
-
-    def let_grow(self) -> None:
-        """Make the next decode steps fit: first whoever does not run gives up its KV, then the
-        worst who run, but never the last of them."""
-        if self.budget >= 0:
-            return
-        for member in self._spills(-self.budget):
-            self._spill(member)
-        if self.budget >= 0:
-            return
-        for victim in self.planner.victims.worst_first(self.running, self.moment):
-            if self.budget >= 0 or len(self.running) - len(self.paused) <= 1:
-                return
-            self._pause(victim)
-
-    def room_for(self, member: Member, need: int) -> bool:
-        """Make room for one who starts, by those of strictly worse rank alone; if they do not
-        suffice nobody gives way."""
-        planner = self.planner
-        tokens, slots = need - self.budget, 1 - self.slots
-        self.lacks = "slots" if slots > 0 else "memory"
-        spills = self._spills(tokens, besides=member)
-        tokens -= sum(planner.worth.gives(m) for m in spills)
-        if tokens > 0 or slots > 0:
-            if planner.stays_blocked(member, self.moment):
-                return False
-            rank = planner.order.rank(member, self.moment, planner.tuning)
-            victims = self._displaced(rank, tokens, slots)
-            if victims is None:
-                planner.gave_up_on(member, self.moment)
-                return False
-            for victim in victims:
-                self._pause(victim)
-        for spill in spills:
-            self._spill(spill)
-        return True
-
-    def parked(self) -> frozenset[Member]:
-        """Whose KV nobody needs yet: the first to come back keep theirs."""
-        kept = []
-        for victim in reversed(self.paused):
-            if self._gave[victim] > self.budget:
-                break
-            self.budget -= self._gave[victim]
-            kept.append(victim)
-        return frozenset(kept)
-
-    def _spills(self, tokens: int, besides: Member | None = None) -> list[Member]:
-        """The fewest parked requests, worst first, that give back `tokens`, or all of them."""
-        if tokens <= 0 or not self.planner.parked:
-            return []
-        if self._parked is None:
-            self._parked = self.planner.parked_worst_first(self.moment)
-        chosen: list[Member] = []
-        for member in self._parked:
-            if tokens <= 0:
-                break
-            if member is besides or member in self.starting or member in self.spilled:
-                continue
-            chosen.append(member)
-            tokens -= self.planner.worth.gives(member)
-        return chosen
-
-    def _displaced(self, rank: Rank, tokens: int, slots: int) -> list[Member] | None:
-        """Who gives way to `rank`: as many as give back `tokens` and `slots`; None if those of
-        strictly worse rank do not suffice."""
-        planner = self.planner
-        if planner.order.worst is not None and rank >= planner.order.worst:
-            self.lacks = "rank"
-            return None
-        for fresh in (False, True):
-            if fresh and planner.victims.is_fresh(self.moment):
-                break
-            taken: list[Member] = []
-            left, lacking = tokens, slots
-            for victim in planner.victims.worst_first(self.running, self.moment, fresh=fresh):
-                if victim in self._gave:
-                    continue
-                if planner.order.rank(victim, self.moment, planner.tuning) <= rank:
-                    self.lacks = "rank"
-                    break
-                taken.append(victim)
-                left -= planner.worth.gives(victim) + GROWTH
-                lacking -= 1
-                if left <= 0 and lacking <= 0:
-                    return taken
-        return None
-
-    def _pause(self, victim: Member) -> None:
-        given = self.planner.worth.gives(victim)
-        self._gave[victim] = given
-        self.paused.append(victim)
-        self.budget += given + GROWTH
-        self.slots += 1
-
-    def _spill(self, member: Member) -> None:
-        self.spilled[member] = None
-        self.budget += self.planner.worth.gives(member)
