@@ -6,6 +6,7 @@ Arms are started by command line and spoken to over HTTP, as any user would.
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -169,13 +170,24 @@ def command_line(arm: Arm, plan: Plan, model: Path) -> list[str]:
     return [sys.executable, "-m", COMMANDS[arm.command], *flags]
 
 
+def free_port() -> int:
+    """A free port below those the system gives to outgoing connections, one of which could take it
+    before the server binds it, half a minute from now."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ArmError("no free port")
+
+
 class Server:
     """A server of one arm, with its output in a file; leaving the context takes it all down."""
 
     def __init__(self, arm: Arm, plan: Plan, model: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.base_url = f"http://127.0.0.1:{port}"
         self._start_timeout_s = plan.start_timeout_s
         descriptor, log = tempfile.mkstemp(prefix=f"evals-{arm.name}-", suffix=".log")
