@@ -1,9 +1,11 @@
-"""An open-loop client of `/generate`: requests leave when they are due, whatever came back."""
+"""An open-loop client of `/generate`: requests leave when they are due, whatever came back.
+
+Only the later turns of a conversation wait: each for the turn before it, and then for its pause.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 import warnings
 from collections.abc import Sequence
@@ -14,12 +16,13 @@ import aiohttp
 import numpy as np
 import orjson
 
+from evals.items import Item
 from evals.metrics import Record
-from evals.workload import Item
+from evals.prompt import Conversation, Reply, new_part
 
 LAG_PROBE_S = 0.01
 LAG_LIMIT_MS = 20.0
-PROMPT_VOCABULARY = 256
+NOT_SENT = "not sent: an earlier turn failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +32,17 @@ class Target:
     logit_processor: serialized processor that ends thinking after
         `custom_params["thinking_budget"]` tokens.
     request_timeout_s, run_timeout_s: bounds of one request and of a whole replay.
+    max_concurrency: the most requests at one time, None for no bound. One that is held back is due
+        when its turn comes, as in `sglang.benchmark.serving`.
+    end_of_thinking: the marker as text, to leave thinking out of the next turn of a text prompt.
     """
 
     base_url: str
     logit_processor: str
     request_timeout_s: float = 300.0
     run_timeout_s: float = 600.0
+    max_concurrency: int | None = None
+    end_of_thinking: str = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +53,15 @@ class Replay:
     lag_p99_ms: float
 
 
-def prompt_ids(index: int, length: int, seed: int) -> list[int]:
-    """Ids of prompt `index`: it opens with its own number, so no two prompts share a prefix."""
-    rng = random.Random(seed * 1_000_003 + index)
-    head = [index % PROMPT_VOCABULARY, index // PROMPT_VOCABULARY % PROMPT_VOCABULARY]
-    return (head + [rng.randrange(PROMPT_VOCABULARY) for _ in range(length)])[: max(length, 2)]
-
-
-def request_body(item: Item, index: int, seed: int, logit_processor: str) -> dict[str, Any]:
+def request_body(
+    item: Item, index: int, seed: int, logit_processor: str, said: Conversation | None = None
+) -> dict[str, Any]:
+    """`said`: the conversation this is the next turn of. `index` and `seed`: see `new_part`."""
+    prompt = new_part(item, index, seed)
+    if said is not None:
+        prompt = said.ask(prompt)
     return {
-        "input_ids": prompt_ids(index, item.prompt_tokens, seed),
+        "text" if isinstance(prompt, str) else "input_ids": prompt,
         "stream": True,
         "require_reasoning": True,
         "custom_logit_processor": logit_processor,
@@ -75,9 +82,14 @@ def replay(items: Sequence[Item], target: Target, *, seed: int = 0) -> Replay:
     return back
 
 
-async def open_loop(items: Sequence[Item], target: Target, seed: int) -> Replay:
-    """`replay` inside a running event loop."""
-    records = [Record(arrival_s=item.arrival_s) for item in items]
+async def open_loop(
+    items: Sequence[Item], target: Target, seed: int, records: list[Record] | None = None
+) -> Replay:
+    """`replay` inside a running event loop. `records`: an empty list, filled at once and kept up to
+    date, for a caller who wants to watch."""
+    records = [] if records is None else records
+    records += [Record(arrival_s=item.arrival_s) for item in items]
+    gate = asyncio.Semaphore(target.max_concurrency or max(1, len(items)))
     lags_s: list[float] = []
     tasks = [asyncio.create_task(_watch_lag(lags_s))]
     # The server closes idle connections in its own time; limit 0: never queue behind a stream.
@@ -91,10 +103,15 @@ async def open_loop(items: Sequence[Item], target: Target, seed: int) -> Replay:
         ):
             start = time.perf_counter()
             streams = []
-            for index, (item, record) in enumerate(zip(items, records, strict=True)):
-                body = orjson.dumps(request_body(item, index, seed, target.logit_processor))
-                await asyncio.sleep(max(0.0, start + item.arrival_s - time.perf_counter()))
-                streams.append(asyncio.create_task(_stream(session, body, record, start, target)))
+            for turns in conversations(items):
+                talk = _Talk(
+                    session, target, gate, seed, [(i, items[i], records[i]) for i in turns]
+                )
+                body = talk.body(0)
+                await asyncio.sleep(
+                    max(0.0, start + items[turns[0]].arrival_s - time.perf_counter())
+                )
+                streams.append(asyncio.create_task(talk.run(body, start)))
                 tasks.append(streams[-1])
             await asyncio.gather(*streams)
     except TimeoutError:
@@ -118,8 +135,70 @@ async def _watch_lag(lags_s: list[float]) -> None:
         lags_s.append(time.perf_counter() - due)
 
 
+def conversations(items: Sequence[Item]) -> list[list[int]]:
+    """Places in `items` of what is sent one after the other, in the order the first are due."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for place, item in enumerate(items):
+        alone = item.conversation is None
+        key = ("item", place) if alone else ("conversation", item.conversation or 0)
+        groups.setdefault(key, []).append(place)
+    return sorted(groups.values(), key=lambda places: items[places[0]].arrival_s)
+
+
+class _Talk:
+    """The turns of one conversation; a request by itself is one of a single turn.
+
+    turns: place in the workload, item and record of each.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        target: Target,
+        gate: asyncio.Semaphore,
+        seed: int,
+        turns: Sequence[tuple[int, Item, Record]],
+    ) -> None:
+        self._session, self._target, self._seed, self._turns = session, target, seed, turns
+        self._gate = gate
+        self._said = Conversation(target.end_of_thinking)
+
+    def body(self, turn: int) -> bytes:
+        """The request of a turn; the turns before it have been answered."""
+        place, item, _ = self._turns[turn]
+        processor = self._target.logit_processor
+        return orjson.dumps(request_body(item, place, self._seed, processor, self._said))
+
+    async def run(self, body: bytes, start: float) -> None:
+        """Send the first turn now and every other its pause after the one before it ended."""
+        for turn, (_, _, record) in enumerate(self._turns):
+            last = turn + 1 == len(self._turns)
+            reply = None if last else Reply()
+            held = self._gate.locked()
+            async with self._gate:
+                if held:
+                    record.arrival_s = time.perf_counter() - start
+                await _stream(self._session, body, record, start, self._target, reply)
+            if reply is None:
+                return
+            if record.error is not None:
+                for _, _, later in self._turns[turn + 1 :]:
+                    later.error = NOT_SENT
+                return
+            _, item, later = self._turns[turn + 1]
+            later.arrival_s = max(record.token_s, default=record.arrival_s) + item.pause_s
+            self._said.answered(reply, record.reasoning_tokens)
+            body = self.body(turn + 1)
+            await asyncio.sleep(max(0.0, start + later.arrival_s - time.perf_counter()))
+
+
 async def _stream(
-    session: aiohttp.ClientSession, body: bytes, record: Record, start: float, target: Target
+    session: aiohttp.ClientSession,
+    body: bytes,
+    record: Record,
+    start: float,
+    target: Target,
+    reply_out: Reply | None,
 ) -> None:
     record.sent_s = time.perf_counter() - start
     try:
@@ -137,7 +216,9 @@ async def _stream(
                 now = time.perf_counter() - start
                 *events, pending = (pending + chunk).split(b"\n\n")
                 for event in events:
-                    note_event(record, event, now)
+                    seen = note_event(record, event, now)
+                    if reply_out is not None and seen is not None:
+                        reply_out.add(seen)
     except TimeoutError:
         record.error = "timeout (request)"
     except aiohttp.ClientError as error:
@@ -146,15 +227,16 @@ async def _stream(
         record.error = "stream ended early"
 
 
-def note_event(record: Record, event: bytes, now_s: float) -> None:
-    """Add one server-sent event; every token it brings gets the event's time."""
+def note_event(record: Record, event: bytes, now_s: float) -> dict[str, Any] | None:
+    """Add one server-sent event; every token it brings gets the event's time. What the event says
+    of the output, or None."""
     payload = event.removeprefix(b"data: ").strip()
     if not payload or payload == b"[DONE]":
-        return
-    reply = orjson.loads(payload)
+        return None
+    reply: dict[str, Any] = orjson.loads(payload)
     if "error" in reply:
         record.error = str(reply["error"])[:200]
-        return
+        return None
     meta = reply["meta_info"]
     record.token_s.extend([now_s] * (meta["completion_tokens"] - len(record.token_s)))
     record.reasoning_tokens = meta.get("reasoning_tokens", record.reasoning_tokens)
@@ -164,3 +246,4 @@ def note_event(record: Record, event: bytes, now_s: float) -> None:
             record.error = f"abort: {reason.get('message', '')}"[:200]
         else:
             record.finished = True
+    return reply

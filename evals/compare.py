@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals import arms, report, verdict, workload
+from evals import arms, page, remote, report, verdict, workload
 from evals.arms import Arm, ArmError, Plan, Rate, Server
 from evals.client import LAG_LIMIT_MS, Target, replay
 from evals.metrics import Idle, bin_edges, fit_idle, summarize
+from evals.timeline import details
 from evals.verdict import Run
 from evals.workload import Item
 
@@ -68,6 +69,7 @@ class Comparison:
                     "runs": [dataclasses.asdict(run) for run in self.runs],
                     "comparison": self.results,
                     "console": self.console,
+                    "provenance": remote.provenance("evals.compare", sys.argv[1:]),
                 },
                 indent=1,
             )
@@ -149,6 +151,7 @@ class Comparison:
             edges=self.edges,
             goodput_ms=self.plan.goodput_ms,
         )
+        summary |= details(back.records, items)
         tokens = [len(record.token_s) for record in back.records]
         self.runs.append(Run(arm.name, rate.name, seed, summary, tokens, counters, back.lag_p99_ms))
         if self.verbose:
@@ -181,6 +184,9 @@ class Comparison:
             self.results["loads"][rate.name] = self.compare_load(rate)
         self.save()
         self.say(f"written to {self.out}")
+        if self.runs:
+            page.write([self.out], self.out.with_suffix(".html"))
+            self.say(f"and {self.out.with_suffix('.html')}")
         return not wrong and not self.failures
 
     def compare_load(self, rate: Rate) -> dict[str, Any]:
@@ -195,7 +201,9 @@ class Comparison:
         for arm in present:
             if arm.role == "candidate" and stock:
                 self.say(f"verdict on {arm.name} at {rate.name}:")
-                targets = verdict.verdict(self.runs, arm, rate, stock, len(self.edges) + 1)
+                targets = verdict.verdict(
+                    self.runs, arm, rate, stock, len(self.edges) + 1, self.plan.targets
+                )
                 for target in targets:
                     self.say(f"  {target}")
                 found[arm.name]["verdict"] = [dataclasses.asdict(t) for t in targets]
@@ -264,7 +272,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Leaving by an exception takes the running server along.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out = asked.out or CACHE / f"{asked.plan.stem}.json"
-    comparison = Comparison(plan, out, verbose=asked.verbose)
+    try:
+        comparison = Comparison(plan, out, verbose=asked.verbose)
+    except workload.WorkloadError as error:
+        print(f"evals: error: {asked.plan}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     comparison.run_all()
     return 0 if comparison.conclude() else EXIT_FAILED
 

@@ -14,6 +14,9 @@ QoE of an answer whose tokens arrive at d_0, d_1, ... for a reader who takes one
 
 Tokens ahead of the reader wait in a buffer, so a pause costs nothing while the buffer lasts. A
 request violates its objective when its QoE is below 0.95 or when it failed or never answered.
+
+ITL is the time between two events of a stream, shared evenly by the tokens of the later one: that
+is how `sglang.benchmark.serving` counts, which takes no interval inside the first event either.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from evals.throughput import throughput
 from evals.workload import Item
 
 QOE_OBJECTIVE = 0.95
@@ -78,6 +82,7 @@ class Request:
     ok: bool
     answered: bool
     ttft_s: float | None
+    tpot_s: float | None
     reasoning_s: float | None
     ttfo_s: float | None
     answer_tpot_s: float | None
@@ -102,8 +107,20 @@ def qoe(answer_s: Sequence[float], target_tpot_s: float) -> float | None:
     return float(np.clip(1 - lateness.sum() / (end - ideal).sum(), 0.0, 1.0))
 
 
-def measure(record: Record, item: Item, idle: Idle, target_tpot_s: float) -> Request:
-    """Figures of one request; `item` says what was asked for."""
+def intervals(token_s: Sequence[float]) -> list[float]:
+    """Inter-token latencies of one stream, as defined above."""
+    times, counts = np.unique(np.asarray(token_s), return_counts=True)
+    each: list[float] = np.repeat(np.diff(times) / counts[1:], counts[1:]).tolist()
+    return each
+
+
+def _pace(token_s: Sequence[float]) -> float | None:
+    """Mean time per token after the first."""
+    return (token_s[-1] - token_s[0]) / (len(token_s) - 1) if len(token_s) > 1 else None
+
+
+def measure(record: Record, item: Item, idle: Idle | None, target_tpot_s: float) -> Request:
+    """Figures of one request; `item` says what was asked for. No `idle`, no slowdown."""
     answer, tokens = record.answer_s, record.token_s
     answered = bool(answer)
     ttfo = answer[0] - record.arrival_s if answered else None
@@ -113,16 +130,17 @@ def measure(record: Record, item: Item, idle: Idle, target_tpot_s: float) -> Req
         ok=record.finished and record.error is None,
         answered=answered,
         ttft_s=tokens[0] - record.arrival_s if tokens else None,
+        tpot_s=_pace(tokens),
         reasoning_s=(
             tokens[record.reasoning_tokens - 1] - tokens[0]
             if answered and record.reasoning_tokens
             else None
         ),
         ttfo_s=ttfo,
-        answer_tpot_s=(answer[-1] - answer[0]) / (len(answer) - 1) if len(answer) > 1 else None,
+        answer_tpot_s=_pace(answer),
         e2e_s=tokens[-1] - record.arrival_s if record.finished and tokens else None,
         qoe=qoe(answer, target_tpot_s),
-        slowdown=ttfo / idle.ttfo_s(item) if ttfo is not None else None,
+        slowdown=ttfo / idle.ttfo_s(item) if idle is not None and ttfo is not None else None,
     )
 
 
@@ -153,6 +171,7 @@ def ttfo_by_bin(requests: Sequence[Request], edges: Sequence[float]) -> list[lis
 
 GOODPUT_KEYS: dict[str, Callable[[Request], float | None]] = {
     "ttft": lambda r: r.ttft_s,
+    "tpot": lambda r: r.tpot_s,
     "ttfo": lambda r: r.ttfo_s,
     "answer_tpot": lambda r: r.answer_tpot_s,
     "e2el": lambda r: r.e2e_s,
@@ -160,19 +179,34 @@ GOODPUT_KEYS: dict[str, Callable[[Request], float | None]] = {
 
 
 def meets(request: Request, objectives_ms: Mapping[str, float]) -> bool:
-    """Whether a request finished inside every bound; an answer of one token has no TPOT to miss."""
+    """Whether a request finished inside every bound; a single token has no pace to miss."""
     return request.ok and all(
-        (seen is None and key == "answer_tpot") or (seen is not None and seen * 1e3 <= bound)
+        (seen is None and key.endswith("tpot")) or (seen is not None and seen * 1e3 <= bound)
         for key, bound in objectives_ms.items()
         for seen in (GOODPUT_KEYS[key](request),)
     )
+
+
+def _goodput(
+    requests: Sequence[Request], objectives_ms: Mapping[str, float], duration_s: float
+) -> dict[str, object]:
+    good = sum(meets(r, objectives_ms) for r in requests)
+    return {
+        "goodput_slos_ms": dict(objectives_ms),
+        "request_goodput": good / duration_s if duration_s > 0 else 0.0,
+        "slo_attainment": good / len(requests),
+        "slo_attainment_by_metric": {
+            key: sum(meets(r, {key: bound}) for r in requests) / len(requests)
+            for key, bound in objectives_ms.items()
+        },
+    }
 
 
 def summarize(
     records: Sequence[Record],
     items: Sequence[Item],
     *,
-    idle: Idle,
+    idle: Idle | None,
     target_tpot_s: float,
     edges: Sequence[float],
     goodput_ms: Mapping[str, float] | None = None,
@@ -185,43 +219,33 @@ def summarize(
         measure(record, item, idle, target_tpot_s)
         for record, item in zip(records, items, strict=True)
     ]
-    ends = [record.token_s[-1] for record in records if record.token_s]
-    first, last = min(i.arrival_s for i in items), max(i.arrival_s for i in items)
-    makespan, window = max(ends, default=last) - first, last - first
-    output = sum(len(record.token_s) for record in records)
-    in_window = sum(at <= last for record in records for at in record.token_s)
     completed = sum(r.ok for r in requests)
     answers = sum(len(record.answer_s) for record in records)
     bins = ttfo_by_bin(requests, edges)
+    done = throughput(records, items)
     summary: dict[str, object] = {
         "completed": completed,
         "failed": len(requests) - completed,
         "no_answer": sum(not r.answered for r in requests),
         "errors": sorted({r.error for r in records if r.error}),
-        "duration": makespan,
-        "arrival_window": window,
-        "total_input_tokens": sum(item.prompt_tokens for item in items),
-        "total_output_tokens": output,
-        "reasoning_tokens": output - answers,
+        **done,
+        "reasoning_tokens": done["total_output_tokens"] - answers,
         "answer_tokens": answers,
-        "request_throughput": completed / makespan if makespan else 0.0,
-        "output_throughput": output / makespan if makespan else 0.0,
-        "window_output_throughput": in_window / window if window else 0.0,
         "slo_violations": sum(r.violates for r in requests) / len(requests),
         "bin_requests": [len(values) for values in bins],
         "tail_ttfo_by_bin": [tail(values) for values in bins],
     }
     if goodput_ms:
-        good = sum(meets(r, goodput_ms) for r in requests)
-        summary["request_goodput"] = good / makespan if makespan else 0.0
-    gaps = [b - a for r in records for a, b in itertools.pairwise(r.answer_s)]
+        summary |= _goodput(requests, goodput_ms, done["duration"])
     for name, values in (
         ("e2e_latency_ms", [r.e2e_s for r in requests]),
         ("ttft_ms", [r.ttft_s for r in requests]),
+        ("tpot_ms", [r.tpot_s for r in requests]),
+        ("itl_ms", [gap for r in records for gap in intervals(r.token_s)]),
         ("reasoning_time_ms", [r.reasoning_s for r in requests]),
         ("ttfo_ms", [r.ttfo_s for r in requests]),
         ("answer_tpot_ms", [r.answer_tpot_s for r in requests]),
-        ("answer_itl_ms", gaps),
+        ("answer_itl_ms", [b - a for r in records for a, b in itertools.pairwise(r.answer_s)]),
     ):
         summary.update(_spread(name, [v * 1e3 for v in values if v is not None]))
     summary.update(_spread("slowdown", [r.slowdown for r in requests if r.slowdown is not None]))
@@ -231,9 +255,14 @@ def summarize(
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
     if not values:
-        return dict.fromkeys((f"{stat}_{name}" for stat in ("mean", *_RANKS, "max")), None)
+        return dict.fromkeys((f"{stat}_{name}" for stat in ("mean", "std", *_RANKS, "max")), None)
     ranks = {f"{rank}_{name}": float(np.percentile(values, p)) for rank, p in _RANKS.items()}
-    return {f"mean_{name}": float(np.mean(values)), **ranks, f"max_{name}": float(max(values))}
+    return {
+        f"mean_{name}": float(np.mean(values)),
+        f"std_{name}": float(np.std(values)),
+        **ranks,
+        f"max_{name}": float(max(values)),
+    }
 
 
 _RANKS = {"median": 50, "p90": 90, "p95": 95, "p99": 99}

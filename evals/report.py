@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 WIDTH = 50
@@ -20,12 +20,19 @@ COUNTS = (
     ("Answer tokens:", "answer_tokens"),
     ("Request throughput (req/s):", "request_throughput"),
     ("Request goodput (req/s):", "request_goodput"),
+    ("Input token throughput (tok/s):", "input_throughput"),
     ("Output token throughput (tok/s):", "output_throughput"),
     ("Output throughput in window (tok/s):", "window_output_throughput"),
+    ("Peak output token throughput (tok/s):", "max_output_tokens_per_s"),
+    ("Peak concurrent requests:", "max_concurrent_requests"),
+    ("Total token throughput (tok/s):", "total_throughput"),
+    ("Concurrency:", "concurrency"),
 )
 SECTIONS = (
     ("End-to-End Latency", "E2E Latency (ms)", "e2e_latency_ms"),
     ("Time to First Token", "TTFT (ms)", "ttft_ms"),
+    ("Time per Output Token (excl. 1st token)", "TPOT (ms)", "tpot_ms"),
+    ("Inter-Token Latency", "ITL (ms)", "itl_ms"),
     ("Reasoning Time", "Reasoning Time (ms)", "reasoning_time_ms"),
     ("Time to First Output Token", "TTFO (ms)", "ttfo_ms"),
     ("TTFO over TTFO Alone", "Slowdown", "slowdown"),
@@ -49,11 +56,24 @@ def line(label: str, value: Any) -> str:
     return f"{label:<40} {shown:<10}".rstrip()
 
 
-def lines(summary: Mapping[str, Any], title: str, edges: list[float]) -> list[str]:
-    """The full report of one run; `edges` are the bins' inner edges in thinking tokens."""
-    out = [f"{f' {title} ':=^{WIDTH}}"]
+def lines(
+    summary: Mapping[str, Any],
+    title: str,
+    edges: Sequence[float],
+    *,
+    head: Sequence[tuple[str, Any]] = (),
+    counters: Mapping[str, float] | None = None,
+) -> list[str]:
+    """The full report of one run.
+
+    edges: the bins' inner edges in thinking tokens. head: labels and values above the rest.
+    counters: how far the server's own counters moved during the run.
+    """
+    out = [f"{f' {title} ':=^{WIDTH}}", *itertools.starmap(line, head)]
     out += [line(label, summary[key]) for label, key in COUNTS if key in summary]
     out.append(line("SLO violations (%):", 100 * summary["slo_violations"]))
+    for name, share in summary.get("slo_attainment_by_metric", {}).items():
+        out.append(line(f"{name.upper()} SLO attainment (%):", 100 * share))
     for heading, label, key in SECTIONS:
         out.append(f"{heading:-^{WIDTH}}")
         out += [line(f"{name} {label}:", summary[f"{stat}_{key}"]) for name, stat in STATISTICS]
@@ -62,8 +82,16 @@ def lines(summary: Mapping[str, Any], title: str, edges: list[float]) -> list[st
     for name, count, tail_s in cells:
         label = f"{name} tokens, {count} requests (ms):"
         out.append(line(label, None if tail_s is None else tail_s * 1e3))
+    if counters:
+        out.append(f"{'Server Counters (change)':-^{WIDTH}}")
+        out += [line(f"{name}:", round(change)) for name, change in totals(counters).items()]
     out += [f"error: {error}" for error in summary["errors"]]
     return [*out, "=" * WIDTH]
+
+
+def totals(counters: Mapping[str, float]) -> dict[str, float]:
+    """The counters proper: sums and counts of the server's histograms repeat what we measure."""
+    return {name: value for name, value in counters.items() if name.endswith("_total")}
 
 
 def short(summary: Mapping[str, Any]) -> str:
@@ -84,7 +112,7 @@ def short(summary: Mapping[str, Any]) -> str:
     )
 
 
-def bin_names(edges: list[float]) -> list[str]:
+def bin_names(edges: Sequence[float]) -> list[str]:
     """Names of thinking-length bins: the upper edge belongs to the bin."""
     if not edges:
         return ["all"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from evals import verdict
-from evals.arms import Arm, ArmError, Rate, command_line, load_plan, parse_counters
+from evals.arms import TARGETS, Arm, ArmError, Rate, command_line, load_plan, parse_counters
 from evals.verdict import Run
 
 LIVE = Path(__file__).parents[2] / "evals" / "arms" / "live.toml"
@@ -28,9 +28,29 @@ def run(arm, seed=0, rate="high", tokens=(4, 5), **figures):
     return Run(arm, rate, seed, summary, list(tokens))
 
 
-def judge(runs, rate=HIGH):
-    targets = verdict.verdict(runs, OURS, rate, ["fcfs", "priority"], 2)
-    return {target.name: target.passed for target in targets}
+def judge(runs, rate=HIGH, targets=TARGETS):
+    lines = verdict.verdict(runs, OURS, rate, ["fcfs", "priority"], 2, targets)
+    return {line.name: line.passed for line in lines}
+
+
+def test_a_plan_names_its_own_targets():
+    runs = [run("fcfs"), run("pascal", mean_ttfo_ms=1015.0, output_throughput=99.0)]
+    ample = load_plan(LIVE.with_name("ample.toml")).targets
+    assert judge(runs, targets=ample) == {
+        "every request answered": True,
+        "mean TTFO <= 1.02x": True,
+        "throughput >= 0.98x": True,
+    }
+    runs[1].summary["mean_ttfo_ms"] = 1030.0
+    assert judge(runs, targets=ample)["mean TTFO <= 1.02x"] is False
+
+
+def test_an_unknown_target_is_refused(tmp_path):
+    plan = tmp_path / "plan.toml"
+    text = LIVE.with_name("ample.toml").read_text()
+    plan.write_text(text.replace("mean_ttfo = 1.02", "mean_ttfoo = 1.02"))
+    with pytest.raises(ArmError, match="mean_ttfoo"):
+        load_plan(plan)
 
 
 def test_ratios_are_per_seed_and_averaged_geometrically():

@@ -1,19 +1,65 @@
 """Workloads repeat exactly, and the client turns events into token times."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from evals.client import note_event, prompt_ids, request_body
+from evals.client import note_event, request_body
 from evals.metrics import Record
-from evals.workload import PRESETS, Item, generate, load, save
+from evals.prompt import prompt_ids
+from evals.workload import (
+    PRESETS,
+    Item,
+    Recipe,
+    WorkloadError,
+    build,
+    generate,
+    load,
+    main,
+)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_same_seed_gives_the_same_items(preset):
     assert generate(preset, 50, 2.0, 7) == generate(preset, 50, 2.0, 7)
     assert generate(preset, 50, 2.0, 7) != generate(preset, 50, 2.0, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "items"),
+    [
+        (
+            ("alpacaeval", 3, 2.0, 7),
+            {},
+            [
+                (0.7728140170167341, 50, 139, 431),
+                (0.9197542874379556, 60, 215, 1201),
+                (1.0443501576324115, 43, 126, 277),
+            ],
+        ),
+        (
+            ("reasoning-heavy", 2, 0.5, 1),
+            {"scale": 0.5, "cv": 2.0},
+            [(0.09704529589362754, 123, 1347, 184), (0.6282821671337577, 164, 310, 55)],
+        ),
+        (
+            ("tiny-live", 3, 4, 0),
+            {},
+            [
+                (0.6178137403752245, 24, 117, 259),
+                (0.8384670161300871, 22, 66, 188),
+                (1.0093241395963957, 28, 148, 42),
+            ],
+        ),
+    ],
+)
+def test_seeds_keep_their_meaning(arguments, options, items):
+    """Drawn by the first version; figures published with a seed are of these items."""
+    drawn = generate(*arguments, **options)
+    lengths = [(i.arrival_s, i.prompt_tokens, i.thinking_tokens, i.answer_tokens) for i in drawn]
+    assert lengths == [pytest.approx(item, rel=1e-12) for item in items]
 
 
 def test_the_rate_only_stretches_arrivals():
@@ -62,10 +108,36 @@ def test_bad_loads_are_refused():
             generate("tiny-live", *arguments, 0)
 
 
-def test_files_hold_items_exactly(tmp_path):
-    items = generate("alpacaeval", 200, 0.3, 5)
-    save(items, tmp_path / "items.jsonl")
-    assert load(tmp_path / "items.jsonl") == items
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"arrivals": "weekly"}, "no arrivals 'weekly'; there are poisson, gamma, burst, trace"),
+        ({"arrivals": "poisson", "cv": 2.0}, "cv is for gamma"),
+        ({"arrivals": "trace"}, "no times of its own"),
+        ({"start_s": 5.0}, "no times of its own"),
+        ({"scale": 0.0}, "scale must be positive"),
+        ({"rate": float("nan")}, "rate must be positive"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"turns": 0.5}, "turns must be at least 1"),
+        ({"path": Path("x")}, "tiny-live takes no path"),
+    ],
+)
+def test_bad_recipes_are_one_line(options, said):
+    with pytest.raises(WorkloadError, match=said) as caught:
+        build(Recipe(source="tiny-live", **options))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_writes_and_describes(tmp_path, capsys):
+    out = tmp_path / "items.jsonl"
+    arguments = ["tiny-live", "--requests", "40", "--rate", "4", "--cv", "2", "--seed", "3"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    items = generate("tiny-live", 40, 4.0, 3, cv=2.0)
+    assert load(out) == items
+    said = capsys.readouterr().out
+    assert f"40 requests in {items[-1].arrival_s:.1f} s; log-normal lengths" in said
+    assert f"mean {sum(i.thinking_tokens for i in items) / 40:.0f}, median" in said
+    assert str(out) in said
 
 
 def test_prompts_are_distinct_from_their_first_tokens():

@@ -1,0 +1,226 @@
+"""A self-contained HTML page of results: no script, no network, one file.
+
+`python -m evals.page result.json [more.jsonl ...] --out page.html` reads what `evals.compare` and
+`evals.serving` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from evals import plots
+from evals.report import SECTIONS, STATISTICS, bin_names, totals
+from evals.results import ResultError, Results, load
+from evals.timeline import STALL_FACTOR
+
+EXIT_BAD_INPUT = 2
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
+       max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+svg { max-width: 100%; height: auto; }
+figure { margin: 0 0 1rem; } figcaption, .absent { color: #555; font-size: .9rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .15rem .55rem; text-align: right; border-bottom: 1px solid #ddd;
+         white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+pre { background: #f5f5f5; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.FAIL { color: #b00020; font-weight: 600; } .pass { color: #1a7f37; } .note { color: #b00020; }
+"""
+TOTALS = (
+    ("completed", "completed"),
+    ("failed", "failed"),
+    ("no answer", "no_answer"),
+    ("duration (s)", "duration"),
+    ("input tokens", "total_input_tokens"),
+    ("output tokens", "total_output_tokens"),
+    ("reasoning tokens", "reasoning_tokens"),
+    ("answer tokens", "answer_tokens"),
+    ("request throughput (req/s)", "request_throughput"),
+    ("request goodput (req/s)", "request_goodput"),
+    ("output throughput (tok/s)", "output_throughput"),
+    ("output throughput in window (tok/s)", "window_output_throughput"),
+    ("SLO violations (share)", "slo_violations"),
+)
+CAPTIONS = {
+    "cdf": "Share of all requests whose answer had begun by then, seeds together. A curve that ends"
+    " below 1 belongs to an arm with requests that never answered.",
+    "bins": "Mean over seeds of the tail in each bin (the maximum below 10 requests in a run, then"
+    " P90, P95 from 30, P99 from 100). The small figures count the requests, seeds together.",
+    "slowdown": "TTFO over the TTFO of the same request alone on an idle server. Bars span the"
+    " seeds.",
+    "rate": "QoE SLO attainment is the share of requests that finished with a QoE of at least 0.95."
+    " Bars span the seeds.",
+    "timeline": "From the arrival times of tokens at the client, first seed: queued is the time to"
+    f" the first token, stalled a gap of more than {STALL_FACTOR:g} times the median gap of the"
+    " same request. Whether the server paused or moved it, or was merely busy, only its counters"
+    " tell.",
+}
+ABSENT = {
+    "cdf": "No TTFO of single requests in the results: no distribution to draw.",
+    "bins": "No answered request in any thinking-length bin: no tails to draw.",
+    "slowdown": "TTFO alone on an idle server was not measured: no slowdown to draw.",
+    "rate": "No throughput in the results: nothing to draw.",
+    "timeline": "No timelines of single requests in the results.",
+}
+
+
+def render(results: Results, title: str) -> str:
+    """The whole page."""
+    parts = [
+        f"<h1>{_text(title)}</h1>",
+        f"<p>{len(results.runs)} runs, {len(results.arms)} arms, {len(results.loads)} loads.</p>",
+        *(f'<p class="note">{_text(note)}</p>' for note in results.notes),
+        *_verdicts(results),
+        "<h2>Time to first output token</h2>",
+        _figure("cdf", [plots.ttfo_cdf(results)]),
+        "<h2>Tail TTFO by thinking length</h2>",
+        _figure("bins", [plots.tail_by_bin(results)]),
+        *_bin_tables(results),
+        "<h2>Slowdown</h2>",
+        _figure("slowdown", [plots.slowdown(results)]),
+        "<h2>SLO attainment and throughput against load</h2>",
+        _figure("rate", [plots.attainment_and_throughput(results)]),
+        "<h2>A few requests</h2>",
+        _figure("timeline", [plots.timelines(results, rate) for rate, _ in results.loads]),
+        "<h2>All figures</h2>",
+        _figures_table(results),
+        *_counters(results),
+        "<h2>Commands</h2>",
+        *(f"<h3>{_text(k)}</h3><pre>{_text(v)}</pre>" for k, v in results.commands.items()),
+        *([] if results.commands else ['<p class="absent">The results name no commands.</p>']),
+        "<h2>Versions</h2>",
+        _table(["", "version"], [[name, told] for name, told in results.versions.items()])
+        if results.versions
+        else '<p class="absent">The results name no versions.</p>',
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def write(paths: Sequence[Path], out: Path, title: str | None = None) -> None:
+    """The page of result files. Raises ResultError for what cannot be read, OSError for `out`."""
+    results = load(paths)
+    out.write_text(render(results, title or ", ".join(path.stem for path in paths)))
+
+
+def _verdicts(results: Results) -> Iterable[str]:
+    if not results.verdicts:
+        return
+    yield "<h2>Verdict</h2>"
+    for heading, lines in results.verdicts.items():
+        yield f"<h3>{_text(heading)}</h3><ul>"
+        for line in lines:
+            word = line.partition(":")[0]
+            mark = f' class="{word}"' if word in ("pass", "FAIL") else ""
+            yield f"<li{mark}>{_text(line)}</li>"
+        yield "</ul>"
+
+
+def _figure(name: str, drawn: Sequence[str | None]) -> str:
+    shown = [svg for svg in drawn if svg is not None]
+    if not shown:
+        return f'<p class="absent">{ABSENT[name]}</p>'
+    caption = f"<figcaption>{_text(CAPTIONS[name])}</figcaption>"
+    return f'<figure id="{name}">{"".join(shown)}{caption}</figure>'
+
+
+def _bin_tables(results: Results) -> Iterable[str]:
+    """Per load and binning: tail TTFO in seconds and the sample count of every arm and bin."""
+    for rate, _ in results.loads:
+        for edges in dict.fromkeys(run.edges for run in results.runs if run.rate == rate):
+            names = bin_names(edges)
+            rows = []
+            for arm in results.arms:
+                runs = [run for run in results.of(arm, rate) if run.edges == edges]
+                cells = [plots.bin_cell(runs, index) for index in range(len(names))]
+                if runs:
+                    rows.append([arm, *(f"{_number(value)} ({n})" for value, n in cells)])
+            yield f"<h3>{_text(rate)}: tail TTFO in seconds (requests)</h3>"
+            yield _table(["arm", *(f"{name} tokens" for name in names)], rows)
+
+
+def _figures_table(results: Results) -> str:
+    """Every run a row, every figure a column."""
+    keys = [
+        *TOTALS,
+        *((f"{stat} {label}", f"{key}_{name}") for _, label, name in SECTIONS
+          for stat, key in STATISTICS),
+    ]  # fmt: skip
+    known = [(label, key) for label, key in keys if any(key in r.summary for r in results.runs)]
+    rows = [
+        [
+            f"{run.arm}, {run.rate}, seed {run.seed}",
+            *(_number(run.summary.get(key)) for _, key in known),
+            _number(run.lag_p99_ms),
+        ]
+        for run in results.runs
+    ]
+    return _table(["run", *(label for label, _ in known), "P99 client lag (ms)"], rows)
+
+
+def _counters(results: Results) -> Iterable[str]:
+    yield "<h2>Server counters, change during the run</h2>"
+    names = list(dict.fromkeys(name for run in results.runs for name in totals(run.counters)))
+    if not names:
+        yield (
+            '<p class="absent">No server showed a counter of pauses, moves or retractions. SGLang '
+            "shows those of its own after their first event only.</p>"
+        )
+        return
+    rows = [
+        [f"{r.arm}, {r.rate}, seed {r.seed}", *(_number(r.counters.get(n)) for n in names)]
+        for r in results.runs
+    ]
+    yield _table(["run", *names], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>" for row in rows)
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "n/a"
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return f"{value:.0f}" if whole else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Write results of evals.compare and evals.serving as one HTML page."
+    )
+    parser.add_argument("results", type=Path, nargs="+", help="JSON or JSONL files")
+    parser.add_argument("--out", type=Path, help="HTML file; the first result's name by default")
+    parser.add_argument("--title", help="the result files' names by default")
+    asked = parser.parse_args(argv)
+    out = asked.out or asked.results[0].with_suffix(".html")
+    try:
+        write(asked.results, out, asked.title)
+    except (ResultError, OSError) as error:
+        print(f"evals: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(f"written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What a running server says about itself over HTTP, besides its answers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evals.arms import parse_counters
+
+INFO_KEYS = ("version", "model_path", "launch_command", "max_total_num_tokens", "device", "dtype")
+# `/get_server_info` is the name before SGLang 0.5.
+INFO_PATHS = ("/server_info", "/get_server_info")
+POLL_S = 0.5
+
+
+def wait_ready(base_url: str, timeout_s: float) -> bool:
+    """Whether `/health` answered within `timeout_s`; asks at least once."""
+    deadline = time.monotonic() + timeout_s
+    while _get(base_url, "/health") is None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def counters(base_url: str) -> dict[str, float]:
+    """The server's counters of pauses, moves and retractions; empty without `/metrics`."""
+    return parse_counters(_get(base_url, "/metrics") or "")
+
+
+def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """How far each counter moved; one that is new counts from 0."""
+    return {name: value - before.get(name, 0.0) for name, value in after.items()}
+
+
+def server_info(base_url: str) -> dict[str, Any]:
+    """What it runs and how it was started; empty where the server does not tell.
+
+    A few named facts only: the rest of the reply may hold keys.
+    """
+    for path in INFO_PATHS:
+        try:
+            told = json.loads(_get(base_url, path) or "null")
+        except ValueError:
+            continue
+        if isinstance(told, dict):
+            info = {key: told[key] for key in INFO_KEYS if told.get(key) is not None}
+            if "launch_command" in info:
+                info["launch_command"] = _without_keys(info["launch_command"])
+            return info
+    return {}
+
+
+def _without_keys(command: str) -> str:
+    """A command line with the value of every `--*key*` flag replaced."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return ""
+    hidden, secret = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_key = name.startswith("--") and "key" in name
+        hidden.append("***" if secret else f"{name}=***" if is_key and equals else word)
+        secret = is_key and not equals
+    return shlex.join(hidden)
+
+
+def provenance(module: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The command that was given to `module` and the versions on this side."""
+    versions = {"python": platform.python_version()}
+    for package in ("pascal_sglang", "sglang"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"command": shlex.join(["python", "-m", module, *arguments]), "versions": versions}
+
+
+def _get(base_url: str, path: str) -> str | None:
+    """The body, or None where there is none to have."""
+    try:
+        with urllib.request.urlopen(f"{base_url}{path}", timeout=10) as reply:
+            body: bytes = reply.read()
+    except OSError:
+        return None
+    return body.decode(errors="replace")
