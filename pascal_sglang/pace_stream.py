@@ -45,8 +45,13 @@ async def paced(
         finally:
             await inner.aclose()
 
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            task.exception()  # Seen, though the client may be gone.
+        news.set()
+
     reader = asyncio.create_task(read())
-    reader.add_done_callback(lambda _: news.set())
+    reader.add_done_callback(ended)
     try:
         while not (reader.done() and pacing.empty):
             news.clear()
@@ -58,8 +63,9 @@ async def paced(
                 await _wait(news, pacing.due() - clock())
         await reader
     finally:
+        # No waiting here: this may be a cancelled task, or no task at all when a caller of `Engine`
+        # drops the generator between two of its runs of the loop.
         reader.cancel()
-        await asyncio.gather(reader, return_exceptions=True)
 
 
 async def _wait(news: asyncio.Event, seconds: float) -> None:

@@ -113,12 +113,19 @@ def broken_model(tmp_path):
     return tmp_path
 
 
-def test_a_feature_the_ladder_does_not_carry_ends_in_one_line(tiny_model):
-    flags = ["--model-path", str(tiny_model), "--device", "cpu", "--pp-size", "2"]
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (["--pp-size", "2"], "--pp-size"),
+        (["--pascal-pace-stream", "--tokenizer-worker-num", "2"], "--tokenizer-worker-num"),
+    ],
+)
+def test_what_would_not_work_here_ends_in_one_line(tiny_model, asked, says):
+    flags = ["--model-path", str(tiny_model), "--device", "cpu", *asked]
     code, output = run(PASCAL, flags)
     assert code == 2
     (line,) = our_lines(output)
-    assert "--pp-size" in line
+    assert says in line
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The frozen configuration: round trips, and every bad value is one clear line."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -43,6 +44,20 @@ def test_bad_values_name_the_culprit_on_one_line(text, says):
         PascalConfig.from_json(text)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("custom_params", "pace"),
+    [
+        ({"pascal": {"answer_tpot_ms": 30}}, 30.0),
+        ({"pascal": {"answer_tpot_ms": 0.5}}, 0.5),
+        *(({"pascal": {"answer_tpot_ms": bad}}, 100.0) for bad in (0, -1, True, "9", None)),
+        *(({"pascal": {"answer_tpot_ms": bad}}, 100.0) for bad in (math.inf, math.nan, 10**400)),
+        *((bad, 100.0) for bad in (None, {}, {"pascal": None}, {"pascal": {}}, [1], "x")),
+    ],
+)
+def test_a_request_may_bring_its_own_pace(custom_params, pace):
+    assert PascalConfig(answer_tpot_ms=100.0).answer_tpot_ms_of(custom_params) == pace
 
 
 def test_the_banner_is_one_line_with_policy_and_every_value():

@@ -1,102 +1,49 @@
-"""Pacing holds back, never loses, reorders or blocks; and lets go when the client does."""
+"""A paced stream never loses, reorders or blocks; and lets go when the client does."""
 
 import asyncio
 import math
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pascal_sglang import pace_stream
+from pascal_sglang import pacing
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
-from pascal_sglang.pace_stream import Answer, Pacing, generate_request, paced
+from pascal_sglang.pace_stream import generate_request, paced
+from pascal_sglang.pacing import Pacing
 from pascal_sglang.preflight import LaunchError, check_frontend
 
-TPOT = 0.1
+NEVER = 1e6
 
 
-def chunk(tokens, thinking=0, index=None):
-    meta = {"completion_tokens": tokens, "reasoning_tokens": thinking}
+def chunk(tokens, index=None):
+    meta = {"completion_tokens": tokens, "reasoning_tokens": 0}
     return {"meta_info": meta, **({} if index is None else {"index": index})}
 
 
-def run_through(pacing):
-    """Every chunk with its release time, by an ideal clock that jumps from one to the next."""
-    out = []
-    while (due := pacing.due()) < math.inf:
-        now = max(due, out[-1][0] if out else due)
-        out += [(now, c) for c in pacing.release(now)]
-    return out
+def at_pace(tpot):
+    return Pacing(lambda _: tpot)
 
 
-def test_a_burst_is_released_one_token_per_tpot_and_thinking_at_once():
-    pacing = Pacing(lambda _: TPOT)
-    for now, c in [(1.0, chunk(5, 5)), (2.0, chunk(6, 5)), (2.0, chunk(9, 5)), (2.0, chunk(10, 5))]:
-        pacing.add(now, c)
-    # One thinking chunk, then 1 + 3 + 1 answering tokens from t = 2.
-    assert [at for at, _ in run_through(pacing)] == pytest.approx([1.0, 2.0, 2.1, 2.4])
+def run(coroutine):
+    """Run to the end, within a time-out, and insist that no task is left."""
+
+    async def alone():
+        async with asyncio.timeout(20):
+            result = await coroutine
+            await settle()
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "something goes on"
+        return result
+
+    return asyncio.run(alone())
 
 
-def test_a_late_token_starts_the_pace_anew_and_an_empty_last_chunk_follows_at_once():
-    pacing = Pacing(lambda _: TPOT)
-    for now, c in [(0.0, chunk(1)), (5.0, chunk(2)), (5.0, chunk(3)), (5.0, chunk(3))]:
-        pacing.add(now, c)
-    assert [at for at, _ in run_through(pacing)] == pytest.approx([0.0, 5.0, 5.1, 5.1])
+async def settle():
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
-def test_the_buffer_is_bounded_and_the_oldest_leave_early(monkeypatch):
-    monkeypatch.setattr(pace_stream, "BUFFER_TOKENS", 3)
-    answer = Answer(TPOT)
-    for tokens in range(1, 7):
-        answer.add(0.0, chunk(tokens), tokens)
-    left_early = 0
-    while answer.due == -math.inf:
-        answer.release()
-        left_early += 1
-    assert (left_early, answer.held_tokens) == (3, 3)
-    assert answer.due == pytest.approx(0.3), "the fourth token is due three after the first"
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 3), st.floats(0, 2), st.integers(0, 4)), max_size=40),
-    st.floats(0.001, 1),
-)
-@settings(deadline=None)
-def test_nothing_is_lost_reordered_or_early(arrivals, tpot):
-    """Several answers interleaved: each comes out whole, in order, no faster than its pace."""
-    pacing = Pacing(lambda _: tpot)
-    tokens, now, put = [0] * 4, 0.0, []
-    for index, gap, new in arrivals:
-        now += gap
-        tokens[index] += new
-        put.append((now, chunk(tokens[index], index=index)))
-        pacing.add(*put[-1])
-    out = run_through(pacing)
-    for index in range(4):
-        mine = [c for _, c in out if c["index"] == index]
-        assert mine == [c for _, c in put if c["index"] == index]
-        shown = [(at, c["meta_info"]["completion_tokens"]) for at, c in out if c["index"] == index]
-        reading_until, before = -math.inf, 0
-        for at, after in shown:
-            if after > before:
-                assert at >= reading_until - 1e-9, "faster than the reader"
-                reading_until = at + (after - before) * tpot
-                before = after
-    ends = {c["index"]: at for at, c in out}
-    for index, end in ends.items():
-        arrived = [
-            (at, c["meta_info"]["completion_tokens"]) for at, c in put if c["index"] == index
-        ]
-        latest = max(at for at, _ in arrived)
-        assert end <= latest + tpot * tokens[index] + 1e-6, "delayed beyond the pace"
-
-
-def collect(generator):
-    async def run():
-        return [c async for c in generator]
-
-    return asyncio.run(asyncio.wait_for(run(), 10))
+async def collected(generator):
+    return [c async for c in generator]
 
 
 async def stream_of(chunks, error=None):
@@ -106,42 +53,139 @@ async def stream_of(chunks, error=None):
         raise error
 
 
+class Endless:
+    """A stream that brings a token whenever the loop turns, and tells how it ended."""
+
+    def __init__(self, stop_after=math.inf):
+        self.made, self.ended, self.stop_after = 0, "", stop_after
+
+    async def stream(self):
+        try:
+            while self.made < self.stop_after:
+                await asyncio.sleep(0)
+                self.made += 1
+                yield chunk(self.made)
+            await asyncio.Event().wait()
+        except BaseException as error:
+            self.ended = type(error).__name__
+            raise
+
+
 def test_chunks_pass_through_in_order():
     chunks = [chunk(n) for n in range(1, 30)]
-    assert collect(paced(stream_of(chunks), Pacing(lambda _: 0.001))) == chunks
+    assert run(collected(paced(stream_of(chunks), at_pace(0.001)))) == chunks
 
 
-def test_an_error_comes_after_what_came_before_it():
+def test_chunks_leave_when_they_are_due_by_the_clock_given():
     chunks, seen = [chunk(n) for n in range(1, 5)], []
 
-    async def run():
-        async for c in paced(stream_of(chunks, ValueError("bad")), Pacing(lambda _: 0.001)):
+    async def go():
+        loop = asyncio.get_running_loop()
+        async for c in paced(stream_of(chunks), at_pace(0.02), clock=loop.time):
+            seen.append((loop.time(), c))
+
+    run(go())
+    assert [c for _, c in seen] == chunks
+    assert seen[-1][0] - seen[0][0] >= 0.9 * 3 * 0.02
+
+
+@pytest.mark.parametrize("before", [0, 4])
+def test_an_error_comes_after_what_came_before_it_and_waits_for_no_reader(before):
+    chunks, seen = [chunk(n) for n in range(1, before + 1)], []
+
+    async def go():
+        async for c in paced(stream_of(chunks, ValueError("bad")), at_pace(NEVER)):
             seen.append(c)
 
     with pytest.raises(ValueError, match="bad"):
-        asyncio.run(asyncio.wait_for(run(), 10))
+        run(go())
     assert seen == chunks
 
 
 def test_closing_cancels_the_stream_where_it_waits():
-    ended = []
+    endless = Endless(stop_after=3)
 
-    async def endless():
-        try:
-            yield chunk(1)
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            ended.append("cancelled")
-            raise
-
-    async def run():
-        generator = paced(endless(), Pacing(lambda _: TPOT))
+    async def go():
+        generator = paced(endless.stream(), at_pace(NEVER))
         await anext(generator)
-        await asyncio.sleep(0)
+        await settle()
         await generator.aclose()
+        await settle()
+        assert endless.ended == "CancelledError"
 
-    asyncio.run(asyncio.wait_for(run(), 10))
-    assert ended == ["cancelled"]
+    run(go())
+
+
+def test_a_cancelled_client_cancels_the_stream():
+    endless = Endless(stop_after=3)
+
+    async def go():
+        client = asyncio.create_task(collected(paced(endless.stream(), at_pace(NEVER))))
+        await settle()
+        client.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await client
+        await settle()
+        assert endless.ended == "CancelledError"
+
+    run(go())
+
+
+def test_an_abandoned_stream_is_closed():
+    endless = Endless()
+
+    async def go():
+        async for _ in paced(endless.stream(), at_pace(NEVER)):
+            break
+        await settle()
+        assert endless.ended
+
+    run(go())
+
+
+def test_a_stream_dropped_between_two_runs_of_the_loop_is_closed(recwarn):
+    """As `Engine` iterates: each step its own run of the loop, begun outside of it."""
+    endless = Endless()
+    loop = asyncio.new_event_loop()
+    generator = paced(endless.stream(), at_pace(0.001))
+    for number in (1, 2, 3):
+        c = loop.run_until_complete(generator.__anext__())
+        assert c["meta_info"]["completion_tokens"] == number
+    del generator
+    loop.run_until_complete(settle())
+    assert endless.ended
+    assert asyncio.all_tasks(loop) == set()
+    loop.close()
+    assert [str(w.message) for w in recwarn] == []
+
+
+def test_a_client_that_does_not_take_stops_the_reading(monkeypatch):
+    monkeypatch.setattr(pacing, "BUFFER_TOKENS", 5)
+    endless = Endless()
+
+    async def go():
+        generator = paced(endless.stream(), at_pace(NEVER))
+        await anext(generator)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert endless.made <= 1 + 5 + 1
+        taken = [await anext(generator) for _ in range(20)]
+        assert [c["meta_info"]["completion_tokens"] for c in taken] == list(range(2, 22))
+        await generator.aclose()
+        await settle()
+        assert endless.ended
+
+    run(go())
+
+
+def test_a_server_that_stops_holds_nothing_back():
+    chunks = [chunk(n) for n in range(1, 30)]
+    out = run(collected(paced(stream_of(chunks), at_pace(NEVER), stopping=lambda: True)))
+    assert out == chunks
+
+
+def asked(**more):
+    return SimpleNamespace(stream=True, sampling_params={}, parallel_sample_num=1, **more)
 
 
 @pytest.mark.parametrize("config", [PascalConfig(), PascalConfig(pace_stream=True), None])
@@ -150,24 +194,71 @@ def test_what_is_not_streamed_or_not_asked_for_is_left_be(config, monkeypatch):
         monkeypatch.delenv(CONFIG_ENV, raising=False)
     else:
         monkeypatch.setenv(CONFIG_ENV, config.to_json())
+    streamed = config is None or not config.pace_stream
     stream = stream_of([])
-    asked = SimpleNamespace(stream=bool(config is None or not config.pace_stream))
-    assert generate_request(lambda *_: stream, None, asked) is stream
+    obj = SimpleNamespace(stream=streamed)
+    assert generate_request(lambda *_: stream, None, obj) is stream
+    # As SGLang's gRPC bridge calls it; and embedding requests have no `stream`.
+    assert generate_request(lambda *_, request: stream, None, obj, request=None) is stream
+    if not streamed:
+        assert generate_request(lambda *_: stream, None, SimpleNamespace()) is stream
 
 
-def test_each_request_may_bring_its_own_pace(monkeypatch):
-    monkeypatch.setenv(CONFIG_ENV, PascalConfig(pace_stream=True, answer_tpot_ms=9e6).to_json())
-    own = {"custom_params": {"pascal": {"answer_tpot_ms": 1}}}
-    obj = SimpleNamespace(stream=True, sampling_params=own)
+def request_pace(ms):
+    return {"custom_params": {"pascal": {"answer_tpot_ms": ms}}}
+
+
+MANAGER = SimpleNamespace(gracefully_exit=False)
+
+
+def test_a_request_may_bring_its_own_pace(monkeypatch):
+    slow = PascalConfig(pace_stream=True, answer_tpot_ms=NEVER)
+    monkeypatch.setenv(CONFIG_ENV, slow.to_json())
+    obj = SimpleNamespace(stream=True, sampling_params=request_pace(1))
     chunks = [chunk(1), chunk(2), chunk(3)]
-    assert collect(generate_request(lambda *_: stream_of(chunks), None, obj)) == chunks
+    assert run(collected(generate_request(lambda *_: stream_of(chunks), MANAGER, obj))) == chunks
 
 
-@pytest.mark.parametrize("asked", ["pace_stream", "assume_reasoning"])
-def test_several_tokenizer_workers_are_refused(asked):
-    one, two = (SimpleNamespace(tokenizer_worker_num=n) for n in (1, 2))
-    config = PascalConfig(**{asked: True})
-    check_frontend(config, one)
-    check_frontend(PascalConfig(), two)
-    with pytest.raises(LaunchError, match=r"--pascal-.* does not work with --tokenizer-worker-num"):
-        check_frontend(config, two)
+@pytest.mark.parametrize(("samples", "quick"), [(1, [1]), (2, [2, 3])])
+def test_each_prompt_of_a_batch_may_bring_its_own_pace(monkeypatch, samples, quick):
+    """Answers are numbered prompt by prompt; SGLang repeats the list of parameters per sample."""
+    slow = PascalConfig(pace_stream=True, answer_tpot_ms=NEVER)
+    monkeypatch.setenv(CONFIG_ENV, slow.to_json())
+    params = [{}, request_pace(1)] * samples
+    obj = SimpleNamespace(stream=True, sampling_params=params, parallel_sample_num=samples)
+    chunks = [chunk(n, index) for n in (1, 2) for index in range(2 * samples)]
+
+    async def go():
+        generator = generate_request(lambda *_: stream_of(chunks), MANAGER, obj)
+        out = [await anext(generator) for _ in range(3 * samples)]
+        await generator.aclose()
+        return [c["index"] for c in out if c["meta_info"]["completion_tokens"] == 2]
+
+    assert sorted(run(go())) == quick
+
+
+def arguments(workers=1, smg=False, grpc=False):
+    return SimpleNamespace(tokenizer_worker_num=workers, smg_grpc_mode=smg, grpc_mode=grpc)
+
+
+@pytest.mark.parametrize("flag", ["pace_stream", "assume_reasoning"])
+@pytest.mark.parametrize(
+    ("served", "says"),
+    [
+        (arguments(workers=2), "--tokenizer-worker-num"),
+        (arguments(smg=True), "--smg-grpc-mode"),
+        (arguments(grpc=True), "--smg-grpc-mode"),
+    ],
+)
+def test_front_ends_without_our_hooks_are_refused(flag, served, says):
+    config = PascalConfig(**{flag: True})
+    check_frontend(config, arguments())
+    check_frontend(PascalConfig(), served)
+    with pytest.raises(LaunchError, match=rf"^--pascal-.* does not work with {says}"):
+        check_frontend(config, served)
+
+
+def test_the_rust_front_end_is_refused(monkeypatch):
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    with pytest.raises(LaunchError, match="SGLANG_RUST_SERVER"):
+        check_frontend(PascalConfig(pace_stream=True), arguments())
