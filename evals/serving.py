@@ -22,6 +22,7 @@ from evals import alone, processor, remote, report, workload
 from evals.attended import Watched, watch
 from evals.client import LAG_LIMIT_MS, Target
 from evals.metrics import GOODPUT_KEYS, Idle, Record, bin_edges, intervals, summarize
+from evals.options import count, positive
 from evals.timeline import details
 from evals.workload import Item, WorkloadError
 
@@ -204,14 +205,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--base-url", default="http://127.0.0.1:30000")
     add("--dataset-name", default="alpacaeval", help="a workload source, or a saved workload")
     add("--dataset-path", type=Path, help="file or folder of the source")
-    add("--num-prompts", type=_count, default=1000)
+    add("--num-prompts", type=count, default=1000)
     add(
         "--request-rate",
-        type=_positive,
+        type=positive,
         help="requests per second; inf sends all at once; by default the workload's own times",
     )
-    add("--max-concurrency", type=_count, help="the most requests at one time; others wait")
-    add("--scale", type=_positive, default=1.0, help="factor on output lengths")
+    add("--max-concurrency", type=count, help="the most requests at one time; others wait")
+    add("--scale", type=positive, default=1.0, help="factor on output lengths")
     add("--seed", type=int, default=42)
     add("--warmup-requests", type=int, default=1, help="sent at once before anything is measured")
     add("--no-idle-fit", action="store_true", help="do not measure TTFO alone: no slowdown")
@@ -228,9 +229,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="KEY:VALUE",
         help=f"objectives in milliseconds; KEY is one of {', '.join(GOODPUT_KEYS)}",
     )
-    add("--target-tpot-ms", type=_positive, default=100.0, help="the reader's pace, for QoE")
-    add("--bins", type=_count, default=4, help="thinking-length bins")
-    add("--request-timeout-s", type=_positive, default=6 * 3600.0)
+    add("--target-tpot-ms", type=positive, default=100.0, help="the reader's pace, for QoE")
+    add("--bins", type=count, default=4, help="thinking-length bins")
+    add("--request-timeout-s", type=positive, default=6 * 3600.0)
     add("--ready-check-timeout-sec", type=float, default=60.0)
     add("--output-file", type=Path, help="JSONL; a line is appended")
     add("--output-details", action="store_true", help="figures of every request as well")
@@ -243,27 +244,13 @@ def _dataset(asked: argparse.Namespace) -> str:
     return Path(asked.dataset_name).stem
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be positive, not {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
-
-
 def _objective(text: str) -> tuple[str, float]:
     name, _, value = text.partition(":")
     if name not in GOODPUT_KEYS:
         raise argparse.ArgumentTypeError(
             f"expected KEY:VALUE with KEY in {', '.join(GOODPUT_KEYS)}, got {text!r}"
         )
-    return name, _positive(value)
+    return name, positive(value)
 
 
 def _bad(message: str) -> int:

@@ -15,6 +15,7 @@ CONFIG_ENV = "PASCAL_SGLANG_CONFIG"
 
 POLICIES = ("pascal", "paper", "rr", "rr-restart", "fcfs")
 DEMOTE_ON = ("kv", "thinking")
+PLACEMENTS = ("phase", "sglang")
 
 
 class ConfigError(ValueError):
@@ -35,6 +36,8 @@ class PascalConfig:
     host_kv_gb: host memory for paused KV, per instance; None: four times the device pool, at most
         this instance's share of a quarter of the memory that is free at start.
     pace_stream: streamed answers leave the server at the reader's pace.
+    placement: `phase`, or `sglang` for the balancing of `--load-balance-method`; only with several
+        instances. The launcher sets the latter where that flag is given.
     assume_reasoning: `/generate` requests that do not say `require_reasoning` count as reasoning.
     log_decisions: log every scheduling decision as one line of JSON.
     default_thinking_budget: thinking tokens after which a request without a logit processor of its
@@ -51,6 +54,7 @@ class PascalConfig:
     qoe_slo: float = 0.95
     host_kv_gb: float | None = None
     pace_stream: bool = False
+    placement: str = "phase"
     assume_reasoning: bool = False
     log_decisions: bool = False
     default_thinking_budget: int | None = None
@@ -62,6 +66,10 @@ class PascalConfig:
         _require(
             self.demote_on in DEMOTE_ON,
             f"demote_on must be one of {', '.join(DEMOTE_ON)}, not {self.demote_on!r}",
+        )
+        _require(
+            self.placement in PLACEMENTS,
+            f"placement must be one of {', '.join(PLACEMENTS)}, not {self.placement!r}",
         )
         for name in ("pace_stream", "assume_reasoning", "log_decisions"):
             _require(isinstance(getattr(self, name), bool), f"{name} must be true or false")
@@ -119,6 +127,11 @@ class PascalConfig:
             return self.answer_tpot_ms
         # Not infinity: JSON's whole numbers may be larger than any float.
         return float(asked) if 0 < asked <= sys.float_info.max else self.answer_tpot_ms
+
+    @property
+    def places(self) -> bool:
+        """Whether new requests are placed by phase."""
+        return self.placement == "phase" and self.policy in ("pascal", "paper")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

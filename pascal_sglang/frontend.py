@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.preflight import check_frontend
 
 INIT_INFO_KEY = "pascal"
 STATUS_PATH = "/pascal/status"
@@ -19,18 +20,13 @@ def require_handshake(original: Callable[..., list[dict[str, Any]]], *args: Any)
     (for example by `SGLANG_PLUGINS`, or by another platform package's `SGLANG_PLATFORM`).
     """
     infos = original(*args)
-    _require_same_config(infos)
+    require_same_config(infos)
     return infos
 
 
-def require_dp_handshake(_controller: Any, infos: list[dict[str, Any]]) -> None:
-    """Before `DataParallelController._record_scheduler_init_infos`: the same, per DP rank."""
-    _require_same_config(infos)
-
-
-def pass_handshake_on(original: Callable[..., dict[str, Any]], controller: Any) -> dict[str, Any]:
-    """Around `DataParallelController.get_init_info`: the controller vouches for its ranks."""
-    return {**original(controller), INIT_INFO_KEY: _own_config()}
+def handed_on(info: dict[str, Any]) -> dict[str, Any]:
+    """The init info of a controller whose instances have all shaken hands."""
+    return {**info, INIT_INFO_KEY: _own_config()}
 
 
 def _own_config() -> str:
@@ -39,7 +35,7 @@ def _own_config() -> str:
     return config.to_json()
 
 
-def _require_same_config(infos: list[dict[str, Any]]) -> None:
+def require_same_config(infos: list[dict[str, Any]]) -> None:
     for rank, info in enumerate(infos):
         if info.get(INIT_INFO_KEY) != _own_config():
             raise RuntimeError(
@@ -57,9 +53,16 @@ def keep_created_time(original: Callable[[Any], dict[str, Any]], stats: Any) -> 
     return {**original(stats), "created_time": stats.created_time}
 
 
-def add_status_route(*_args: Any, **_kwargs: Any) -> None:
-    """Before `http_server._setup_and_run_http_server`: serve `GET /pascal/status`."""
+def add_status_route(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Before `http_server._setup_and_run_http_server`: serve `GET /pascal/status`.
+
+    Raises: `LaunchError` for what would silently not happen behind SGLang's own entry points.
+    """
     from sglang.srt.entrypoints import http_server
+
+    config = PascalConfig.from_env()
+    assert config is not None
+    check_frontend(config, server_args)
 
     async def status() -> dict[str, Any]:
         """Per instance: counts by phase, KV tokens, live and recent requests with their times."""

@@ -7,6 +7,7 @@ stderr and exit code 2; nothing is left running.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import warnings
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pascal_sglang.demo.serve import demo_arguments
 
             config, rest = demo_arguments(config, rest)
+        if any(flag.partition("=")[0] == "--load-balance-method" for flag in rest):
+            config = dataclasses.replace(config, placement="sglang")
         if options.help:
             rest = ["--help"]
         return serve(config, rest)

@@ -54,6 +54,12 @@ def _scheduler() -> Any:
     return PascalScheduler
 
 
+def _controller() -> Any:
+    from pascal_sglang.cluster.controller import PascalController
+
+    return PascalController
+
+
 def _pace_stream() -> Any:
     from pascal_sglang.pace_stream import generate_request
 
@@ -77,15 +83,9 @@ HOOKS = (
         f"{_STATS}.DPControllerReqTimeStats.__getstate__", "around", _frontend("keep_created_time")
     ),
     Hook(
-        "sglang.srt.managers.data_parallel_controller"
-        ".DataParallelController._record_scheduler_init_infos",
-        "before",
-        _frontend("require_dp_handshake"),
-    ),
-    Hook(
-        "sglang.srt.managers.data_parallel_controller.DataParallelController.get_init_info",
-        "around",
-        _frontend("pass_handshake_on"),
+        "sglang.srt.managers.data_parallel_controller.DataParallelController",
+        "replace",
+        _controller,
     ),
     Hook(
         "sglang.srt.entrypoints.engine._wait_for_scheduler_ready",

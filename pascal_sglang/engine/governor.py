@@ -59,6 +59,7 @@ class Governor:
         self.policy_s = 0.0
         self._chaos = Chaos(config.chaos) if config.chaos else None
         self._admitted: list[Req] = []
+        self._extended_before = 0
 
     def govern(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
         """Begin a pass. An error of ours is logged and counted, and SGLang's order stands in."""
@@ -103,8 +104,13 @@ class Governor:
         busy = 0.0 < step < 1.0
         pass_s = 0.9 * before.pass_s + 0.1 * step if busy else before.pass_s
         self.moment = Moment(before.pass_no + 1, now, pass_s)
-        if busy and last is not None and last.forward_mode.is_extend():
-            self.ladder.costs.prefilled(last.extend_num_tokens or 0, step)
+        extended = last is not None and last.forward_mode.is_extend()
+        tokens = (last.extend_num_tokens or 0) if extended and last is not None else 0
+        # Under overlap a device is waited for one pass later; a CPU has no other thread to run on.
+        lags = self.scheduler.enable_overlap and self.scheduler.device != "cpu"
+        if busy:
+            self.ladder.costs.prefilled(self._extended_before if lags else tokens, step)
+        self._extended_before = tokens
 
     def _carry_out(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
         """Settle pauses, plan, pause and resume; the running batch to go on with."""

@@ -14,16 +14,19 @@ from sglang.srt.managers.scheduler_components.invariant_checker import (
 )
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
+from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.budget import with_default_budget
 from pascal_sglang.engine.build import build_governor, kv_bytes_per_token
 from pascal_sglang.engine.governor import Governor
+from pascal_sglang.engine.herald import Herald, build_herald, figures
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.metrics import DecisionMetrics, PhaseMetrics
 from pascal_sglang.engine.phases import PhaseTracker, count_phases, describe
 from pascal_sglang.frontend import INIT_INFO_KEY
+from pascal_sglang.preflight import check_policy
 
 
 class PascalOutputStreamer(SchedulerOutputStreamer):
@@ -59,11 +62,14 @@ class PascalScheduler(Scheduler):
     """SGLang's scheduler under the policy of `PascalConfig`; `fcfs` only observes."""
 
     governor: Governor | None = None
+    herald: Herald | None = None
 
     def __init__(self, server_args: Any, port_args: Any) -> None:
         config = PascalConfig.from_env()
         if config is None:
             raise RuntimeError("PascalScheduler started without PASCAL_SGLANG_CONFIG")
+        # Our launcher has said this in one line; SGLang's own entry points come here.
+        check_policy(config.policy, server_args)
         self.pascal_config = config
         super().__init__(server_args, port_args)
 
@@ -111,6 +117,7 @@ class PascalScheduler(Scheduler):
         requests on their way out."""
         super().init_invariant_checker()
         self.governor = build_governor(self, self.pascal_config)
+        self.herald = build_herald(self, self.governor)
         if self.governor is not None:
             stock = self.invariant_checker
             fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
@@ -122,7 +129,15 @@ class PascalScheduler(Scheduler):
     ) -> Any:
         if self.governor is not None:
             running_batch = self.governor.govern(running_batch, last_batch)
-        return super().get_next_batch_to_run(running_batch=running_batch, last_batch=last_batch)
+        plan = super().get_next_batch_to_run(running_batch=running_batch, last_batch=last_batch)
+        if self.herald is not None:
+            self.herald.tell(busy=plan.batch_to_run is not None)
+        return plan
+
+    def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> Any:
+        if self.herald is not None and not is_health_check_generate_req(recv_req):
+            self.herald.received += 1
+        return super().handle_generate_request(recv_req, **kwargs)
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
         if self.governor is not None:
@@ -187,7 +202,9 @@ class PascalScheduler(Scheduler):
                 "capacity": capacity,
                 "free": free,
                 "evictable": self.tree_cache.evictable_size(),
+                "host": 0 if ladder is None else ladder.host_tokens,
             },
+            "monitor": {} if governor is None else figures(self, governor),
             "paused": len(paused),
             "pauses": {} if ladder is None else dict(ladder.counts),
             "decisions": {} if governor is None else dict(governor.journal.counts),

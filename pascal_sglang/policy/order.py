@@ -159,13 +159,15 @@ def one_lane(member: Member, tuning: Tuning) -> int:
 class Order:
     """A policy. `key` and `lane` of a member do not change while it waits or is paused.
 
-    names: what its classes are called. worst: a rank that none exceeds, if there is one.
+    names: what its classes are called. thinking_lane: where thinking that is not demoted stands.
+    worst: a rank that none exceeds, if there is one.
     """
 
     rank: Callable[[Member, Moment, Tuning], Rank]
     key: Callable[[Member, Tuning], float]
     lane: Callable[[Member, Tuning], int]
     names: tuple[str, ...]
+    thinking_lane: int = HIGH
     worst: Rank | None = None
 
 
@@ -175,6 +177,7 @@ ORDERS = {
         pascal_key,
         pascal_lane,
         ("urgent_answer", "thinking", "demoted", "answer"),
+        thinking_lane=THINKING,
         worst=(AHEAD, 0),
     ),
     "paper": Order(paper, by_quanta, paper_lane, ("high", "low")),

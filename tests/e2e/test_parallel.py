@@ -1,7 +1,10 @@
 """Two instances, and two tensor-parallel ranks, on two cores."""
 
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 from tests.harness import PASCAL, TINY_FLAGS, Server
 from tests.requests import generate
@@ -20,13 +23,62 @@ def ids(server):
     return [r["output_ids"] for r in replies]
 
 
-def test_two_instances(pascal_server, tiny_model):
+def answered(server):
+    return [i["ended"].get("answered", 0) for i in server.instances()]
+
+
+@pytest.fixture(scope="module")
+def two_instances(tiny_model):
     flags = ["--model-path", str(tiny_model), *TINY_FLAGS, "--dp-size", "2"]
     with Server(PASCAL, flags) as server:
-        assert ids(server) == ids(pascal_server)
-        instances = server.instances()
-        assert [i["dp_rank"] for i in instances] == [0, 1]
-        assert all(i["ended"]["answered"] > 0 for i in instances)
+        yield server
+
+
+def test_two_instances(pascal_server, two_instances):
+    assert ids(two_instances) == ids(pascal_server)
+    instances = two_instances.instances()
+    assert [i["dp_rank"] for i in instances] == [0, 1]
+    assert min(answered(two_instances)) >= len(PROMPTS) // 3, "both got their share"
+
+
+def test_a_wish_for_an_instance_is_obeyed(two_instances):
+    before = answered(two_instances)
+    for rank, times in ((0, 2), (1, 5)):
+        for _ in range(times):
+            two_instances.post("/generate", generate("Here", 3, 8, routed_dp_rank=rank))
+    after = answered(two_instances)
+    assert [b - a for a, b in zip(before, after, strict=True)] == [2, 5]
+
+
+def test_a_long_shared_beginning_stays_together(two_instances):
+    """One after the other, so that memory is as free everywhere: the prefix decides."""
+    before = answered(two_instances)
+    for turn in range(6):
+        two_instances.post("/generate", generate("once upon a time " * 60 + str(turn), 3, 8))
+    gained = [b - a for a, b in zip(before, answered(two_instances), strict=True)]
+    assert sorted(gained) == [0, 6]
+
+
+def test_the_controller_sleeps_while_nothing_happens(two_instances):
+    controllers = [
+        p for p in two_instances.tree() if "data_parallel_controller" in " ".join(p.cmdline())
+    ]
+    assert len(controllers) == 1
+    before, began = controllers[0].cpu_times(), time.monotonic()
+    time.sleep(4)
+    after, took = controllers[0].cpu_times(), time.monotonic() - began
+    used = after.user + after.system - before.user - before.system
+    assert used < 0.25 * took, "stock keeps a core busy"
+
+
+def test_sglangs_own_balancing_on_request(tiny_model):
+    flags = ["--model-path", str(tiny_model), *TINY_FLAGS, "--dp-size", "2"]
+    with Server(PASCAL, [*flags, "--load-balance-method", "round_robin"]) as server:
+        assert "placement=sglang" in server.output
+        before = answered(server)
+        for turn in range(6):
+            server.post("/generate", generate("once upon a time " * 60 + str(turn), 3, 8))
+        assert [b - a for a, b in zip(before, answered(server), strict=True)] == [3, 3]
 
 
 def test_two_tensor_parallel_ranks(pascal_server, tiny_model):

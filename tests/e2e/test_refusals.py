@@ -182,3 +182,22 @@ def test_an_unwritable_cache_ends_in_one_line(tmp_path):
     assert code == 2
     assert output.count("\n") == 1, output
     assert str(blocked) in output
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "says"),
+    [
+        (PascalConfig(), ["--enable-hierarchical-cache"], "--enable-hierarchical-cache"),
+        (
+            PascalConfig(pace_stream=True),
+            ["--tokenizer-worker-num", "2"],
+            "--tokenizer-worker-num above 1",
+        ),
+    ],
+)
+def test_sglangs_own_entry_point_refuses_the_same(tiny_model, config, flags, says):
+    """No launcher of ours is there to say it early; the server must not start all the same."""
+    env = {**ASKED, CONFIG_ENV: config.to_json()}
+    code, output = run(SERVE, ["--model-path", str(tiny_model), "--device", "cpu", *flags], env)
+    assert code != 0
+    assert f"does not work with {says}" in output

@@ -18,7 +18,7 @@ def differences(whole, reference):
 
 def nothing_left(instance):
     kv = instance["kv_tokens"]
-    assert kv["free"] + kv["evictable"] == kv["capacity"]
+    assert (kv["free"] + kv["evictable"], kv["host"]) == (kv["capacity"], 0)
     assert instance["requests"] == []
 
 

@@ -72,6 +72,8 @@ def scheduler(rows=1):
         tree_cache=Tree(),
         page_size=1,
         tp_cpu_group=None,
+        enable_overlap=True,
+        device="cpu",
     )
 
 
@@ -107,6 +109,20 @@ def test_a_failing_policy_is_counted_and_everybody_admitted(governor, monkeypatc
     assert governor.govern(running, None) is running
     assert governor.errors == 1
     assert governor._admitted == ["waiting"]
+
+
+@pytest.mark.parametrize(("device", "passes"), [("cpu", 1), ("cuda", 2)])
+def test_a_prefill_is_timed_when_its_result_was_waited_for(governor, monkeypatch, device, passes):
+    governor.scheduler.device = device
+    monkeypatch.setattr(governor, "_carry_out", lambda running, last: running)
+    mode = SimpleNamespace(is_extend=lambda: True)
+    prefill = SimpleNamespace(forward_mode=mode, extend_num_tokens=10)
+    clock = iter([1.0, 1.5, 1.7])
+    monkeypatch.setattr("pascal_sglang.engine.governor.agree", lambda *_: next(clock))
+    for last in (None, prefill, None)[: passes + 1]:
+        governor.govern(SimpleNamespace(reqs=[]), last)
+    took = 0.5 if device == "cpu" else 0.2
+    assert governor.ladder.costs.prefill_token_s == pytest.approx(took / 10)
 
 
 @pytest.mark.parametrize("rows", [0, 1])

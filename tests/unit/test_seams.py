@@ -72,6 +72,7 @@ def test_digest_follows_the_source(tmp_path, monkeypatch):
 def test_what_we_override_and_wrap_is_on_the_list():
     from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
+    from pascal_sglang.cluster.controller import PascalController
     from pascal_sglang.engine.scheduler import (
         PascalInvariantChecker,
         PascalOutputStreamer,
@@ -83,6 +84,7 @@ def test_what_we_override_and_wrap_is_on_the_list():
         (PascalScheduler, PascalScheduler.__mro__[1]),
         (PascalOutputStreamer, SchedulerOutputStreamer),
         (PascalInvariantChecker, PascalInvariantChecker.__mro__[1]),
+        (PascalController, PascalController.__mro__[1]),
     ):
         for name in vars(ours):
             defined = next((c for c in stock.__mro__ if name in vars(c)), None)

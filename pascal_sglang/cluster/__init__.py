@@ -1,0 +1,1 @@
+"""Several instances: where requests go, and how they move. Imports no engine code."""

@@ -1,0 +1,47 @@
+"""What the controller knows of its instances: their last status, and what it decided since."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+
+from pascal_sglang.cluster.status import BadStatus, Status, unpack
+from pascal_sglang.policy.placement import Instance
+
+
+class Monitor:
+    """One `Instance` per DP rank, kept true between two status messages: a dispatch counts at once
+    and until its instance says that it has taken it in.
+
+    rejected: control messages that were not a status, by reason.
+    """
+
+    def __init__(self, instances: int) -> None:
+        self.instances = [Instance(index) for index in range(instances)]
+        self.rejected: Counter[str] = Counter()
+        self._sent = [0] * instances
+        # Dispatches not yet counted in a status: their number, and KV they will need.
+        self._open: list[deque[tuple[int, int]]] = [deque() for _ in range(instances)]
+
+    def sent(self, index: int, tokens: int) -> None:
+        """A request with a prompt of `tokens` went to an instance."""
+        self._sent[index] += 1
+        self._open[index].append((self._sent[index], tokens))
+
+    def hear(self, message: bytes) -> Status | None:
+        """Take in a status message; None, and counted, if it is none."""
+        try:
+            status = unpack(message, len(self.instances))
+        except BadStatus as error:
+            self.rejected[str(error)] += 1
+            return None
+        waiting = self._open[status.dp_rank]
+        while waiting and waiting[0][0] <= status.received:
+            waiting.popleft()
+        instance = self.instances[status.dp_rank]
+        instance.on_pace = status.on_pace
+        instance.footprint = status.footprint
+        instance.thinking = status.thinking + len(waiting)
+        instance.fresh = status.fresh
+        instance.free = status.free
+        instance.waiting = status.waiting + sum(tokens for _, tokens in waiting)
+        return status

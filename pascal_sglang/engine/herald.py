@@ -1,0 +1,92 @@
+"""Tells the controller how this instance is, when something has changed."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import zmq
+from sglang.srt.runtime_context import get_parallel
+
+from pascal_sglang.cluster.status import MONITOR_ENV, Status
+from pascal_sglang.engine.governor import Governor
+from pascal_sglang.engine.members import member_of
+from pascal_sglang.policy.order import is_demoted
+from pascal_sglang.policy.timeline import Phase
+
+EVERY_S = 0.02
+
+
+class Herald:
+    """Sends a `Status` at most every `EVERY_S` seconds while busy, and a last one when idle."""
+
+    def __init__(self, scheduler: Any, governor: Governor, address: str) -> None:
+        self.scheduler = scheduler
+        self.governor = governor
+        self.received = 0
+        self._dp_rank = get_parallel().dp_rank or 0
+        self._last: Status | None = None
+        self._sent_at = 0.0
+        self._socket = zmq.Context.instance().socket(zmq.PUSH)
+        # A controller that does not listen must not hold the scheduler up.
+        self._socket.setsockopt(zmq.SNDHWM, 64)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(address)
+
+    def tell(self, *, busy: bool) -> None:
+        now = time.perf_counter()
+        if busy and now - self._sent_at < EVERY_S:
+            return
+        status = self.status()
+        if status == self._last:
+            return
+        try:
+            self._socket.send(status.pack(), zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        self._last, self._sent_at = status, now
+
+    def status(self) -> Status:
+        return Status(
+            dp_rank=self._dp_rank,
+            received=self.received,
+            **figures(self.scheduler, self.governor),
+        )
+
+
+def figures(scheduler: Any, governor: Governor) -> dict[str, Any]:
+    """This instance in the terms of `policy.placement.Instance`; token counts and numbers of
+    requests."""
+    planner, config = governor.planner, governor.members.config
+    running = [member_of(r) for r in scheduler.running_batch.reqs if not r.finished()]
+    paused = [member_of(r) for r in governor.ladder.paused()]
+    answering = [m for m in (*running, *paused) if m.phase is Phase.ANSWERING]
+    lane = planner.order.thinking_lane
+    queued = sum(n for (lane_of, _), n in planner.line.counts.items() if lane_of == lane)
+    thinking = sum(
+        m.phase is Phase.REASONING and not is_demoted(m, planner.tuning) for m in running
+    )
+    if config.policy == "paper":
+        on_pace = all(m.pacer.qoe >= config.qoe_slo for m in answering)
+    else:
+        # Nobody is starving now; a reader who once waited does not mark it for good.
+        now = governor.moment.now
+        on_pace = all(m.pacer.slack(now) >= 0 for m in answering if m.pacer.delivered)
+    free = governor.pool.free_tokens
+    return {
+        "on_pace": on_pace,
+        "footprint": scheduler.max_total_num_tokens - free + governor.ladder.host_tokens,
+        "thinking": thinking + queued,
+        "fresh": sum(m.phase_tokens < planner.tuning.quantum for m in answering),
+        "free": free,
+        "waiting": sum(member_of(r).kv_tokens for r in scheduler.waiting_queue),
+    }
+
+
+def build_herald(scheduler: Any, governor: Governor | None) -> Herald | None:
+    """The herald of an instance's leading rank behind our controller; None otherwise."""
+    address = os.environ.get(MONITOR_ENV)
+    if address is None or governor is None or get_parallel().attn_tp_rank != 0:
+        return None
+    return Herald(scheduler, governor, address)

@@ -1,0 +1,173 @@
+"""Which instance takes a new request, and whether a request moves at the end of its thinking.
+
+Source: PAPER.md, Algorithms 1 and 2 with the adaptive override; DESIGN.md section 7 for `pascal`.
+All ties go to the instance asked first by `_turn`, which rotates, so that equal instances share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+NO_HITS: Mapping[int, int] = {}
+
+
+@dataclass(slots=True)
+class Instance:
+    """What the monitor knows of one instance; token counts unless said otherwise.
+
+    on_pace: `t_i`, its answers meet their SLO now. footprint: `m_i`, KV on the device and in host
+    memory. thinking: `r_i`, requests reasoning in the high class. fresh: `a_i`, answering requests
+    inside their first quantum. free: KV free or evictable. waiting: prompt tokens not yet started.
+    arriving: KV reserved for requests on their way to it. moves: moves under way, either way.
+    """
+
+    index: int
+    on_pace: bool = True
+    footprint: int = 0
+    thinking: int = 0
+    fresh: int = 0
+    free: int = 0
+    waiting: int = 0
+    arriving: int = 0
+    moves: int = 0
+
+    @property
+    def left(self) -> int:
+        """KV that is free and nobody has a claim to yet."""
+        return self.free - self.waiting - self.arriving
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A request at its end-of-thinking token.
+
+    kv_tokens: KV it holds. remaining: the most answering tokens it can still produce.
+    """
+
+    current: int
+    kv_tokens: int
+    remaining: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`target` is the current instance where the request stays; `why` is a metric label."""
+
+    target: int
+    why: str
+
+
+class Placement:
+    """Decides, and keeps the monitor true between two status messages: what was just decided counts
+    at once, so that a burst is not sent to one instance (DESIGN.md section 7, herding)."""
+
+    def __init__(
+        self,
+        *,
+        quantum: int,
+        lazy: bool,
+        adaptive: bool = True,
+        max_moves: int = 4,
+        worth_tokens: int = 8,
+    ) -> None:
+        """quantum: tokens of growth that "enough memory" includes. lazy: move only from memory
+        pressure to room (`pascal`); otherwise by the paper's counts. adaptive: stay where there is
+        memory and the target has none. max_moves: at once per instance. worth_tokens: an answer
+        that ends sooner does not move."""
+        self.quantum = quantum
+        self.lazy = lazy
+        self.adaptive = adaptive
+        self.max_moves = max_moves
+        self.worth_tokens = worth_tokens
+        self._turn = 0
+
+    def place(
+        self, instances: Sequence[Instance], prompt: int, hits: Mapping[int, int] = NO_HITS
+    ) -> int:
+        """Algorithm 1: the smallest footprint among instances whose answers are on pace, or among
+        all if none is. hits: tokens of the prompt that an instance holds already; they weigh
+        against its footprint."""
+        candidates = [i for i in instances if i.on_pace] or list(instances)
+
+        def weight(instance: Instance) -> int:
+            return instance.footprint + instance.waiting - hits.get(instance.index, 0)
+
+        chosen = min(candidates, key=lambda i: (weight(i), self._order(i, len(instances))))
+        self._turn += 1
+        chosen.thinking += 1
+        chosen.waiting += max(0, prompt - hits.get(chosen.index, 0))
+        return chosen.index
+
+    def at_boundary(self, instances: Sequence[Instance], answer: Answer) -> Decision:
+        """Algorithm 2 with the adaptive override, or the lazy rule."""
+        here = next(i for i in instances if i.index == answer.current)
+        # Its thinking is over: it no longer counts among its instance's thinkers.
+        here.thinking = max(0, here.thinking - 1)
+        decide = self._lazily if self.lazy else self._by_counts
+        decision = decide(instances, here, answer)
+        if decision.target != here.index:
+            decision = self._if_worth_it(instances, here, answer, decision)
+        target = next(i for i in instances if i.index == decision.target)
+        target.fresh += 1
+        if target is not here:
+            here.moves += 1
+            target.moves += 1
+            target.arriving += answer.kv_tokens
+            target.footprint += answer.kv_tokens
+        return decision
+
+    def moved(self, source: Instance, target: Instance, kv_tokens: int, *, done: bool) -> None:
+        """A move has ended: `done`, or the source goes on with the request."""
+        source.moves = max(0, source.moves - 1)
+        target.moves = max(0, target.moves - 1)
+        target.arriving = max(0, target.arriving - kv_tokens)
+        if not done:
+            target.footprint = max(0, target.footprint - kv_tokens)
+            target.fresh = max(0, target.fresh - 1)
+            source.fresh += 1
+
+    def enough(self, instance: Instance, answer: Answer) -> bool:
+        """Room for the answer and a quantum of growth. On its own instance its KV is paid."""
+        own = answer.kv_tokens if instance.index != answer.current else 0
+        return instance.left >= own + min(self.quantum, answer.remaining)
+
+    def _by_counts(self, instances: Sequence[Instance], here: Instance, answer: Answer) -> Decision:
+        on_pace = [i for i in instances if i.on_pace]
+
+        def count(instance: Instance) -> tuple[int, bool, int]:
+            load = instance.thinking if on_pace else instance.thinking + instance.fresh
+            return load, instance is not here, self._order(instance, len(instances))
+
+        chosen = min(on_pace or instances, key=count)
+        if chosen is here:
+            return Decision(here.index, "fewest_here")
+        if self.adaptive and self.enough(here, answer) and not self.enough(chosen, answer):
+            return Decision(here.index, "override")
+        return Decision(chosen.index, "fewest_there" if on_pace else "none_on_pace")
+
+    def _lazily(self, instances: Sequence[Instance], here: Instance, answer: Answer) -> Decision:
+        if self.enough(here, answer):
+            return Decision(here.index, "room_here")
+        roomy = [i for i in instances if i is not here and self.enough(i, answer)]
+        if not roomy:
+            return Decision(here.index, "room_nowhere")
+        chosen = min(roomy, key=lambda i: (not i.on_pace, -i.left, self._order(i, len(instances))))
+        return Decision(chosen.index, "room_there")
+
+    def _if_worth_it(
+        self,
+        instances: Sequence[Instance],
+        here: Instance,
+        answer: Answer,
+        decision: Decision,
+    ) -> Decision:
+        target = next(i for i in instances if i.index == decision.target)
+        if answer.remaining <= self.worth_tokens:
+            return Decision(here.index, "nearly_done")
+        if max(here.moves, target.moves) >= self.max_moves:
+            return Decision(here.index, "too_many_moves")
+        return decision
+
+    def _order(self, instance: Instance, count: int) -> int:
+        return (instance.index - self._turn) % count

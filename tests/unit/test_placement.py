@@ -1,0 +1,137 @@
+"""Where requests go: the paper's algorithms to the letter, and what `pascal` does instead."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pascal_sglang.policy.placement import Answer, Instance, Placement
+
+
+def paper(**more):
+    return Placement(quantum=100, lazy=False, **more)
+
+
+def pascal(**more):
+    return Placement(quantum=100, lazy=True, **more)
+
+
+def roomy(index, **more):
+    return Instance(index, **{"free": 10_000, **more})
+
+
+def test_a_new_request_goes_to_the_smallest_footprint_on_pace():
+    instances = [
+        roomy(0, footprint=10, on_pace=False),
+        roomy(1, footprint=50),
+        roomy(2, footprint=40),
+    ]
+    assert paper().place(instances, 5) == 2
+
+
+def test_with_nobody_on_pace_to_the_smallest_footprint_of_all():
+    instances = [roomy(0, footprint=10, on_pace=False), roomy(1, footprint=5, on_pace=False)]
+    assert paper().place(instances, 5) == 1
+
+
+def test_a_burst_between_two_status_messages_is_spread():
+    instances = [roomy(i) for i in range(4)]
+    placement = paper()
+    placed = [placement.place(instances, 20) for _ in range(40)]
+    assert [placed.count(i) for i in range(4)] == [10] * 4
+
+
+def test_a_held_prefix_weighs_against_footprint():
+    instances = [roomy(0, footprint=100), roomy(1, footprint=150)]
+    assert pascal().place(instances, 80, {1: 60}) == 1
+    assert instances[1].waiting == 20, "the rest of the prompt alone is prefilled"
+    assert pascal().place([roomy(0, footprint=80), roomy(1, footprint=150)], 80, {1: 60}) == 0
+
+
+def test_an_answer_goes_where_fewest_think_without_counting_itself():
+    instances = [roomy(0, thinking=3), roomy(1, thinking=3), roomy(2, thinking=1)]
+    decision = paper().at_boundary(instances, Answer(0, 50, 200))
+    assert (decision.target, decision.why) == (2, "fewest_there")
+    instances = [roomy(0, thinking=3), roomy(1, thinking=2)]
+    assert paper().at_boundary(instances, Answer(0, 50, 200)).why == "fewest_here", "a tie stays"
+
+
+def test_with_nobody_on_pace_fresh_answers_count_as_well():
+    instances = [
+        roomy(0, thinking=4, fresh=0, on_pace=False),
+        roomy(1, thinking=1, fresh=3, on_pace=False),
+        roomy(2, thinking=2, fresh=0, on_pace=False),
+    ]
+    decision = paper().at_boundary(instances, Answer(0, 50, 200))
+    assert (decision.target, decision.why) == (2, "none_on_pace")
+
+
+@pytest.mark.parametrize(("adaptive", "target"), [(True, 0), (False, 1)])
+def test_the_override_stays_with_memory_rather_than_go_without(adaptive, target):
+    instances = [roomy(0, thinking=5), Instance(1, free=100)]
+    assert paper(adaptive=adaptive).at_boundary(instances, Answer(0, 50, 200)).target == target
+
+
+def test_enough_is_the_request_and_a_quantum_or_less_if_it_ends_sooner():
+    placement, there = paper(), Instance(1, free=149)
+    assert not placement.enough(there, Answer(0, 50, 200))
+    assert placement.enough(there, Answer(0, 50, 99))
+    there.arriving = 1
+    assert not placement.enough(there, Answer(0, 50, 99)), "what is on its way has a claim"
+    assert placement.enough(Instance(0, free=100), Answer(0, 50, 200)), "its own KV is paid here"
+
+
+def test_lazily_only_pressure_moves_and_only_to_room():
+    full, half = Instance(0, free=10), Instance(2, free=400)
+    assert pascal().at_boundary([roomy(0, thinking=9), roomy(1)], Answer(0, 50, 200)).target == 0
+    decision = pascal().at_boundary([full, roomy(1), half], Answer(0, 50, 200))
+    assert (decision.target, decision.why) == (1, "room_there")
+    decision = pascal().at_boundary(
+        [Instance(0, free=10), Instance(1, free=20)], Answer(0, 50, 200)
+    )
+    assert (decision.target, decision.why) == (0, "room_nowhere")
+
+
+def test_what_helps_nobody_does_not_move():
+    assert pascal().at_boundary([Instance(0), roomy(1)], Answer(0, 50, 8)).why == "nearly_done"
+    busy = [Instance(0, moves=4), roomy(1)]
+    assert pascal().at_boundary(busy, Answer(0, 50, 200)).why == "too_many_moves"
+
+
+def test_a_failed_move_is_taken_back():
+    here, there = Instance(0, thinking=1), roomy(1)
+    placement = pascal()
+    assert placement.at_boundary([here, there], Answer(0, 50, 200)).target == 1
+    assert (there.arriving, there.footprint, there.fresh, there.moves) == (50, 50, 1, 1)
+    placement.moved(here, there, 50, done=False)
+    assert (there.arriving, there.footprint, there.fresh, there.moves) == (0, 0, 0, 0)
+    assert (here.fresh, here.moves) == (1, 0)
+
+
+instances = st.lists(
+    st.builds(
+        Instance,
+        index=st.just(0),
+        on_pace=st.booleans(),
+        footprint=st.integers(0, 500),
+        thinking=st.integers(0, 5),
+        fresh=st.integers(0, 5),
+        free=st.integers(0, 500),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(instances, st.booleans(), st.lists(st.integers(1, 300), max_size=30))
+def test_answers_never_move_to_where_they_do_not_fit_unless_nobody_has_room(many, lazy, sizes):
+    for index, instance in enumerate(many):
+        instance.index = index
+    placement = Placement(quantum=100, lazy=lazy)
+    for turn, kv_tokens in enumerate(sizes):
+        answer = Answer(turn % len(many), kv_tokens, 200)
+        fitted = {i.index: placement.enough(i, answer) for i in many}
+        decision = placement.at_boundary(many, answer)
+        assert 0 <= decision.target < len(many)
+        if decision.target != answer.current:
+            assert fitted[decision.target] or (not lazy and not fitted[answer.current])
+        assert all(i.moves <= placement.max_moves for i in many)
