@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,13 +56,17 @@ def draw(ask: Ask, known: DataSet, lengths: Draw) -> Draw:
 
 
 def prompts(ask: Ask, known: DataSet) -> list[str]:
-    if ask.path is not None:
-        found = [_prompt(row, known, where) for where, row in json_lines(ask.path)]
-        if not found:
-            raise WorkloadError(f"{ask.path}: no prompts in it")
-        return found
-    rows = _from_hub(known)
-    return [_prompt(row, known, f"{known.hub}, row {i}") for i, row in enumerate(rows)]
+    return [prompt(row, known, where) for where, row in rows(ask.path, known)]
+
+
+def rows(path: Path | None, known: DataSet) -> list[tuple[str, Mapping[str, Any]]]:
+    """Where each row of the data set is, and the row: of the file, or else of the hub."""
+    if path is None:
+        return [(f"{known.hub}, row {i}", row) for i, row in enumerate(_from_hub(known))]
+    found: list[tuple[str, Mapping[str, Any]]] = list(json_lines(path))
+    if not found:
+        raise WorkloadError(f"{path}: no prompts in it")
+    return found
 
 
 def _from_hub(known: DataSet) -> list[Mapping[str, Any]]:
@@ -81,7 +86,7 @@ def _from_hub(known: DataSet) -> list[Mapping[str, Any]]:
         ) from error
 
 
-def _prompt(row: Mapping[str, Any], known: DataSet, where: str) -> str:
+def prompt(row: Mapping[str, Any], known: DataSet, where: str) -> str:
     name = next((field for field in known.fields if field in row), None)
     value = row[name] if name else None
     if name == "turns" and isinstance(value, list) and value and isinstance(value[0], Mapping):
