@@ -18,6 +18,7 @@ Rank = tuple[int, int]
 
 URGENT, THINKING, DEMOTED, AHEAD = range(4)
 HIGH, LOW = range(2)
+URGENT_RANK, AHEAD_RANK = (URGENT, 0), (AHEAD, 0)
 
 # Passes between the decision to bring an answer back and its next token.
 REACTION_PASSES = 8
@@ -92,7 +93,7 @@ def is_demoted(member: Member, tuning: Tuning) -> bool:
 def pascal(member: Member, moment: Moment, tuning: Tuning) -> Rank:
     """Answers about to run dry, then thinking, then demoted thinking, then answers with slack."""
     if member.phase is Phase.ANSWERING:
-        return (URGENT if is_urgent(member, moment, tuning) else AHEAD, 0)
+        return URGENT_RANK if is_urgent(member, moment, tuning) else AHEAD_RANK
     return (pascal_lane(member, tuning), quanta(member, moment, tuning))
 
 
@@ -178,7 +179,7 @@ ORDERS = {
         pascal_lane,
         ("urgent_answer", "thinking", "demoted", "answer"),
         thinking_lane=THINKING,
-        worst=(AHEAD, 0),
+        worst=AHEAD_RANK,
     ),
     "paper": Order(paper, by_quanta, paper_lane, ("high", "low")),
     "rr": Order(round_robin, by_all_quanta, one_lane, ("all",)),

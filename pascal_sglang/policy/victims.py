@@ -38,8 +38,8 @@ class Victims:
     def _rank(self, running: Sequence[Member], moment: Moment) -> None:
         rank, key, tuning = self.order.rank, self.order.key, self.tuning
         ranked = [
-            (rank(m, moment, tuning), key(m, tuning), m.seq, m) for m in running if m.pausable
+            (*rank(m, moment, tuning), key(m, tuning), m.seq, m) for m in running if m.pausable
         ]
-        ranked.sort(key=lambda entry: entry[:3], reverse=True)
-        self._ranked = [entry[3] for entry in ranked]
+        ranked.sort(reverse=True)  # Never compares members: `seq` is unique.
+        self._ranked = [entry[-1] for entry in ranked]
         self._ranked_in = moment.pass_no
