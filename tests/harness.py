@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from evals.arms import free_port
+
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 40
 
@@ -29,19 +29,6 @@ TINY_FLAGS = (
     "--device cpu --reasoning-parser qwen3 --max-total-tokens 8192 --max-running-requests 64 "
     "--enable-custom-logit-processor --enable-metrics --log-level warning --random-seed 1"
 ).split()
-
-
-def free_port() -> int:
-    """A port nobody listens on, below those the system hands out: a server binds its own half a
-    minute later, and any outgoing connection could have taken one of those by then."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no free port")
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -7,6 +7,9 @@ from collections import Counter, deque
 from pascal_sglang.cluster.status import BadStatus, Status, unpack
 from pascal_sglang.policy.placement import Instance
 
+# Dispatches remembered per instance. One that never says how it is must not fill the memory.
+OPEN_DISPATCHES = 1 << 14
+
 
 class Monitor:
     """One `Instance` per DP rank, kept true between two status messages: a dispatch counts at once
@@ -20,7 +23,9 @@ class Monitor:
         self.rejected: Counter[str] = Counter()
         self._sent = [0] * instances
         # Dispatches not yet counted in a status: their number, and KV they will need.
-        self._open: list[deque[tuple[int, int]]] = [deque() for _ in range(instances)]
+        self._open: list[deque[tuple[int, int]]] = [
+            deque(maxlen=OPEN_DISPATCHES) for _ in range(instances)
+        ]
 
     def sent(self, index: int, tokens: int) -> None:
         """A request with a prompt of `tokens` went to an instance."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -104,8 +105,9 @@ class Governor:
         busy = 0.0 < step < 1.0
         pass_s = 0.9 * before.pass_s + 0.1 * step if busy else before.pass_s
         self.moment = Moment(before.pass_no + 1, now, pass_s)
-        extended = last is not None and last.forward_mode.is_extend()
-        tokens = (last.extend_num_tokens or 0) if extended and last is not None else 0
+        tokens = 0
+        if last is not None and last.forward_mode.is_extend():
+            tokens = last.extend_num_tokens or 0
         # Under overlap a device is waited for one pass later; a CPU has no other thread to run on.
         lags = self.scheduler.enable_overlap and self.scheduler.device != "cpu"
         if busy:
@@ -122,8 +124,6 @@ class Governor:
         # A request told to end does so in its next step; pausing it would only keep it.
         members = [member_of(r) for r in going_on if r.to_finish is None]
         joining = self.view.joining(last) + len(going_on) - len(members)
-        for member in members:
-            member.kv_tokens = member.handle.kv.kv_committed_len
         plan = self.planner.plan(members, self.view.room(running), moment, joining)
         self.journal.blocked(plan.blocked, plan.lacks, moment)
         self._pause(plan, running)
@@ -155,24 +155,35 @@ class Governor:
     def _pause(self, plan: Plan, running: ScheduleBatch) -> None:
         if not plan.pause:
             return
-        why = "displaced" if plan.start else "growth"
-        for member in plan.pause:
-            self.journal.paused(member, self.moment, why)
         park = {m.handle for m in plan.park}
-        self.ladder.leave(
-            [m.handle for m in plan.pause], running, lambda r: Rung.RESIDENT if r in park else None
+        self._take_out(
+            plan.pause,
+            running,
+            "displaced" if plan.start else "growth",
+            lambda req: Rung.RESIDENT if req in park else None,
         )
 
     def _pause_by_chance(self, chaos: Chaos, staying: list[Member], running: ScheduleBatch) -> None:
         struck = [m for m in staying if m.pausable and chaos.strikes()]
-        for member in struck:
-            self.journal.paused(member, self.moment, "chaos")
         if struck:
-            self.ladder.leave([m.handle for m in struck], running, lambda _: chaos.rung())
+            self._take_out(struck, running, "chaos", lambda _: chaos.rung())
+
+    def _take_out(
+        self,
+        members: Sequence[Member],
+        running: ScheduleBatch,
+        why: str,
+        rung: Callable[[Req], Rung | None],
+    ) -> None:
+        for member in members:
+            member.kv_tokens = member.handle.kv.kv_committed_len
+            self.journal.paused(member, self.moment, why)
+        self.ladder.leave([m.handle for m in members], running, rung)
 
     def _spill(self, member: Member) -> None:
         req: Req = member.handle
         rung = self.ladder.spill(req)
+        self._stands(req, PLACES[rung])
         self.planner.spilled(member, PLACES[rung])
         self.journal.left_device(member, rung, self.moment)
         if rung is Rung.RECOMPUTE:
@@ -226,8 +237,7 @@ class Governor:
         for member in self.planner.victims.worst_first(members, self.moment):
             if len(running.reqs) == 1 and not self.ladder.leaving:
                 return
-            self.journal.paused(member, self.moment, "memory")
-            self.ladder.leave([member.handle], running, lambda _: None)
+            self._take_out([member], running, "memory", lambda _: None)
             if running.is_empty() or self._fits(running):
                 return
 
@@ -244,23 +254,25 @@ class Governor:
 
     def queued(self, req: Req) -> None:
         """The request entered the waiting queue, for the first time or after a retraction."""
-        member = member_of(req)
-        member.remaining = remaining_of(req, member)
         whole = len(req.origin_input_ids) + len(req.output_ids)
         held = self.pool.held(req, whole - 1)
-        member.head_start = PREFIX_HEAD_START * held.tokens // whole
+        member_of(req).head_start = PREFIX_HEAD_START * held.tokens // whole
         self._stopped(req, Place.WAITING)
 
     def _stopped(self, req: Req, place: Place) -> None:
+        self._stands(req, place)
+        self.planner.stopped(member_of(req), place, self.moment)
+
+    def _stands(self, req: Req, place: Place) -> None:
+        """Say what starting the request again takes. Nobody asks that of one who runs."""
         member = member_of(req)
-        member.kv_tokens = (
-            req.kv.kv_committed_len
-            if place is Place.RESIDENT
-            else self.ladder.host[req].tokens
-            if place is Place.HOST
-            else len(req.origin_input_ids) + len(req.output_ids)
-        )
-        self.planner.stopped(member, place, self.moment)
+        member.remaining = remaining_of(req, member)
+        if place is Place.RESIDENT:
+            member.kv_tokens = req.kv.kv_committed_len
+        elif place is Place.HOST:
+            member.kv_tokens = self.ladder.host[req].tokens
+        else:
+            member.kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
 
     def gone(self, req: Req) -> None:
         """The request ended outside the running batch."""

@@ -55,7 +55,6 @@ class Members:
             member.credit = 0
         member.phase_tokens = timeline.answer_tokens if answering else timeline.reasoning_tokens
         member.total_tokens = timeline.reasoning_tokens + timeline.answer_tokens
-        member.remaining = remaining_of(req, member)
 
 
 def member_of(req: Req) -> Member:

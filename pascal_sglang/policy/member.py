@@ -26,7 +26,8 @@ class Member:
     seq: order of arrival, unique.
     phase_tokens: tokens generated in the current phase; the quantum counts these.
     total_tokens: tokens generated in all.
-    kv_tokens: KV entries it holds, or needs back to resume, or needs to be prefilled.
+    kv_tokens: KV entries it holds, or needs back to resume, or needs to be prefilled. The engine
+        keeps this and `remaining` true only for those who do not run.
     remaining: the most tokens it may still produce in this phase, as far as limits say; the
         default stands for no known limit.
     pausable: False for what the engine cannot pause; it runs on as in stock SGLang.

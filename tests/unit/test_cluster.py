@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pascal_sglang.cluster.monitor import Monitor
+from pascal_sglang.cluster.monitor import OPEN_DISPATCHES, Monitor
 from pascal_sglang.cluster.prefixes import Prefixes
 from pascal_sglang.cluster.status import BadStatus, Status, unpack
 
@@ -85,3 +85,11 @@ def test_a_dispatch_counts_until_its_instance_has_taken_it_in():
     monitor.hear(status(received=2).pack())
     assert (monitor.instances[0].thinking, monitor.instances[0].waiting) == (1, 5)
     assert monitor.instances[1].footprint == 0
+
+
+def test_an_instance_that_never_reports_does_not_fill_the_memory():
+    monitor = Monitor(1)
+    for _ in range(OPEN_DISPATCHES + 10):
+        monitor.sent(0, 1)
+    monitor.hear(status(thinking=0, waiting=0).pack())
+    assert monitor.instances[0].waiting == OPEN_DISPATCHES

@@ -9,7 +9,7 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.ladder import HostCopy
 from pascal_sglang.engine.members import remaining_of, why_not_pausable
-from pascal_sglang.policy.member import Member
+from pascal_sglang.policy.member import Member, Place
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.rung import Costs, Rung
 from pascal_sglang.policy.timeline import Phase
@@ -201,3 +201,15 @@ def test_what_may_still_come_is_known_by_phase():
     assert remaining_of(req, member) == 85
     params.max_new_tokens = None
     assert remaining_of(req, member) > 1_000_000
+
+
+@pytest.mark.parametrize(("place", "tokens"), [(Place.RESIDENT, 7), (Place.WAITING, 9)])
+def test_what_a_start_takes_is_known_by_place(governor, place, tokens):
+    """A dropped request is prefilled with its last token, whose KV it never had."""
+    params = SimpleNamespace(max_new_tokens=20, custom_params=None)
+    req = paused()
+    req.sampling_params = params
+    req.origin_input_ids, req.output_ids = [1] * 5, [2] * 4
+    req.kv.kv_committed_len = 7
+    governor._stands(req, place)
+    assert (req.pascal_member.kv_tokens, req.pascal_member.remaining) == (tokens, 16)
