@@ -14,7 +14,7 @@ from pascal_sglang.engine.chaos import Chaos
 from pascal_sglang.engine.journal import Journal
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.members import Members, member_of, remaining_of
-from pascal_sglang.engine.ranks import agree
+from pascal_sglang.engine.ranks import agree, is_alone
 from pascal_sglang.engine.view import View
 from pascal_sglang.policy.member import Member, Place
 from pascal_sglang.policy.order import ORDERS, Moment, Tuning
@@ -24,6 +24,8 @@ from pascal_sglang.policy.rung import Costs, Rung
 logger = logging.getLogger(__name__)
 
 RECOUNT_PASSES = 512
+# Seconds between two updates of the metrics that every pass changes.
+REPORT_S = 0.1
 ERRORS_LOGGED = 5
 
 # Passes that a request whose whole prompt the device holds counts as having waited longer.
@@ -61,10 +63,13 @@ class Governor:
         self._chaos = Chaos(config.chaos) if config.chaos else None
         self._admitted: list[Req] = []
         self._extended_before = 0
+        self._reported = 0.0
+        self._alone = is_alone(scheduler)
 
     def govern(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
         """Begin a pass. An error of ours is logged and counted, and SGLang's order stands in."""
-        self._tick(agree(self.scheduler, time.perf_counter()), last)
+        now = time.perf_counter()
+        self._tick(now if self._alone else agree(self.scheduler, now), last)
         begin = time.perf_counter()
         try:
             running = self._carry_out(running, last)
@@ -74,7 +79,8 @@ class Governor:
                 logger.exception("pascal_sglang: the policy failed; SGLang's own order stands in")
             running = self._stand_in(running)
         self.policy_s += time.perf_counter() - begin
-        if self.journal.metrics is not None:
+        if self.journal.metrics is not None and begin - self._reported >= REPORT_S:
+            self._reported = begin
             totals = {
                 "errors": self.errors,
                 "passes": self.moment.pass_no,
@@ -120,6 +126,9 @@ class Governor:
         self._settle()
         if moment.pass_no % RECOUNT_PASSES == 0:
             self._recount()
+        self._admitted = []
+        if self._chaos is None and self.planner.is_content(self.view.spare_tokens(running, last)):
+            return running
         going_on = [r for r in running.reqs if not r.finished()]
         # A request told to end does so in its next step; pausing it would only keep it.
         members = [member_of(r) for r in going_on if r.to_finish is None]
@@ -132,7 +141,6 @@ class Governor:
             self._pause_by_chance(self._chaos, staying, running)
         for member in plan.spill:
             self._spill(member)
-        self._admitted = []
         for member in plan.start:
             if self._chaos is not None and self._chaos.strikes():
                 continue
@@ -228,12 +236,13 @@ class Governor:
         The last one stays unless memory is on its way back, so that SGLang can end a request that
         fits nowhere.
         """
-        short = not self._fits(running)
-        for member in self.planner.parked_worst_first(self.moment) if short else ():
+        if self._fits(running):
+            return
+        for member in self.planner.parked_worst_first(self.moment):
             self._spill(member)
             if self._fits(running):
                 return
-        members = [member_of(r) for r in running.reqs if r.to_finish is None] if short else []
+        members = [member_of(r) for r in running.reqs if r.to_finish is None]
         for member in self.planner.victims.worst_first(members, self.moment):
             if len(running.reqs) == 1 and not self.ladder.leaving:
                 return

@@ -89,6 +89,8 @@ class Ladder:
         Who is dropped for recompute has to go back to the waiting queue. Requests that finished
         with their last token were released by SGLang and are forgotten.
         """
+        if not self.leaving:
+            return
         in_flight = self._in_flight()
         for req, rung in list(self.leaving.items()):
             if req in in_flight:

@@ -23,11 +23,10 @@ def progress_of(req: Req) -> Progress:
     reasoning token counted; it is answering from its first token on, like one that does not think.
     """
     output = req.finished_len if req.finished_len is not None else len(req.output_ids)
-    opened = req.reasoning_tokens > 0 or req._think_start_match_len > 0
+    reasoning = req.reasoning_tokens
+    opened = reasoning > 0 or req._think_start_match_len > 0
     return Progress(
-        output_tokens=output,
-        reasoning_tokens=min(req.reasoning_tokens, output),
-        thinking=opened and not req._is_reasoning_over,
+        output, reasoning if reasoning < output else output, opened and not req._is_reasoning_over
     )
 
 

@@ -7,11 +7,17 @@ from typing import Any
 import torch
 
 
+def is_alone(scheduler: Any) -> bool:
+    """Whether the instance has one rank, which agrees with itself."""
+    size: int = scheduler.tp_cpu_group.size()
+    return size == 1
+
+
 def agree(scheduler: Any, *values: float) -> Any:
     """TP rank 0's value on every rank; a list if several are given."""
     group = scheduler.tp_cpu_group
     shared = list(values)
-    if torch.distributed.get_world_size(group) > 1:
+    if not is_alone(scheduler):
         tensor = torch.tensor(shared, dtype=torch.float64)
         torch.distributed.broadcast(
             tensor, src=torch.distributed.get_global_rank(group, 0), group=group

@@ -7,6 +7,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.ladder import Ladder
+from pascal_sglang.policy.making import GROWTH
 from pascal_sglang.policy.member import Member, Place
 from pascal_sglang.policy.plan import Room
 
@@ -30,6 +31,13 @@ class View:
             )
             + len(self.ladder.leaving),
         )
+
+    def spare_tokens(self, running: ScheduleBatch, last: ScheduleBatch | None) -> int:
+        """At least how much KV is left after the next steps of all who run or come out of a
+        prefill; what could be evicted and what is on its way back is not counted."""
+        growing = len(running.reqs) + self.joining(last)
+        free: int = self.pool.allocator.available_size()
+        return free - self.promised_tokens() - GROWTH * growing
 
     def promised_tokens(self) -> int:
         """KV the rest of a chunked prefill will take: SGLang goes on with it unasked."""

@@ -79,7 +79,7 @@ class Planner:
         memory and slots.
         """
         budget = room.free_tokens + room.releasing_tokens - GROWTH * (len(running) + joining)
-        if budget >= 0 and not self.line:
+        if self.is_content(budget):
             return NOTHING
         made = Making(self, running, moment, budget, room.slots)
         made.let_grow()
@@ -109,6 +109,11 @@ class Planner:
             blocked,
             "" if blocked is None else made.lacks,
         )
+
+    def is_content(self, spare_tokens: int) -> bool:
+        """Whether there is nothing to decide: nobody waits, and with `spare_tokens` left after the
+        next steps nobody has to give way."""
+        return spare_tokens >= 0 and not self.line
 
     def _headroom(self, member: Member) -> int:
         return max(GROWTH, min(self.tuning.headroom, member.remaining))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Phase(Enum):
@@ -14,8 +15,7 @@ class Phase(Enum):
     FINISHED = "finished"
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """Tokens of one request as the engine counts them.
 
     output_tokens: tokens generated so far, thinking and answer.
@@ -55,7 +55,8 @@ class PhaseTimeline:
             return
         if self.first_token is None:
             self.first_token = now
-        self.reasoning_tokens = max(self.reasoning_tokens, progress.reasoning_tokens)
+        if progress.reasoning_tokens > self.reasoning_tokens:
+            self.reasoning_tokens = progress.reasoning_tokens
         if progress.thinking:
             return
         if self.reasoning_end is None:

@@ -71,7 +71,7 @@ def scheduler(rows=1):
         token_to_kv_pool_allocator=Allocator(),
         tree_cache=Tree(),
         page_size=1,
-        tp_cpu_group=None,
+        tp_cpu_group=SimpleNamespace(size=lambda: 1),
         enable_overlap=True,
         device="cpu",
     )
@@ -117,6 +117,7 @@ def test_a_prefill_is_timed_when_its_result_was_waited_for(governor, monkeypatch
     monkeypatch.setattr(governor, "_carry_out", lambda running, last: running)
     mode = SimpleNamespace(is_extend=lambda: True)
     prefill = SimpleNamespace(forward_mode=mode, extend_num_tokens=10)
+    governor._alone = False
     clock = iter([1.0, 1.5, 1.7])
     monkeypatch.setattr("pascal_sglang.engine.governor.agree", lambda *_: next(clock))
     for last in (None, prefill, None)[: passes + 1]:
