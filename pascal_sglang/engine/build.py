@@ -8,6 +8,7 @@ import psutil
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.copies import Copies
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.pool import measure_costs
 from pascal_sglang.engine.ranks import agree
@@ -31,11 +32,12 @@ def build_governor(scheduler: Any, config: PascalConfig) -> Governor | None:
         # SGLang prefills first: without this, endless new prompts would keep thinkers from
         # decoding. A prefill and a decode step take turns.
         scheduler.prefill_decode_interval = 1
-    measured = measure_costs(scheduler)
+    copies = Copies(scheduler)
+    measured = measure_costs(scheduler, copies)
     budget, copy_s, copy_token_s = agree(
         scheduler, host_budget_tokens(scheduler, config), measured.copy_s, measured.copy_token_s
     )
-    return Governor(scheduler, config, int(budget), Costs(copy_s, copy_token_s))
+    return Governor(scheduler, config, copies, int(budget), Costs(copy_s, copy_token_s))
 
 
 def kv_bytes_per_token(scheduler: Any) -> float:

@@ -17,5 +17,9 @@ class Chaos:
     def strikes(self) -> bool:
         return self._dice.random() < self.chance
 
+    def defers(self) -> bool:
+        """Whether copies begun in this pass are waited for in the next one."""
+        return self._dice.random() < 0.5
+
     def rung(self) -> Rung:
         return self._dice.choice(list(Rung))

@@ -11,6 +11,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.chaos import Chaos
+from pascal_sglang.engine.copies import Copies
 from pascal_sglang.engine.journal import Journal
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.members import Members, member_of, remaining_of
@@ -42,10 +43,15 @@ class Governor:
     """
 
     def __init__(
-        self, scheduler: Any, config: PascalConfig, host_budget_tokens: int, costs: Costs
+        self,
+        scheduler: Any,
+        config: PascalConfig,
+        copies: Copies,
+        host_budget_tokens: int,
+        costs: Costs,
     ) -> None:
         self.scheduler = scheduler
-        self.ladder = Ladder(scheduler, host_budget_tokens, costs)
+        self.ladder = Ladder(scheduler, copies, host_budget_tokens, costs)
         self.pool = self.ladder.pool
         self.view = View(scheduler, self.ladder)
         self.members = Members(config)
@@ -86,22 +92,8 @@ class Governor:
                 "passes": self.moment.pass_no,
                 "seconds": self.policy_s,
             }
-            self.journal.metrics.update(totals, self.queue_lengths())
+            self.journal.metrics.update(totals, self.planner.line.lengths())
         return running
-
-    def queue_lengths(self) -> dict[tuple[str, str], int]:
-        """Requests that do not run, by (class, place). A paused answer counts as `answer` whether
-        or not its reader is about to run dry."""
-        names, counts = self.planner.order.names, self.planner.line.counts
-        return {(names[lane], place.value): n for (lane, place), n in counts.items()}
-
-    def queued_by_class(self) -> dict[str, dict[str, int]]:
-        """`queue_lengths` for `GET /pascal/status`, without the empty ones."""
-        shown: dict[str, dict[str, int]] = {}
-        for (name, place), count in self.queue_lengths().items():
-            if count:
-                shown.setdefault(name, {})[place] = count
-        return shown
 
     def _tick(self, now: float, last: ScheduleBatch | None) -> None:
         """A new pass begins; `now` is TP rank 0's clock in seconds."""
@@ -123,6 +115,8 @@ class Governor:
     def _carry_out(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
         """Settle pauses, plan, pause and resume; the running batch to go on with."""
         moment = self.moment
+        if self._chaos is not None:
+            self.ladder.copies.deferred = self._chaos.defers()
         self._settle()
         if moment.pass_no % RECOUNT_PASSES == 0:
             self._recount()

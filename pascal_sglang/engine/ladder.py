@@ -3,7 +3,7 @@
 Rungs, cheapest first: the request gives back its slot and its KV stays; KV to host memory and back
 without recompute; or drop and recompute through the waiting queue. A request paused under overlap
 scheduling leaves the batch now and its KV follows one pass later, when its token in flight has
-arrived.
+arrived. Where copies run beside the decoding, its device memory is free one pass after that.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sglang.srt.managers.overlap_utils import RelayPayload
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from pascal_sglang.engine.copies import Copies, HostKV
 from pascal_sglang.engine.pool import Pool
 from pascal_sglang.policy.rung import Costs, Rung
 
@@ -34,24 +35,29 @@ class HostCopy:
 
     tokens: int
     shared: int
-    prefix: Any
-    own: Any
+    prefix: HostKV | None
+    own: HostKV | None
 
 
 class Ladder:
     """Owns every request that is between the running batch and its KV's return.
 
     leaving: out of the batch, its KV not yet handled; the rung it was told, or None for the
-    cheapest off the device. resident: where on the device the KV is. host: its copy.
+    cheapest off the device. copying: who of them is being copied to the host since the last pass.
+    resident: where on the device the KV is. host: its copy.
     counts: pauses and KV entries by rung, spills, resumes, copies that failed.
     """
 
-    def __init__(self, scheduler: Any, host_budget_tokens: int, costs: Costs) -> None:
+    def __init__(
+        self, scheduler: Any, copies: Copies, host_budget_tokens: int, costs: Costs
+    ) -> None:
         self.scheduler = scheduler
         self.pool = Pool(scheduler)
+        self.copies = copies
         self.host_budget_tokens = host_budget_tokens
         self.costs = costs
         self.leaving: dict[Req, Rung | None] = {}
+        self.copying: dict[Req, HostCopy] = {}
         self.resident: dict[Req, torch.Tensor] = {}
         self.host: dict[Req, HostCopy] = {}
         self.host_tokens = 0
@@ -97,40 +103,56 @@ class Ladder:
                 continue
             if req.finished() or not req.kv.holds_kv:
                 del self.leaving[req]
+                self._drop_copy(self.copying, req)
                 continue
             if rung is Rung.RESIDENT:
                 self.resident[req] = self.pool.locations(req)
                 self.pool.rows.free(req)
                 self._count(rung, req.kv.kv_committed_len)
             else:
-                rung = self._off_device(req, self.pool.locations(req), rung, self.pool.release)
+                tokens = req.kv.kv_committed_len
+                started = req in self.copying
+                begun = not started and self._begin_copy(req, self.pool.locations(req), rung)
+                if begun and self.copies.deferred:
+                    continue
+                rung = self._off_device(req, tokens, self.pool.release)
             del self.leaving[req]
             yield req, rung
 
     def spill(self, req: Req) -> Rung:
         """Take the KV of a resident request off the device; returns the rung it went to."""
         locations = self.resident[req]
+        self._begin_copy(req, locations, None)
         rung = self._off_device(
-            req, locations, None, lambda r: self.pool.release_rowless(r, locations)
+            req, len(locations), lambda r: self.pool.release_rowless(r, locations)
         )
         del self.resident[req]
         self.counts["spilled"] += 1
         return rung
 
-    def _off_device(
-        self,
-        req: Req,
-        locations: torch.Tensor,
-        rung: Rung | None,
-        release: Callable[[Req], None],
-    ) -> Rung:
+    def _begin_copy(self, req: Req, locations: torch.Tensor, rung: Rung | None) -> bool:
+        """Copy the KV to the host if that is the rung and the budget allows; False where it is to
+        be recomputed, or where copying failed (host memory, a device error), logged and counted."""
         tokens = len(locations)
-        allowed = self.costs.cheapest(tokens, self.host_budget_tokens - self.host_tokens)
-        copy = None
-        if (rung or allowed) is Rung.HOST and tokens + self.host_tokens <= self.host_budget_tokens:
-            copy = self._copied(req, locations)
+        left = self.host_budget_tokens - self.host_tokens
+        if (rung or self.costs.cheapest(tokens, left)) is not Rung.HOST or tokens > left:
+            return False
+        shared = min(req.kv.cache_protected_len, tokens)
+        try:
+            prefix = self.copies.to_host(locations[:shared]) if shared else None
+            own = self.copies.to_host(locations[shared:]) if shared < tokens else None
+        except (RuntimeError, MemoryError):
+            self._copy_failed()
+            return False
+        self.copying[req] = HostCopy(tokens, shared, prefix, own)
+        self.host_tokens += tokens
+        return True
+
+    def _off_device(self, req: Req, tokens: int, release: Callable[[Req], None]) -> Rung:
+        """Give back the device KV of a request, whose copy is in `copying` if there is one."""
+        copied = self._await_copy(req)
         release(req)
-        if copy is None:
+        if not copied:
             req.reset_for_retract()
             self._count(Rung.RECOMPUTE, tokens)
             return Rung.RECOMPUTE
@@ -141,24 +163,33 @@ class Ladder:
         req.kv.cache_protected_len = 0
         req.kv.cache_inserted_len = 0
         req.kv.kv_committed_len = 0
-        self.host[req] = copy
-        self.host_tokens += tokens
+        self.host[req] = self.copying.pop(req)
         self._count(Rung.HOST, tokens)
         return Rung.HOST
 
-    def _copied(self, req: Req, locations: torch.Tensor) -> HostCopy | None:
-        """The host copy; None, logged and counted, if the copy failed (host memory, a device
-        error): the request is recomputed instead."""
-        shared = min(req.kv.cache_protected_len, len(locations))
-        get = self.pool.allocator.get_cpu_copy
+    def _await_copy(self, req: Req) -> bool:
+        """Whether there is a copy, and it is complete."""
+        copy = self.copying.get(req)
+        if copy is None:
+            return False
         try:
-            prefix = get(locations[:shared]) if shared else None
-            own = get(locations[shared:]) if shared < len(locations) else None
-        except (RuntimeError, MemoryError):
-            self.counts["copy_failed"] += 1
-            logger.exception("pascal_sglang: copying KV to the host failed; it is recomputed")
-            return None
-        return HostCopy(len(locations), shared, prefix, own)
+            for part in (copy.prefix, copy.own):
+                if part is not None:
+                    self.copies.wait(part)
+        except RuntimeError:
+            self._copy_failed()
+            self._drop_copy(self.copying, req)
+            return False
+        return True
+
+    def _copy_failed(self) -> None:
+        self.counts["copy_failed"] += 1
+        logger.exception("pascal_sglang: copying KV to the host failed; it is recomputed")
+
+    def _drop_copy(self, copies: dict[Req, HostCopy], req: Req) -> None:
+        copy = copies.pop(req, None)
+        if copy is not None:
+            self.host_tokens -= copy.tokens
 
     def _count(self, rung: Rung, tokens: int) -> None:
         self.counts[rung.value] += 1
@@ -197,7 +228,7 @@ class Ladder:
             locations = self.resident.pop(req)
             self.pool.rows.write((req.kv.req_pool_idx, slice(0, len(locations))), locations)
         elif self._to_device(req, self.host[req]):
-            self.host_tokens -= self.host.pop(req).tokens
+            self._drop_copy(self.host, req)
         else:
             return None
         scheduler = self.scheduler
@@ -246,11 +277,10 @@ class Ladder:
         req.num_matched_prefix_tokens = 0
         req.host_hit_length = 0
         req.refresh_fill_ids()
-        put = pool.allocator.load_cpu_copy
         if copy.prefix is not None and not shared:
-            put(copy.prefix, locations[: copy.shared])
+            self.copies.to_device(copy.prefix, locations[: copy.shared])
         if copy.own is not None:
-            put(copy.own, locations[copy.shared :])
+            self.copies.to_device(copy.own, locations[copy.shared :])
         return True
 
     def forget(self, matches: Callable[[Req], bool]) -> list[Req]:
@@ -260,13 +290,14 @@ class Ladder:
             if req in self.resident:
                 self.pool.release_rowless(req, self.resident.pop(req))
             else:
-                self.host_tokens -= self.host.pop(req).tokens
+                self._drop_copy(self.host, req)
         in_flight = self._in_flight()
         for req in [r for r in self.leaving if matches(r)]:
             if req in in_flight:
                 req.to_finish = FINISH_ABORT()  # Its result is due and ends it, as for who runs.
                 continue
             del self.leaving[req]
+            self._drop_copy(self.copying, req)
             if not req.finished():
                 self.pool.release(req)
                 gone.append(req)

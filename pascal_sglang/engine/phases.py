@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
@@ -124,3 +124,12 @@ def count_phases(reqs: Iterable[Req]) -> dict[str, int]:
         if phase is not Phase.FINISHED:
             counts[phase.value] += 1
     return counts
+
+
+def by_class(lengths: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+    """Queue lengths by (class, place) for `GET /pascal/status`, without the empty ones."""
+    shown: dict[str, dict[str, int]] = {}
+    for (name, place), count in lengths.items():
+        if count:
+            shown.setdefault(name, {})[place] = count
+    return shown

@@ -14,7 +14,9 @@ from sglang.srt.mem_cache.common import (
     free_kv_row_segments,
     release_kv_cache,
 )
+from sglang.srt.platforms import current_platform
 
+from pascal_sglang.engine.copies import Copies
 from pascal_sglang.policy.rung import Costs
 
 PROBE_TOKENS = 256
@@ -112,12 +114,12 @@ class Pool:
         return None if found is None else found[:tokens]
 
 
-def measure_costs(scheduler: Any) -> Costs:
+def measure_costs(scheduler: Any, copies: Copies) -> Costs:
     """Time copies of KV to the host and back before the first request: one token, and many.
 
     The pool's content is written back as it was.
     """
-    allocator, device = scheduler.token_to_kv_pool_allocator, scheduler.device
+    device = scheduler.device
     many = min(PROBE_TOKENS, scheduler.max_total_num_tokens)
 
     def one_way(tokens: int) -> float:
@@ -125,7 +127,10 @@ def measure_costs(scheduler: Any) -> Costs:
         took = []
         for _ in range(PROBES):
             begin = time.perf_counter()
-            allocator.load_cpu_copy(allocator.get_cpu_copy(locations), locations)
+            kv = copies.to_host(locations)
+            copies.wait(kv)
+            copies.to_device(kv, locations)
+            current_platform.synchronize()
             took.append((time.perf_counter() - begin) / 2)
         return min(took)
 

@@ -24,7 +24,7 @@ from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.herald import Herald, build_herald, figures
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.metrics import DecisionMetrics, PhaseMetrics
-from pascal_sglang.engine.phases import PhaseTracker, count_phases, describe
+from pascal_sglang.engine.phases import PhaseTracker, by_class, count_phases, describe
 from pascal_sglang.frontend import INIT_INFO_KEY
 from pascal_sglang.preflight import check_policy
 
@@ -208,7 +208,7 @@ class PascalScheduler(Scheduler):
             "paused": len(paused),
             "pauses": {} if ladder is None else dict(ladder.counts),
             "decisions": {} if governor is None else dict(governor.journal.counts),
-            "queued": {} if governor is None else governor.queued_by_class(),
+            "queued": {} if governor is None else by_class(governor.planner.line.lengths()),
             "unpausable": {} if governor is None else dict(governor.members.unpausable),
             "policy_errors": 0 if governor is None else governor.errors,
             "requests": [describe(req) for req in [*live, *self.waiting_queue]],

@@ -60,6 +60,14 @@ class Line:
     def holds(self, member: Member) -> bool:
         return member.ticket % 2 == 1
 
+    def lengths(self) -> dict[tuple[str, str], int]:
+        """Members by (name of the class, place). A paused answer counts as `answer` whether or not
+        its reader is about to run dry."""
+        return {
+            (self.order.names[lane], place.value): count
+            for (lane, place), count in self.counts.items()
+        }
+
     def best_first(self, moment: Moment) -> Iterator[Member]:
         """The members in line by `(rank, key, seq)`; the line stays as it is."""
         taken: list[tuple[list[Entry], Entry]] = []

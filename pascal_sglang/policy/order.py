@@ -70,7 +70,9 @@ def quanta(member: Member, moment: Moment, tuning: Tuning) -> int:
     `ageing * quantum * (quanta + 1)` passes a waiting request outranks every request of its class
     that has not waited as long.
     """
-    consumed = by_quanta(member, tuning) - credit_of(member, tuning)
+    consumed = member.phase_tokens // tuning.quantum
+    if member.credit:
+        consumed -= credit_of(member, tuning)
     if member.place is Place.RUNNING:
         return consumed
     waited = moment.pass_no - member.since_pass + member.head_start
@@ -80,21 +82,26 @@ def quanta(member: Member, moment: Moment, tuning: Tuning) -> int:
 def served(member: Member, tuning: Tuning) -> float:
     """The pass at which a request of no quanta would have come to stand where this one stands: the
     order of `quanta` while everybody waits, without the clock."""
-    consumed = by_quanta(member, tuning) - credit_of(member, tuning)
+    consumed = member.phase_tokens // tuning.quantum
+    if member.credit:
+        consumed -= credit_of(member, tuning)
     stands_since = member.since_pass - member.head_start
     return consumed * tuning.ageing * tuning.quantum + stands_since
 
 
 def is_demoted(member: Member, tuning: Tuning) -> bool:
-    counted = member.total_tokens if tuning.demote_on == "kv" else member.phase_tokens
-    return member.phase is Phase.REASONING and counted > tuning.demote
+    # Whoever has not written that much has not thought that much either.
+    if member.total_tokens <= tuning.demote or member.phase is not Phase.REASONING:
+        return False
+    return tuning.demote_on == "kv" or member.phase_tokens > tuning.demote
 
 
 def pascal(member: Member, moment: Moment, tuning: Tuning) -> Rank:
     """Answers about to run dry, then thinking, then demoted thinking, then answers with slack."""
     if member.phase is Phase.ANSWERING:
         return URGENT_RANK if is_urgent(member, moment, tuning) else AHEAD_RANK
-    return (pascal_lane(member, tuning), quanta(member, moment, tuning))
+    lane = DEMOTED if is_demoted(member, tuning) else THINKING
+    return (lane, quanta(member, moment, tuning))
 
 
 def is_urgent(member: Member, moment: Moment, tuning: Tuning) -> bool:

@@ -60,7 +60,11 @@ class Allocator:
     def available_size(self):
         return 0
 
-    def get_cpu_copy(self, _):
+
+class FailingCopies:
+    deferred = False
+
+    def to_host(self, _):
         raise RuntimeError("host memory is gone")
 
 
@@ -96,7 +100,7 @@ def paused():
 @pytest.fixture
 def governor(monkeypatch):
     monkeypatch.setattr("pascal_sglang.engine.governor.agree", lambda _, now: now)
-    return Governor(scheduler(), PascalConfig(), host_budget_tokens=100, costs=Costs())
+    return Governor(scheduler(), PascalConfig(), FailingCopies(), 100, Costs())
 
 
 def test_a_failing_policy_is_counted_and_everybody_admitted(governor, monkeypatch):
@@ -140,8 +144,8 @@ def test_a_resume_the_pool_refuses_leaves_the_request_paused(governor, rows):
 def test_a_copy_that_fails_turns_into_recompute(governor):
     ladder, request, released = governor.ladder, paused(), []
     request.reset_for_retract = lambda: released.append("reset")
-    rung = ladder._off_device(request, torch.arange(10), None, released.append)
-    assert rung is Rung.RECOMPUTE
+    assert not ladder._begin_copy(request, torch.arange(10), None)
+    assert ladder._off_device(request, 10, released.append) is Rung.RECOMPUTE
     assert released == [request, "reset"]
     assert not ladder.host
     assert ladder.counts["copy_failed"] == 1
