@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -16,6 +15,8 @@ CONFIG_ENV = "PASCAL_SGLANG_CONFIG"
 POLICIES = ("pascal", "paper", "rr", "rr-restart", "fcfs")
 DEMOTE_ON = ("kv", "thinking")
 PLACEMENTS = ("phase", "sglang")
+MIGRATIONS = ("adaptive", "always", "off")
+KV_TRANSPORTS = ("auto", "shm", "mooncake")
 
 
 class ConfigError(ValueError):
@@ -38,12 +39,19 @@ class PascalConfig:
     pace_stream: streamed answers leave the server at the reader's pace.
     placement: `phase`, or `sglang` for the balancing of `--load-balance-method`; only with several
         instances. The launcher sets the latter where that flag is given.
+    migration: whether a request may move to another instance at the end of its thinking:
+        `adaptive`, where that helps; `always`, by counts alone (PASCAL without its adaptive
+        override); or `off`. Only with several instances that are placed by phase.
+    live_migration: KV is copied while the request still decodes; otherwise it stops first.
+    kv_transport: how KV gets from one instance to another; `auto` is `shm` inside a host.
     assume_reasoning: `/generate` requests that do not say `require_reasoning` count as reasoning.
     log_decisions: log every scheduling decision as one line of JSON.
     default_thinking_budget: thinking tokens after which a request without a logit processor of its
         own is made to close its thinking; None leaves requests alone. Set by `--demo`.
     chaos: for tests: the chance per pass that a running request is paused, or a paused one resumed,
         whatever the policy says.
+    flood: for tests: every request moves at the end of its thinking, and with this chance per pass
+        again.
     """
 
     policy: str = "pascal"
@@ -55,23 +63,27 @@ class PascalConfig:
     host_kv_gb: float | None = None
     pace_stream: bool = False
     placement: str = "phase"
+    migration: str = "adaptive"
+    live_migration: bool = True
+    kv_transport: str = "auto"
     assume_reasoning: bool = False
     log_decisions: bool = False
     default_thinking_budget: int | None = None
     chaos: float = 0.0
+    flood: float = 0.0
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
-        _require(
-            self.demote_on in DEMOTE_ON,
-            f"demote_on must be one of {', '.join(DEMOTE_ON)}, not {self.demote_on!r}",
-        )
-        _require(
-            self.placement in PLACEMENTS,
-            f"placement must be one of {', '.join(PLACEMENTS)}, not {self.placement!r}",
-        )
-        for name in ("pace_stream", "assume_reasoning", "log_decisions"):
+        for name, choices in (
+            ("demote_on", DEMOTE_ON),
+            ("placement", PLACEMENTS),
+            ("migration", MIGRATIONS),
+            ("kv_transport", KV_TRANSPORTS),
+        ):
+            value = getattr(self, name)
+            _require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        for name in ("pace_stream", "live_migration", "assume_reasoning", "log_decisions"):
             _require(isinstance(getattr(self, name), bool), f"{name} must be true or false")
         self._require_whole("quantum_tokens", at_least=1)
         self._require_whole("demote_tokens", at_least=1)
@@ -81,7 +93,8 @@ class PascalConfig:
         _require(self.qoe_slo <= 1, f"qoe_slo is at most 1, not {self.qoe_slo!r}")
         self._require_number("host_kv_gb", above=-1e-9, optional=True)
         self._require_number("chaos", above=-1e-9)
-        _require(self.chaos <= 1, "chaos is a probability")
+        self._require_number("flood", above=-1e-9)
+        _require(max(self.chaos, self.flood) <= 1, "chaos and flood are probabilities")
 
     def _require_whole(self, name: str, at_least: int, optional: bool = False) -> None:
         value = getattr(self, name)
@@ -133,6 +146,11 @@ class PascalConfig:
         """Whether new requests are placed by phase."""
         return self.placement == "phase" and self.policy in ("pascal", "paper")
 
+    @property
+    def moves(self) -> bool:
+        """Whether requests may move between instances."""
+        return self.places and self.migration != "off"
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
@@ -147,87 +165,3 @@ class PascalConfig:
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the `--pascal-*` flags; defaults are `PascalConfig`'s own."""
-    defaults = PascalConfig()
-    group = parser.add_argument_group("pascal_sglang")
-    group.add_argument(
-        "--pascal-policy",
-        choices=POLICIES,
-        default=defaults.policy,
-        help="pascal: thinking first, answers on pace; paper: PASCAL to the letter; rr: phase-"
-        "blind round robin, rr-restart: its count restarts at the phase boundary; fcfs: SGLang's "
-        "own order untouched (default: %(default)s)",
-    )
-    group.add_argument(
-        "--pascal-quantum-tokens",
-        type=int,
-        default=defaults.quantum_tokens,
-        help="tokens a request runs before others of its class get their turn (%(default)s)",
-    )
-    group.add_argument(
-        "--pascal-demote-tokens",
-        type=int,
-        default=defaults.demote_tokens,
-        help="a thinker longer than this falls behind all others (%(default)s)",
-    )
-    group.add_argument(
-        "--pascal-demote-on",
-        choices=DEMOTE_ON,
-        default=defaults.demote_on,
-        help="what counts towards that: all KV beyond the prompt, or thinking tokens (%(default)s)",
-    )
-    group.add_argument(
-        "--pascal-answer-tpot-ms",
-        type=float,
-        default=defaults.answer_tpot_ms,
-        help="the reader's pace: milliseconds per answering token (%(default)s)",
-    )
-    group.add_argument(
-        "--pascal-qoe-slo",
-        type=float,
-        default=defaults.qoe_slo,
-        help="answers whose QoE ends below this count as SLO violations (%(default)s)",
-    )
-    group.add_argument(
-        "--pascal-host-kv-gb",
-        type=float,
-        default=defaults.host_kv_gb,
-        help="host memory for paused KV, per instance (default: by the device pool's size)",
-    )
-    group.add_argument(
-        "--pascal-pace-stream",
-        action="store_true",
-        default=defaults.pace_stream,
-        help="release streamed answering tokens at the reader's pace",
-    )
-    group.add_argument(
-        "--pascal-log-decisions",
-        action="store_true",
-        default=defaults.log_decisions,
-        help="log every scheduling decision as one line of JSON",
-    )
-    group.add_argument(
-        "--pascal-assume-reasoning",
-        action="store_true",
-        default=defaults.assume_reasoning,
-        help="treat /generate requests that do not say require_reasoning as reasoning",
-    )
-
-
-def from_flags(options: argparse.Namespace) -> PascalConfig:
-    """Build the configuration from parsed `--pascal-*` flags."""
-    return PascalConfig(
-        policy=options.pascal_policy,
-        quantum_tokens=options.pascal_quantum_tokens,
-        demote_tokens=options.pascal_demote_tokens,
-        demote_on=options.pascal_demote_on,
-        qoe_slo=options.pascal_qoe_slo,
-        pace_stream=options.pascal_pace_stream,
-        log_decisions=options.pascal_log_decisions,
-        answer_tpot_ms=options.pascal_answer_tpot_ms,
-        host_kv_gb=options.pascal_host_kv_gb,
-        assume_reasoning=options.pascal_assume_reasoning,
-    )

@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.handshake import INIT_INFO_KEY, require_same_config
 from pascal_sglang.preflight import check_frontend
 
-INIT_INFO_KEY = "pascal"
 STATUS_PATH = "/pascal/status"
 
 
 def require_handshake(original: Callable[..., list[dict[str, Any]]], *args: Any) -> Any:
-    """Around `engine._wait_for_scheduler_ready`: every scheduler must run our configuration.
-
-    Catches the silent case of SGLang's fail-open loader: a process in which the plugin was skipped
-    (for example by `SGLANG_PLUGINS`, or by another platform package's `SGLANG_PLATFORM`).
-    """
+    """Around `engine._wait_for_scheduler_ready`: every scheduler must run our configuration."""
     infos = original(*args)
     require_same_config(infos)
     return infos
-
-
-def handed_on(info: dict[str, Any]) -> dict[str, Any]:
-    """The init info of a controller whose instances have all shaken hands."""
-    return {**info, INIT_INFO_KEY: _own_config()}
-
-
-def _own_config() -> str:
-    config = PascalConfig.from_env()
-    assert config is not None
-    return config.to_json()
-
-
-def require_same_config(infos: list[dict[str, Any]]) -> None:
-    for rank, info in enumerate(infos):
-        if info.get(INIT_INFO_KEY) != _own_config():
-            raise RuntimeError(
-                f"pascal_sglang refuses to serve: scheduler {rank} runs without the plugin "
-                f"(SGLANG_PLUGINS={os.environ.get('SGLANG_PLUGINS')}, "
-                f"SGLANG_PLATFORM={os.environ.get('SGLANG_PLATFORM')})"
-            )
 
 
 def keep_created_time(original: Callable[[Any], dict[str, Any]], stats: Any) -> dict[str, Any]:

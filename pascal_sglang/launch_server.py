@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import psutil
 
-from pascal_sglang import config as pascal_config
 from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
+from pascal_sglang.flags import add_flags, from_flags
 from pascal_sglang.preflight import (
     LaunchError,
     OneLineParser,
@@ -42,7 +42,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         action="store_true",
         help="serve the demo model, SmolLM2-135M-Instruct made to think, on this machine's CPU",
     )
-    pascal_config.add_flags(parser)
+    add_flags(parser)
     options, rest = parser.parse_known_args(argv)
     unknown = next((a for a in rest if a.startswith("--pascal-")), None)
     if unknown:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until it stops; the exit code."""
     try:
         options, rest = parse(sys.argv[1:] if argv is None else argv)
-        config = pascal_config.from_flags(options)
+        config = from_flags(options)
         if options.demo:
             from pascal_sglang.demo.serve import demo_arguments
 

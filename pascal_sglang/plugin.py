@@ -60,6 +60,12 @@ def _controller() -> Any:
     return PascalController
 
 
+def _detokenizer() -> Any:
+    from pascal_sglang.detokenizer import event_loop
+
+    return event_loop
+
+
 def _pace_stream() -> Any:
     from pascal_sglang.pace_stream import generate_request
 
@@ -86,6 +92,11 @@ HOOKS = (
         "sglang.srt.managers.data_parallel_controller.DataParallelController",
         "replace",
         _controller,
+    ),
+    Hook(
+        "sglang.srt.managers.detokenizer_manager.DetokenizerManager.event_loop",
+        "around",
+        _detokenizer,
     ),
     Hook(
         "sglang.srt.entrypoints.engine._wait_for_scheduler_ready",

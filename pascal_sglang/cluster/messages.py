@@ -2,6 +2,9 @@
 
 `move` names the move, not the request: a request that stays after a failed move and moves later
 does so under a new name, and whatever is late from the first is recognised by it.
+
+KV itself never goes this way. It goes through the target's landing window (`cluster.transport`),
+one piece at a time: the next one is written only once the target has said that it took the last.
 """
 
 from __future__ import annotations
@@ -17,17 +20,22 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Ask(Message):
-    """Source to target: may a request that holds `kv_tokens` now, and grows, come? `tokens` is what
-    to reserve."""
+    """Source to target: may a request come that will hold `tokens` KV entries at most when it
+    does? `layout` names the format of a KV entry; both sides have to have the same."""
 
     rid: str
-    kv_tokens: int
     tokens: int
+    layout: str
 
 
 @dataclass(frozen=True, slots=True)
 class Granted(Message):
-    """Target to source: memory is reserved."""
+    """Target to source: memory is reserved, and so is a landing window of `window` KV entries that
+    begins at byte `offset` of the landings at the addresses `landings`, one per TP rank."""
+
+    landings: list[str]
+    offset: int
+    window: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +47,7 @@ class Refused(Message):
 
 @dataclass(frozen=True, slots=True)
 class Chunk(Message):
-    """Source to target: KV of the tokens `begin`..`end` is on the transport."""
+    """Source to target: KV of the tokens `begin`..`end` is in the window."""
 
     begin: int
     end: int
@@ -47,32 +55,24 @@ class Chunk(Message):
 
 @dataclass(frozen=True, slots=True)
 class Got(Message):
-    """Target to source: KV up to token `upto` has arrived whole."""
+    """Target to source: KV up to token `upto` is in place; the window is free again."""
 
     upto: int
 
 
 @dataclass(frozen=True, slots=True)
 class Handover(Message):
-    """Source to target: the request is paused at `kv_tokens`; `state` is all else it needs."""
+    """Source to target: it is yours. The request stopped at `kv_tokens`; their KV from `begin` on
+    is in the window, and `state` is all else that it needs. Repeated until answered."""
 
+    begin: int
     kv_tokens: int
     state: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Ready(Message):
-    """Target to source: everything is here; whose is it? Repeated until answered."""
-
-
-@dataclass(frozen=True, slots=True)
-class Yours(Message):
-    """Source to target: the source has let go. From here on the target alone emits tokens."""
-
-
-@dataclass(frozen=True, slots=True)
 class Mine(Message):
-    """Target to source: it has taken over; the source may forget the move."""
+    """Target to source: it has taken over; the source may forget the request."""
 
 
 @dataclass(frozen=True, slots=True)

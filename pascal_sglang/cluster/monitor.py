@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 
-from pascal_sglang.cluster.status import BadStatus, Status, unpack
+from pascal_sglang.cluster.status import Status
 from pascal_sglang.policy.placement import Instance
 
 # Dispatches remembered per instance. One that never says how it is must not fill the memory.
 OPEN_DISPATCHES = 1 << 14
+# Instances report at least once a second; after this long without a word one counts as silent.
+SILENT_S = 5.0
 
 
 class Monitor:
     """One `Instance` per DP rank, kept true between two status messages: a dispatch counts at once
-    and until its instance says that it has taken it in.
+    and until its instance says that it has taken it in. Times are seconds of one clock.
 
-    rejected: control messages that were not a status, by reason.
+    heard: when each instance last said how it is; None before it first did.
     """
 
     def __init__(self, instances: int) -> None:
         self.instances = [Instance(index) for index in range(instances)]
-        self.rejected: Counter[str] = Counter()
+        self.heard: list[float | None] = [None] * instances
         self._sent = [0] * instances
         # Dispatches not yet counted in a status: their number, and KV they will need.
         self._open: list[deque[tuple[int, int]]] = [
@@ -32,13 +34,14 @@ class Monitor:
         self._sent[index] += 1
         self._open[index].append((self._sent[index], tokens))
 
-    def hear(self, message: bytes) -> Status | None:
-        """Take in a status message; None, and counted, if it is none."""
-        try:
-            status = unpack(message, len(self.instances))
-        except BadStatus as error:
-            self.rejected[str(error)] += 1
-            return None
+    def is_silent(self, index: int, now: float) -> bool:
+        """Whether the instance has reported before and has stopped to."""
+        heard = self.heard[index]
+        return heard is not None and now - heard > SILENT_S
+
+    def hear(self, status: Status, now: float) -> None:
+        """Take in a status message."""
+        self.heard[status.dp_rank] = now
         waiting = self._open[status.dp_rank]
         while waiting and waiting[0][0] <= status.received:
             waiting.popleft()
@@ -49,4 +52,3 @@ class Monitor:
         instance.fresh = status.fresh
         instance.free = status.free
         instance.waiting = status.waiting + sum(tokens for _, tokens in waiting)
-        return status

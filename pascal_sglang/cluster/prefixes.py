@@ -1,17 +1,33 @@
-"""Which instance holds which prompt prefix, as far as this controller sent it there."""
+"""Which instance holds which prefix, as far as the controller sent it there or heard of it."""
 
 from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 
 BLOCK_TOKENS = 64
 CAPACITY = 1 << 16
+# A block that came this often is common to several conversations.
+COMMON = 3
+
+
+def block_names(
+    ids: Sequence[int], salt: str | None, block_tokens: int = BLOCK_TOKENS
+) -> Iterator[int]:
+    """A name for the text up to the end of each whole block of `block_tokens`; the same in every
+    process, below 2**48."""
+    name = blake2b((salt or "").encode(), digest_size=6).digest()
+    packed = array("q", ids)
+    for begin in range(0, len(packed) - block_tokens + 1, block_tokens):
+        block = packed[begin : begin + block_tokens].tobytes()
+        name = blake2b(name + block, digest_size=6).digest()
+        yield int.from_bytes(name, "big")
 
 
 class Prefixes:
-    """A bounded memory of prompt blocks, the least recently seen forgotten first.
+    """A bounded memory of blocks, the least recently seen forgotten first.
 
     A guess: the instance may have evicted them. It is used to weigh, never to rely on.
     """
@@ -19,20 +35,21 @@ class Prefixes:
     def __init__(self, block_tokens: int = BLOCK_TOKENS, capacity: int = CAPACITY) -> None:
         self.block_tokens = block_tokens
         self.capacity = capacity
-        self._held: OrderedDict[int, set[int]] = OrderedDict()
+        # Per block: its holders, and how often it was sent.
+        self._held: OrderedDict[int, tuple[frozenset[int], int]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._held)
 
     def hits(self, ids: Sequence[int], salt: str | None = None) -> dict[int, int]:
-        """Tokens of the prompt's beginning that each instance has been sent before."""
+        """Tokens of the prompt's beginning that each instance probably holds."""
         found: dict[int, int] = {}
-        candidates: set[int] | None = None
-        for number, block in enumerate(self._blocks(ids, salt), start=1):
-            holders = self._held.get(block)
-            if holders is None:
+        candidates: frozenset[int] | None = None
+        for number, block in enumerate(block_names(ids, salt, self.block_tokens), start=1):
+            held = self._held.get(block)
+            if held is None:
                 break
-            candidates = set(holders) if candidates is None else candidates & holders
+            candidates = held[0] if candidates is None else candidates & held[0]
             if not candidates:
                 break
             for index in candidates:
@@ -41,16 +58,26 @@ class Prefixes:
 
     def sent(self, index: int, ids: Sequence[int], salt: str | None = None) -> None:
         """The prompt went to an instance, whole."""
-        for block in self._blocks(ids, salt):
-            self._held.setdefault(block, set()).add(index)
-            self._held.move_to_end(block)
+        for block in block_names(ids, salt, self.block_tokens):
+            holders, times = self._held.get(block, (frozenset(), 0))
+            self._note(block, holders | {index}, times + 1)
+
+    def ended(self, index: int, blocks: Sequence[int]) -> None:
+        """A conversation's turn has ended on an instance, which holds these blocks now. If it came
+        from elsewhere, its next turn is to find it here: what is its alone is forgotten there."""
+        for block in blocks:
+            holders, times = self._held.get(block, (frozenset(), 0))
+            common = times >= COMMON
+            self._note(block, holders | {index} if common else frozenset({index}), times)
+
+    def forget(self, index: int) -> None:
+        """The instance holds nothing any more."""
+        for block, (holders, times) in list(self._held.items()):
+            if index in holders:
+                self._held[block] = (holders - {index}, times)
+
+    def _note(self, block: int, holders: frozenset[int], times: int) -> None:
+        self._held[block] = (holders, times)
+        self._held.move_to_end(block)
         while len(self._held) > self.capacity:
             self._held.popitem(last=False)
-
-    def _blocks(self, ids: Sequence[int], salt: str | None) -> Iterator[int]:
-        """A name for the prompt up to the end of each whole block."""
-        name = hash(salt)
-        packed = array("q", ids)
-        for begin in range(0, len(packed) - self.block_tokens + 1, self.block_tokens):
-            name = hash((name, packed[begin : begin + self.block_tokens].tobytes()))
-            yield name

@@ -1,21 +1,8 @@
-"""What an instance tells the controller about itself: a few numbers, as JSON."""
+"""What an instance tells the controller about itself: a few numbers."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-
-import orjson
-
-VERSION = 1
-
-# Where the controller listens; inherited by the schedulers, which it starts.
-MONITOR_ENV = "PASCAL_SGLANG_MONITOR"
-MAX_BYTES = 4096
-
-
-class BadStatus(ValueError):
-    """A message that is not a status; the text says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,31 +21,3 @@ class Status:
     fresh: int
     free: int
     waiting: int
-
-    def pack(self) -> bytes:
-        return orjson.dumps({"version": VERSION, **dataclasses.asdict(self)})
-
-
-_FIELDS = {
-    field.name: bool if field.type == "bool" else int for field in dataclasses.fields(Status)
-}
-
-
-def unpack(message: bytes, instances: int) -> Status:
-    """The status in `message`, of one of `instances`. Raises: `BadStatus`."""
-    if len(message) > MAX_BYTES:
-        raise BadStatus(f"{len(message)} bytes")
-    try:
-        values = orjson.loads(message)
-    except orjson.JSONDecodeError as error:
-        raise BadStatus("not JSON") from error
-    if not isinstance(values, dict) or values.pop("version", None) != VERSION:
-        raise BadStatus("another version")
-    if values.keys() != _FIELDS.keys():
-        raise BadStatus("unknown or missing fields")
-    for name, kind in _FIELDS.items():
-        if type(values[name]) is not kind or (kind is int and values[name] < 0):
-            raise BadStatus(f"{name} is {values[name]!r}")
-    if values["dp_rank"] >= instances:
-        raise BadStatus(f"no instance {values['dp_rank']}")
-    return Status(**values)

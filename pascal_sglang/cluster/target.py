@@ -1,15 +1,14 @@
-"""The target's side of a move: a place in memory until the source says `Yours`.
+"""The target's side of a move: a place in memory until the source hands the request over.
 
 | state | holds | on | goes to |
 |---|---|---|---|
-| RECEIVING | reserved memory, KV as it comes | all KV and the state are here | READY: says Ready |
-| READY | a complete request that is not its own | Yours | OWNED: says Mine, and decodes |
-| OWNED | the request | Yours | OWNED: says Mine again |
+| RECEIVING | reserved memory, KV as it comes | Handover, with all KV | OWNED: says Mine |
+| OWNED | the request | Handover | OWNED: says Mine again |
 | DROPPED | nothing | Chunk, Handover | DROPPED: says Refused |
 
-Cancelled leads from the first two to DROPPED, and so does the source's death; a time-out only from
-RECEIVING. In READY the target cannot know whose the request is, so it neither drops it nor runs it;
-it asks (Ready) until it is told.
+Cancelled, a time-out, an abort, a state that cannot be continued, or the source's death lead from
+RECEIVING to DROPPED. Neither OWNED nor DROPPED is ever left, so that a repeated Handover is always
+told the same.
 """
 
 from __future__ import annotations
@@ -23,20 +22,16 @@ from pascal_sglang.cluster.messages import (
     Cancelled,
     Chunk,
     Got,
-    Granted,
     Handover,
     Message,
     Mine,
-    Ready,
     Refused,
-    Yours,
 )
 from pascal_sglang.cluster.source import Terms
 
 
 class TargetState(Enum):
     RECEIVING = "receiving"
-    READY = "ready"
     OWNED = "owned"
     DROPPED = "dropped"
 
@@ -45,91 +40,79 @@ class TargetState(Enum):
 class Target:
     """One move. What it returns has to be sent to the source, in order.
 
-    take: everything is here and it is ours, once; `aborted` says that its abort came meanwhile.
-    drop: give the reserved memory back. valid: whether a state can be continued here.
+    tokens: KV entries reserved. fetch: take KV of the tokens from..to out of the landing window;
+    whether that worked. take: everything is here and the request is ours. drop: give the reserved
+    memory back. valid: what is wrong with a state, None if it can be continued here.
     """
 
     move: str
     rid: str
     terms: Terms
-    take: Callable[[dict[str, Any], bool], None]
+    tokens: int
+    fetch: Callable[[int, int], bool]
+    take: Callable[[dict[str, Any], int], None]
     drop: Callable[[], None]
-    valid: Callable[[dict[str, Any]], str | None]
+    valid: Callable[[dict[str, Any], int], str | None]
     state: TargetState = TargetState.RECEIVING
     why: str = ""
     upto: int = 0
-    aborted: bool = False
     heard: float = 0.0
-    _said: float = 0.0
-    _handover: Handover | None = None
-
-    def begin(self, now: float) -> list[Message]:
-        """Memory is reserved."""
-        self.heard = now
-        return [Granted(self.move)]
 
     def hear(self, message: Message, now: float) -> list[Message]:
         """Take in the source's message, whatever its order."""
-        if isinstance(message, Yours):
-            return self._yours()
         if isinstance(message, Cancelled):
-            self._drop("cancelled")
+            self.give_up("cancelled")
             return []
-        if self.state is TargetState.DROPPED:
-            return [Refused(self.move, self.why)]
-        if self.state is not TargetState.RECEIVING:
-            return []
-        self.heard = now
+        if self.state is TargetState.OWNED:
+            return [Mine(self.move)] if isinstance(message, Handover) else []
+        if isinstance(message, Chunk):
+            return self._chunk(message, now)
         if isinstance(message, Handover):
-            problem = self.valid(message.state)
-            if problem is not None:
-                self._drop(problem)
-                return [Refused(self.move, problem)]
-            self._handover = message
-        return self._whole(now)
-
-    def received(self, chunk: Chunk, now: float) -> list[Message]:
-        """The KV of `chunk` is in place. Chunks arrive in order or not at all: one that does not
-        join what is here is left for the source to notice."""
-        if self.state is not TargetState.RECEIVING:
-            return self.hear(chunk, now)
-        self.heard = now
-        if chunk.begin <= self.upto:
-            self.upto = max(self.upto, chunk.end)
-        return [Got(self.move, self.upto), *self._whole(now)]
+            return self._handover(message, now)
+        return []
 
     def tick(self, now: float) -> list[Message]:
         if self.state is TargetState.RECEIVING and now - self.heard > self.terms.patience_s:
-            self._drop("timeout")
-            return [Refused(self.move, "timeout")]
-        if self.state is TargetState.READY and now - self._said >= self.terms.repeat_s:
-            self._said = now
-            return [Ready(self.move)]
+            return self.give_up("timeout")
         return []
 
-    def abort(self) -> None:
-        """The client gave the request up. The source hears it too, unless it has let go."""
-        self.aborted = True
-
-    def source_died(self) -> None:
-        """Whatever the source had not let go of ended with it."""
-        self._drop("source died")
-
-    def _whole(self, now: float) -> list[Message]:
-        if self._handover is None or self.upto < self._handover.kv_tokens:
+    def give_up(self, why: str) -> list[Message]:
+        """What has come so far is dropped; nothing happens to a request that is ours."""
+        if self.state is not TargetState.RECEIVING:
             return []
-        self.state, self._said = TargetState.READY, now
-        return [Ready(self.move)]
+        self.state, self.why = TargetState.DROPPED, why
+        self.drop()
+        return [Refused(self.move, why)]
 
-    def _yours(self) -> list[Message]:
-        if self.state is TargetState.READY:
-            assert self._handover is not None
-            self.state = TargetState.OWNED
-            self.take(self._handover.state, self.aborted)
-        return [Mine(self.move)] if self.state is TargetState.OWNED else []
+    def _chunk(self, chunk: Chunk, now: float) -> list[Message]:
+        if self.state is TargetState.DROPPED:
+            return [Refused(self.move, self.why)]
+        self.heard = now
+        # Only the next piece is in the window. An earlier one said again is there already, and a
+        # later one cannot be: the source waits for our word before it writes.
+        if chunk.begin == self.upto and not self._fetched(chunk.begin, chunk.end):
+            return self.give_up("transport")
+        return [Got(self.move, self.upto)]
 
-    def _drop(self, why: str) -> None:
-        if self.state in (TargetState.RECEIVING, TargetState.READY):
-            self.state, self.why = TargetState.DROPPED, why
-            self._handover = None
-            self.drop()
+    def _handover(self, handover: Handover, now: float) -> list[Message]:
+        if self.state is TargetState.DROPPED:
+            return [Refused(self.move, self.why)]
+        self.heard = now
+        if handover.begin != self.upto:
+            return self.give_up("a hole in the KV")
+        if handover.kv_tokens > self.tokens:
+            return self.give_up("outgrew its reservation")
+        problem = self.valid(handover.state, handover.kv_tokens)
+        if problem is not None:
+            return self.give_up(problem)
+        if not self._fetched(handover.begin, handover.kv_tokens):
+            return self.give_up("transport")
+        self.state = TargetState.OWNED
+        self.take(handover.state, handover.kv_tokens)
+        return [Mine(self.move)]
+
+    def _fetched(self, begin: int, end: int) -> bool:
+        if not begin <= end <= self.tokens or not self.fetch(begin, end):
+            return False
+        self.upto = end
+        return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
@@ -21,6 +21,9 @@ from pascal_sglang.policy.member import Member, Place
 from pascal_sglang.policy.order import ORDERS, Moment, Tuning
 from pascal_sglang.policy.plan import Plan, Planner, Worth
 from pascal_sglang.policy.rung import Costs, Rung
+
+if TYPE_CHECKING:
+    from pascal_sglang.engine.moves import Moves
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,7 @@ class Governor:
         self.moment = Moment(0, 0.0, 0.0)
         self.errors = 0
         self.policy_s = 0.0
+        self.moves: Moves | None = None
         self._chaos = Chaos(config.chaos) if config.chaos else None
         self._admitted: list[Req] = []
         self._extended_before = 0
@@ -117,7 +121,9 @@ class Governor:
         moment = self.moment
         if self._chaos is not None:
             self.ladder.copies.deferred = self._chaos.defers()
-        self._settle()
+        self.settle()
+        if self.moves is not None:
+            self.moves.step(running)
         if moment.pass_no % RECOUNT_PASSES == 0:
             self._recount()
         self._admitted = []
@@ -147,9 +153,13 @@ class Governor:
             running = resumed
         return running
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Handle the KV of everybody who has left the batch and whose last token has arrived."""
         for req, rung in self.ladder.settle():
-            self._stopped(req, PLACES[rung])
+            if req in self.ladder.moving and rung is not Rung.RECOMPUTE:
+                continue
+            self.ladder.moving.discard(req)
+            self.stopped(req, PLACES[rung])
             self.journal.left_device(member_of(req), rung, self.moment)
             if rung is Rung.RECOMPUTE:
                 self.scheduler.waiting_queue.append(req)
@@ -211,7 +221,7 @@ class Governor:
         """SGLang's order: everybody waiting may be admitted, and whoever is paused comes back in
         the order of arrival, before them."""
         try:
-            self._settle()
+            self.settle()
             for req in sorted(self.ladder.paused(), key=lambda r: member_of(r).seq):
                 resumed = self._resume(req, running, joining=len(running.reqs))
                 if resumed is None:
@@ -260,9 +270,10 @@ class Governor:
         whole = len(req.origin_input_ids) + len(req.output_ids)
         held = self.pool.held(req, whole - 1)
         member_of(req).head_start = PREFIX_HEAD_START * held.tokens // whole
-        self._stopped(req, Place.WAITING)
+        self.stopped(req, Place.WAITING)
 
-    def _stopped(self, req: Req, place: Place) -> None:
+    def stopped(self, req: Req, place: Place) -> None:
+        """The request waits, or is paused, from now on."""
         self._stands(req, place)
         self.planner.stopped(member_of(req), place, self.moment)
 
@@ -301,4 +312,8 @@ class Governor:
         self.planner.started(member_of(req), self.moment)
 
     def observe(self, req: Req) -> None:
-        self.members.observe(req, self.moment.now)
+        crossed = self.members.observe(req, self.moment.now)
+        if self.moves is not None:
+            self.moves.observe(req)
+            if crossed:
+                self.moves.crossed(req)

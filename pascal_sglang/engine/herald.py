@@ -6,46 +6,51 @@ import os
 import time
 from typing import Any
 
-import zmq
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.runtime_context import get_parallel
 
-from pascal_sglang.cluster.status import MONITOR_ENV, Status
+from pascal_sglang.cluster.orders import Gone
+from pascal_sglang.cluster.post import CONTROLLER, POST_ENV, Pen
+from pascal_sglang.cluster.prefixes import block_names
+from pascal_sglang.cluster.status import Status
+from pascal_sglang.cluster.wire import MAX_ITEMS
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.members import member_of
 from pascal_sglang.policy.order import is_demoted
 from pascal_sglang.policy.timeline import Phase
 
 EVERY_S = 0.02
+ALIVE_S = 1.0
 
 
 class Herald:
-    """Sends a `Status` at most every `EVERY_S` seconds while busy, and a last one when idle."""
+    """Sends a `Status` when something has changed, at most every `EVERY_S` seconds while busy, and
+    at least every `ALIVE_S` seconds."""
 
-    def __init__(self, scheduler: Any, governor: Governor, address: str) -> None:
+    def __init__(self, scheduler: Any, governor: Governor, pen: Pen) -> None:
         self.scheduler = scheduler
         self.governor = governor
+        self.pen = pen
         self.received = 0
         self._dp_rank = get_parallel().dp_rank or 0
         self._last: Status | None = None
         self._sent_at = 0.0
-        self._socket = zmq.Context.instance().socket(zmq.PUSH)
-        # A controller that does not listen must not hold the scheduler up.
-        self._socket.setsockopt(zmq.SNDHWM, 64)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(address)
 
     def tell(self, *, busy: bool) -> None:
         now = time.perf_counter()
         if busy and now - self._sent_at < EVERY_S:
             return
         status = self.status()
-        if status == self._last:
+        if status == self._last and now - self._sent_at < ALIVE_S:
             return
-        try:
-            self._socket.send(status.pack(), zmq.NOBLOCK)
-        except zmq.Again:
-            return
-        self._last, self._sent_at = status, now
+        if self.pen.write(CONTROLLER, status):
+            self._last, self._sent_at = status, now
+
+    def gone(self, req: Req) -> None:
+        """The request has ended here: its KV may serve its conversation's next turn."""
+        ids = req.origin_input_ids + req.output_ids_through_stop
+        blocks = list(block_names(ids, req.extra_key))[:MAX_ITEMS]
+        self.pen.write(CONTROLLER, Gone(self._dp_rank, req.rid, blocks))
 
     def status(self) -> Status:
         return Status(
@@ -86,7 +91,7 @@ def figures(scheduler: Any, governor: Governor) -> dict[str, Any]:
 
 def build_herald(scheduler: Any, governor: Governor | None) -> Herald | None:
     """The herald of an instance's leading rank behind our controller; None otherwise."""
-    address = os.environ.get(MONITOR_ENV)
-    if address is None or governor is None or get_parallel().attn_tp_rank != 0:
+    folder = os.environ.get(POST_ENV)
+    if folder is None or governor is None or get_parallel().attn_tp_rank != 0:
         return None
-    return Herald(scheduler, governor, address)
+    return Herald(scheduler, governor, Pen(folder, get_parallel().dp_rank or 0))

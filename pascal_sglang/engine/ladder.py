@@ -45,6 +45,7 @@ class Ladder:
     leaving: out of the batch, its KV not yet handled; the rung it was told, or None for the
     cheapest off the device. copying: who of them is being copied to the host since the last pass.
     resident: where on the device the KV is. host: its copy.
+    moving: those of them that leave for another instance; nobody brings them back meanwhile.
     counts: pauses and KV entries by rung, spills, resumes, copies that failed.
     """
 
@@ -61,6 +62,7 @@ class Ladder:
         self.resident: dict[Req, torch.Tensor] = {}
         self.host: dict[Req, HostCopy] = {}
         self.host_tokens = 0
+        self.moving: set[Req] = set()
         self.counts: Counter[str] = Counter()
 
     @property
@@ -74,8 +76,9 @@ class Ladder:
 
     def paused(self) -> Iterator[Req]:
         """Everybody paused whose KV can be brought back."""
-        yield from self.resident
-        yield from self.host
+        for req in (*self.resident, *self.host):
+            if req not in self.moving:
+                yield req
 
     def is_empty(self) -> bool:
         return not (self.leaving or self.resident or self.host)
@@ -269,6 +272,15 @@ class Ladder:
             path = pool.tree.path_device_indices(node)[:shared]
             locations = torch.cat([path.to(own.dtype), own])
         pool.rows.write((req.kv.req_pool_idx, slice(0, tokens)), locations)
+        self._stands_at(req, tokens, shared, node, lock)
+        if copy.prefix is not None and not shared:
+            self.copies.to_device(copy.prefix, locations[: copy.shared])
+        if copy.own is not None:
+            self.copies.to_device(copy.own, locations[copy.shared :])
+        return True
+
+    def _stands_at(self, req: Req, tokens: int, shared: int, node: Any, lock: Any) -> None:
+        """The request holds `tokens` KV entries, the first `shared` of them the prefix cache's."""
         req.kv.kv_allocated_len = req.kv.kv_committed_len = tokens
         req.kv.cache_protected_len = req.prefix_len = shared
         req.extend_end = tokens
@@ -277,20 +289,25 @@ class Ladder:
         req.num_matched_prefix_tokens = 0
         req.host_hit_length = 0
         req.refresh_fill_ids()
-        if copy.prefix is not None and not shared:
-            self.copies.to_device(copy.prefix, locations[: copy.shared])
-        if copy.own is not None:
-            self.copies.to_device(copy.own, locations[copy.shared :])
-        return True
+
+    def let_go(self, req: Req) -> None:
+        """Give back what a paused request holds."""
+        if req in self.resident:
+            self.pool.release_rowless(req, self.resident.pop(req))
+        else:
+            self._drop_copy(self.host, req)
+
+    def adopt(self, req: Req, locations: torch.Tensor) -> None:
+        """Take in a paused request from elsewhere, whose KV is at `locations` on the device."""
+        root = self.pool.tree.root_node_handle(req.extra_key)
+        self._stands_at(req, len(locations), 0, root, None)
+        self.resident[req] = locations
 
     def forget(self, matches: Callable[[Req], bool]) -> list[Req]:
         """Let go of requests being aborted; returns them, with everything they held given back."""
         gone = [req for req in self.paused() if matches(req)]
         for req in gone:
-            if req in self.resident:
-                self.pool.release_rowless(req, self.resident.pop(req))
-            else:
-                self._drop_copy(self.host, req)
+            self.let_go(req)
         in_flight = self._in_flight()
         for req in [r for r in self.leaving if matches(r)]:
             if req in in_flight:

@@ -44,17 +44,21 @@ class Members:
         req.pascal_member = member
         return member
 
-    def observe(self, req: Req, now: float) -> None:
-        """The request may have produced tokens: bring its member up to date, tell its reader."""
+    def observe(self, req: Req, now: float) -> bool:
+        """The request may have produced tokens: bring its member up to date, tell its reader.
+
+        True if it has just ended its thinking."""
         member, timeline = member_of(req), timeline_of(req)
         if new := timeline.answer_tokens - member.pacer.delivered:
             member.pacer.deliver(now, new)
         answering = timeline.phase is Phase.ANSWERING
-        if answering and member.phase is Phase.REASONING:
+        crossed = answering and member.phase is Phase.REASONING
+        if crossed:
             member.phase = Phase.ANSWERING
             member.credit = 0
         member.phase_tokens = timeline.answer_tokens if answering else timeline.reasoning_tokens
         member.total_tokens = timeline.reasoning_tokens + timeline.answer_tokens
+        return crossed and timeline.reasoning_tokens > 0 and not req.finished()
 
 
 def member_of(req: Req) -> Member:

@@ -24,3 +24,24 @@ def agree(scheduler: Any, *values: float) -> Any:
         )
         shared = tensor.tolist()
     return shared if len(values) > 1 else shared[0]
+
+
+def all_agree(scheduler: Any, holds: bool) -> bool:
+    """Whether something holds on every TP rank."""
+    group = scheduler.tp_cpu_group
+    if torch.distributed.get_world_size(group) == 1:
+        return holds
+    tensor = torch.tensor([float(holds)])
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MIN, group=group)
+    return bool(tensor.item())
+
+
+def from_every_rank(scheduler: Any, value: str) -> list[str]:
+    """Every TP rank's value, in the order of ranks."""
+    group = scheduler.tp_cpu_group
+    size = torch.distributed.get_world_size(group)
+    if size == 1:
+        return [value]
+    found: list[str] = [""] * size
+    torch.distributed.all_gather_object(found, value, group=group)
+    return found

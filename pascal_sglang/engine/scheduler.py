@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from http import HTTPStatus
 from typing import Any
 
+import zmq
 from sglang.srt.managers.io_struct import AbortReq, GetInternalStateReq, TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler, _make_abort_req
@@ -16,16 +18,21 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
 from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.runtime_context import get_parallel
+from sglang.utils import TypeBasedDispatcher
 
+from pascal_sglang.cluster.post import Box
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.budget import with_default_budget
 from pascal_sglang.engine.build import build_governor, kv_bytes_per_token
+from pascal_sglang.engine.build_moves import build_moves, moves_here
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.herald import Herald, build_herald, figures
 from pascal_sglang.engine.ladder import Ladder
+from pascal_sglang.engine.letters import Letters, PascalRequestReceiver
 from pascal_sglang.engine.metrics import DecisionMetrics, PhaseMetrics
+from pascal_sglang.engine.moves import Moves
 from pascal_sglang.engine.phases import PhaseTracker, by_class, count_phases, describe
-from pascal_sglang.frontend import INIT_INFO_KEY
+from pascal_sglang.handshake import INIT_INFO_KEY
 from pascal_sglang.preflight import check_policy
 
 
@@ -46,6 +53,7 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
     without a row."""
 
     ladder: Ladder
+    moves: Moves | None = None
 
     def _requests_owning_rows(self) -> list[Req]:
         owners = SchedulerInvariantChecker._requests_owning_rows(self)
@@ -55,7 +63,8 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
     def _get_total_uncached_sizes(self) -> tuple[int, int]:
         full, swa = SchedulerInvariantChecker._get_total_uncached_sizes(self)
         rowless = sum(kv_private_tokens(r.kv, self.page_size) for r in self.ladder.resident)
-        return full + rowless, swa
+        reserved = 0 if self.moves is None else self.moves.reserved_tokens
+        return full + rowless + reserved, swa
 
 
 class PascalScheduler(Scheduler):
@@ -63,6 +72,7 @@ class PascalScheduler(Scheduler):
 
     governor: Governor | None = None
     herald: Herald | None = None
+    moves: Moves | None = None
 
     def __init__(self, server_args: Any, port_args: Any) -> None:
         config = PascalConfig.from_env()
@@ -79,10 +89,36 @@ class PascalScheduler(Scheduler):
         metrics = PhaseMetrics(labels, self.pascal_config.qoe_slo) if reports else None
         if reports and self.governor is not None:
             self.governor.journal.metrics = DecisionMetrics(labels, kv_bytes_per_token(self))
-        on_progress = None if self.governor is None else self.governor.observe
-        self.phase_tracker = PhaseTracker(metrics, on_progress)
+        self.phase_tracker = PhaseTracker(metrics, None if self.governor is None else self._observe)
         super().init_output_streamer()
         self.output_streamer.tracker = self.phase_tracker
+
+    def _observe(self, req: Req) -> None:
+        assert self.governor is not None
+        self.governor.observe(req)
+        if self.herald is not None and req.finished():
+            self.herald.gone(req)
+
+    def init_request_receiver(self) -> None:
+        """Control messages come in with the requests."""
+        super().init_request_receiver()
+        folder = moves_here(self.pascal_config)
+        if folder is None:
+            return
+        self._request_dispatcher += TypeBasedDispatcher([(Letters, self.take_letters)])
+        if self.recv_from_tokenizer is None:
+            return
+        parallel = get_parallel()
+        box = Box(folder, parallel.dp_rank or 0, parallel.dp_size)
+        stock = self.request_receiver
+        fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
+        self.request_receiver = PascalRequestReceiver(**fields, box=box)
+        if self.idle_sleeper is not None:
+            self.idle_sleeper.poller.register(box.socket, zmq.POLLIN)
+
+    def take_letters(self, letters: Letters) -> None:
+        if self.moves is not None:
+            self.moves.hear(letters)
 
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         return PascalOutputStreamer
@@ -105,6 +141,8 @@ class PascalScheduler(Scheduler):
         self.phase_tracker.ended(req, time.perf_counter(), aborted=True)
         if self.governor is not None:
             self.governor.gone(req)
+        if self.herald is not None:
+            self.herald.gone(req)
         super().send_abort_output(abort_req, req)
 
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
@@ -123,6 +161,8 @@ class PascalScheduler(Scheduler):
             fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
             self.invariant_checker = PascalInvariantChecker(**fields)
             self.invariant_checker.ladder = self.governor.ladder
+            self.moves = build_moves(self, self.governor, self.pascal_config)
+            self.governor.moves = self.invariant_checker.moves = self.moves
 
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
@@ -164,19 +204,32 @@ class PascalScheduler(Scheduler):
         return plan
 
     def abort_request(self, recv_req: AbortReq) -> None:
+        def matches(rid: str) -> bool:
+            return recv_req.abort_all or rid.startswith(recv_req.rid)
+
+        if self.moves is not None:
+            self.moves.aborted("" if recv_req.abort_all else recv_req.rid, matches)
         super().abort_request(recv_req)
         if self.governor is None:
             return
-        for req in self.governor.ladder.forget(
-            lambda r: recv_req.abort_all or r.rid.startswith(recv_req.rid)
-        ):
+        for req in self.governor.ladder.forget(lambda r: matches(r.rid)):
             self._release_aborted_request(req)
             abort = _make_abort_req(req, finished_reason=recv_req.finished_reason)
             self.send_abort_output(abort, req)
 
+    def end_early(self, req: Req, problem: str | None) -> None:
+        """End a request that holds nothing any more: aborted by its client, or for a problem."""
+        reason: Any = None
+        if problem is not None:
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            reason = {"type": "abort", "status_code": status, "message": problem}
+        self._release_aborted_request(req)
+        self.send_abort_output(_make_abort_req(req, finished_reason=reason), req)
+
     def is_fully_idle(self, *args: Any, **kwargs: Any) -> bool:
         idle = super().is_fully_idle(*args, **kwargs)
-        return idle and (self.governor is None or self.governor.ladder.is_empty())
+        still = self.governor is None or self.governor.ladder.is_empty()
+        return idle and still and (self.moves is None or self.moves.is_empty())
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> Any:
         output = super().get_internal_state(recv_req)
@@ -209,6 +262,7 @@ class PascalScheduler(Scheduler):
             "pauses": {} if ladder is None else dict(ladder.counts),
             "decisions": {} if governor is None else dict(governor.journal.counts),
             "queued": {} if governor is None else by_class(governor.planner.line.lengths()),
+            "migrations": None if self.moves is None else self.moves.describe(),
             "unpausable": {} if governor is None else dict(governor.members.unpausable),
             "policy_errors": 0 if governor is None else governor.errors,
             "requests": [describe(req) for req in [*live, *self.waiting_queue]],

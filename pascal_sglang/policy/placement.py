@@ -42,12 +42,16 @@ class Instance:
 class Answer:
     """A request at its end-of-thinking token.
 
-    kv_tokens: KV it holds. remaining: the most answering tokens it can still produce.
+    kv_tokens: KV it holds. remaining: the most answering tokens it can still produce. likely: how
+    many it probably will; None if nothing is known. passes: scheduling passes that a move takes,
+    and so tokens that it answers meanwhile.
     """
 
     current: int
     kv_tokens: int
     remaining: int
+    likely: int | None = None
+    passes: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +73,14 @@ class Placement:
         lazy: bool,
         adaptive: bool = True,
         max_moves: int = 4,
-        worth_tokens: int = 8,
     ) -> None:
         """quantum: tokens of growth that "enough memory" includes. lazy: move only from memory
         pressure to room (`pascal`); otherwise by the paper's counts. adaptive: stay where there is
-        memory and the target has none. max_moves: at once per instance. worth_tokens: an answer
-        that ends sooner does not move."""
+        memory and the target has none. max_moves: at once per instance."""
         self.quantum = quantum
         self.lazy = lazy
         self.adaptive = adaptive
         self.max_moves = max_moves
-        self.worth_tokens = worth_tokens
         self._turn = 0
 
     def place(
@@ -163,7 +164,8 @@ class Placement:
         decision: Decision,
     ) -> Decision:
         target = next(i for i in instances if i.index == decision.target)
-        if answer.remaining <= self.worth_tokens:
+        likely = answer.remaining if answer.likely is None else answer.likely
+        if likely <= answer.passes:
             return Decision(here.index, "nearly_done")
         if max(here.moves, target.moves) >= self.max_moves:
             return Decision(here.index, "too_many_moves")

@@ -1,0 +1,95 @@
+"""Which requests move where, and which moves are under way: the controller's side of moves."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pascal_sglang.cluster.monitor import Monitor
+from pascal_sglang.cluster.orders import Boundary, Order, Over
+from pascal_sglang.policy.placement import Answer, Decision, Instance, Placement
+
+# A move whose end nobody reports, in seconds: its instances stop counting it.
+FORGET_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    rid: str
+    source: int
+    target: int
+    kv_tokens: int
+    since: float
+
+
+class Mover:
+    """Decides at boundaries and remembers what it ordered.
+
+    order: says an `Order` to an instance; False if that failed. flood: for tests: everybody moves.
+    decisions: by reason. ended: moves by outcome.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        placement: Placement,
+        order: Callable[[int, Order], bool],
+        *,
+        flood: bool = False,
+    ) -> None:
+        self.monitor, self.placement, self.order, self.flood = monitor, placement, order, flood
+        self.decisions: Counter[str] = Counter()
+        self.ended: Counter[str] = Counter()
+        self.under_way: OrderedDict[str, UnderWay] = OrderedDict()
+        self._count = 0
+
+    def boundary(self, at: Boundary, active: Sequence[Instance], now: float) -> Decision | None:
+        """A request ends its thinking on one of the active instances: decide, and order it to
+        move. None if its instance is not among them."""
+        if all(i.index != at.dp_rank for i in active):
+            return None
+        answer = Answer(at.dp_rank, at.kv_tokens, at.remaining, at.likely, at.passes)
+        if self.flood:
+            decision = self._elsewhere(at, active)
+        else:
+            decision = self.placement.at_boundary(active, answer)
+        self.decisions[decision.why] += 1
+        if decision.target != at.dp_rank:
+            self._count += 1
+            move = f"{at.dp_rank}-{decision.target}-{self._count}"
+            going = UnderWay(at.rid, at.dp_rank, decision.target, at.kv_tokens, now)
+            self.under_way[move] = going
+            if not self.order(at.dp_rank, Order(move, at.rid, decision.target)):
+                self._end(move, done=False, why="unreachable")
+        return decision
+
+    def over(self, report: Over) -> UnderWay | None:
+        """A move has ended; None if that was known already."""
+        return self._end(report.move, done=report.done, why=report.why)
+
+    def forget_old(self, now: float) -> None:
+        """Once in a while: moves that nobody reports any more."""
+        while self.under_way:
+            move, going = next(iter(self.under_way.items()))
+            if now - going.since < FORGET_S:
+                return
+            self._end(move, done=False, why="forgotten")
+
+    def _end(self, move: str, *, done: bool, why: str) -> UnderWay | None:
+        going = self.under_way.pop(move, None)
+        if going is None:
+            return None
+        self.ended["moved" if done else f"kept:{why}"] += 1
+        if not self.flood:
+            instances = self.monitor.instances
+            self.placement.moved(
+                instances[going.source], instances[going.target], going.kv_tokens, done=done
+            )
+        return going
+
+    def _elsewhere(self, at: Boundary, active: Sequence[Instance]) -> Decision:
+        others = [i.index for i in active if i.index != at.dp_rank]
+        if not others:
+            return Decision(at.dp_rank, "alone")
+        return Decision(others[self._count % len(others)], "flood")

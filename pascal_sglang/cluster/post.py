@@ -1,0 +1,84 @@
+"""Sockets between the controller and its instances: one letter box each, in a private folder.
+
+The controller makes the folder, readable by its user alone, and names it in the environment of the
+schedulers that it starts. A letter to somebody who does not listen is dropped, never waited for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any
+
+import zmq
+
+from pascal_sglang.cluster.wire import MAX_HANDOVER_BYTES, BadMessage, pack, unpack
+
+# The folder's address; inherited by the schedulers, which the controller starts.
+POST_ENV = "PASCAL_SGLANG_POST"
+CONTROLLER = "controller"
+# Letters that wait for a slow reader before further ones are dropped.
+WAITING = 4096
+
+
+def box_of(folder: str, name: str | int) -> str:
+    """The address of the letter box of the controller or of an instance."""
+    return f"ipc://{os.path.join(folder, str(name))}"
+
+
+class Box:
+    """Where one process receives. rejected: what came and was no message, by reason."""
+
+    def __init__(self, folder: str, name: str | int, instances: int) -> None:
+        self.instances = instances
+        self.rejected: Counter[str] = Counter()
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RCVHWM, WAITING)
+        # Above what `wire` reads, so that oversized letters are counted, not only cut off.
+        self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_HANDOVER_BYTES)
+        self.socket.bind(box_of(folder, name))
+
+    def letters(self) -> list[bytes]:
+        """Every letter that has arrived, unread."""
+        found: list[bytes] = []
+        while len(found) < WAITING:
+            try:
+                found.append(self.socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                break
+        return found
+
+    def read(self, letter: bytes) -> tuple[int, Any] | None:
+        """Sender and message; None, and counted, if it is none."""
+        try:
+            return unpack(letter, self.instances)
+        except BadMessage as error:
+            self.rejected[str(error)] += 1
+            return None
+
+
+class Pen:
+    """Writes to others. dropped: letters that nobody could take."""
+
+    def __init__(self, folder: str, sender: int = 0) -> None:
+        self.folder = folder
+        self.sender = sender
+        self.dropped = 0
+        self._sockets: dict[str | int, zmq.Socket[bytes]] = {}
+
+    def write(self, to: str | int, message: Any) -> bool:
+        """Send `message`; False if it was dropped."""
+        socket = self._sockets.get(to)
+        if socket is None:
+            socket = zmq.Context.instance().socket(zmq.PUSH)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.SNDHWM, WAITING)
+            socket.connect(box_of(self.folder, to))
+            self._sockets[to] = socket
+        try:
+            socket.send(pack(message, self.sender), zmq.NOBLOCK)
+        except zmq.Again:
+            self.dropped += 1
+            return False
+        return True

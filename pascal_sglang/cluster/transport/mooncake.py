@@ -1,0 +1,66 @@
+"""KV through the Mooncake Transfer Engine: TCP here; RDMA or NVLink where the engine has them.
+
+`MC_*` variables configure the engine; `PASCAL_SGLANG_MOONCAKE` may name protocol and device, for
+example `rdma:mlx5_0`, and `PASCAL_SGLANG_MOONCAKE_HOST` the host that peers reach this one by.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+from typing import Any
+
+from pascal_sglang.cluster.transport import Transport, TransportError
+
+PROTOCOL_ENV = "PASCAL_SGLANG_MOONCAKE"
+HOST_ENV = "PASCAL_SGLANG_MOONCAKE_HOST"
+_ADDRESS = re.compile(r"([^/\s]{1,255})/([0-9]{1,20})\+([0-9]{1,20})")
+
+
+class Mooncake(Transport):
+    kind = "mooncake"
+
+    def __init__(self, landing: int, staging: int) -> None:
+        try:
+            from mooncake.engine import TransferEngine
+        except ImportError as error:
+            raise TransportError(f"the Mooncake Transfer Engine does not load: {error}") from error
+        protocol, _, device = os.environ.get(PROTOCOL_ENV, "tcp").partition(":")
+        host = os.environ.get(HOST_ENV, "127.0.0.1")
+        self._engine: Any = TransferEngine()
+        if self._engine.initialize(host, "P2PHANDSHAKE", protocol, device):
+            raise TransportError(f"the Mooncake Transfer Engine does not start with {protocol}")
+        self._landing, self._landing_at = self._registered(landing)
+        self._staging, self._staging_at = self._registered(staging)
+        self.landing = memoryview(self._landing)
+        session = f"{host}:{self._engine.get_rpc_port()}"
+        self.address = f"{session}/{self._landing_at}+{landing}"
+
+    def _registered(self, size: int) -> tuple[mmap.mmap, int]:
+        """Page-aligned memory that the engine may read and write, and where it is."""
+        memory = mmap.mmap(-1, size)
+        at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        if self._engine.register_memory(at, size):
+            raise TransportError(f"the Mooncake Transfer Engine does not take {size} bytes")
+        return memory, at
+
+    def staging(self, size: int) -> memoryview:
+        if size > len(self._staging):
+            raise TransportError(f"{size} bytes do not fit {len(self._staging)} bytes of staging")
+        return memoryview(self._staging)[:size]
+
+    def put(self, address: str, offset: int, size: int) -> None:
+        found = _ADDRESS.fullmatch(address)
+        if not found:
+            raise TransportError("not the address of a landing")
+        session, at, room = found[1], int(found[2]), int(found[3])
+        if offset < 0 or offset + size > room:
+            raise TransportError(f"{offset}+{size} is outside a landing of {room} bytes")
+        if self._engine.transfer_sync_write(session, self._staging_at, at + offset, size):
+            raise TransportError(f"a write of {size} bytes to {session} failed")
+
+    def close(self) -> None:
+        self._engine.unregister_memory(self._landing_at)
+        self._engine.unregister_memory(self._staging_at)

@@ -1,0 +1,79 @@
+"""The detokenizer's side of moves: a moved request's tokens stay in order (`cluster.in_order`)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from pascal_sglang.cluster.in_order import InOrder, Row
+from pascal_sglang.config import PascalConfig
+
+logger = logging.getLogger(__name__)
+
+LOOK_MS = 200
+
+
+def event_loop(original: Callable[[Any], None], manager: Any) -> None:
+    """Around `DetokenizerManager.event_loop`: the same, in order, where requests move."""
+    from sglang.srt.managers.io_struct import BatchTokenIDOutput, sock_recv
+    from sglang.srt.runtime_context import get_parallel
+
+    config = PascalConfig.from_env()
+    if config is None or not config.moves or get_parallel().dp_size == 1:
+        original(manager)
+        return
+    order: InOrder[Any] = InOrder()
+    while True:
+        with manager.soft_watchdog.disable():
+            came = manager.recv_from_scheduler.poll(LOOK_MS if len(order) else None)
+            received = sock_recv(manager.recv_from_scheduler) if came else None
+        if isinstance(received, BatchTokenIDOutput) and received.dp_ranks:
+            rows = rows_of(received)
+            for message in order.admit(received.dp_ranks[0], received, rows, time.monotonic()):
+                _handle(manager, message)
+        elif received is not None:
+            _handle(manager, received)
+        for message, broken in order.overdue(time.monotonic()) if len(order) else ():
+            end_rows(message, broken)
+            _handle(manager, message)
+        manager.soft_watchdog.feed()
+
+
+def rows_of(output: Any) -> list[Row]:
+    """Which tokens of which requests a `BatchTokenIDOutput` carries. Beam groups do not move, and
+    their counts are those of all beams together."""
+    beams = output.beam_search_output or [None] * len(output.rids)
+    return [
+        Row(rid, 0 if beam is not None else total - len(ids), total, reason is not None)
+        for rid, ids, total, reason, beam in zip(
+            output.rids,
+            output.output_ids,
+            output.completion_tokens,
+            output.finished_reasons,
+            beams,
+            strict=True,
+        )
+    ]
+
+
+def end_rows(output: Any, indices: list[int]) -> None:
+    """Tokens before these rows are lost: their requests end with an error."""
+    for index in indices:
+        logger.error("pascal_sglang: tokens of %s were lost; it ends", output.rids[index])
+        output.finished_reasons[index] = {
+            "type": "abort",
+            "message": "Tokens of this request were lost when an instance died.",
+            "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
+            "err_type": "ServiceUnavailableError",
+        }
+
+
+def _handle(manager: Any, message: Any) -> None:
+    from sglang.srt.managers.io_struct import sock_send
+
+    output = manager._request_dispatcher(message)
+    if output is not None:
+        sock_send(manager.send_to_tokenizer, output)

@@ -1,0 +1,157 @@
+"""The target's side of moves (`cluster.target`), carried out on the engine."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import Req
+
+from pascal_sglang.cluster import messages
+from pascal_sglang.cluster.messages import Message
+from pascal_sglang.cluster.source import Terms
+from pascal_sglang.cluster.target import Target, TargetState
+from pascal_sglang.engine.governor import Governor
+from pascal_sglang.engine.incoming import Incoming, Landing
+from pascal_sglang.engine.letters import Voice
+from pascal_sglang.engine.ranks import all_agree
+from pascal_sglang.engine.snapshot import import_state, problem_with, restore_member
+from pascal_sglang.engine.tombstones import Tombstones
+from pascal_sglang.policy.member import Place
+
+logger = logging.getLogger(__name__)
+
+# Ended moves whose last word may have to be said again.
+REMEMBERED = 4096
+
+
+class Arrivals:
+    """Moves to here. counts: how they ended, `taken` or why not. arrived: requests that came and
+    have not produced a token here yet, and when their last one left elsewhere, in seconds."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        governor: Governor,
+        terms: Terms,
+        landing: Landing,
+        landings: list[str],
+        voice: Voice,
+    ) -> None:
+        """landings: addresses of this instance's landings, by TP rank."""
+        self.scheduler, self.governor, self.terms = scheduler, governor, terms
+        self.landing, self.landings, self.voice = landing, landings, voice
+        self.under_way: dict[str, Incoming] = {}
+        self.counts: Counter[str] = Counter()
+        self.arrived: dict[Req, float] = {}
+        self._past: OrderedDict[str, Incoming] = OrderedDict()
+        self._tombstones = Tombstones()
+
+    def asked(self, sender: int, ask: messages.Ask, now: float) -> None:
+        if ask.move in self.under_way or ask.move in self._past:
+            return
+        problem = self._why_not(ask, now)
+        incoming = None if problem else self.landing.reserve(sender, ask.tokens)
+        if incoming is None:
+            why = problem or "full"
+            self.counts[why] += 1
+            self.voice.say(sender, [messages.Refused(ask.move, why)])
+            return
+        incoming.target = Target(
+            ask.move,
+            ask.rid,
+            self.terms,
+            ask.tokens,
+            fetch=lambda begin, end: self._fetch(incoming, begin, end),
+            take=lambda state, tokens: self._take(incoming, state, tokens),
+            drop=lambda: self.landing.drop(incoming),
+            valid=lambda state, tokens: self._problem(incoming, state, tokens),
+            heard=now,
+        )
+        self.under_way[ask.move] = incoming
+        offset, window = self.landing.offset(incoming), self.landing.window
+        self.voice.say(sender, [messages.Granted(ask.move, self.landings, offset, window)])
+
+    def _why_not(self, ask: messages.Ask, now: float) -> str | None:
+        if ask.layout != self.landing.kv.layout:
+            return "another KV layout"
+        if self._tombstones.covers(ask.rid, now):
+            return "aborted"
+        if not self.landing.has_window:
+            return "busy"
+        running = len(self.scheduler.running_batch.reqs)
+        pool = self.landing.pool
+        room = pool.free_tokens - self.governor.view.promised_tokens() - pool.in_pages(running + 1)
+        return None if room >= pool.in_pages(ask.tokens) else "full"
+
+    def _fetch(self, incoming: Incoming, begin: int, end: int) -> bool:
+        return all_agree(self.scheduler, self.landing.fetch(incoming, begin, end))
+
+    def _problem(self, incoming: Incoming, state: dict[str, Any], tokens: int) -> str | None:
+        problem = problem_with(state, tokens, self.scheduler.max_req_len)
+        if problem is not None:
+            return problem
+        try:
+            incoming.req = import_state(self.scheduler, state)
+        except (TypeError, ValueError, KeyError, AttributeError):
+            logger.exception("pascal_sglang: a request cannot be continued here")
+            return "state that cannot be continued"
+        return None
+
+    def _take(self, incoming: Incoming, state: dict[str, Any], tokens: int) -> None:
+        req = incoming.req
+        locations = self.landing.keep(incoming, tokens)
+        self.governor.members.arrived(req)
+        restore_member(req, state)
+        self.governor.ladder.adopt(req, locations)
+        self.governor.stopped(req, Place.RESIDENT)
+        self.arrived[req] = state["stopped_at"]
+
+    def _settle(self, move: str) -> None:
+        incoming = self.under_way.get(move)
+        if incoming is None or incoming.target is None:
+            return
+        target = incoming.target
+        if target.state is TargetState.RECEIVING:
+            return
+        del self.under_way[move]
+        taken = target.state is TargetState.OWNED
+        self.counts["taken" if taken else target.why] += 1
+        incoming.req = None
+        self._past[move] = incoming
+        while len(self._past) > REMEMBERED:
+            self._past.popitem(last=False)
+
+    def hear(self, sender: int, message: Message, now: float) -> None:
+        """A source's message about a move that is known here."""
+        incoming = self.under_way.get(message.move) or self._past.get(message.move)
+        if incoming is None or incoming.sender != sender or incoming.target is None:
+            return
+        self.voice.say(sender, incoming.target.hear(message, now))
+        self._settle(message.move)
+
+    def step(self, now: float) -> None:
+        """Once per pass."""
+        for move, incoming in list(self.under_way.items()):
+            assert incoming.target is not None
+            self.voice.say(incoming.sender, incoming.target.tick(now))
+            self._settle(move)
+
+    def aborted(self, rid: str, matches: Callable[[str], bool], now: float) -> None:
+        """Requests are being aborted, whose names are or begin with `rid`; one of them may be on
+        its way, or be about to set out."""
+        for move, incoming in list(self.under_way.items()):
+            if incoming.target is not None and matches(incoming.target.rid):
+                self.voice.say(incoming.sender, incoming.target.give_up("aborted"))
+                self._settle(move)
+        if rid:
+            self._tombstones.add(rid, now)
+
+    def died(self, instance: int) -> None:
+        """The instance is no more."""
+        for move, incoming in list(self.under_way.items()):
+            if incoming.sender == instance and incoming.target is not None:
+                incoming.target.give_up("source died")
+                self._settle(move)

@@ -1,0 +1,195 @@
+"""The source's side of moves (`cluster.source`), carried out on the engine."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.runtime_context import get_parallel
+
+from pascal_sglang.cluster import messages, orders
+from pascal_sglang.cluster.messages import Message
+from pascal_sglang.cluster.post import CONTROLLER
+from pascal_sglang.cluster.source import OPEN, OVER, Source, SourceState, Terms
+from pascal_sglang.cluster.transport import Transport, TransportError
+from pascal_sglang.engine.governor import Governor
+from pascal_sglang.engine.kv_bytes import KvBytes
+from pascal_sglang.engine.letters import Voice
+from pascal_sglang.engine.members import member_of, remaining_of
+from pascal_sglang.engine.outgoing import Outgoing, find
+from pascal_sglang.engine.ranks import all_agree
+from pascal_sglang.engine.snapshot import export_state, why_not_movable
+from pascal_sglang.policy.member import Place
+
+logger = logging.getLogger(__name__)
+
+# Tokens that a request may gain while it moves, beyond one per window.
+GROWTH = 64
+
+
+class Departures:
+    """Moves from here. counts: how they ended, `moved` or `kept:<why>`. bytes_sent: by this
+    rank."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        governor: Governor,
+        terms: Terms,
+        transport: Transport,
+        kv: KvBytes,
+        window: int,
+        voice: Voice,
+    ) -> None:
+        """window: KV entries that go between two decode steps."""
+        self.scheduler, self.governor, self.ladder = scheduler, governor, governor.ladder
+        self.terms, self.transport, self.kv, self.window = terms, transport, kv, window
+        self.voice = voice
+        self.under_way: dict[str, Outgoing] = {}
+        self.counts: Counter[str] = Counter()
+        self.bytes_sent = 0
+        self._dp_rank, self._tp_rank = get_parallel().dp_rank or 0, get_parallel().tp_rank
+        self._running: ScheduleBatch | None = None
+
+    def ordered(self, order: orders.Order, now: float) -> None:
+        req = find(order.rid, self.scheduler, self.ladder)
+        problem = "not here" if req is None else why_not_movable(req)
+        if req is not None and any(out.req is req for out in self.under_way.values()):
+            problem = "moves already"
+        if req is None or problem is not None or order.target == self._dp_rank:
+            self._report(order.move, False, problem or "to itself")
+            return
+        held = len(req.origin_input_ids) + len(req.output_ids)
+        growth = GROWTH + held // self.window
+        reserve = held + min(remaining_of(req, member_of(req)), growth) + 2
+        out = Outgoing(req, order.target, self.ladder, now)
+        out.source = Source(
+            order.move,
+            req.rid,
+            self.terms,
+            reserve,
+            stop=lambda: self._stop(out),
+            snapshot=lambda: export_state(req, out.stopped_at),
+            resume=lambda: self._resume(out),
+            release=out.let_go,
+            lose=lambda: self._lose(out),
+        )
+        self.under_way[order.move] = out
+        self.voice.say(order.target, out.source.begin(now, self.kv.layout))
+
+    def hear(self, sender: int, message: Message, now: float) -> None:
+        out = self.under_way.get(message.move)
+        if out is None or out.target != sender or out.source is None:
+            return
+        if isinstance(message, messages.Granted):
+            out.granted = message
+        self.voice.say(sender, out.source.hear(message, now))
+        self._settle(message.move)
+
+    def step(self, running: ScheduleBatch, now: float) -> None:
+        """Once per pass, before the plan: KV that is new goes out, and whoever is to stop leaves
+        the running batch."""
+        self._running = running
+        for move, out in list(self.under_way.items()):
+            assert out.source is not None
+            self._advance(out, out.source, running, now)
+            self.voice.say(out.target, out.source.tick(now))
+            self._settle(move)
+
+    def _advance(self, out: Outgoing, source: Source, running: ScheduleBatch, now: float) -> None:
+        if source.state not in OPEN:
+            return
+        if out.req.finished() or out.req.to_finish is not None:
+            self.voice.say(out.target, source.keep("ended"))
+            return
+        if self._copy(out, source, running, now) and source.state is SourceState.STOPPING:
+            # Without overlap nothing of it is under way, and it stands still at once.
+            self.governor.settle()
+            self._copy(out, source, running, now)
+
+    def _copy(self, out: Outgoing, source: Source, running: ScheduleBatch, now: float) -> bool:
+        """Send what can be sent; True if the request was told to stop by this."""
+        place = out.place(set(running.reqs))
+        if place is Place.WAITING:
+            self.voice.say(out.target, source.keep("recompute"))
+        if place is None or place is Place.WAITING:
+            return False
+        before = source.state
+        still = place is not Place.RUNNING and out.req in self.ladder.moving
+        tokens = out.kv_tokens(place, place is Place.RUNNING and self.scheduler.enable_overlap)
+        try:
+            said = source.copy(now, tokens, still=still)
+        except (TypeError, ValueError):
+            logger.exception("pascal_sglang: the state of %s does not travel", out.req.rid)
+            said = source.keep("state")
+        for message in said:
+            if isinstance(message, messages.Chunk | messages.Handover):
+                said = self._sent(out, source, message, place)
+        self.voice.say(out.target, said)
+        return before is not source.state
+
+    def _sent(self, out: Outgoing, source: Source, message: Any, place: Place) -> list[Message]:
+        """Put the KV that `message` speaks of where the target finds it."""
+        end = message.end if isinstance(message, messages.Chunk) else message.kv_tokens
+        error = None
+        try:
+            out.write(message.begin, end, place, self.transport, self.kv, self._tp_rank)
+        except TransportError as caught:
+            error = caught
+            logger.warning("pascal_sglang: %s stays: %s", out.req.rid, error)
+        if all_agree(self.scheduler, error is None):
+            return [message]
+        return source.unsent("transport")
+
+    def _stop(self, out: Outgoing) -> None:
+        assert self._running is not None
+        out.stopped_at = self.governor.moment.now
+        out.take_out(self._running, lambda req: self.governor.planner.left(member_of(req)))
+
+    def _resume(self, out: Outgoing) -> None:
+        place = out.put_back()
+        if place is None:
+            return
+        if out.aborted:
+            out.let_go()
+            self.scheduler.end_early(out.req, None)
+        else:
+            self.governor.stopped(out.req, place)
+
+    def _lose(self, out: Outgoing) -> None:
+        out.let_go()
+        self.scheduler.end_early(out.req, "The instance that the request moved to has died.")
+
+    def _settle(self, move: str) -> None:
+        out = self.under_way[move]
+        source = out.source
+        if source is None or source.state not in OVER:
+            return
+        del self.under_way[move]
+        self.bytes_sent += out.bytes_sent
+        done = source.state is SourceState.DONE
+        self.counts["moved" if done else f"kept:{source.why}"] += 1
+        self._report(move, done, source.why)
+
+    def _report(self, move: str, done: bool, why: str) -> None:
+        self.voice.say(CONTROLLER, [orders.Over(self._dp_rank, move, done, why)])
+
+    def aborted(self, matches: Callable[[str], bool]) -> None:
+        """Requests are being aborted. One that was handed over is the target's to end, unless it
+        comes back."""
+        for move, out in list(self.under_way.items()):
+            if out.source is None or not matches(out.req.rid):
+                continue
+            out.aborted = out.source.state is SourceState.HANDED
+            self.voice.say(out.target, out.source.keep("aborted"))
+            self._settle(move)
+
+    def died(self, instance: int) -> None:
+        """The instance is no more."""
+        for move, out in list(self.under_way.items()):
+            if out.target == instance and out.source is not None:
+                out.source.target_died()
+                self._settle(move)

@@ -1,0 +1,100 @@
+"""A request on its way in: its reserved memory, and its window of the landing."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from sglang.srt.managers.schedule_batch import Req
+
+from pascal_sglang.cluster.target import Target
+from pascal_sglang.engine.kv_bytes import KvBytes
+from pascal_sglang.engine.pool import Pool
+
+logger = logging.getLogger(__name__)
+
+# Windows of a landing, and so moves that one instance takes in at a time.
+WINDOWS = 8
+WINDOW_BYTES = 4 << 20
+WINDOW_TOKENS = 512
+
+
+def window_tokens(kv: KvBytes) -> int:
+    """KV entries that a window takes: what is copied between two decode steps."""
+    return max(16, min(WINDOW_TOKENS, WINDOW_BYTES // kv.per_token))
+
+
+@dataclass(slots=True, eq=False)
+class Incoming:
+    """One move to here. sender: the instance it comes from. locations: the KV entries reserved, in
+    whole pages. req: made of its state, once that is here."""
+
+    sender: int
+    locations: torch.Tensor
+    window: int
+    target: Target | None = None
+    req: Req | None = None
+
+
+class Landing:
+    """Memory for KV on its way in: entries of the pool, and windows. reserved: KV entries held."""
+
+    def __init__(self, pool: Pool, kv: KvBytes, memory: memoryview) -> None:
+        self.pool = pool
+        self.kv = kv
+        self.memory = memory
+        self.window = window_tokens(kv)
+        self.reserved = 0
+        self._free = deque(range(WINDOWS))
+
+    @property
+    def has_window(self) -> bool:
+        return bool(self._free)
+
+    def reserve(self, sender: int, tokens: int) -> Incoming | None:
+        """Memory for `tokens` KV entries and a window; None if there is none."""
+        locations = self.pool.take(self.pool.in_pages(tokens))
+        if locations is None:
+            return None
+        self.reserved += len(locations)
+        return Incoming(sender, locations, self._free.popleft())
+
+    def offset(self, incoming: Incoming) -> int:
+        """Where its window begins, in bytes."""
+        return incoming.window * self.window * self.kv.per_token
+
+    def fetch(self, incoming: Incoming, begin: int, end: int) -> bool:
+        """Take KV of the tokens `begin`..`end` out of the window."""
+        if end - begin > self.window:
+            return False
+        at, size = self.offset(incoming), (end - begin) * self.kv.per_token
+        try:
+            if size:
+                self.kv.copy_in(incoming.locations[begin:end], self.memory[at : at + size])
+        except (RuntimeError, ValueError, IndexError):
+            logger.exception("pascal_sglang: KV that arrived could not be written")
+            return False
+        return True
+
+    def keep(self, incoming: Incoming, tokens: int) -> torch.Tensor:
+        """The move is done: where its `tokens` KV entries are. The rest is given back."""
+        used = self.pool.in_pages(tokens)
+        self._give_back(incoming, incoming.locations[used:])
+        return incoming.locations[:tokens]
+
+    def drop(self, incoming: Incoming) -> None:
+        """The move has failed: all is given back."""
+        self._give_back(incoming, incoming.locations)
+
+    def _give_back(self, incoming: Incoming, locations: torch.Tensor) -> None:
+        self.reserved -= len(incoming.locations)
+        self._free.append(incoming.window)
+        if len(locations):
+            self.pool.allocator.free(locations)
+
+
+def landing_bytes(kv: KvBytes) -> int:
+    """Bytes of a rank's landing."""
+    return WINDOWS * window_tokens(kv) * kv.per_token

@@ -1,0 +1,47 @@
+"""Control messages reach every TP rank in the same pass: they travel with the requests that rank 0
+takes in and broadcasts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
+
+from pascal_sglang.cluster.post import Box, Pen
+
+
+@dataclass(frozen=True, slots=True)
+class Letters:
+    """What came into the letter box before a pass, unread; `now` is rank 0's clock in seconds."""
+
+    now: float
+    letters: list[bytes]
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class PascalRequestReceiver(SchedulerRequestReceiver):
+    """SGLang's, with the letter box as one more source on rank 0."""
+
+    box: Box
+
+    def _pull_raw_reqs(self) -> list[Any] | None:
+        requests = SchedulerRequestReceiver._pull_raw_reqs(self)
+        if requests is not None and (letters := self.box.letters()):
+            # First: an abort that comes with them is to find a request where it then is.
+            requests.insert(0, Letters(time.perf_counter(), letters))
+        return requests
+
+
+class Voice:
+    """Writes letters on rank 0; on the other ranks it is silent."""
+
+    def __init__(self, pen: Pen | None) -> None:
+        self.pen = pen
+
+    def say(self, to: str | int, said: Sequence[Any]) -> None:
+        if self.pen is not None:
+            for message in said:
+                self.pen.write(to, message)

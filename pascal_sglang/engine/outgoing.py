@@ -1,0 +1,117 @@
+"""A request on its way out: reads its KV wherever the ladder has it, and lets go of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+from pascal_sglang.cluster.messages import Granted
+from pascal_sglang.cluster.source import Source
+from pascal_sglang.cluster.transport import Transport, TransportError
+from pascal_sglang.engine.kv_bytes import KvBytes, host_blocks
+from pascal_sglang.engine.ladder import Ladder
+from pascal_sglang.policy.member import Place
+from pascal_sglang.policy.rung import Rung
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """One move from here. target: the instance it goes to. aborted: its client gave it up after the
+    Handover. stopped_at: when its last token left, in seconds; 0 while it runs."""
+
+    req: Req
+    target: int
+    ladder: Ladder
+    began: float
+    source: Source | None = None
+    granted: Granted | None = None
+    aborted: bool = False
+    stopped_at: float = 0.0
+    bytes_sent: int = 0
+    _host: list[torch.Tensor] | None = None
+
+    def place(self, running: set[Req]) -> Place | None:
+        """Where the request is; None while its KV cannot be read (it leaves the batch)."""
+        if self.req in self.ladder.resident:
+            return Place.RESIDENT
+        if self.req in self.ladder.host:
+            return Place.HOST
+        if self.req in running:
+            return Place.RUNNING
+        return None if self.req in self.ladder.leaving else Place.WAITING
+
+    def kv_tokens(self, place: Place, in_flight: bool) -> int:
+        """KV entries that are written for good."""
+        if place is Place.HOST:
+            return self.ladder.host[self.req].tokens
+        # A step under way still writes the last one.
+        return int(self.req.kv.kv_committed_len) - in_flight
+
+    def write(
+        self, begin: int, end: int, place: Place, transport: Transport, kv: KvBytes, rank: int
+    ) -> None:
+        """Put KV of the tokens `begin`..`end` into the target's window.
+
+        Raises: `TransportError`."""
+        assert self.granted is not None
+        if begin == end:
+            return
+        size = (end - begin) * kv.per_token
+        memory = transport.staging(size)
+        try:
+            if place is Place.HOST:
+                kv.copy_host((block[begin:end] for block in self._blocks()), memory)
+            else:
+                kv.copy_out(self._locations(place)[begin:end], memory)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise TransportError(f"reading KV failed: {error}") from error
+        if rank >= len(self.granted.landings):
+            raise TransportError("the target has fewer TP ranks")
+        transport.put(self.granted.landings[rank], self.granted.offset, size)
+        self.bytes_sent += size
+
+    def _locations(self, place: Place) -> torch.Tensor:
+        if place is Place.RESIDENT:
+            return self.ladder.resident[self.req]
+        return self.ladder.pool.locations(self.req)
+
+    def _blocks(self) -> list[torch.Tensor]:
+        if self._host is None:
+            copy = self.ladder.host[self.req]
+            parts = [host_blocks(part) for part in (copy.prefix, copy.own) if part is not None]
+            self._host = [torch.cat(both) for both in zip(*parts, strict=True)]
+        return self._host
+
+    def take_out(self, running: ScheduleBatch, unline: Callable[[Req], None]) -> None:
+        """Out of the batch, or out of the line of those who come back into it."""
+        self.ladder.moving.add(self.req)
+        if self.req in self.ladder.leaving:
+            return
+        if self.req in self.ladder.resident or self.req in self.ladder.host:
+            unline(self.req)
+        else:
+            self.ladder.leave([self.req], running, lambda _: Rung.RESIDENT)
+
+    def put_back(self) -> Place | None:
+        """It stays. Returns where it waits to be brought back; None if it is still leaving the
+        batch, or has ended."""
+        self.ladder.moving.discard(self.req)
+        if self.req in self.ladder.resident:
+            return Place.RESIDENT
+        return Place.HOST if self.req in self.ladder.host else None
+
+    def let_go(self) -> None:
+        """Give back everything it holds here."""
+        self.ladder.moving.discard(self.req)
+        self.ladder.let_go(self.req)
+        self._host = None
+
+
+def find(rid: str, scheduler: Any, ladder: Ladder) -> Req | None:
+    """The live request of that name that runs or is paused."""
+    places = (scheduler.running_batch.reqs, ladder.leaving, ladder.resident, ladder.host)
+    return next((r for place in places for r in place if r.rid == rid and not r.finished()), None)

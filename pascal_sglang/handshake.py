@@ -1,0 +1,37 @@
+"""Every process that serves has to run our configuration: what they tell each other at start."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pascal_sglang.config import PascalConfig
+
+INIT_INFO_KEY = "pascal"
+
+
+def handed_on(info: dict[str, Any]) -> dict[str, Any]:
+    """The init info of a controller whose instances have all shaken hands."""
+    return {**info, INIT_INFO_KEY: own_config()}
+
+
+def own_config() -> str:
+    """This process's configuration, as text to compare."""
+    config = PascalConfig.from_env()
+    assert config is not None
+    return config.to_json()
+
+
+def require_same_config(infos: list[dict[str, Any]]) -> None:
+    """Raises: RuntimeError for a scheduler without our configuration.
+
+    Catches the silent case of SGLang's fail-open loader: a process in which the plugin was skipped
+    (for example by `SGLANG_PLUGINS`, or by another platform package's `SGLANG_PLATFORM`).
+    """
+    for rank, info in enumerate(infos):
+        if info.get(INIT_INFO_KEY) != own_config():
+            raise RuntimeError(
+                f"pascal_sglang refuses to serve: scheduler {rank} runs without the plugin "
+                f"(SGLANG_PLUGINS={os.environ.get('SGLANG_PLUGINS')}, "
+                f"SGLANG_PLATFORM={os.environ.get('SGLANG_PLATFORM')})"
+            )
