@@ -85,7 +85,9 @@ class InOrder(Generic[M]):
             if row.last:
                 self._passed.pop(row.rid, None)
                 continue
-            self._passed[row.rid] = row.end
+            # A name that comes again begins anew; a row without tokens says nothing.
+            anew = row.begin == 0 < row.end
+            self._passed[row.rid] = row.end if anew else max(row.end, self._passed.get(row.rid, 0))
         while len(self._passed) > CAPACITY:
             self._passed.popitem(last=False)
 

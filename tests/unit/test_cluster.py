@@ -1,12 +1,14 @@
-"""What the controller knows: prefixes it sent, status messages, its own decisions in between."""
+"""What the controller knows: prefixes, status messages, its own decisions in between."""
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import subprocess
+import sys
 
-from pascal_sglang.cluster.monitor import OPEN_DISPATCHES, Monitor
-from pascal_sglang.cluster.prefixes import Prefixes
-from pascal_sglang.cluster.status import BadStatus, Status, unpack
+from pascal_sglang.cluster.monitor import OPEN_DISPATCHES, SILENT_S, Monitor
+from pascal_sglang.cluster.mover import FORGET_S, Mover
+from pascal_sglang.cluster.orders import Boundary, Order, Over
+from pascal_sglang.cluster.prefixes import COMMON, Prefixes, block_names
+from pascal_sglang.cluster.status import Status
+from pascal_sglang.policy.placement import Placement
 
 
 def status(**more):
@@ -42,47 +44,38 @@ def test_the_memory_of_prefixes_is_bounded():
     assert prefixes.hits([0, 0]) == {}
 
 
-def test_a_status_survives_the_wire():
-    assert unpack(status(dp_rank=1).pack(), 2) == status(dp_rank=1)
+def test_a_conversations_next_turn_is_found_where_its_last_one_ended():
+    prefixes = Prefixes(block_tokens=2)
+    prefixes.sent(0, [1, 1, 2, 2])
+    prefixes.ended(1, list(block_names([1, 1, 2, 2, 3, 3], None, 2)))
+    assert prefixes.hits([1, 1, 2, 2, 3, 3, 4, 4]) == {1: 6}
+    prefixes.forget(1)
+    assert prefixes.hits([1, 1, 2, 2]) == {}
 
 
-@pytest.mark.parametrize(
-    ("message", "why"),
-    [
-        (b"", "not JSON"),
-        (b"[1]", "another version"),
-        (b"{}", "another version"),
-        (status().pack().replace(b'"version":1', b'"version":2'), "another version"),
-        (status().pack().replace(b'"free":90', b'"fre":90'), "unknown or missing"),
-        (status().pack().replace(b'"free":90', b'"free":-1'), "free is -1"),
-        (status().pack().replace(b'"free":90', b'"free":9.5'), "free is 9.5"),
-        (status().pack().replace(b'"on_pace":true', b'"on_pace":1'), "on_pace is 1"),
-        (status(dp_rank=7).pack(), "no instance 7"),
-        (b" " * 5000, "5000 bytes"),
-    ],
-)
-def test_anything_else_is_rejected_and_counted(message, why):
-    with pytest.raises(BadStatus, match=why):
-        unpack(message, 2)
-    monitor = Monitor(2)
-    assert monitor.hear(message) is None
-    assert sum(monitor.rejected.values()) == 1
+def test_what_many_conversations_share_stays_known_everywhere():
+    prefixes = Prefixes(block_tokens=2)
+    for turn in range(COMMON):
+        prefixes.sent(0, [1, 1, turn, turn])
+    prefixes.ended(1, list(block_names([1, 1, 0, 0], None, 2)))
+    assert prefixes.hits([1, 1, 0, 0]) == {0: 2, 1: 4}
 
 
-@given(st.binary(max_size=200))
-def test_no_bytes_take_the_controller_down(message):
-    assert Monitor(1).hear(message) is None
+def test_blocks_have_the_same_name_in_every_process():
+    code = "from pascal_sglang.cluster.prefixes import *; print(list(block_names([7] * 64, 'a')))"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert seen.stdout.strip() == str(list(block_names([7] * 64, "a")))
 
 
 def test_a_dispatch_counts_until_its_instance_has_taken_it_in():
     monitor = Monitor(2)
     monitor.sent(0, 20)
     monitor.sent(0, 30)
-    monitor.hear(status(received=0).pack())
+    monitor.hear(status(received=0), 1.0)
     assert (monitor.instances[0].thinking, monitor.instances[0].waiting) == (3, 55)
-    monitor.hear(status(received=1).pack())
+    monitor.hear(status(received=1), 1.1)
     assert (monitor.instances[0].thinking, monitor.instances[0].waiting) == (2, 35)
-    monitor.hear(status(received=2).pack())
+    monitor.hear(status(received=2), 1.2)
     assert (monitor.instances[0].thinking, monitor.instances[0].waiting) == (1, 5)
     assert monitor.instances[1].footprint == 0
 
@@ -91,5 +84,70 @@ def test_an_instance_that_never_reports_does_not_fill_the_memory():
     monitor = Monitor(1)
     for _ in range(OPEN_DISPATCHES + 10):
         monitor.sent(0, 1)
-    monitor.hear(status(thinking=0, waiting=0).pack())
+    monitor.hear(status(thinking=0, waiting=0), 1.0)
     assert monitor.instances[0].waiting == OPEN_DISPATCHES
+
+
+def test_an_instance_that_stops_reporting_is_noticed():
+    monitor = Monitor(2)
+    monitor.hear(status(), 1.0)
+    assert not monitor.is_silent(0, 1.0 + SILENT_S)
+    assert monitor.is_silent(0, 1.1 + SILENT_S)
+    assert not monitor.is_silent(1, 99.0), "it has not started to report"
+
+
+def mover(reachable=True, **more):
+    monitor, orders = Monitor(2), []
+
+    def order(to, what):
+        orders.append((to, what))
+        return reachable
+
+    monitor.hear(status(dp_rank=0, free=0), 1.0)
+    monitor.hear(status(dp_rank=1, free=900), 1.0)
+    placement = Placement(quantum=100, lazy=True)
+    return Mover(monitor, placement, order, **more), monitor, orders
+
+
+BOUNDARY = Boundary(0, "r", 50, 200, 200, 4)
+
+
+def test_a_move_is_ordered_and_counted_until_it_is_over():
+    moving, monitor, orders = mover()
+    decision = moving.boundary(BOUNDARY, monitor.instances, 1.0)
+    assert (decision.target, decision.why) == (1, "room_there")
+    ((to, order),) = orders
+    assert (to, order) == (0, Order(order.move, "r", 1))
+    assert (monitor.instances[0].moves, monitor.instances[1].arriving) == (1, 50)
+    assert moving.over(Over(1, order.move, True, "")).target == 1
+    assert (monitor.instances[0].moves, monitor.instances[1].arriving) == (0, 0)
+    assert moving.over(Over(0, order.move, True, "")) is None, "both sides report it"
+    assert moving.ended == {"moved": 1}
+
+
+def test_a_move_that_cannot_be_ordered_or_is_never_reported_stops_counting():
+    moving, monitor, _ = mover(reachable=False)
+    moving.boundary(BOUNDARY, monitor.instances, 1.0)
+    assert monitor.instances[1].arriving == 0
+    assert moving.ended == {"kept:unreachable": 1}
+    moving, monitor, _ = mover()
+    moving.boundary(BOUNDARY, monitor.instances, 1.0)
+    moving.forget_old(FORGET_S)
+    assert len(moving.under_way) == 1
+    moving.forget_old(FORGET_S + 1.0)
+    assert moving.ended == {"kept:forgotten": 1}
+    assert monitor.instances[0].moves == 0
+
+
+def test_a_boundary_of_an_instance_that_is_no_more_leads_nowhere():
+    moving, monitor, orders = mover()
+    assert moving.boundary(BOUNDARY, monitor.instances[1:], 1.0) is None
+    assert orders == []
+
+
+def test_the_flood_moves_everybody():
+    moving, monitor, orders = mover(flood=True)
+    monitor.hear(status(dp_rank=0, free=900), 1.0)
+    assert moving.boundary(BOUNDARY, monitor.instances, 1.0).why == "flood"
+    assert moving.boundary(BOUNDARY, monitor.instances[:1], 1.0).why == "alone"
+    assert len(orders) == 1

@@ -1,0 +1,133 @@
+"""Two sides of a move with a network in between that a test may disturb."""
+
+from pascal_sglang.cluster.messages import Ask, Chunk, Granted, Handover
+from pascal_sglang.cluster.source import Source, Terms
+from pascal_sglang.cluster.target import Target, TargetState
+
+WINDOW = 40
+
+
+def terms(**more):
+    return Terms(**{"tail": 5, "patience_s": 2.0, "repeat_s": 0.25, **more})
+
+
+TERMS = terms()
+
+
+class World:
+    """Two sides of a move and everything they own, with the network in between.
+
+    The landing window holds what was written last; a target that reads anything else than it asked
+    for has corrupted KV.
+    """
+
+    def __init__(self, terms=TERMS, kv=100, limit=160):
+        self.now, self.kv, self.limit = 0.0, kv, limit
+        self.running, self.events, self.taken = True, [], None
+        self.window, self.received = (0, 0), 0
+        self.source = Source(
+            "m1",
+            "r",
+            terms,
+            limit,
+            self.stop,
+            self.snapshot,
+            self.resume,
+            self.release,
+            self.lose,
+        )
+        self.target = Target(
+            "m1", "r", terms, limit, self.fetch, self.take, self.drop, lambda state, tokens: None
+        )
+        self.asked = False
+        self.to_target, self.to_source = [], []
+        self.to_target += self.source.begin(self.now, "layout")
+
+    def stop(self):
+        assert self.running
+        self.running = False
+        self.events.append("stop")
+
+    def snapshot(self):
+        assert not self.running
+        return {"kv": self.kv}
+
+    def resume(self):
+        assert not self.running
+        self.running = True
+        self.events.append("resume")
+
+    def release(self):
+        assert not self.running
+        self.events.append("release")
+
+    def lose(self):
+        assert not self.running
+        self.events.append("lose")
+
+    def fetch(self, begin, end):
+        assert (begin, end) == self.window, "the window holds something else"
+        self.received = end
+        return True
+
+    def take(self, state, tokens):
+        assert self.received == tokens == state["kv"], "a hole in the KV"
+        self.taken = state
+        self.events.append("take")
+
+    def drop(self):
+        self.events.append("drop")
+
+    def deliver_to_target(self, at):
+        message = self.to_target[at]
+        if not self.asked:
+            # Only an Ask reserves; before it the move is unknown here.
+            if isinstance(message, Ask):
+                self.asked = True
+                self.target.heard = self.now
+                self.to_source.append(Granted("m1", ["here"], 0, WINDOW))
+        elif not isinstance(message, Ask):
+            self.to_source += self.target.hear(message, self.now)
+
+    def deliver_to_source(self, at):
+        self.to_target += self.source.hear(self.to_source[at], self.now)
+
+    def step(self):
+        """A pass on both sides."""
+        if self.running:
+            self.kv = min(self.limit - 1, self.kv + 1)
+        for message in self.source.copy(self.now, self.kv, still=not self.running):
+            if isinstance(message, Chunk):
+                self.window = (message.begin, message.end)
+            if isinstance(message, Handover):
+                self.window = (message.begin, message.kv_tokens)
+            self.to_target.append(message)
+        self.to_target += self.source.tick(self.now)
+        if self.asked:
+            self.to_source += self.target.tick(self.now)
+
+    def check(self):
+        here = self.running
+        there = self.target.state is TargetState.OWNED
+        assert not (here and there), "two owners"
+        if "release" in self.events or "lose" in self.events:
+            assert not here
+        for once in ("release", "lose", "take", "drop"):
+            assert self.events.count(once) <= 1
+        if "release" in self.events:
+            assert there, "nobody has it"
+        return here, there
+
+    def settle(self):
+        """From now on nothing is lost: the move comes to an end."""
+        for _ in range(80):
+            self.now += 0.2
+            self.step()
+            while self.to_target or self.to_source:
+                if self.to_target:
+                    self.deliver_to_target(0)
+                    self.to_target.pop(0)
+                if self.to_source:
+                    self.deliver_to_source(0)
+                    self.to_source.pop(0)
+                self.check()

@@ -1,0 +1,78 @@
+"""KV transports: bytes arrive where they were put, and nowhere else."""
+
+import multiprocessing
+
+import pytest
+
+from pascal_sglang.cluster import transport
+from pascal_sglang.cluster.transport import TransportError
+
+PATTERN = bytes(range(256)) * 16
+
+
+def loads(kind):
+    try:
+        transport.make(kind, 4096, 4096).close()
+    except TransportError as error:
+        return str(error)
+    return None
+
+
+def kinds():
+    return [
+        pytest.param(
+            kind, marks=pytest.mark.skipif(bool(problem := loads(kind)), reason=problem or "")
+        )
+        for kind in transport.KINDS
+    ]
+
+
+def write(kind, address, offset):
+    peer = transport.make(kind, 4096, len(PATTERN))
+    peer.staging(len(PATTERN))[:] = PATTERN
+    peer.put(address, offset, len(PATTERN))
+    peer.put(address, offset + len(PATTERN), 256)
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_another_process_writes_into_the_landing(kind):
+    here = transport.make(kind, 1 << 20, 4096)
+    writer = multiprocessing.get_context("spawn").Process(
+        target=write, args=(kind, here.address, 8192)
+    )
+    writer.start()
+    writer.join(60)
+    assert writer.exitcode == 0
+    end = 8192 + len(PATTERN) + 256
+    assert here.landing[8192:end] == PATTERN + PATTERN[:256]
+    assert not any(here.landing[:8192])
+    assert not any(here.landing[end:])
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_what_cannot_be_written_is_an_error(kind):
+    here, peer = transport.make(kind, 8192, 4096), transport.make(kind, 4096, 8192)
+    with pytest.raises(TransportError, match="staging"):
+        here.staging(4097)
+    for offset, size in ((4097, 4096), (-1, 10), (8192, 1)):
+        peer.staging(size)
+        with pytest.raises(TransportError, match="outside"):
+            peer.put(here.address, offset, size)
+    for address in ("", "/etc/passwd", "/proc/1/fd/../../etc/passwd", "host/1"):
+        with pytest.raises(TransportError, match="address"):
+            peer.put(address, 0, 16)
+    assert not any(here.landing)
+
+
+def test_a_landing_that_is_gone_is_an_error():
+    here, peer = (transport.make("shm", 4096, 4096) for _ in range(2))
+    address = here.address
+    here.close()
+    peer.staging(16)
+    with pytest.raises(TransportError, match="landing"):
+        peer.put(address, 0, 16)
+
+
+def test_an_unknown_kind_names_the_known_ones():
+    with pytest.raises(TransportError, match="auto, shm, mooncake"):
+        transport.make("carrier pigeon", 1, 1)

@@ -1,0 +1,119 @@
+"""Control messages: what comes out is what went in, and anything else is rejected and counted."""
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pascal_sglang.cluster.messages import Ask, Cancelled, Chunk, Got, Granted, Handover, Mine
+from pascal_sglang.cluster.orders import Boundary, Died, Gone, Order, Over
+from pascal_sglang.cluster.post import CONTROLLER, Box, Pen
+from pascal_sglang.cluster.status import Status
+from pascal_sglang.cluster.wire import (
+    KINDS,
+    MAX_BYTES,
+    MAX_HANDOVER_BYTES,
+    MAX_TEXT,
+    BadMessage,
+    pack,
+    unpack,
+)
+
+STATUS = Status(
+    dp_rank=1, received=2, on_pace=True, footprint=3, thinking=4, fresh=5, free=6, waiting=7
+)
+ALL = [
+    Ask("m", "r", 70, "layout"),
+    Granted("m", ["a", "b"], 4096, 512),
+    Chunk("m", 0, 40),
+    Got("m", 40),
+    Handover("m", 40, 50, {"output_ids": [1, 2], "deep": {"er": None}}),
+    Mine("m"),
+    Cancelled("m"),
+    Boundary(1, "r", 70, 200, 100, 4),
+    Order("m", "r", 1),
+    Over(1, "m", False, "full"),
+    Gone(1, "r", [1, 2**47]),
+    Died(0),
+    STATUS,
+]
+
+
+@pytest.mark.parametrize("message", ALL, ids=lambda m: type(m).__name__)
+def test_a_message_survives_the_wire(message):
+    assert unpack(pack(message, 1), 2) == (1, message)
+
+
+def test_every_kind_is_among_those():
+    assert {type(m).__name__ for m in ALL} | {"Refused"} == set(KINDS)
+
+
+def altered(message, **changes):
+    return orjson.dumps({**orjson.loads(pack(message)), **changes})
+
+
+@pytest.mark.parametrize(
+    ("letter", "why"),
+    [
+        (b"", "not JSON"),
+        (b"[1]", "another version"),
+        (b"{}", "another version"),
+        (b"\x80\x04K\x01.", "not JSON"),
+        (altered(STATUS, version=2), "another version"),
+        (altered(STATUS, kind="Bogus"), "unknown kind"),
+        (altered(STATUS, kind=["Status"]), "unknown kind"),
+        (altered(STATUS, sender=2), "no such sender"),
+        (altered(STATUS, sender="0"), "no such sender"),
+        (altered(STATUS, fre=1), "Status: unknown or missing"),
+        (altered(STATUS, free=-1), "Status: bad free"),
+        (altered(STATUS, free=9.5), "Status: bad free"),
+        (altered(STATUS, free=2**53), "Status: bad free"),
+        (altered(STATUS, on_pace=1), "Status: bad on_pace"),
+        (altered(STATUS, dp_rank=7), "Status: no such instance"),
+        (altered(Order("m", "r", 0), target=7), "Order: no such instance"),
+        (altered(Order("m", "r", 0), rid="x" * (MAX_TEXT + 1)), "Order: bad rid"),
+        (altered(Granted("m", [], 0, 0), landings=[1]), "Granted: bad landings"),
+        (altered(Granted("m", [], 0, 0), landings="a"), "Granted: bad landings"),
+        (altered(Handover("m", 0, 0, {}), state=[]), "Handover: bad state"),
+        (b" " * (MAX_BYTES + 1) + pack(STATUS), "oversized"),
+        (b" " * (MAX_HANDOVER_BYTES + 1), "oversized"),
+    ],
+)
+def test_anything_else_is_rejected_by_reason(letter, why):
+    with pytest.raises(BadMessage, match=why):
+        unpack(letter, 2)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_take_the_reader_down(letter):
+    with pytest.raises(BadMessage):
+        unpack(letter, 1)
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda s: st.lists(s)))
+def test_no_values_take_the_reader_down(value):
+    for message in ALL:
+        for name in orjson.loads(pack(message)):
+            try:
+                unpack(orjson.dumps({**orjson.loads(pack(message)), name: value}), 2)
+            except (BadMessage, TypeError):
+                continue
+
+
+def test_letters_arrive_in_order_and_bad_ones_are_counted(tmp_path):
+    box, pen = Box(str(tmp_path), CONTROLLER, 2), Pen(str(tmp_path), sender=1)
+    assert all(pen.write(CONTROLLER, m) for m in ALL)
+    pen._sockets[CONTROLLER].send(b"bogus")
+    got = []
+    while len(got) < len(ALL) + 1:
+        assert box.socket.poll(5000)
+        got += box.letters()
+    assert [read for letter in got if (read := box.read(letter))] == [(1, m) for m in ALL]
+    assert box.rejected == {"not JSON": 1}
+
+
+def test_nobody_waits_for_who_does_not_listen(tmp_path):
+    pen = Pen(str(tmp_path))
+    while pen.write(0, Mine("m")):
+        pass
+    assert pen.dropped == 1
