@@ -42,7 +42,7 @@ def build_moves(scheduler: Any, governor: Governor | None, config: PascalConfig)
         "--skip-tokenizer-init": serving.skip_tokenizer_init,
         "SGLANG_RUST_SERVER": scheduler.rust_server is not None,
     }
-    kv = kv_bytes_of(scheduler)
+    kv = kv_bytes_of(scheduler, governor.ladder.copies)
     problem = next((f"with {name}" for name, holds in reasons.items() if holds), None)
     problem = kv if isinstance(kv, str) else problem
     transport = None

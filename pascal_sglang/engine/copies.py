@@ -28,26 +28,28 @@ class Copies:
     step decodes: `deferred` says that whoever asked for it must `wait` before the entries are
     freed. Every rank waits in the same pass, whatever its event says, so that ranks go on alike.
     Pools other than plain MHA and MLA are copied by their own blocking functions.
+
+    buffers: the pool's, each of shape (entries, ...); None for those other pools.
     """
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
-        self._buffers = _buffers_of(scheduler.token_to_kv_pool_allocator.get_kvcache())
+        self.buffers = _buffers_of(scheduler.token_to_kv_pool_allocator.get_kvcache())
         on_cuda = str(scheduler.device).startswith("cuda")
-        self._stream = torch.cuda.Stream() if on_cuda and self._buffers else None
+        self._stream = torch.cuda.Stream() if on_cuda and self.buffers else None
         self.deferred = self._stream is not None
 
     def to_host(self, locations: torch.Tensor) -> HostKV:
         """Begin to copy the entries at `locations`, shape (tokens,), which no step in flight
         writes. Raises: RuntimeError, MemoryError if host memory or the device fails."""
-        if self._buffers is None:
+        if self.buffers is None:
             return HostKV(self._scheduler.token_to_kv_pool_allocator.get_cpu_copy(locations))
         if self._stream is None:
-            return HostKV([buffer[locations] for buffer in self._buffers])
+            return HostKV([buffer[locations] for buffer in self.buffers])
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             parts = []
-            for buffer in self._buffers:
+            for buffer in self.buffers:
                 rows = buffer[locations]
                 host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
                 parts.append(host.copy_(rows, non_blocking=True))
@@ -64,11 +66,11 @@ class Copies:
 
     def to_device(self, kv: HostKV, locations: torch.Tensor) -> None:
         """Write the entries to `locations`; steps launched from now on see them."""
-        if self._buffers is None:
+        if self.buffers is None:
             self._scheduler.token_to_kv_pool_allocator.load_cpu_copy(kv.parts, locations)
             return
         if self._stream is None:
-            for buffer, part in zip(self._buffers, kv.parts, strict=True):
+            for buffer, part in zip(self.buffers, kv.parts, strict=True):
                 buffer[locations] = part
             return
         # A step in flight may still write entries that have just been freed and given to us.
@@ -76,7 +78,7 @@ class Copies:
         for stream in steps:
             self._stream.wait_stream(stream)
         with torch.cuda.stream(self._stream):
-            for buffer, part in zip(self._buffers, kv.parts, strict=True):
+            for buffer, part in zip(self.buffers, kv.parts, strict=True):
                 buffer[locations] = part.to(buffer.device, non_blocking=True)
         locations.record_stream(self._stream)
         for stream in steps:

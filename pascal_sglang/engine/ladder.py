@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang.srt.managers.overlap_utils import RelayPayload
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from pascal_sglang.engine.copies import Copies, HostKV
+from pascal_sglang.engine.decoding import decoding
 from pascal_sglang.engine.pool import Pool
 from pascal_sglang.policy.rung import Costs, Rung
 
@@ -234,24 +233,8 @@ class Ladder:
             self._drop_copy(self.host, req)
         else:
             return None
-        scheduler = self.scheduler
-        batch = ScheduleBatch.init_new(
-            [req],
-            scheduler.req_to_token_pool,
-            scheduler.token_to_kv_pool_allocator,
-            scheduler.tree_cache,
-            scheduler.model_config,
-            scheduler.enable_overlap,
-            scheduler.spec_algorithm,
-        )
-        batch.prepare_for_prebuilt()
-        batch.forward_mode = ForwardMode.DECODE
-        last = torch.tensor([req.output_ids[-1]], dtype=torch.int64)
-        scheduler.future_map.stash(
-            batch.req_pool_indices, RelayPayload(bonus_tokens=last.to(batch.device))
-        )
         self.counts["resumed"] += 1
-        return batch
+        return decoding(req, self.scheduler)
 
     def _to_device(self, req: Req, copy: HostCopy) -> bool:
         pool, tokens = self.pool, copy.tokens

@@ -12,7 +12,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from pascal_sglang.cluster.messages import Granted
 from pascal_sglang.cluster.source import Source
 from pascal_sglang.cluster.transport import Transport, TransportError
-from pascal_sglang.engine.kv_bytes import KvBytes, host_blocks
+from pascal_sglang.engine.kv_bytes import KvBytes
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.policy.member import Place
 from pascal_sglang.policy.rung import Rung
@@ -64,7 +64,7 @@ class Outgoing:
         memory = transport.staging(size)
         try:
             if place is Place.HOST:
-                kv.copy_host((block[begin:end] for block in self._blocks()), memory)
+                kv.copy_host([part[begin:end] for part in self._parts()], memory)
             else:
                 kv.copy_out(self._locations(place)[begin:end], memory)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -79,11 +79,12 @@ class Outgoing:
             return self.ladder.resident[self.req]
         return self.ladder.pool.locations(self.req)
 
-    def _blocks(self) -> list[torch.Tensor]:
+    def _parts(self) -> list[torch.Tensor]:
+        """Its host copy, whole."""
         if self._host is None:
             copy = self.ladder.host[self.req]
-            parts = [host_blocks(part) for part in (copy.prefix, copy.own) if part is not None]
-            self._host = [torch.cat(both) for both in zip(*parts, strict=True)]
+            halves = [half.parts for half in (copy.prefix, copy.own) if half is not None]
+            self._host = [torch.cat(both) for both in zip(*halves, strict=True)]
         return self._host
 
     def take_out(self, running: ScheduleBatch, unline: Callable[[Req], None]) -> None:
