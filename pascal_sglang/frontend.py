@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
 
+from pascal_sglang.cluster import board
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.handshake import INIT_INFO_KEY, require_same_config
+from pascal_sglang.handshake import BOARD_KEY, INIT_INFO_KEY, require_same_config
 from pascal_sglang.preflight import check_frontend
 
 STATUS_PATH = "/pascal/status"
+STATUS_S = 20.0
+# Where the controller of this server shows what it does; empty without one.
+_board: list[str] = []
 
 
 def require_handshake(original: Callable[..., list[dict[str, Any]]], *args: Any) -> Any:
     """Around `engine._wait_for_scheduler_ready`: every scheduler must run our configuration."""
     infos = original(*args)
     require_same_config(infos)
+    _board.extend(info[BOARD_KEY] for info in infos if BOARD_KEY in info)
     return infos
 
 
@@ -32,6 +39,7 @@ def add_status_route(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
 
     Raises: `LaunchError` for what would silently not happen behind SGLang's own entry points.
     """
+    from fastapi import HTTPException
     from sglang.srt.entrypoints import http_server
 
     config = PascalConfig.from_env()
@@ -40,9 +48,14 @@ def add_status_route(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
 
     async def status() -> dict[str, Any]:
         """Per instance: counts by phase, KV tokens, live and recent requests with their times."""
-        states = await http_server.get_global_state().tokenizer_manager.get_internal_state()
+        manager = http_server.get_global_state().tokenizer_manager
+        try:
+            states = await asyncio.wait_for(manager.get_internal_state(), STATUS_S)
+        except TimeoutError:
+            raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer") from None
         instances = sorted((s[INIT_INFO_KEY] for s in states), key=lambda i: i["dp_rank"])
-        return {"instances": instances}
+        shown = {"controller": board.read(_board[-1])} if _board else {}
+        return {"instances": instances, **shown}
 
     if STATUS_PATH not in {getattr(route, "path", None) for route in http_server.app.routes}:
         http_server.app.get(STATUS_PATH)(status)

@@ -8,11 +8,24 @@ from typing import Any
 from pascal_sglang.config import PascalConfig
 
 INIT_INFO_KEY = "pascal"
+PROCESS_KEY = "pascal_process"
+BOARD_KEY = "pascal_board"
 
 
-def handed_on(info: dict[str, Any]) -> dict[str, Any]:
-    """The init info of a controller whose instances have all shaken hands."""
-    return {**info, INIT_INFO_KEY: own_config()}
+def introduced(info: dict[str, Any], instance: int) -> dict[str, Any]:
+    """The init info of a scheduler: its configuration, and who it is."""
+    return {**info, INIT_INFO_KEY: own_config(), PROCESS_KEY: (os.getpid(), instance)}
+
+
+def homes_of(infos: list[dict[str, Any]]) -> dict[int, int]:
+    """The instance of each scheduler process, by its id."""
+    return dict(info[PROCESS_KEY] for info in infos)
+
+
+def handed_on(info: dict[str, Any], board: str) -> dict[str, Any]:
+    """The init info of a controller whose instances have all shaken hands; `board` is where it
+    shows what it does."""
+    return {**info, INIT_INFO_KEY: own_config(), BOARD_KEY: board}
 
 
 def own_config() -> str:

@@ -7,29 +7,40 @@ orders moves by Algorithm 2 (`policy.placement`), unless SGLang's own balancing 
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import zmq
 from sglang.srt.managers.data_parallel_controller import DataParallelController
-from sglang.srt.managers.io_struct import sock_recv, sock_send
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    GetInternalStateReq,
+    GetInternalStateReqOutput,
+    sock_recv,
+    sock_send,
+)
+from sglang.srt.runtime_context import get_observability
+from sglang.srt.utils.network import get_zmq_socket
 
+from pascal_sglang.cluster.board import Board
+from pascal_sglang.cluster.metrics import ControllerMetrics
 from pascal_sglang.cluster.monitor import Monitor
 from pascal_sglang.cluster.mover import Mover
-from pascal_sglang.cluster.orders import Boundary, Gone, Over
+from pascal_sglang.cluster.orders import Boundary, Died, Gone, Over
 from pascal_sglang.cluster.post import CONTROLLER, POST_ENV, Box, Pen
 from pascal_sglang.cluster.prefixes import Prefixes
+from pascal_sglang.cluster.processes import Processes
+from pascal_sglang.cluster.residents import Residents
 from pascal_sglang.cluster.status import Status
+from pascal_sglang.cluster.undertaker import MESSAGE, Undertaker
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.handshake import handed_on, require_same_config
+from pascal_sglang.handshake import INIT_INFO_KEY, handed_on, homes_of, require_same_config
 from pascal_sglang.policy.placement import Instance, Placement
-
-logger = logging.getLogger(__name__)
 
 # The watchdog wants to be fed now and then.
 WAKE_MS = 1000
@@ -44,6 +55,8 @@ class PascalController(DataParallelController):
         self.pascal_config = config
         self._folder = tempfile.TemporaryDirectory(prefix="pascal-")
         os.environ[POST_ENV] = self._folder.name
+        homes: dict[int, int] = {}
+        self._homes = homes
         super().__init__(*args, **kwargs)
         instances = len(self.workers)
         self.box = Box(self._folder.name, CONTROLLER, instances)
@@ -56,18 +69,42 @@ class PascalController(DataParallelController):
             adaptive=config.migration != "always",
         )
         self.mover = Mover(self.monitor, self.placement, self.pen.write, flood=config.flood > 0)
-        self.placed: Counter[int] = Counter()
+        self.placed: Counter[str] = Counter()
+        self.residents = Residents()
+        self.undertaker = Undertaker(self.residents, self.mover, self._fail)
+        self.processes = Processes(self.scheduler_procs if config.places else [], homes)
+        self.board = Board(self._folder.name)
+        reports = get_observability().enable_metrics
+        model = str(self.server_args.served_model_name)
+        self.metrics = ControllerMetrics(model) if reports else None
+        self.to_tokenizer = get_zmq_socket(
+            self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False
+        )
         if config.places:
+            self.processes.outlive_schedulers()
             self.dispatching: Callable[[Any], None] = self.place
 
     def _record_scheduler_init_infos(self, infos: list[dict[str, Any]]) -> None:
         require_same_config(infos)
+        self._homes.update(homes_of(infos))
         super()._record_scheduler_init_infos(infos)
 
     def get_init_info(self) -> dict[str, Any]:
         """The controller vouches for its instances towards the launcher."""
-        info: dict[str, Any] = handed_on(super().get_init_info())
+        self.board.show(time.monotonic(), self.describe)
+        info: dict[str, Any] = handed_on(super().get_init_info(), self.board.path)
         return info
+
+    def init_dispatcher(self) -> None:
+        super().init_dispatcher()
+        self._request_dispatcher._mapping[GetInternalStateReq] = self.ask_states
+
+    def ask_states(self, req: Any) -> None:
+        """Every instance answers, and for those that have died this controller does."""
+        self.send_control_message(req)
+        for index in self.undertaker.dead:
+            state = {INIT_INFO_KEY: {"dp_rank": index, "dead": True}}
+            sock_send(self.to_tokenizer, GetInternalStateReqOutput(internal_state=state))
 
     def active(self, now: float) -> list[Instance]:
         """Instances that take requests; those that have fallen silent only if there are no others.
@@ -93,7 +130,28 @@ class PascalController(DataParallelController):
         ids = req.input_ids or ()
         self.monitor.sent(index, len(ids))
         self.prefixes.sent(index, ids, getattr(req, "extra_key", None))
-        self.placed[index] += 1
+        self.placed[str(index)] += 1
+        self.residents.lives(req.rid, index)
+
+    def _fail(self, rid: str) -> None:
+        reason = {
+            "type": "abort",
+            "message": MESSAGE,
+            "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
+        }
+        sock_send(self.to_tokenizer, AbortReq(rid=rid, finished_reason=reason))
+
+    def bury(self, instance: int) -> None:
+        """An instance has died: nothing goes there any more, and its requests end."""
+        if instance in self.undertaker.dead:
+            return
+        self.status[instance] = False
+        self._refresh_active_workers()
+        self.prefixes.forget(instance)
+        self.hear_all()
+        self.undertaker.died(instance, time.monotonic())
+        for index in self._active_workers:
+            self.pen.write(index, Died(instance))
 
     def hear_all(self) -> None:
         """Take in everything that the instances have said."""
@@ -109,23 +167,60 @@ class PascalController(DataParallelController):
         elif isinstance(message, Boundary):
             self.mover.boundary(message, self.active(now), now)
         elif isinstance(message, Over):
-            self.mover.over(message)
+            going = self.mover.over(message)
+            if going is not None and self.residents.home(going.rid) is not None:
+                self.residents.lives(going.rid, going.target if message.done else going.source)
+                self.undertaker.settled(going.rid)
         elif isinstance(message, Gone):
+            self.residents.gone(message.rid)
             self.prefixes.ended(message.dp_rank, message.blocks)
         else:
             self.box.rejected["not for the controller"] += 1
 
+    def _tick(self, now: float) -> None:
+        self.mover.forget_old(now)
+        self.undertaker.tick(now)
+        self.processes.tick(now)
+        self.board.show(now, self.describe)
+        if self.metrics is not None:
+            self.metrics.follow("placed_requests", self.placed)
+            self.metrics.follow("boundary_decisions", self.mover.decisions)
+            self.metrics.follow("controller_rejected", self.box.rejected)
+
+    def describe(self) -> dict[str, Any]:
+        """For `GET /pascal/status`: what the controller decided, and whom it hears from."""
+        now = time.monotonic()
+        heard = self.monitor.heard
+        return {
+            "placed": dict(self.placed),
+            "decisions": dict(self.mover.decisions),
+            "moves": dict(self.mover.ended),
+            "moves_under_way": len(self.mover.under_way),
+            "rejected": dict(self.box.rejected),
+            "unsent": self.pen.dropped,
+            "residents": len(self.residents),
+            "silent_s": [None if at is None else round(now - at, 3) for at in heard],
+            "silent": [i for i in range(len(heard)) if self.monitor.is_silent(i, now)],
+            "dead": sorted(self.undertaker.dead),
+        }
+
     def event_loop(self) -> None:
-        """Wait for requests and messages; wake once a second for the watchdog."""
+        """Wait for requests, messages and the end of schedulers; wake once a second."""
         poller = zmq.Poller()
         poller.register(self.recv_from_tokenizer, zmq.POLLIN)
         poller.register(self.box.socket, zmq.POLLIN)
+        for sentinel in self.processes.sentinels:
+            poller.register(sentinel, zmq.POLLIN)
         while True:
             self.soft_watchdog.feed()
-            ready = dict(poller.poll(WAKE_MS))
-            self.mover.forget_old(time.monotonic())
+            ready: dict[Any, int] = dict(poller.poll(WAKE_MS))
+            self._tick(time.monotonic())
             if self.box.socket in ready:
                 self.hear_all()
+            for sentinel in self.processes.sentinels:
+                if sentinel in ready:
+                    poller.unregister(sentinel)
+                    self.bury(self.processes.ended(sentinel))
             if self.recv_from_tokenizer not in ready:
                 continue
             while True:

@@ -8,14 +8,17 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.runtime_context import get_parallel
 
-from pascal_sglang.cluster import messages
+from pascal_sglang.cluster import messages, orders
 from pascal_sglang.cluster.messages import Message
+from pascal_sglang.cluster.post import CONTROLLER
 from pascal_sglang.cluster.source import Terms
 from pascal_sglang.cluster.target import Target, TargetState
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.incoming import Incoming, Landing
 from pascal_sglang.engine.letters import Voice
+from pascal_sglang.engine.move_metrics import MoveMetrics
 from pascal_sglang.engine.ranks import all_agree
 from pascal_sglang.engine.snapshot import import_state, problem_with, restore_member
 from pascal_sglang.engine.tombstones import Tombstones
@@ -46,8 +49,10 @@ class Arrivals:
         self.under_way: dict[str, Incoming] = {}
         self.counts: Counter[str] = Counter()
         self.arrived: dict[Req, float] = {}
+        self.metrics: MoveMetrics | None = None
         self._past: OrderedDict[str, Incoming] = OrderedDict()
         self._tombstones = Tombstones()
+        self._dp_rank = get_parallel().dp_rank or 0
 
     def asked(self, sender: int, ask: messages.Ask, now: float) -> None:
         if ask.move in self.under_way or ask.move in self._past:
@@ -56,7 +61,7 @@ class Arrivals:
         incoming = None if problem else self.landing.reserve(sender, ask.tokens)
         if incoming is None:
             why = problem or "full"
-            self.counts[why] += 1
+            self._count(why)
             self.voice.say(sender, [messages.Refused(ask.move, why)])
             return
         incoming.target = Target(
@@ -118,11 +123,18 @@ class Arrivals:
             return
         del self.under_way[move]
         taken = target.state is TargetState.OWNED
-        self.counts["taken" if taken else target.why] += 1
+        self._count("taken" if taken else target.why)
+        # The source says so too, unless it has died.
+        self.voice.say(CONTROLLER, [orders.Over(self._dp_rank, move, taken, target.why)])
         incoming.req = None
         self._past[move] = incoming
         while len(self._past) > REMEMBERED:
             self._past.popitem(last=False)
+
+    def _count(self, outcome: str) -> None:
+        self.counts[outcome] += 1
+        if self.metrics is not None:
+            self.metrics.ended("in", outcome)
 
     def hear(self, sender: int, message: Message, now: float) -> None:
         """A source's message about a move that is known here."""

@@ -19,6 +19,7 @@ from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.kv_bytes import KvBytes
 from pascal_sglang.engine.letters import Voice
 from pascal_sglang.engine.members import member_of, remaining_of
+from pascal_sglang.engine.move_metrics import MoveMetrics
 from pascal_sglang.engine.outgoing import Outgoing, find
 from pascal_sglang.engine.ranks import all_agree
 from pascal_sglang.engine.snapshot import export_state, why_not_movable
@@ -51,6 +52,7 @@ class Departures:
         self.under_way: dict[str, Outgoing] = {}
         self.counts: Counter[str] = Counter()
         self.bytes_sent = 0
+        self.metrics: MoveMetrics | None = None
         self._dp_rank, self._tp_rank = get_parallel().dp_rank or 0, get_parallel().tp_rank
         self._running: ScheduleBatch | None = None
 
@@ -171,7 +173,11 @@ class Departures:
         del self.under_way[move]
         self.bytes_sent += out.bytes_sent
         done = source.state is SourceState.DONE
-        self.counts["moved" if done else f"kept:{source.why}"] += 1
+        outcome = "moved" if done else f"kept:{source.why}"
+        self.counts[outcome] += 1
+        if self.metrics is not None:
+            self.metrics.ended("out", outcome)
+            self.metrics.sent(out.bytes_sent)
         self._report(move, done, source.why)
 
     def _report(self, move: str, done: bool, why: str) -> None:

@@ -23,6 +23,7 @@ from pascal_sglang.engine.departures import Departures
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.letters import Letters, Voice
 from pascal_sglang.engine.members import member_of, remaining_of
+from pascal_sglang.engine.move_metrics import MoveMetrics
 from pascal_sglang.engine.snapshot import why_not_movable
 from pascal_sglang.policy.timeline import Phase
 
@@ -55,6 +56,7 @@ class Moves:
         self.blocked_s: deque[float] = deque(maxlen=1024)
         # Tokens that an answer has here, on average; None before the first.
         self.answer_tokens: float | None = None
+        self.metrics: MoveMetrics | None = None
         self._flood = flood
         self._dice = random.Random(0)
         self._dp_rank, self._instances = get_parallel().dp_rank or 0, get_parallel().dp_size
@@ -73,7 +75,7 @@ class Moves:
             try:
                 sender, message = unpack(letter, self._instances)
             except BadMessage as error:
-                self.rejected[str(error)] += 1
+                self._reject(str(error))
                 continue
             if isinstance(message, orders.Order):
                 self.departures.ordered(message, letters.now)
@@ -87,7 +89,15 @@ class Moves:
             elif isinstance(message, TO_TARGET):
                 self.arrivals.hear(sender, message, letters.now)
             else:
-                self.rejected["not for an instance"] += 1
+                self._reject("not for an instance")
+
+    def report_to(self, metrics: MoveMetrics) -> None:
+        self.metrics = self.departures.metrics = self.arrivals.metrics = metrics
+
+    def _reject(self, reason: str) -> None:
+        self.rejected[reason] += 1
+        if self.metrics is not None:
+            self.metrics.rejected(reason)
 
     def step(self, running: ScheduleBatch) -> None:
         """Once per pass, before the plan."""
@@ -106,6 +116,8 @@ class Moves:
         reason = why_not_movable(req)
         if reason is not None:
             self.stayed[reason] += 1
+            if self.metrics is not None:
+                self.metrics.stayed(reason)
             return
         kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
         remaining = remaining_of(req, member_of(req))
@@ -124,7 +136,10 @@ class Moves:
         """The request may have produced a token."""
         stopped_at = self.arrivals.arrived.pop(req, None) if self.arrivals.arrived else None
         if stopped_at is not None:
-            self.blocked_s.append(max(0.0, self.governor.moment.now - stopped_at))
+            blocked_s = max(0.0, self.governor.moment.now - stopped_at)
+            self.blocked_s.append(blocked_s)
+            if self.metrics is not None:
+                self.metrics.blocked(blocked_s)
         if req.finished() and (spoke := member_of(req).pacer.delivered):
             before = self.answer_tokens
             self.answer_tokens = spoke if before is None else 0.9 * before + 0.1 * spoke

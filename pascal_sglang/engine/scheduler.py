@@ -30,9 +30,10 @@ from pascal_sglang.engine.herald import Herald, build_herald, figures
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.letters import Letters, PascalRequestReceiver
 from pascal_sglang.engine.metrics import DecisionMetrics, PhaseMetrics
+from pascal_sglang.engine.move_metrics import MoveMetrics
 from pascal_sglang.engine.moves import Moves
 from pascal_sglang.engine.phases import PhaseTracker, by_class, count_phases, describe
-from pascal_sglang.handshake import INIT_INFO_KEY
+from pascal_sglang.handshake import INIT_INFO_KEY, introduced
 from pascal_sglang.preflight import check_policy
 
 
@@ -89,6 +90,8 @@ class PascalScheduler(Scheduler):
         metrics = PhaseMetrics(labels, self.pascal_config.qoe_slo) if reports else None
         if reports and self.governor is not None:
             self.governor.journal.metrics = DecisionMetrics(labels, kv_bytes_per_token(self))
+        if reports and self.moves is not None:
+            self.moves.report_to(MoveMetrics(labels))
         self.phase_tracker = PhaseTracker(metrics, None if self.governor is None else self._observe)
         super().init_output_streamer()
         self.output_streamer.tracker = self.phase_tracker
@@ -125,7 +128,7 @@ class PascalScheduler(Scheduler):
 
     def get_init_info(self) -> dict[str, Any]:
         """Tell the launcher which configuration really runs here (`frontend.require_handshake`)."""
-        return {**super().get_init_info(), INIT_INFO_KEY: self.pascal_config.to_json()}
+        return introduced(super().get_init_info(), get_parallel().dp_rank or 0)
 
     def _create_generation_req(
         self, recv_req: TokenizedGenerateReqInput, *args: Any, **kwargs: Any

@@ -1,0 +1,32 @@
+"""The `pascal:` series of the controller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class ControllerMetrics:
+    """Counters that follow the controller's own; built in its process after SGLang set
+    `PROMETHEUS_MULTIPROC_DIR`, which `prometheus_client` reads on import."""
+
+    def __init__(self, model: str) -> None:
+        from prometheus_client import Counter
+
+        self._model = model
+        self._series = {
+            name: Counter(f"pascal:{name}", text, ["model_name", label])
+            for name, label, text in (
+                ("placed_requests", "instance", "New requests sent to an instance."),
+                ("boundary_decisions", "why", "Decisions at the end of thinking, by reason."),
+                ("controller_rejected", "reason", "Letters to the controller that were none."),
+            )
+        }
+        self._reported: dict[tuple[str, str], int] = {}
+
+    def follow(self, name: str, counts: Mapping[str, int]) -> None:
+        """Report what has been added to `counts`."""
+        for label, count in counts.items():
+            new = count - self._reported.get((name, label), 0)
+            if new:
+                self._series[name].labels(self._model, label).inc(new)
+                self._reported[name, label] = count

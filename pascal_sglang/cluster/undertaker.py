@@ -1,0 +1,55 @@
+"""An instance has died: its requests end with an error, all others go on.
+
+SGLang takes the whole server down when a scheduler reports an exception, and notices nothing when
+one is killed. Here the controller sees either by the process itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pascal_sglang.cluster.mover import Mover
+from pascal_sglang.cluster.residents import Residents
+
+MESSAGE = "The instance that served this request has died."
+# For the other side of a move under way to say whose the request is, in seconds.
+CLAIM_S = 5.0
+
+
+class Undertaker:
+    """Ends what a dead instance leaves behind. fail: ends a request with an error, by name.
+
+    dead: instances that have died.
+    """
+
+    def __init__(self, residents: Residents, mover: Mover, fail: Callable[[str], None]) -> None:
+        self.residents, self.mover, self._fail = residents, mover, fail
+        self.dead: set[int] = set()
+        self._claimed: dict[str, float] = {}
+
+    def died(self, instance: int, now: float) -> None:
+        """All its requests end, but for those that were being moved away: their target knows
+        whether they had arrived, and reports it."""
+        self.dead.add(instance)
+        leaving = {m.rid for m in self.mover.under_way.values() if m.source == instance}
+        for rid in self.residents.of(instance):
+            if rid in leaving:
+                self._claimed[rid] = now + CLAIM_S
+            else:
+                self.fail(rid)
+
+    def settled(self, rid: str) -> None:
+        """A move of the request has ended, and its home is known for good."""
+        self._claimed.pop(rid, None)
+        if self.residents.home(rid) in self.dead:
+            self.fail(rid)
+
+    def tick(self, now: float) -> None:
+        """Requests that nobody claimed in time end too."""
+        for rid in [r for r, until in self._claimed.items() if now > until]:
+            del self._claimed[rid]
+            self.fail(rid)
+
+    def fail(self, rid: str) -> None:
+        self.residents.gone(rid)
+        self._fail(rid)
