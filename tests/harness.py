@@ -169,9 +169,8 @@ class Server:
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             for instance in self.instances():
-                for request in instance["recent"]:
+                for request in instance.get("recent", ()):
                     if request["rid"] == rid:
-                        found: dict[str, Any] = request
-                        return found
+                        return {**request, "dp_rank": instance["dp_rank"]}
             time.sleep(0.05)
         raise AssertionError(f"{rid} never showed up in /pascal/status")

@@ -17,7 +17,7 @@ class MoveMetrics:
         names = list(labels)
         self._ended = Counter(
             "pascal:migrations",
-            "Moves that ended. way: out (of this instance) or in; outcome: moved, taken, or why not.",
+            "Moves that ended. way: out (of here) or in; outcome: moved, taken, or why not.",
             [*names, "way", "outcome"],
         )
         self._bytes = Counter("pascal:migrated_bytes", "Bytes of KV sent, per rank.", names)

@@ -18,7 +18,7 @@ def reference(stock_server):
     return run(stock_server)[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve(tiny_model):
     """Starts the tiny model under a configuration, with SGLang's strict memory checks on."""
 

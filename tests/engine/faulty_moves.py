@@ -1,0 +1,104 @@
+"""`sglang` with a bad network between instances, and a slow pipe behind one of them.
+
+Letters are lost, repeated and late. What instance 0 sends to the detokenizer comes a while later,
+in order; the detokenizer writes down whenever it had to hold something back, and whenever it let
+something pass out of order. Worker processes import the main module, so this holds in all of them.
+"""
+
+import queue
+import random
+import sys
+import threading
+import time
+
+from pascal_sglang import detokenizer
+from pascal_sglang.cluster.in_order import InOrder
+from pascal_sglang.cluster.messages import Message
+from pascal_sglang.cluster.post import Box, Pen
+
+PIPE_DELAY_S = 0.15
+dice = random.Random(4)
+sound_write, sound_admit, sound_handle = Pen.write, InOrder.admit, detokenizer._handle
+seen = {}
+
+
+def write(pen, to, message):
+    if not isinstance(message, Message):
+        return sound_write(pen, to, message)
+    fate = dice.random()
+    if fate < 0.03:
+        return True
+    if fate < 0.06:
+        sound_write(pen, to, message)
+    if fate < 0.09:
+        late = threading.Timer(0.1, lambda: pen.late.append((to, message)))
+        late.daemon = True
+        late.start()
+        return True
+    while pen.late:
+        sound_write(pen, *pen.late.pop())
+    return sound_write(pen, to, message)
+
+
+def admit(order, instance, message, rows, now):
+    passed = sound_admit(order, instance, message, rows, now)
+    if not passed:
+        print("HELD BACK", file=sys.stderr, flush=True)
+    return passed
+
+
+def handle(manager, message):
+    for row in detokenizer.rows_of(message) if hasattr(message, "completion_tokens") else ():
+        if row.begin > seen.get(row.rid, 0):
+            print("OUT OF ORDER", row, file=sys.stderr, flush=True)
+        seen[row.rid] = row.end
+    sound_handle(manager, message)
+
+
+class SlowSender:
+    """Around a `SenderWrapper`: the same, `PIPE_DELAY_S` later, in order."""
+
+    def __init__(self, sender):
+        self.sender, self.letters = sender, queue.Queue()
+        threading.Thread(target=self.deliver, daemon=True).start()
+
+    def send_output(self, output, recv_obj=None):
+        from sglang.srt.managers.io_struct import msgpack_encode
+
+        # As it is now: the requests in it go on changing.
+        self.letters.put((time.monotonic() + PIPE_DELAY_S, msgpack_encode(output)))
+
+    def deliver(self):
+        while True:
+            due, letter = self.letters.get()
+            time.sleep(max(0.0, due - time.monotonic()))
+            self.sender.socket.send(letter)
+
+
+def open_box(box, folder, name, instances):
+    sound_open(box, folder, name, instances)
+    if name == 0:
+        slow_down_this_instance()
+
+
+def slow_down_this_instance():
+    from pascal_sglang.engine.scheduler import PascalScheduler
+
+    sound = PascalScheduler.init_output_streamer
+
+    def init_output_streamer(scheduler):
+        sound(scheduler)
+        streamer = scheduler.output_streamer
+        streamer.send_to_detokenizer = SlowSender(streamer.send_to_detokenizer)
+
+    PascalScheduler.init_output_streamer = init_output_streamer
+
+
+sound_open = Box.__init__
+Box.__init__, InOrder.admit, detokenizer._handle = open_box, admit, handle
+Pen.late, Pen.write = [], write
+
+if __name__ == "__main__":
+    from sglang.cli.main import main
+
+    sys.exit(main())

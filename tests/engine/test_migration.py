@@ -1,0 +1,214 @@
+"""Requests that move at the end of their thinking, and again at random: no token changes, none is
+lost, nothing stays behind. Streams, stop strings and aborts are those of `tests.engine.load`."""
+
+import json
+import signal
+import socket
+import sys
+import time
+import urllib.error
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.engine.load import run
+from tests.requests import generate
+
+FLOOD = {"flood": 0.02}
+FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_moves.py")), "serve")
+
+ARMS = {
+    "overlap": (100, [], {}),
+    "two ranks each": (40, ["--tp-size", "2"], {}),
+    "mooncake, no overlap, pages of 16": (
+        60,
+        ["--disable-overlap-schedule", "--page-size", "16"],
+        {"kv_transport": "mooncake"},
+    ),
+    "stop and copy, pauses, little memory": (
+        60,
+        ["--max-total-tokens", "2500", "--chunked-prefill-size", "64"],
+        {"live_migration": False, "chaos": 0.02, "quantum_tokens": 50, "answer_tpot_ms": 40.0},
+    ),
+}
+
+
+def differences(whole, reference):
+    return [i for i, (a, b) in enumerate(zip(whole, reference, strict=False)) if a != b]
+
+
+def at_rest(server):
+    """The instances once nothing runs, waits, is paused or moves."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        instances = [i for i in server.instances() if not i.get("dead")]
+        moving = [i["migrations"]["out"] + i["migrations"]["in"] for i in instances]
+        if not any([*moving, *(i["requests"] or i["paused"] for i in instances)]):
+            return instances
+        time.sleep(0.2)
+    raise AssertionError(f"never came to rest: {instances}")
+
+
+def nothing_left(instances):
+    for instance in instances:
+        kv = instance["kv_tokens"]
+        assert (kv["free"] + kv["evictable"], kv["host"]) == (kv["capacity"], 0)
+        assert instance["policy_errors"] == 0
+
+
+def total(instances, way, *outcomes):
+    return sum(i["migrations"][way].get(o, 0) for i in instances for o in outcomes)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_flood_of_moves_is_invisible(arm, serve, reference):
+    count, flags, settings = ARMS[arm]
+    if settings.get("kv_transport") == "mooncake":
+        pytest.importorskip("mooncake.engine", exc_type=ImportError)
+    binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0|1"}
+    with serve({**FLOOD, **settings}, ["--dp-size", "2", *flags], **binding) as server:
+        whole, _ = run(server, count)
+        instances = at_rest(server)
+        metrics = server.get("/metrics")
+        shown = server.get("/pascal/status")["controller"]
+    assert differences(whole, reference) == []
+    nothing_left(instances)
+    moved = total(instances, "departures", "moved")
+    assert moved > count / 3
+    assert moved == total(instances, "arrivals", "taken")
+    assert all(i["migrations"]["rejected"] == {} for i in instances)
+    assert (shown["rejected"], shown["moves"]["moved"]) == ({}, moved)
+    assert shown["residents"] == 0, "the controller has forgotten every request"
+    for series in (
+        "pascal:migrations_total{",
+        "pascal:migrated_bytes_total",
+        "pascal:migration_blocking_seconds_bucket",
+        "pascal:boundary_decisions_total{",
+    ):
+        assert series in metrics
+
+
+def test_lost_late_and_repeated_messages_and_a_slow_pipe(serve, reference):
+    """Moves fail and their requests go on; what overtakes in the pipes waits in the detokenizer."""
+    with serve(FLOOD, ["--dp-size", "2"], FAULTY) as server:
+        whole, _ = run(server, 60)
+        instances = at_rest(server)
+        output = server.output
+    assert differences(whole, reference) == []
+    nothing_left(instances)
+    assert total(instances, "departures", "moved") > 20
+    assert total(instances, "departures", "kept:timeout") > 0, "some went on where they were"
+    assert "HELD BACK" in output, "the pipes were never out of order: this shows nothing"
+    assert "OUT OF ORDER" not in output
+
+
+def disconnect(server, body, tokens):
+    """Read a stream up to `tokens` tokens and hang up."""
+    data = json.dumps({**body, "stream": True}).encode()
+    head = (
+        f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
+        client.sendall(head.encode() + data)
+        seen = b""
+        while seen.count(b"data: ") < tokens:
+            got = client.recv(1 << 16)
+            assert got, seen[-500:]
+            seen += got
+
+
+@pytest.fixture(scope="module")
+def flooded(serve):
+    with serve({"flood": 0.05}, ["--dp-size", "2"]) as server:
+        yield server
+
+
+def test_who_hangs_up_at_any_point_of_a_move_leaves_nothing(flooded):
+    """Right after the boundary, where a move has just begun, and ever later."""
+    jobs = [
+        (generate(f"hang up {i}", think=6, total=900, rid=uuid.uuid4().hex), 8 + i)
+        for i in range(24)
+    ]
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda job: disconnect(flooded, *job), jobs))
+    instances = at_rest(flooded)
+    nothing_left(instances)
+    assert sum(i["ended"].get("aborted", 0) for i in instances) == len(jobs)
+    assert total(instances, "departures", "moved") > 0
+
+
+def test_what_cannot_travel_stays_and_says_why(flooded):
+    body = generate("stay", think=6, total=40)
+    body["sampling_params"]["frequency_penalty"] = 0.5
+    flooded.post("/generate", body)
+    stayed = [i["migrations"]["stayed"] for i in at_rest(flooded)]
+    assert {reason for counts in stayed for reason in counts} == {"penalties"}
+
+
+def test_log_probabilities_travel(flooded):
+    """All of them, in one piece, whichever instance made them."""
+    for stream in (False, True):
+        body = generate("odds", think=4, total=120, return_logprob=True, top_logprobs_num=2)
+        reply = flooded.stream("/generate", body)[-1] if stream else flooded.post("/generate", body)
+        meta = reply["meta_info"]
+        assert len(meta["output_token_logprobs"]) == len(reply["output_ids"]) == 120
+        assert [t for _, t, _ in meta["output_token_logprobs"]] == reply["output_ids"]
+        assert len(meta["output_top_logprobs"]) == 120
+
+
+def test_the_next_turn_goes_where_the_last_one_ended(flooded):
+    """A conversation that was moved away is continued where it went, not where it began."""
+    at_rest(flooded)
+    for _ in range(4):
+        prompt = f"{uuid.uuid4().hex} tell me a long story " * 20
+        first = uuid.uuid4().hex
+        flooded.post("/generate", generate(prompt, 3, 70, rid=first, routed_dp_rank=0))
+        home = flooded.recent(first)["dp_rank"]
+        second = uuid.uuid4().hex
+        flooded.post("/generate", generate(prompt + " and then", None, 8, rid=second))
+        assert flooded.recent(second)["dp_rank"] == home
+        if home == 1:
+            return
+    raise AssertionError("no conversation was moved")
+
+
+def test_a_killed_instance_takes_only_its_own_requests_along(flooded):
+    """Last: the module's server has one instance less afterwards."""
+    at_rest(flooded)
+    bodies = [
+        generate(f"killed {i}", think=20 + i, total=500, rid=uuid.uuid4().hex) for i in range(16)
+    ]
+
+    def ask(body):
+        try:
+            return flooded.post("/generate", body)["output_ids"]
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    victims = [p for p in flooded.tree() if "scheduler_DP1" in "".join(p.cmdline())]
+    assert len(victims) == 1
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        replies = [pool.submit(ask, body) for body in bodies]
+        deadline = time.monotonic() + 30
+        while not any(i["migrations"]["arrivals"].get("taken") for i in flooded.instances()):
+            assert time.monotonic() < deadline
+        victims[0].send_signal(signal.SIGKILL)
+        replies = [reply.result() for reply in replies]
+    failed = [r for r in replies if isinstance(r, tuple)]
+    whole = {i: r for i, r in enumerate(replies) if not isinstance(r, tuple)}
+    assert failed, "nobody was on the instance that died"
+    assert whole, "nobody was on the other one"
+    for code, body in failed:
+        assert code == 503
+        assert "has died" in json.dumps(body)
+    for i, ids in whole.items():
+        again = ask({**bodies[i], "rid": uuid.uuid4().hex})
+        assert again == ids
+    status = flooded.get("/pascal/status")
+    assert status["controller"]["dead"] == [1]
+    assert [i.get("dead", False) for i in status["instances"]] == [False, True]
+    nothing_left(at_rest(flooded))
+    assert flooded.process.poll() is None

@@ -1,0 +1,161 @@
+"""A request's state: what comes out elsewhere is what went in, and nothing else is taken."""
+
+import types
+from array import array
+
+import orjson
+import pytest
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from pascal_sglang.engine.snapshot import (
+    GIVEN,
+    KEYS,
+    PLAIN,
+    TIMES,
+    export_state,
+    import_state,
+    problem_with,
+    restore_member,
+    why_not_movable,
+)
+from pascal_sglang.policy.member import Member
+from pascal_sglang.policy.pacer import Pacer
+from pascal_sglang.policy.timeline import Phase, PhaseTimeline
+
+PROMPT, OUTPUT = [5, 6, 7, 8], [9, 10, 11]
+KV = len(PROMPT) + len(OUTPUT) - 1
+LONGEST = 4096
+SCHEDULER = types.SimpleNamespace(
+    model_config=types.SimpleNamespace(hf_eos_token_id={1}, vocab_size=300),
+    disaggregation_mode=DisaggregationMode.NULL,
+    metrics_reporter=types.SimpleNamespace(enable_metrics=False),
+    tokenizer=None,
+)
+
+
+def request(**more):
+    params = SamplingParams(max_new_tokens=50, temperature=0, stop=["ab"], stop_token_ids=[2, 3])
+    params.normalize(types.SimpleNamespace(encode=lambda text, **_: list(text)))
+    params.custom_params = {"thinking_budget": 2, "pascal": {"answer_tpot_ms": 40}}
+    req = Req(
+        "r",
+        None,
+        array("q", PROMPT),
+        params,
+        return_logprob=True,
+        top_logprobs_num=1,
+        stream=True,
+        require_reasoning=True,
+        custom_logit_processor="processor",
+        eos_token_ids={1},
+        vocab_size=300,
+        **more,
+    )
+    req.output_ids = array("q", OUTPUT)
+    req._is_reasoning_over, req.reasoning_tokens = True, 2
+    req.input_logprob_sent = True
+    req.init_incremental_detokenize()
+    req.send_token_offset = req.send_output_token_logprobs_offset = 2
+    req.send_decode_id_offset = len(PROMPT) + 2
+    req.cached_tokens = 3
+    req.time_stats.forward_entry_time = 12.5
+    req.logprob.output_token_logprobs_val = [-0.5, float("-inf"), -1.25]
+    req.logprob.output_token_logprobs_idx = OUTPUT
+    req.logprob.output_top_logprobs_val = [[-0.5], [None], [float("nan")]]
+    req.logprob.output_top_logprobs_idx = [[9], [10], [11]]
+    req.pascal_timeline = PhaseTimeline(1.0, 1.5, 2.0, 2.5, 2.5, None, 2, 1)
+    pacer = Pacer(0.04, 1, 2.5, 2.5, 0.0)
+    req.pascal_member = Member(seq=4, pacer=pacer, phase=Phase.ANSWERING, phase_tokens=1, credit=2)
+    return req
+
+
+def travelled(req):
+    """Its state after a trip as JSON."""
+    return orjson.loads(orjson.dumps(export_state(req, 3.5)))
+
+
+def test_everything_listed_arrives():
+    req = request()
+    state = travelled(req)
+    assert problem_with(state, KV, LONGEST) is None
+    new = import_state(SCHEDULER, state)
+    for name in (*GIVEN, *PLAIN):
+        assert getattr(new, name) == getattr(req, name), name
+    for name in TIMES:
+        assert getattr(new.time_stats, name) == getattr(req.time_stats, name), name
+    for name in ("origin_input_ids", "output_ids", "surr_and_decode_ids", "cur_decode_ids_len"):
+        assert getattr(new, name) == getattr(req, name), name
+    ours = {k: v for k, v in req.sampling_params.custom_params.items() if k != "__req__"}
+    assert {k: v for k, v in new.sampling_params.custom_params.items() if k != "__req__"} == ours
+    assert new.sampling_params.custom_params["__req__"].rid == "r"
+    for name in ("max_new_tokens", "top_k", "stop_strs", "stop_token_ids", "stop_str_max_len"):
+        assert getattr(new.sampling_params, name) == getattr(req.sampling_params, name), name
+    assert new.logprob.top_logprobs_num == 1
+    for name in ("output_token_logprobs_val", "output_top_logprobs_val"):
+        assert repr(getattr(new.logprob, name)) == repr(getattr(req.logprob, name))
+    assert new.pascal_timeline == req.pascal_timeline
+    new.pascal_member = Member(seq=9, pacer=Pacer(0.1), handle=new)
+    restore_member(new, state)
+    was = req.pascal_member
+    for name in ("pacer", "phase", "phase_tokens", "total_tokens", "credit"):
+        assert getattr(new.pascal_member, name) == getattr(was, name), name
+    assert new.pascal_member.seq == 9, "its place in line is that of its arrival here"
+
+
+def test_the_list_is_what_sglang_has():
+    req = request()
+    for name in (*GIVEN, *PLAIN):
+        assert hasattr(req, name), name
+    assert travelled(req).keys() == KEYS
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"more": 1}, "unknown or missing"),
+        ({"prompt_ids": []}, "without tokens"),
+        ({"output_ids": ["1", 2, 3]}, "without tokens"),
+        ({"output_ids": [1]}, "different lengths"),
+        ({"plain": {}}, "other plain fields"),
+        ({"given": {**dict.fromkeys(GIVEN), "lora": 1}}, "other given fields"),
+        ({"sampling": ["much"]}, "does not read"),
+        ({"timeline": {"arrival": 1, "bogus": 2}}, "does not read"),
+        ({"member": {"phase": "sleeping"}}, "does not read"),
+        ({"member": {}}, "does not read"),
+    ],
+)
+def test_a_state_that_is_not_ours_is_refused_by_name(change, why):
+    state = {**travelled(request()), **change}
+    assert why in problem_with(state, KV, LONGEST)
+
+
+def test_a_request_longer_than_this_instance_serves_is_refused():
+    assert problem_with(travelled(request()), KV, len(PROMPT) + 49).startswith("longer")
+    assert problem_with(travelled(request()), KV + 1, LONGEST) == (
+        "state and KV of different lengths"
+    )
+
+
+def test_what_is_not_listed_stays():
+    assert why_not_movable(request()) is None
+    for change, why in (
+        ({"customized_info": {"a": []}}, "customized output"),
+        ({"input_logprob_sent": False}, "prompt log probabilities"),
+        ({"session_id": "s"}, "a session"),
+        ({"weight_version_events": [1]}, "a change of weights"),
+        ({"lora_id": "l"}, "a LoRA adapter"),
+    ):
+        req = request()
+        for name, value in change.items():
+            setattr(req, name, value)
+        assert why_not_movable(req) == why
+
+
+def test_a_value_without_a_json_form_is_an_error():
+    req = request()
+    req.logprob.output_token_logprobs_val = [object()]
+    with pytest.raises(TypeError, match="object does not travel"):
+        export_state(req, 0.0)
