@@ -52,6 +52,13 @@ class Record:
     def answer_s(self) -> list[float]:
         return self.token_s[self.reasoning_tokens :]
 
+    @property
+    def blocking_s(self) -> float | None:
+        """End of thinking to the first answering token; None without either."""
+        if not self.answer_s or not self.reasoning_tokens:
+            return None
+        return self.answer_s[0] - self.token_s[self.reasoning_tokens - 1]
+
 
 @dataclass(frozen=True, slots=True)
 class Idle:
@@ -244,6 +251,7 @@ def summarize(
         ("itl_ms", [gap for r in records for gap in intervals(r.token_s)]),
         ("reasoning_time_ms", [r.reasoning_s for r in requests]),
         ("ttfo_ms", [r.ttfo_s for r in requests]),
+        ("blocking_ms", [record.blocking_s for record in records]),
         ("answer_tpot_ms", [r.answer_tpot_s for r in requests]),
         ("answer_itl_ms", [b - a for r in records for a, b in itertools.pairwise(r.answer_s)]),
     ):

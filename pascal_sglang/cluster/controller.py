@@ -7,6 +7,7 @@ orders moves by Algorithm 2 (`policy.placement`), unless SGLang's own balancing 
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -44,6 +45,8 @@ from pascal_sglang.policy.placement import Instance, Placement
 
 # The watchdog wants to be fed now and then.
 WAKE_MS = 1000
+# How often to look which instances have fallen silent, in seconds.
+LOOK_S = 0.2
 
 
 class PascalController(DataParallelController):
@@ -69,6 +72,8 @@ class PascalController(DataParallelController):
             adaptive=config.migration != "always",
         )
         self.mover = Mover(self.monitor, self.placement, self.pen.write, flood=config.flood > 0)
+        self._active: list[Instance] = []
+        self._active_at = -math.inf
         self.placed: Counter[str] = Counter()
         self.residents = Residents()
         self.undertaker = Undertaker(self.residents, self.mover, self._fail)
@@ -106,13 +111,18 @@ class PascalController(DataParallelController):
             state = {INIT_INFO_KEY: {"dp_rank": index, "dead": True}}
             sock_send(self.to_tokenizer, GetInternalStateReqOutput(internal_state=state))
 
-    def active(self, now: float) -> list[Instance]:
+    def active(self) -> list[Instance]:
         """Instances that take requests; those that have fallen silent only if there are no others.
         Raises: RuntimeError if there are none."""
+        now = time.monotonic()
+        if now - self._active_at < LOOK_S:
+            return self._active
         found = [self.monitor.instances[i] for i in self._active_workers if self.status[i]]
         if not found:
             raise RuntimeError("no active instance to send a request to")
-        return [i for i in found if not self.monitor.is_silent(i.index, now)] or found
+        self._active = [i for i in found if not self.monitor.is_silent(i.index, now)] or found
+        self._active_at = now
+        return self._active
 
     def place(self, req: Any) -> None:
         """Send a new request to the instance that Algorithm 1 chooses."""
@@ -122,7 +132,7 @@ class PascalController(DataParallelController):
             return
         ids = req.input_ids or ()
         hits = self.prefixes.hits(ids, getattr(req, "extra_key", None))
-        index = self.placement.place(self.active(time.monotonic()), len(ids), hits)
+        index = self.placement.place(self.active(), len(ids), hits)
         self._note(req, index)
         sock_send(self.workers[index], req)
 
@@ -147,6 +157,7 @@ class PascalController(DataParallelController):
             return
         self.status[instance] = False
         self._refresh_active_workers()
+        self._active_at = -math.inf
         self.prefixes.forget(instance)
         self.hear_all()
         self.undertaker.died(instance, time.monotonic())
@@ -165,7 +176,7 @@ class PascalController(DataParallelController):
         if isinstance(message, Status):
             self.monitor.hear(message, now)
         elif isinstance(message, Boundary):
-            self.mover.boundary(message, self.active(now), now)
+            self.mover.boundary(message, self.active(), now)
         elif isinstance(message, Over):
             going = self.mover.over(message)
             if going is not None and self.residents.home(going.rid) is not None:

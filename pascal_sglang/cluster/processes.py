@@ -39,9 +39,12 @@ class Processes:
         process.join()
         instance = self.homes[process.pid]
         self._quit_at = None
-        logger.error(
-            "pascal_sglang: a scheduler of instance %d ended with %s", instance, process.exitcode
-        )
+        if process.exitcode:  # None of them ends with 0 but at shutdown.
+            logger.error(
+                "pascal_sglang: a scheduler of instance %d ended with %s",
+                instance,
+                process.exitcode,
+            )
         for other in self._alive.values():
             if self.homes[other.pid] == instance:
                 other.kill()

@@ -89,12 +89,16 @@ class Placement:
         """Algorithm 1: the smallest footprint among instances whose answers are on pace, or among
         all if none is. hits: tokens of the prompt that an instance holds already; they weigh
         against its footprint."""
-        candidates = [i for i in instances if i.on_pace] or list(instances)
-
-        def weight(instance: Instance) -> int:
-            return instance.footprint + instance.waiting - hits.get(instance.index, 0)
-
-        chosen = min(candidates, key=lambda i: (weight(i), self._order(i, len(instances))))
+        turn, count, held = self._turn, len(instances), hits.get
+        # False comes first: those on pace, if there are any.
+        chosen = min(
+            instances,
+            key=lambda i: (
+                not i.on_pace,
+                i.footprint + i.waiting - held(i.index, 0),
+                (i.index - turn) % count,
+            ),
+        )
         self._turn += 1
         chosen.thinking += 1
         chosen.waiting += max(0, prompt - hits.get(chosen.index, 0))
@@ -135,12 +139,15 @@ class Placement:
 
     def _by_counts(self, instances: Sequence[Instance], here: Instance, answer: Answer) -> Decision:
         on_pace = [i for i in instances if i.on_pace]
-
-        def count(instance: Instance) -> tuple[int, bool, int]:
-            load = instance.thinking if on_pace else instance.thinking + instance.fresh
-            return load, instance is not here, self._order(instance, len(instances))
-
-        chosen = min(on_pace or instances, key=count)
+        turn, count = self._turn, len(instances)
+        chosen = min(
+            on_pace or instances,
+            key=lambda i: (
+                i.thinking if on_pace else i.thinking + i.fresh,
+                i is not here,
+                (i.index - turn) % count,
+            ),
+        )
         if chosen is here:
             return Decision(here.index, "fewest_here")
         if self.adaptive and self.enough(here, answer) and not self.enough(chosen, answer):

@@ -164,6 +164,7 @@ def test_summary_of_three_requests():
     assert seen["mean_ttfo_ms"] == pytest.approx(1500)
     assert seen["mean_ttft_ms"] == pytest.approx(750)
     assert seen["mean_answer_itl_ms"] == pytest.approx(1000)
+    assert seen["mean_blocking_ms"] == pytest.approx(500), "1.0 to 1.5; the other never answered"
     assert seen["bin_requests"] == [1, 0]
     assert seen["tail_ttfo_by_bin"] == [1.5, None]
 

@@ -1,0 +1,113 @@
+"""An instance dies: its own requests end, once each, and nobody else's."""
+
+import multiprocessing.connection
+import os
+import signal
+import time
+
+import pytest
+
+from pascal_sglang.cluster.monitor import Monitor
+from pascal_sglang.cluster.mover import Mover, UnderWay
+from pascal_sglang.cluster.processes import QUIT_S, Processes
+from pascal_sglang.cluster.residents import Residents
+from pascal_sglang.cluster.undertaker import CLAIM_S, Undertaker
+from pascal_sglang.policy.placement import Placement
+
+
+def scene():
+    residents, failed = Residents(), []
+    mover = Mover(Monitor(2), Placement(quantum=1, lazy=True), lambda to, order: True)
+    return residents, mover, failed, Undertaker(residents, mover, failed.append)
+
+
+def test_its_own_requests_end_and_no_others():
+    residents, _, failed, undertaker = scene()
+    for rid, home in (("a", 0), ("b", 1), ("c", 1), ("d", 1)):
+        residents.lives(rid, home)
+    residents.gone("d")
+    undertaker.died(1, 0.0)
+    assert failed == ["b", "c"]
+    assert residents.home("a") == 0
+    assert residents.of(1) == []
+
+
+def test_who_was_moving_away_is_asked_after_where_it_went():
+    residents, mover, failed, undertaker = scene()
+    for rid in ("arrived", "dropped", "nobody knows"):
+        residents.lives(rid, 1)
+        mover.under_way[rid] = UnderWay(rid, 1, 0, 10, 0.0)
+    undertaker.died(1, 0.0)
+    assert failed == []
+    residents.lives("arrived", 0)
+    undertaker.settled("arrived")
+    undertaker.settled("dropped")
+    assert failed == ["dropped"]
+    undertaker.tick(CLAIM_S)
+    undertaker.tick(CLAIM_S + 1)
+    assert failed == ["dropped", "nobody knows"]
+    assert residents.home("arrived") == 0
+
+
+def test_who_arrives_at_the_dead_ends_too():
+    residents, mover, failed, undertaker = scene()
+    residents.lives("r", 0)
+    mover.under_way["r"] = UnderWay("r", 0, 1, 10, 0.0)
+    undertaker.died(1, 0.0)
+    assert failed == []
+    residents.lives("r", 1)
+    undertaker.settled("r")
+    assert failed == ["r"]
+
+
+def test_the_memory_of_homes_is_bounded():
+    residents = Residents(capacity=2)
+    for number in range(5):
+        residents.lives(str(number), 0)
+    assert len(residents) == 2
+    assert residents.of(0) == ["3", "4"]
+
+
+def sleeper():
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    process.start()
+    return process
+
+
+def test_the_end_of_a_process_is_seen_and_its_other_ranks_follow():
+    ranks = [sleeper() for _ in range(3)]
+    try:
+        watched = Processes(ranks, {p.pid: home for p, home in zip(ranks, (0, 1, 1), strict=True)})
+        ranks[1].kill()
+        assert multiprocessing.connection.wait(watched.sentinels, 30) == [ranks[1].sentinel]
+        assert watched.ended(ranks[1].sentinel) == 1
+        ranks[2].join(30)
+        assert ranks[2].exitcode == -signal.SIGKILL
+        assert ranks[0].is_alive()
+        assert ranks[0].sentinel in watched.sentinels
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+
+
+def asked_to_quit(dies):
+    """A controller whose scheduler asks for the end, and then ends or hangs."""
+    watched = Processes([], {})
+    watched.outlive_schedulers()
+    os.kill(os.getpid(), signal.SIGQUIT)
+    watched.tick(0.0)
+    if dies:
+        watched._quit_at = None  # As `ended` leaves it.
+    watched.tick(QUIT_S + 1)
+    os._exit(7)
+
+
+@pytest.mark.parametrize(("dies", "exitcode"), [(True, 7), (False, -signal.SIGQUIT)])
+def test_a_scheduler_that_fails_does_not_take_the_controller_along_but_one_that_hangs_does(
+    dies, exitcode
+):
+    process = multiprocessing.get_context("spawn").Process(target=asked_to_quit, args=(dies,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == exitcode
