@@ -32,6 +32,14 @@ def test_rooms_import_only_what_they_may(room):
                 assert name.startswith("pascal_sglang.policy"), f"{path} imports {name}"
 
 
+def test_the_cluster_knows_no_engine():
+    known = ("cluster", "policy", "config", "handshake")
+    for path in (PACKAGE / "cluster").rglob("*.py"):
+        for name in imported(path):
+            room = name.removeprefix("pascal_sglang.").split(".")[0]
+            assert not name.startswith("pascal_sglang.") or room in known, f"{path} imports {name}"
+
+
 def test_files_stay_short():
     long = {
         str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().split("\n"))) > 320
