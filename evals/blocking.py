@@ -22,30 +22,12 @@ from evals.client import Target, replay
 from evals.items import Item
 from evals.metrics import intervals
 
-FLAGS = [
-    "--model-path",
-    "{model}",
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-    "--dp-size",
-    "2",
-    "--reasoning-parser",
-    "qwen3",
-    "--enable-custom-logit-processor",
-    "--incremental-streaming-output",
-    "--stream-interval",
-    "1",
-    "--max-total-tokens",
-    "{kv_tokens}",
-    "--max-running-requests",
-    "64",
-    "--log-level",
-    "warning",
-    "--random-seed",
-    "1",
-]
+FLAGS = (
+    *("--model-path", "{model}", "--device", "cpu", "--dtype", "float32", "--dp-size", "2"),
+    *("--reasoning-parser", "qwen3", "--enable-custom-logit-processor", "--random-seed", "1"),
+    *("--incremental-streaming-output", "--stream-interval", "1", "--log-level", "warning"),
+    *("--max-total-tokens", "{kv_tokens}", "--max-running-requests", "64"),
+)
 PASCAL_FLAGS = ("--pascal-policy", "paper", "--pascal-migration", "always")
 ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 
@@ -99,7 +81,7 @@ def main() -> None:
                 seeds=1,
                 kv_tokens=131072,
                 target_tpot_ms=25.0,
-                flags=tuple(FLAGS),
+                flags=FLAGS,
                 arms=(arm,),
                 rates=(Rate("one", options.rate),),
                 pascal_flags=PASCAL_FLAGS,

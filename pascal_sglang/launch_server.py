@@ -23,6 +23,7 @@ from pascal_sglang.preflight import (
     check_arguments,
     check_frontend,
     check_machine,
+    check_moves,
     check_policy,
     one_line,
 )
@@ -92,6 +93,7 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     server_args = check_arguments(sglang_argv)
     check_policy(config.policy, server_args)
     check_frontend(config, server_args)
+    check_moves(config, server_args)
     print(config.banner(), file=sys.stderr, flush=True)
     try:
         run_server(server_args)

@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pascal_sglang.cluster.transport import problem_with
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.platforms import CPU_PLATFORM
 
@@ -86,6 +87,13 @@ def check_policy(policy: str, server_args: Any) -> None:
         raise LaunchError(
             f"policy {policy} does not work with {asked[0]} yet; use --pascal-policy fcfs"
         )
+
+
+def check_moves(config: PascalConfig, server_args: Any) -> None:
+    """Refuse a KV transport that was asked for and is not there."""
+    problem = problem_with(config.kv_transport)
+    if config.moves and server_args.dp_size > 1 and problem is not None:
+        raise LaunchError(f"--pascal-kv-transport {config.kv_transport}: {problem}")
 
 
 def check_frontend(config: PascalConfig, server_args: Any) -> None:

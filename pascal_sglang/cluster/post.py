@@ -59,7 +59,7 @@ class Box:
 
 
 class Pen:
-    """Writes to others. dropped: letters that nobody could take."""
+    """Writes to others. dropped: letters that nobody could take, or that have no form in JSON."""
 
     def __init__(self, folder: str, sender: int = 0) -> None:
         self.folder = folder
@@ -78,7 +78,7 @@ class Pen:
             self._sockets[to] = socket
         try:
             socket.send(pack(message, self.sender), zmq.NOBLOCK)
-        except zmq.Again:
+        except (zmq.Again, TypeError):
             self.dropped += 1
             return False
         return True

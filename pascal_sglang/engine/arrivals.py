@@ -126,7 +126,7 @@ class Arrivals:
         self._count("taken" if taken else target.why)
         # The source says so too, unless it has died.
         self.voice.say(CONTROLLER, [orders.Over(self._dp_rank, move, taken, target.why)])
-        incoming.req = None
+        incoming.req, incoming.locations = None, incoming.locations[:0].clone()
         self._past[move] = incoming
         while len(self._past) > REMEMBERED:
             self._past.popitem(last=False)

@@ -52,6 +52,8 @@ def build_moves(scheduler: Any, governor: Governor | None, config: PascalConfig)
                 config.kv_transport, landing_bytes(kv), window_tokens(kv) * kv.per_token
             )
         except TransportError as error:
+            if config.kv_transport != "auto":
+                raise RuntimeError(f"KV transport {config.kv_transport}: {error}") from error
             problem = str(error)
     if not all_agree(scheduler, problem is None):
         logger.warning("pascal_sglang: requests do not move here: %s", problem or "on another rank")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster import messages, orders
@@ -95,26 +95,27 @@ class Departures:
         """Once per pass, before the plan: KV that is new goes out, and whoever is to stop leaves
         the running batch."""
         self._running = running
+        alive = set(running.reqs)
         for move, out in list(self.under_way.items()):
             assert out.source is not None
-            self._advance(out, out.source, running, now)
+            self._advance(out, out.source, alive, now)
             self.voice.say(out.target, out.source.tick(now))
             self._settle(move)
 
-    def _advance(self, out: Outgoing, source: Source, running: ScheduleBatch, now: float) -> None:
+    def _advance(self, out: Outgoing, source: Source, alive: set[Req], now: float) -> None:
         if source.state not in OPEN:
             return
         if out.req.finished() or out.req.to_finish is not None:
             self.voice.say(out.target, source.keep("ended"))
             return
-        if self._copy(out, source, running, now) and source.state is SourceState.STOPPING:
+        if self._copy(out, source, alive, now) and source.state is SourceState.STOPPING:
             # Without overlap nothing of it is under way, and it stands still at once.
             self.governor.settle()
-            self._copy(out, source, running, now)
+            self._copy(out, source, alive, now)
 
-    def _copy(self, out: Outgoing, source: Source, running: ScheduleBatch, now: float) -> bool:
+    def _copy(self, out: Outgoing, source: Source, alive: set[Req], now: float) -> bool:
         """Send what can be sent; True if the request was told to stop by this."""
-        place = out.place(set(running.reqs))
+        place = out.place(alive)
         if place is Place.WAITING:
             self.voice.say(out.target, source.keep("recompute"))
         if place is None or place is Place.WAITING:

@@ -7,6 +7,7 @@ speaks.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter, deque
 from collections.abc import Callable
@@ -27,6 +28,9 @@ from pascal_sglang.engine.move_metrics import MoveMetrics
 from pascal_sglang.engine.snapshot import why_not_movable
 from pascal_sglang.policy.timeline import Phase
 
+logger = logging.getLogger(__name__)
+
+ERRORS_LOGGED = 5
 TO_SOURCE = (messages.Granted, messages.Refused, messages.Got, messages.Mine)
 TO_TARGET = (messages.Chunk, messages.Handover, messages.Cancelled)
 # Passes that a move takes besides one per window.
@@ -77,19 +81,27 @@ class Moves:
             except BadMessage as error:
                 self._reject(str(error))
                 continue
-            if isinstance(message, orders.Order):
-                self.departures.ordered(message, letters.now)
-            elif isinstance(message, orders.Died):
-                self.departures.died(message.dp_rank)
-                self.arrivals.died(message.dp_rank)
-            elif isinstance(message, messages.Ask):
-                self.arrivals.asked(sender, message, letters.now)
-            elif isinstance(message, TO_SOURCE):
-                self.departures.hear(sender, message, letters.now)
-            elif isinstance(message, TO_TARGET):
-                self.arrivals.hear(sender, message, letters.now)
-            else:
-                self._reject("not for an instance")
+            try:
+                self._take_in(sender, message, letters.now)
+            except Exception:
+                self._reject("failed")
+                if self.rejected["failed"] <= ERRORS_LOGGED:
+                    logger.exception("pascal_sglang: a message about a move failed")
+
+    def _take_in(self, sender: int, message: Any, now: float) -> None:
+        if isinstance(message, orders.Order):
+            self.departures.ordered(message, now)
+        elif isinstance(message, orders.Died):
+            self.departures.died(message.dp_rank)
+            self.arrivals.died(message.dp_rank)
+        elif isinstance(message, messages.Ask):
+            self.arrivals.asked(sender, message, now)
+        elif isinstance(message, TO_SOURCE):
+            self.departures.hear(sender, message, now)
+        elif isinstance(message, TO_TARGET):
+            self.arrivals.hear(sender, message, now)
+        else:
+            self._reject("not for an instance")
 
     def report_to(self, metrics: MoveMetrics) -> None:
         self.metrics = self.departures.metrics = self.arrivals.metrics = metrics

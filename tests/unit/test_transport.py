@@ -1,11 +1,14 @@
 """KV transports: bytes arrive where they were put, and nowhere else."""
 
 import multiprocessing
+import types
 
 import pytest
 
 from pascal_sglang.cluster import transport
 from pascal_sglang.cluster.transport import TransportError
+from pascal_sglang.config import PascalConfig
+from pascal_sglang.preflight import LaunchError, check_moves
 
 PATTERN = bytes(range(256)) * 16
 
@@ -76,3 +79,13 @@ def test_a_landing_that_is_gone_is_an_error():
 def test_an_unknown_kind_names_the_known_ones():
     with pytest.raises(TransportError, match="auto, shm, mooncake"):
         transport.make("carrier pigeon", 1, 1)
+
+
+def test_a_transport_that_is_not_installed_stops_the_start(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    several, one = types.SimpleNamespace(dp_size=2), types.SimpleNamespace(dp_size=1)
+    check_moves(PascalConfig(), several)
+    check_moves(PascalConfig(kv_transport="mooncake"), one)
+    check_moves(PascalConfig(kv_transport="mooncake", migration="off"), several)
+    with pytest.raises(LaunchError, match=r"not installed: pip install pascal_sglang\[mooncake\]"):
+        check_moves(PascalConfig(kv_transport="mooncake"), several)

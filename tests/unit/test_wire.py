@@ -112,6 +112,12 @@ def test_letters_arrive_in_order_and_bad_ones_are_counted(tmp_path):
     assert box.rejected == {"not JSON": 1}
 
 
+def test_what_json_cannot_say_is_dropped_not_raised(tmp_path):
+    pen = Pen(str(tmp_path))
+    assert not pen.write(0, Mine("\ud800"))
+    assert pen.dropped == 1
+
+
 def test_nobody_waits_for_who_does_not_listen(tmp_path):
     pen = Pen(str(tmp_path))
     while pen.write(0, Mine("m")):
