@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 import time
 from http import HTTPStatus
 from typing import Any
@@ -20,7 +22,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
-from pascal_sglang.cluster.post import Box
+from pascal_sglang.cluster.post import POST_ENV, Box
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.budget import with_default_budget
 from pascal_sglang.engine.build import build_governor, kv_bytes_per_token
@@ -35,6 +37,8 @@ from pascal_sglang.engine.moves import Moves
 from pascal_sglang.engine.phases import PhaseTracker, by_class, count_phases, describe
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
 from pascal_sglang.preflight import check_policy
+
+logger = logging.getLogger(__name__)
 
 
 class PascalOutputStreamer(SchedulerOutputStreamer):
@@ -125,6 +129,17 @@ class PascalScheduler(Scheduler):
 
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         return PascalOutputStreamer
+
+    def run_event_loop(self) -> None:
+        try:
+            super().run_event_loop()
+        except Exception:
+            if not (self.pascal_config.places and os.environ.get(POST_ENV)):
+                raise
+            # SGLang's way out takes the controller along, and with it every instance. Ours sees
+            # that this process has ended, whatever would keep it from ending in order.
+            logger.exception("pascal_sglang: instance %s failed", get_parallel().dp_rank)
+            os._exit(1)
 
     def get_init_info(self) -> dict[str, Any]:
         """Tell the launcher which configuration really runs here (`frontend.require_handshake`)."""

@@ -5,6 +5,7 @@ in order; the detokenizer writes down whenever it had to hold something back, an
 something pass out of order. Worker processes import the main module, so this holds in all of them.
 """
 
+import pickle
 import queue
 import random
 import sys
@@ -55,6 +56,16 @@ def handle(manager, message):
     sound_handle(manager, message)
 
 
+class Envelope:
+    """Takes what SGLang would send, by whichever of its ways."""
+
+    def send(self, data, flags=0):
+        self.data = data
+
+    def send_pyobj(self, value, flags=0, protocol=-1):
+        self.data = pickle.dumps(value, protocol)
+
+
 class SlowSender:
     """Around a `SenderWrapper`: the same, `PIPE_DELAY_S` later, in order."""
 
@@ -63,10 +74,11 @@ class SlowSender:
         threading.Thread(target=self.deliver, daemon=True).start()
 
     def send_output(self, output, recv_obj=None):
-        from sglang.srt.managers.io_struct import msgpack_encode
+        from sglang.srt.managers.io_struct import sock_send
 
-        # As it is now: the requests in it go on changing.
-        self.letters.put((time.monotonic() + PIPE_DELAY_S, msgpack_encode(output)))
+        envelope = Envelope()
+        sock_send(envelope, output)  # As it is now: the requests in it go on changing.
+        self.letters.put((time.monotonic() + PIPE_DELAY_S, envelope.data))
 
     def deliver(self):
         while True:

@@ -38,11 +38,15 @@ def differences(whole, reference):
     return [i for i, (a, b) in enumerate(zip(whole, reference, strict=False)) if a != b]
 
 
+def alive(server):
+    return [i for i in server.instances() if not i.get("dead")]
+
+
 def at_rest(server):
     """The instances once nothing runs, waits, is paused or moves."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        instances = [i for i in server.instances() if not i.get("dead")]
+        instances = alive(server)
         moving = [i["migrations"]["out"] + i["migrations"]["in"] for i in instances]
         if not any([*moving, *(i["requests"] or i["paused"] for i in instances)]):
             return instances
@@ -136,11 +140,12 @@ def disconnect(server, body, tokens):
 
 @pytest.fixture(scope="module")
 def flooded(serve):
-    with serve({"flood": 0.05}, ["--dp-size", "2"]) as server:
+    binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
+    with serve({"flood": 0.05}, ["--dp-size", "3"], **binding) as server:
         yield server
 
 
-def test_a_flood_of_moves_under_overlap_is_invisible(flooded, reference):
+def test_a_flood_of_moves_among_three_is_invisible(flooded, reference):
     flood(flooded, 100, reference)
 
 
@@ -188,45 +193,66 @@ def test_the_next_turn_goes_where_the_last_one_ended(flooded):
         second = uuid.uuid4().hex
         flooded.post("/generate", generate(prompt + " and then", None, 8, rid=second))
         assert flooded.recent(second)["dp_rank"] == home
-        if home == 1:
+        if home:
             return
     raise AssertionError("no conversation was moved")
 
 
-def test_a_killed_instance_takes_only_its_own_requests_along(flooded):
-    """Last: the module's server has one instance less afterwards."""
+def ask(server, body):
+    """The answer's ids; or the status and the text of an error."""
+    try:
+        return server.post("/generate", body)["output_ids"]
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def kill(server):
+    (victim,) = (p for p in server.tree() if "scheduler_DP1" in "".join(p.cmdline()))
+    victim.send_signal(signal.SIGKILL)
+    return []
+
+
+def poison(server):
+    """A logit processor that raises, which ends a scheduler."""
+    from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+
+    class Raises(CustomLogitProcessor):
+        def __call__(self, logits, custom_params=None):
+            raise ZeroDivisionError("on purpose")
+
+    Raises.__module__ = "__main__"  # So that it travels by value.
+    body = generate("poison", think=None, total=9, routed_dp_rank=2)
+    return [ask(server, {**body, "custom_logit_processor": Raises.to_str()})]
+
+
+@pytest.mark.parametrize(("instance", "death"), [(1, kill), (2, poison)])
+def test_an_instance_takes_only_its_own_requests_along(instance, death, flooded):
+    """Last, and in this order: the module's server has one instance less after each."""
     at_rest(flooded)
     bodies = [
-        generate(f"killed {i}", think=20 + i, total=500, rid=uuid.uuid4().hex) for i in range(16)
+        generate(f"{death.__name__} {i}", think=20 + i, total=500, rid=uuid.uuid4().hex)
+        for i in range(24)
     ]
-
-    def ask(body):
-        try:
-            return flooded.post("/generate", body)["output_ids"]
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
-
-    victims = [p for p in flooded.tree() if "scheduler_DP1" in "".join(p.cmdline())]
-    assert len(victims) == 1
+    before = total(at_rest(flooded), "arrivals", "taken")
     with ThreadPoolExecutor(len(bodies)) as pool:
-        replies = [pool.submit(ask, body) for body in bodies]
+        replies = [pool.submit(ask, flooded, body) for body in bodies]
         deadline = time.monotonic() + 30
-        while not any(i["migrations"]["arrivals"].get("taken") for i in flooded.instances()):
+        while total(alive(flooded), "arrivals", "taken") == before:
             assert time.monotonic() < deadline
-        victims[0].send_signal(signal.SIGKILL)
+        failed = death(flooded)
         replies = [reply.result() for reply in replies]
-    failed = [r for r in replies if isinstance(r, tuple)]
+    failed += [r for r in replies if isinstance(r, tuple)]
     whole = {i: r for i, r in enumerate(replies) if not isinstance(r, tuple)}
     assert failed, "nobody was on the instance that died"
-    assert whole, "nobody was on the other one"
-    for code, body in failed:
+    assert whole, "nobody was on another one"
+    for code, text in failed:
         assert code == 503
-        assert "has died" in json.dumps(body)
+        assert "has died" in text
     for i, ids in whole.items():
-        again = ask({**bodies[i], "rid": uuid.uuid4().hex})
-        assert again == ids
+        assert ask(flooded, {**bodies[i], "rid": uuid.uuid4().hex}) == ids
     status = flooded.get("/pascal/status")
-    assert status["controller"]["dead"] == [1]
-    assert [i.get("dead", False) for i in status["instances"]] == [False, True]
+    dead = list(range(1, instance + 1))
+    assert status["controller"]["dead"] == dead
+    assert [i["dp_rank"] for i in status["instances"] if i.get("dead")] == dead
     nothing_left(at_rest(flooded))
     assert flooded.process.poll() is None
