@@ -16,6 +16,7 @@ from pascal_sglang import detokenizer
 from pascal_sglang.cluster.in_order import InOrder
 from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.post import Box, Pen
+from pascal_sglang.cluster.source import Terms
 
 PIPE_DELAY_S = 0.15
 dice = random.Random(4)
@@ -27,11 +28,11 @@ def write(pen, to, message):
     if not isinstance(message, Message):
         return sound_write(pen, to, message)
     fate = dice.random()
-    if fate < 0.03:
-        return True
     if fate < 0.06:
+        return True
+    if fate < 0.10:
         sound_write(pen, to, message)
-    if fate < 0.09:
+    if 0.10 <= fate < 0.14:
         late = threading.Timer(0.1, lambda: pen.late.append((to, message)))
         late.daemon = True
         late.start()
@@ -109,6 +110,8 @@ def slow_down_this_instance():
 sound_open = Box.__init__
 Box.__init__, InOrder.admit, detokenizer._handle = open_box, admit, handle
 Pen.late, Pen.write = [], write
+# Shorter than a request of the load lasts, so that waiting in vain is seen.
+Terms.__init__.__kwdefaults__["patience_s"] = 0.5
 
 if __name__ == "__main__":
     from sglang.cli.main import main
