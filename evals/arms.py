@@ -39,7 +39,6 @@ TARGETS = {
     "throughput": 0.97,
     "violations": 0.01,
 }
-COUNTERS = ("sglang:num_retract", "pascal:")
 
 
 class ArmError(RuntimeError):
@@ -104,6 +103,18 @@ class Plan:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.targets) - set(TARGETS)):
             raise ArmError(f"no such target: {', '.join(unknown)}")
+
+    def describe(self) -> list[str]:
+        """What is run, in lines."""
+        capacity = f"KV capacity {self.kv_tokens} tokens" + "".join(
+            f", {arm.name} {arm.kv_tokens}" for arm in self.arms if arm.kv_tokens
+        )
+        return [
+            f"{capacity}; {self.preset} x{self.scale:g}, {self.requests} requests a run, "
+            f"{self.seeds} {'seed' if self.seeds == 1 else 'seeds'}, reader's pace "
+            f"{self.target_tpot_ms:g} ms a token",
+            "loads: " + ", ".join(f"{rate.name} {rate.per_s:g}/s" for rate in self.rates),
+        ]
 
 
 def load_plan(path: Path, *, quick: bool = False, **overrides: Any) -> Plan:
@@ -259,19 +270,3 @@ class Server:
                 return
         except (OSError, urllib.error.HTTPError) as error:
             raise ArmError(f"server did not become idle: {error}") from error
-
-    def counters(self) -> dict[str, float]:
-        with urllib.request.urlopen(f"{self.base_url}/metrics", timeout=30) as reply:
-            return parse_counters(reply.read().decode())
-
-
-def parse_counters(text: str) -> dict[str, float]:
-    """Counters of interest in Prometheus text, summed over their labels."""
-    found: dict[str, float] = {}
-    for line in text.splitlines():
-        if not line.startswith(COUNTERS):
-            continue
-        name = line.partition("{")[0].split(" ")[0]
-        if name.endswith(("_total", "_sum", "_count")):
-            found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
-    return found

@@ -11,12 +11,11 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evals.arms import parse_counters
-
 INFO_KEYS = ("version", "model_path", "launch_command", "max_total_num_tokens", "device", "dtype")
 # `/get_server_info` is the name before SGLang 0.5.
 INFO_PATHS = ("/server_info", "/get_server_info")
 POLL_S = 0.5
+COUNTERS = ("sglang:num_retract", "pascal:")
 
 
 def wait_ready(base_url: str, timeout_s: float) -> bool:
@@ -32,6 +31,18 @@ def wait_ready(base_url: str, timeout_s: float) -> bool:
 def counters(base_url: str) -> dict[str, float]:
     """The server's counters of pauses, moves and retractions; empty without `/metrics`."""
     return parse_counters(_get(base_url, "/metrics") or "")
+
+
+def parse_counters(text: str) -> dict[str, float]:
+    """Counters of interest in Prometheus text, summed over their labels."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if not line.startswith(COUNTERS):
+            continue
+        name = line.partition("{")[0].split(" ")[0]
+        if name.endswith(("_total", "_sum", "_count")):
+            found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
+    return found
 
 
 def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

@@ -115,10 +115,7 @@ def prepare(asked: argparse.Namespace, target: Target) -> Idle | None:
     if idle is None:
         print("TTFO alone was not measured: too few of its requests answered, or all thought alike")
     else:
-        print(
-            f"alone: TTFO = {idle.t0_s * 1e3:.1f} ms + {idle.per_token_s * 1e3:.2f} ms per "
-            "thinking token"
-        )
+        print(f"alone: TTFO = {idle}")
     return idle
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from evals import verdict
-from evals.arms import TARGETS, Arm, ArmError, Rate, command_line, load_plan, parse_counters
+from evals.arms import TARGETS, Arm, ArmError, Rate, command_line, load_plan
+from evals.remote import parse_counters
 from evals.verdict import Run
 
 LIVE = Path(__file__).parents[2] / "evals" / "arms" / "live.toml"
