@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import random
+import signal
 import string
 import subprocess
 import sys
@@ -180,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Load(math.inf, None),
     )
     same = True
+    # Leaving by an exception takes the running server along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         plan = arms.load_plan(asked.plan, arms=asked.arms.split(","), requests=asked.requests)
         with tempfile.TemporaryDirectory() as folder:
@@ -202,13 +205,13 @@ def measure(plan: Plan, arm: Arm, model: Path, loads: Sequence[Load], pairs: int
             workload.save(wanted, bench.folder / "ours.jsonl")
             write_theirs(wanted, bench.folder / "theirs.jsonl")
             we, they = compare(server, bench, load, pairs)
-            shown = (
-                f"{load.per_s:g}/s" if load.concurrency is None else f"{load.concurrency} at once"
-            )
-            print(f"\n{arm.name}, {load.name}, {shown}, {plan.requests} requests, {pairs} pairs")
-            print("\n".join(table(we, they)))
             wrong = differences(we, they)
-            print(f"NOT THE SAME WORK: {', '.join(wrong)}" if wrong else "same work, item by item")
+            lines = [
+                f"\n{arm.name}, {load}, {plan.requests} requests, {pairs} pairs",
+                *table(we, they),
+                f"NOT THE SAME WORK: {', '.join(wrong)}" if wrong else "same work, item by item",
+            ]
+            print("\n".join(lines), flush=True)
             same &= not wrong
     return same
 

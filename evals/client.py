@@ -105,8 +105,8 @@ async def open_loop(
     gate = asyncio.Semaphore(target.max_concurrency or max(1, len(items)))
     lags_s: list[float] = []
     tasks = [asyncio.create_task(_watch_lag(lags_s))]
-    # The server closes idle connections in its own time; limit 0: never queue behind a stream.
-    connector = aiohttp.TCPConnector(limit=0)
+    # Every reader connects, and waits for that, too; limit 0: never queue behind a stream.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     try:
         async with (
             aiohttp.ClientSession(
