@@ -5,6 +5,7 @@ Arms are started by command line and spoken to over HTTP, as any user would.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
@@ -72,6 +73,10 @@ class Rate:
     per_s: float
     overload: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 < self.per_s < math.inf:
+            raise ArmError(f"rate {self.name}: per_s must be positive, not {self.per_s}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -103,6 +108,9 @@ class Plan:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.targets) - set(TARGETS)):
             raise ArmError(f"no such target: {', '.join(unknown)}")
+        for name in ("requests", "seeds", "bins", "kv_tokens", "target_tpot_ms"):
+            if not getattr(self, name) > 0:
+                raise ArmError(f"{name} must be positive, not {getattr(self, name)}")
 
     def describe(self) -> list[str]:
         """What is run, in lines."""
@@ -123,6 +131,8 @@ def load_plan(path: Path, *, quick: bool = False, **overrides: Any) -> Plan:
     `arms` and `rates` there are names to keep, in the file's order.
     """
     values = tomllib.loads(path.read_text())
+    if missing := [name for name in ("arm", "rate", "flags") if not values.get(name)]:
+        raise ArmError(f"nothing under {', '.join(missing)}")
     quick_values = values.pop("quick", {})
     fewer = quick_values if quick else {}
     fewer |= {key: value for key, value in overrides.items() if value is not None}

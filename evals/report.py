@@ -85,7 +85,8 @@ def lines(
     if counters:
         out.append(f"{'Server Counters (change)':-^{WIDTH}}")
         out += [line(f"{name}:", round(change)) for name, change in totals(counters).items()]
-    out += [f"error: {error}" for error in summary["errors"]]
+    # With details there is one for every request, empty where all went well.
+    out += [f"error: {error}" for error in dict.fromkeys(filter(None, summary["errors"]))]
     return [*out, "=" * WIDTH]
 
 

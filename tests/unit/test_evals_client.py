@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import pytest
 from aiohttp import web
@@ -59,11 +60,11 @@ async def status(request):
     return web.json_response({"instances": [{"recent": []}, {"recent": ended}]})
 
 
-def send(items, tells=None, **bounds):
+def send(items, tells=None, answers=generate, **bounds):
     async def go():
         app = web.Application()
         app[SEEN] = []
-        app.router.add_post("/generate", generate)
+        app.router.add_post("/generate", answers)
         if tells is not None:
             app.router.add_get("/pascal/status", tells)
         async with TestServer(app, shutdown_timeout=0.1) as server:
@@ -112,6 +113,14 @@ def test_each_failure_is_kept_with_its_request():
     assert len(slow.token_s) == 2
     assert cut.error == "stream ended early"
     assert (fine.finished, fine.error) == (True, None)
+
+
+def test_a_client_that_cannot_keep_up_says_so():
+    async def slow(request):
+        time.sleep(0.1)  # In the client's own loop, as too many streams would.
+        return await generate(request)
+
+    assert send([Item(0.01 * i, 8, 3, 4) for i in range(20)], answers=slow).lag_p99_ms > 50
 
 
 def test_the_whole_run_is_bounded():

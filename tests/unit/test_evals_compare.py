@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from evals import verdict
+from evals import compare, verdict
 from evals.arms import TARGETS, Arm, ArmError, Rate, command_line, load_plan
 from evals.remote import parse_counters
 from evals.verdict import Run
@@ -185,6 +185,26 @@ def test_bad_plans_are_refused():
         Arm(name="x", command="docker", role="stock")
     with pytest.raises(ArmError, match="role must be one of"):
         Arm(name="x", command="stock", role="winner")
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "said"),
+    [
+        ("per_s = 5.0", "per_s = -5.0", "rate high: per_s must be positive, not -5.0"),
+        ("requests = 100", "requests = 0", "requests must be positive, not 0"),
+        ("[[rate]]", "[[other]]", "nothing under rate"),
+        ('preset = "tiny-live"', 'preset = "nope"', "no source 'nope'"),
+        ("bins = 4", "bins = 4 4", "line 11"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_refused_in_one_line(was, becomes, said, tmp_path, capsys):
+    plan, text = tmp_path / "plan.toml", LIVE.read_text()
+    assert was in text
+    plan.write_text(text.replace(was, becomes))
+    assert compare.main([str(plan), "--out", str(tmp_path / "out.json")]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 def test_counters_are_summed_over_labels():
