@@ -17,7 +17,7 @@ import aiohttp
 import numpy as np
 import orjson
 
-from evals import breaks
+from evals import breaks, sse
 from evals.items import Item
 from evals.metrics import Record
 from evals.prompt import Conversation, Reply, new_part
@@ -235,28 +235,23 @@ async def _stream(
             if reply.status != 200:
                 record.error = f"HTTP {reply.status}: {(await reply.text())[:200]}"
                 return
-            pending = b""
-            async for chunk in reply.content.iter_any():
-                now = time.perf_counter() - start
-                *events, pending = (pending + chunk).split(b"\n\n")
-                for event in events:
-                    seen = note_event(record, event, now)
-                    if reply_out is not None and seen is not None:
-                        reply_out.add(seen)
+            async for now, payload in sse.payloads(reply.content):
+                seen = note_event(record, payload, now - start)
+                if reply_out is not None and seen is not None:
+                    reply_out.add(seen)
     except TimeoutError:
         record.error = "timeout (request)"
     except aiohttp.ClientError as error:
         record.error = f"{type(error).__name__}: {error}"
+    except (ValueError, LookupError, TypeError) as error:
+        record.error = f"not an answer of SGLang: {error!r}"[:200]
     if record.error is None and not record.finished:
         record.error = "stream ended early"
 
 
-def note_event(record: Record, event: bytes, now_s: float) -> dict[str, Any] | None:
-    """Add one server-sent event; every token it brings gets the event's time. What the event says
-    of the output, or None."""
-    payload = event.removeprefix(b"data: ").strip()
-    if not payload or payload == b"[DONE]":
-        return None
+def note_event(record: Record, payload: bytes, now_s: float) -> dict[str, Any] | None:
+    """Add one event; every token it brings gets the event's time. What the event says of the
+    output, or None for an error."""
     reply: dict[str, Any] = orjson.loads(payload)
     if "error" in reply:
         record.error = str(reply["error"])[:200]

@@ -141,8 +141,8 @@ class Comparison:
                 self.say(line)
         else:
             self.say(f"  {rate.name:<9} {report.short(summary)}")
-        moved = {name: value for name, value in counters.items() if value and "_total" in name}
-        shown = ", ".join(f"{name} {value:.0f}" for name, value in moved.items())
+        moved = report.totals(counters).items()
+        shown = ", ".join(f"{name} {value:.0f}" for name, value in moved if value)
         late = ", TOO LATE TO TRUST" if back.lag_p99_ms > LAG_LIMIT_MS else ""
         self.say(
             f"            client lag p99 {back.lag_p99_ms:.1f} ms{late}{shown and '; '}{shown}"

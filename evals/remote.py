@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 import time
 import urllib.request
@@ -16,6 +17,8 @@ INFO_KEYS = ("version", "model_path", "launch_command", "max_total_num_tokens", 
 INFO_PATHS = ("/server_info", "/get_server_info")
 POLL_S = 0.5
 COUNTERS = ("sglang:num_retract", "pascal:")
+KEPT = ("rung", "why", "outcome", "lacks", "reason")
+LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 def wait_ready(base_url: str, timeout_s: float) -> bool:
@@ -34,14 +37,17 @@ def counters(base_url: str) -> dict[str, float]:
 
 
 def parse_counters(text: str) -> dict[str, float]:
-    """Counters of interest in Prometheus text, summed over their labels."""
+    """Counters of interest in Prometheus text, one for each value of the labels `KEPT`, such as
+    `pascal:paused_tokens_total{rung="recompute"}`, summed over all other labels."""
     found: dict[str, float] = {}
     for line in text.splitlines():
         if not line.startswith(COUNTERS):
             continue
-        name = line.partition("{")[0].split(" ")[0]
+        name = re.split(r"[{ ]", line, maxsplit=1)[0]
         if name.endswith(("_total", "_sum", "_count")):
-            found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
+            labels = ",".join(f'{k}="{v}"' for k, v in LABEL.findall(line) if k in KEPT)
+            key = f"{name}{{{labels}}}" if labels else name
+            found[key] = found.get(key, 0.0) + float(line.rsplit(" ", 1)[1])
     return found
 
 

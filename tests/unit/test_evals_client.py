@@ -115,6 +115,19 @@ def test_each_failure_is_kept_with_its_request():
     assert (fine.finished, fine.error) == (True, None)
 
 
+@pytest.mark.parametrize("says", [b"data: what\n\n", b'data: {"choices": []}\n\n', b"data: 3\n\n"])
+def test_what_is_no_answer_of_sglang_is_the_error_of_its_request_alone(says):
+    async def other(request):
+        reply = await generate(request)
+        if thinking_of(request.app[SEEN][-1]) == 2:
+            await reply.write(says)
+        return reply
+
+    bad, fine = send([Item(0.0, 8, 2, 4), Item(0.1, 8, 3, 4)], answers=other).records
+    assert "not an answer of SGLang" in bad.error
+    assert (fine.finished, fine.error) == (True, None)
+
+
 def test_a_client_that_cannot_keep_up_says_so():
     async def slow(request):
         time.sleep(0.1)  # In the client's own loop, as too many streams would.

@@ -161,7 +161,7 @@ def test_the_plan_of_live_and_its_parts():
     assert sum(rate.overload for rate in plan.rates) == 1
     part = load_plan(LIVE, quick=True, arms=["pascal", "fcfs"], requests=7)
     assert [arm.name for arm in part.arms] == ["fcfs", "pascal"]
-    assert [rate.name for rate in part.rates] == ["high"]
+    assert [rate.name for rate in part.rates] == ["medium", "high", "overload"]
     assert (part.seeds, part.requests) == (1, 7)
 
 
@@ -207,12 +207,15 @@ def test_a_plan_that_cannot_be_run_is_refused_in_one_line(was, becomes, said, tm
     assert error.count("\n") == 1
 
 
-def test_counters_are_summed_over_labels():
+def test_counters_are_summed_over_labels_that_do_not_say_what_happened():
     text = "\n".join(
         (
             "# TYPE pascal:pauses counter",
-            'pascal:pauses_total{rung="host",model="a b"} 3.0',
-            'pascal:pauses_total{rung="drop",model="a b"} 2.0',
+            'pascal:paused_kv_total{dp_rank="0",rung="host",model="a b"} 3.0',
+            'pascal:paused_kv_total{dp_rank="1",rung="host",model="a b"} 4.0',
+            'pascal:paused_kv_total{dp_rank="0",rung="recompute",model="a b"} 2.0',
+            'pascal:starts_total{class="x",place="waiting"} 6.0',
+            'pascal:starts_total{class="y",place="host"} 1.0',
             'pascal:ttfo_seconds_bucket{le="1.0"} 9.0',
             "pascal:ttfo_seconds_sum 1.5",
             "sglang:num_retracted_requests_total 4.0",
@@ -221,7 +224,9 @@ def test_counters_are_summed_over_labels():
         )
     )
     assert parse_counters(text) == {
-        "pascal:pauses_total": 5.0,
+        'pascal:paused_kv_total{rung="host"}': 7.0,
+        'pascal:paused_kv_total{rung="recompute"}': 2.0,
+        "pascal:starts_total": 7.0,
         "pascal:ttfo_seconds_sum": 1.5,
         "sglang:num_retracted_requests_total": 4.0,
     }
