@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import html
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def write(paths: Sequence[Path], out: Path, title: str | None = None) -> None:
 
 
 def _extent(results: Results) -> str:
-    counts = {"run": results.runs, "arm": results.arms, "load": results.loads}
+    counts: dict[str, Sized] = {"run": results.runs, "arm": results.arms, "load": results.loads}
     return ", ".join(f"{len(c)} {word}{'s' * (len(c) != 1)}" for word, c in counts.items())
 
 
