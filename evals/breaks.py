@@ -27,7 +27,7 @@ async def told(session: aiohttp.ClientSession, rid: str) -> list[Break] | None:
             if reply.status != 200:
                 return None
             status = await reply.json()
-        ended = [r for instance in status["instances"] for r in instance["recent"]]
+        ended = [r for instance in status["instances"] for r in instance.get("recent", ())]
         found = next((r["breaks"] for r in ended if r["rid"] == rid), None)
         return None if found is None else [Break(*each) for each in found]
     except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError):

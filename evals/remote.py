@@ -17,7 +17,7 @@ INFO_KEYS = ("version", "model_path", "launch_command", "max_total_num_tokens", 
 INFO_PATHS = ("/server_info", "/get_server_info")
 POLL_S = 0.5
 COUNTERS = ("sglang:num_retract", "pascal:")
-KEPT = ("rung", "why", "outcome", "lacks", "reason")
+KEPT = ("rung", "why", "way", "outcome", "lacks", "reason")
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 

@@ -57,7 +57,7 @@ async def status(request):
         }
         for body in request.app[SEEN]
     ]
-    return web.json_response({"instances": [{"recent": []}, {"recent": ended}]})
+    return web.json_response({"instances": [{"dead": True}, {"recent": ended}]})
 
 
 def send(items, tells=None, answers=generate, **bounds):
