@@ -29,7 +29,7 @@ from evals.chat import Endpoint, EndpointError, ask_all, first_model
 from evals.grades import Grade, Task
 from evals.heard import Heard
 from evals.lines import WorkloadError
-from evals.options import count, positive
+from evals.options import base_url, count, positive
 from evals.scores import INTERRUPTED, Graded
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -250,13 +250,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _server(text: str) -> tuple[str, str]:
-    """Name and base URL; `/v1` at its end, as OpenAI's clients want it, is left out."""
+    """Name and base URL."""
     name, equals, url = text.partition("=")
     if not equals or "://" in name:
         name, url = "", text
-    url = url.rstrip("/").removesuffix("/v1")
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-        raise argparse.ArgumentTypeError(f"not [NAME=]http://HOST:PORT: {text!r}")
+    url = base_url(url)
     return name or urlsplit(url).netloc, url
 
 

@@ -5,6 +5,7 @@ Arms are started by command line and spoken to over HTTP, as any user would.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
@@ -39,7 +40,6 @@ TARGETS = {
     "throughput": 0.97,
     "violations": 0.01,
 }
-COUNTERS = ("sglang:num_retract", "pascal:")
 
 
 class ArmError(RuntimeError):
@@ -73,6 +73,10 @@ class Rate:
     per_s: float
     overload: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 < self.per_s < math.inf:
+            raise ArmError(f"rate {self.name}: per_s must be positive, not {self.per_s}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -104,6 +108,21 @@ class Plan:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.targets) - set(TARGETS)):
             raise ArmError(f"no such target: {', '.join(unknown)}")
+        for name in ("requests", "seeds", "bins", "kv_tokens", "target_tpot_ms"):
+            if not getattr(self, name) > 0:
+                raise ArmError(f"{name} must be positive, not {getattr(self, name)}")
+
+    def describe(self) -> list[str]:
+        """What is run, in lines."""
+        capacity = f"KV capacity {self.kv_tokens} tokens" + "".join(
+            f", {arm.name} {arm.kv_tokens}" for arm in self.arms if arm.kv_tokens
+        )
+        return [
+            f"{capacity}; {self.preset} x{self.scale:g}, {self.requests} requests a run, "
+            f"{self.seeds} {'seed' if self.seeds == 1 else 'seeds'}, reader's pace "
+            f"{self.target_tpot_ms:g} ms a token",
+            "loads: " + ", ".join(f"{rate.name} {rate.per_s:g}/s" for rate in self.rates),
+        ]
 
 
 def load_plan(path: Path, *, quick: bool = False, **overrides: Any) -> Plan:
@@ -112,6 +131,8 @@ def load_plan(path: Path, *, quick: bool = False, **overrides: Any) -> Plan:
     `arms` and `rates` there are names to keep, in the file's order.
     """
     values = tomllib.loads(path.read_text())
+    if missing := [name for name in ("arm", "rate", "flags") if not values.get(name)]:
+        raise ArmError(f"nothing under {', '.join(missing)}")
     quick_values = values.pop("quick", {})
     fewer = quick_values if quick else {}
     fewer |= {key: value for key, value in overrides.items() if value is not None}
@@ -259,19 +280,3 @@ class Server:
                 return
         except (OSError, urllib.error.HTTPError) as error:
             raise ArmError(f"server did not become idle: {error}") from error
-
-    def counters(self) -> dict[str, float]:
-        with urllib.request.urlopen(f"{self.base_url}/metrics", timeout=30) as reply:
-            return parse_counters(reply.read().decode())
-
-
-def parse_counters(text: str) -> dict[str, float]:
-    """Counters of interest in Prometheus text, summed over their labels."""
-    found: dict[str, float] = {}
-    for line in text.splitlines():
-        if not line.startswith(COUNTERS):
-            continue
-        name = line.partition("{")[0].split(" ")[0]
-        if name.endswith(("_total", "_sum", "_count")):
-            found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
-    return found

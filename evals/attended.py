@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
@@ -40,28 +42,32 @@ def watch(items: Sequence[Item], target: Target, *, seed: int, bar: bool = True)
     return asyncio.run(attend(items, target, seed, bar=bar))
 
 
-async def attend(items: Sequence[Item], target: Target, seed: int, *, bar: bool) -> Watched:
-    """`watch` inside a running event loop of the main thread."""
-    records: list[Record] = []
-    task = asyncio.create_task(open_loop(items, target, seed, records))
+@contextlib.contextmanager
+def ctrl_c_cancels(task: asyncio.Task[Any]) -> Iterator[None]:
+    """The first Ctrl-C cancels `task`, a second one is as usual. In an event loop of the main
+    thread."""
     loop = asyncio.get_running_loop()
-    stopped = False
 
     def stop() -> None:
-        nonlocal stopped
-        stopped = True
         loop.remove_signal_handler(signal.SIGINT)
         task.cancel()
 
     loop.add_signal_handler(signal.SIGINT, stop)
     try:
-        with tqdm(total=len(items), unit="req", disable=not bar) as shown:
-            while not task.done():
-                await asyncio.wait([task], timeout=REFRESH_S)
-                shown.update(sum(r.finished or r.error is not None for r in records) - shown.n)
+        yield
     finally:
         loop.remove_signal_handler(signal.SIGINT)
-    if not (stopped and task.cancelled()):
+
+
+async def attend(items: Sequence[Item], target: Target, seed: int, *, bar: bool) -> Watched:
+    """`watch` inside a running event loop of the main thread."""
+    records: list[Record] = []
+    task = asyncio.create_task(open_loop(items, target, seed, records))
+    with ctrl_c_cancels(task), tqdm(total=len(items), unit="req", disable=not bar) as shown:
+        while not task.done():
+            await asyncio.wait([task], timeout=REFRESH_S)
+            shown.update(sum(r.finished or r.error is not None for r in records) - shown.n)
+    if not task.cancelled():
         back = task.result()
         return Watched(items=list(items), records=back.records, lag_p99_ms=back.lag_p99_ms)
     for record in records:

@@ -9,7 +9,6 @@ import asyncio
 import http.client
 import json
 import os
-import signal
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +20,8 @@ import aiohttp
 import orjson
 from tqdm import tqdm
 
-from evals.attended import CUT
+from evals import sse
+from evals.attended import CUT, ctrl_c_cancels
 from evals.heard import Heard
 
 TIMEOUT = "timeout (request)"
@@ -93,17 +93,8 @@ async def _until_ctrl_c(
     endpoint: Endpoint, prompts: Sequence[str], heard: Sequence[Heard], bar: tqdm[Any]
 ) -> None:
     task = asyncio.create_task(_ask_all(endpoint, prompts, heard, bar))
-    loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        loop.remove_signal_handler(signal.SIGINT)
-        task.cancel()
-
-    loop.add_signal_handler(signal.SIGINT, stop)
-    try:
+    with ctrl_c_cancels(task):
         await asyncio.wait([task])
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
     if not task.cancelled():
         task.result()
 
@@ -145,14 +136,8 @@ async def _ask(
             if reply.status != 200:
                 record.error = f"HTTP {reply.status}: {(await reply.text())[:200]}"
                 return
-            pending = b""
-            async for chunk in reply.content.iter_any():
-                now_s = time.perf_counter() - start
-                *lines, pending = (pending + chunk).split(b"\n")
-                for line in lines:
-                    payload = line.removeprefix(b"data:").strip()
-                    if line.startswith(b"data:") and payload != b"[DONE]":
-                        heard.note(orjson.loads(payload), now_s)
+            async for now, payload in sse.payloads(reply.content):
+                heard.note(orjson.loads(payload), now - start)
     except TimeoutError:
         record.error = TIMEOUT
     except (aiohttp.ClientError, ValueError) as error:

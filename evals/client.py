@@ -6,9 +6,10 @@ Only the later turns of a conversation wait: each for the turn before it, and th
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
-import warnings
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,15 @@ import aiohttp
 import numpy as np
 import orjson
 
+from evals import breaks, sse
 from evals.items import Item
 from evals.metrics import Record
 from evals.prompt import Conversation, Reply, new_part
+from evals.timeline import sample
 
 LAG_PROBE_S = 0.01
 LAG_LIMIT_MS = 20.0
+FILES_OF_OURS = 256
 NOT_SENT = "not sent: an earlier turn failed"
 
 
@@ -47,21 +51,29 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What came back, in the order of the items; `lag_p99_ms` is the client's own lateness."""
+    """What came back, in the order of the items; `lag_p99_ms` is the client's own lateness, beyond
+    `LAG_LIMIT_MS` its times are not to be trusted."""
 
     records: list[Record]
     lag_p99_ms: float
 
 
 def request_body(
-    item: Item, index: int, seed: int, logit_processor: str, said: Conversation | None = None
+    item: Item,
+    index: int,
+    seed: int,
+    logit_processor: str,
+    said: Conversation | None = None,
+    rid: str | None = None,
 ) -> dict[str, Any]:
-    """`said`: the conversation this is the next turn of. `index` and `seed`: see `new_part`."""
+    """`said`: the conversation this is the next turn of. `index` and `seed`: see `new_part`. `rid`:
+    the request's name at the server, which makes one up by itself."""
     prompt = new_part(item, index, seed)
     if said is not None:
         prompt = said.ask(prompt)
     return {
         "text" if isinstance(prompt, str) else "input_ids": prompt,
+        "rid": rid,
         "stream": True,
         "require_reasoning": True,
         "custom_logit_processor": logit_processor,
@@ -76,10 +88,7 @@ def request_body(
 
 def replay(items: Sequence[Item], target: Target, *, seed: int = 0) -> Replay:
     """Send every item at its time and wait for the streams; `seed` draws the prompts."""
-    back = asyncio.run(open_loop(items, target, seed))
-    if back.lag_p99_ms > LAG_LIMIT_MS:
-        warnings.warn(f"the client itself was late: p99 lag {back.lag_p99_ms:.1f} ms", stacklevel=2)
-    return back
+    return asyncio.run(open_loop(items, target, seed))
 
 
 async def open_loop(
@@ -89,11 +98,12 @@ async def open_loop(
     date, for a caller who wants to watch."""
     records = [] if records is None else records
     records += [Record(arrival_s=item.arrival_s) for item in items]
+    _allow_files(len(items))
     gate = asyncio.Semaphore(target.max_concurrency or max(1, len(items)))
     lags_s: list[float] = []
     tasks = [asyncio.create_task(_watch_lag(lags_s))]
-    # The server closes idle connections in its own time; limit 0: never queue behind a stream.
-    connector = aiohttp.TCPConnector(limit=0)
+    # Every reader connects, and waits for that, too; limit 0: never queue behind a stream.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     try:
         async with (
             aiohttp.ClientSession(
@@ -103,10 +113,10 @@ async def open_loop(
         ):
             start = time.perf_counter()
             streams = []
+            rids = {place: uuid.uuid4().hex for place in sample(items)}
             for turns in conversations(items):
-                talk = _Talk(
-                    session, target, gate, seed, [(i, items[i], records[i]) for i in turns]
-                )
+                asked = [(i, items[i], records[i]) for i in turns]
+                talk = _Talk(session, target, gate, seed, asked, rids)
                 body = talk.body(0)
                 await asyncio.sleep(
                     max(0.0, start + items[turns[0]].arrival_s - time.perf_counter())
@@ -125,6 +135,15 @@ async def open_loop(
         await asyncio.gather(*tasks, return_exceptions=True)
     lag_p99_ms = float(np.percentile(lags_s, 99)) * 1e3 if lags_s else 0.0
     return Replay(records, lag_p99_ms)
+
+
+def _allow_files(streams: int) -> None:
+    """As many open files as there may be streams, as far as this user may ask for them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = streams + FILES_OF_OURS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 async def _watch_lag(lags_s: list[float]) -> None:
@@ -148,7 +167,8 @@ def conversations(items: Sequence[Item]) -> list[list[int]]:
 class _Talk:
     """The turns of one conversation; a request by itself is one of a single turn.
 
-    turns: place in the workload, item and record of each.
+    turns: place in the workload, item and record of each. rids: names by place, of those whose
+        breaks are wanted.
     """
 
     def __init__(
@@ -158,20 +178,22 @@ class _Talk:
         gate: asyncio.Semaphore,
         seed: int,
         turns: Sequence[tuple[int, Item, Record]],
+        rids: Mapping[int, str],
     ) -> None:
         self._session, self._target, self._seed, self._turns = session, target, seed, turns
-        self._gate = gate
+        self._gate, self._rids = gate, rids
         self._said = Conversation(target.end_of_thinking)
 
     def body(self, turn: int) -> bytes:
         """The request of a turn; the turns before it have been answered."""
         place, item, _ = self._turns[turn]
         processor = self._target.logit_processor
-        return orjson.dumps(request_body(item, place, self._seed, processor, self._said))
+        rid = self._rids.get(place)
+        return orjson.dumps(request_body(item, place, self._seed, processor, self._said, rid))
 
     async def run(self, body: bytes, start: float) -> None:
         """Send the first turn now and every other its pause after the one before it ended."""
-        for turn, (_, _, record) in enumerate(self._turns):
+        for turn, (place, _, record) in enumerate(self._turns):
             last = turn + 1 == len(self._turns)
             reply = None if last else Reply()
             held = self._gate.locked()
@@ -179,6 +201,8 @@ class _Talk:
                 if held:
                     record.arrival_s = time.perf_counter() - start
                 await _stream(self._session, body, record, start, self._target, reply)
+            if place in self._rids:
+                record.breaks = await breaks.told(self._session, self._rids[place])
             if reply is None:
                 return
             if record.error is not None:
@@ -211,28 +235,23 @@ async def _stream(
             if reply.status != 200:
                 record.error = f"HTTP {reply.status}: {(await reply.text())[:200]}"
                 return
-            pending = b""
-            async for chunk in reply.content.iter_any():
-                now = time.perf_counter() - start
-                *events, pending = (pending + chunk).split(b"\n\n")
-                for event in events:
-                    seen = note_event(record, event, now)
-                    if reply_out is not None and seen is not None:
-                        reply_out.add(seen)
+            async for now, payload in sse.payloads(reply.content):
+                seen = note_event(record, payload, now - start)
+                if reply_out is not None and seen is not None:
+                    reply_out.add(seen)
     except TimeoutError:
         record.error = "timeout (request)"
     except aiohttp.ClientError as error:
         record.error = f"{type(error).__name__}: {error}"
+    except (ValueError, LookupError, TypeError) as error:
+        record.error = f"not an answer of SGLang: {error!r}"[:200]
     if record.error is None and not record.finished:
         record.error = "stream ended early"
 
 
-def note_event(record: Record, event: bytes, now_s: float) -> dict[str, Any] | None:
-    """Add one server-sent event; every token it brings gets the event's time. What the event says
-    of the output, or None."""
-    payload = event.removeprefix(b"data: ").strip()
-    if not payload or payload == b"[DONE]":
-        return None
+def note_event(record: Record, payload: bytes, now_s: float) -> dict[str, Any] | None:
+    """Add one event; every token it brings gets the event's time. What the event says of the
+    output, or None for an error."""
     reply: dict[str, Any] = orjson.loads(payload)
     if "error" in reply:
         record.error = str(reply["error"])[:200]

@@ -2,7 +2,8 @@
 
 `python -m evals.compare evals/arms/live.toml [--quick]`. Seeds are the outer loop and arms the
 inner one, so that a machine that drifts drifts for all; every (seed, arm) is one server start and
-sees all loads. Everything printed is also in the JSON file.
+sees all loads. Everything printed is also in the JSON file, which is written after every run, and
+Ctrl-C compares what ran to its end.
 """
 
 from __future__ import annotations
@@ -18,20 +19,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals import arms, page, remote, report, verdict, workload
+from evals import alone, arms, page, remote, report, verdict, workload
 from evals.arms import Arm, ArmError, Plan, Rate, Server
 from evals.client import LAG_LIMIT_MS, Target, replay
-from evals.metrics import Idle, bin_edges, fit_idle, summarize
+from evals.metrics import Idle, bin_edges, summarize
+from evals.options import count
 from evals.timeline import details
 from evals.verdict import Run
 from evals.workload import Item
 
 CACHE = Path(tempfile.gettempdir()) / "pascal-evals"
-IDLE_PROMPT = 24
-IDLE_THINKING = (8, 64, 160, 320)
-IDLE_REPEATS = 4
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
+WARM_UPS = 4
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class Comparison:
@@ -77,13 +76,8 @@ class Comparison:
 
     def run_all(self) -> None:
         plan = self.plan
-        self.say(
-            f"KV capacity {plan.kv_tokens} tokens"
-            + "".join(f", {a.name} {a.kv_tokens}" for a in plan.arms if a.kv_tokens)
-            + f"; {plan.preset} x{plan.scale:g}, {plan.requests} requests a run, "
-            f"{plan.seeds} seeds, reader's pace {plan.target_tpot_ms:g} ms a token"
-        )
-        self.say("loads: " + ", ".join(f"{r.name} {r.per_s:g}/s" for r in plan.rates))
+        for text in plan.describe():
+            self.say(text)
         self.say("bins of thinking tokens: " + ", ".join(report.bin_names(self.edges)))
         model, processor = arms.tiny_model(CACHE / "tiny"), arms.logit_processor()
         for seed in range(plan.seeds):
@@ -95,7 +89,6 @@ class Comparison:
                 except (ArmError, OSError) as error:
                     self.failures[arm.name] = str(error)
                     self.say(f"{arm.name}: gave up: {error}")
-                self.save()
 
     def run_arm(self, arm: Arm, seed: int, model: Path, processor: str) -> None:
         plan = self.plan
@@ -114,35 +107,24 @@ class Comparison:
                 self.run_once(arm, rate, seed, server, target, idle)
 
     def measure_idle(self, arm: Arm, target: Target) -> Idle:
-        """Warm the server up; the first one also says how long a request takes alone."""
-        ttfo_s = {length: self.alone(length, target) for length in IDLE_THINKING[::-1]}
+        """Every server is asked the same, so that all are equally warm; the first one's times are
+        those of a request alone."""
+        error = alone.warm_up(WARM_UPS, target)
+        seen = None if error else alone.measure(target)
+        if seen is None:
+            raise ArmError(f"no answer from an idle server: {error or 'it answers too little'}")
         if self.idle is None:
-            # The least of several: whatever else the machine did only ever adds.
-            for _ in range(IDLE_REPEATS):
-                for length, least in ttfo_s.items():
-                    ttfo_s[length] = min(least, self.alone(length, target))
-            self.idle = fit_idle(list(ttfo_s), list(ttfo_s.values()))
-            self.say(
-                f"alone on {arm.name}: TTFO = {self.idle.t0_s * 1e3:.1f} ms + "
-                f"{self.idle.per_token_s * 1e3:.2f} ms per thinking token"
-            )
+            self.idle = seen
+            self.say(f"alone on {arm.name}: TTFO = {seen}")
         return self.idle
-
-    def alone(self, thinking_tokens: int, target: Target) -> float:
-        """TTFO in seconds of one request on an idle server."""
-        record = replay([Item(0.0, IDLE_PROMPT, thinking_tokens, 4)], target).records[0]
-        if not record.answer_s:
-            raise ArmError(f"no answer from an idle server: {record.error}")
-        return record.answer_s[0] - record.arrival_s
 
     def run_once(
         self, arm: Arm, rate: Rate, seed: int, server: Server, target: Target, idle: Idle
     ) -> None:
         items = self.items(seed, rate.per_s)
-        before = server.counters()
+        before = remote.counters(server.base_url)
         back = replay(items, target, seed=seed)
-        after = server.counters()
-        counters = {name: value - before.get(name, 0.0) for name, value in after.items()}
+        counters = remote.change(before, remote.counters(server.base_url))
         summary = summarize(
             back.records,
             items,
@@ -159,12 +141,13 @@ class Comparison:
                 self.say(line)
         else:
             self.say(f"  {rate.name:<9} {report.short(summary)}")
-        moved = {name: value for name, value in counters.items() if value and "_total" in name}
-        shown = ", ".join(f"{name} {value:.0f}" for name, value in moved.items())
+        moved = report.totals(counters).items()
+        shown = ", ".join(f"{name} {value:.0f}" for name, value in moved if value)
         late = ", TOO LATE TO TRUST" if back.lag_p99_ms > LAG_LIMIT_MS else ""
         self.say(
             f"            client lag p99 {back.lag_p99_ms:.1f} ms{late}{shown and '; '}{shown}"
         )
+        self.save()
 
     def conclude(self) -> bool:
         """Print and keep the comparison; whether everything ran and no count of tokens differs."""
@@ -178,7 +161,7 @@ class Comparison:
         for run in late:
             self.say(f"CLIENT LATE: {run.arm}, {run.rate}, seed {run.seed}: do not trust its times")
         for name, reason in self.failures.items():
-            self.say(f"NOT COMPARED: {name}: {reason}")
+            self.say(f"GAVE UP: {name}: {reason}")
         self.results = {"token_mismatches": wrong, "loads": {}}
         for rate in self.plan.rates:
             self.results["loads"][rate.name] = self.compare_load(rate)
@@ -252,8 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the plan's [quick] table")
     parser.add_argument("--arms", type=_names, help="comma-separated names")
     parser.add_argument("--rates", type=_names, help="comma-separated names")
-    parser.add_argument("--seeds", type=int, help="how many seeds")
-    parser.add_argument("--requests", type=int, help="per run")
+    parser.add_argument("--seeds", type=count, help="how many seeds")
+    parser.add_argument("--requests", type=count, help="per run")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--verbose", action="store_true", help="the full report of every run")
     asked = parser.parse_args(argv)
@@ -277,8 +260,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except workload.WorkloadError as error:
         print(f"evals: error: {asked.plan}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    comparison.run_all()
-    return 0 if comparison.conclude() else EXIT_FAILED
+    interrupted = False
+    try:
+        comparison.run_all()
+    except KeyboardInterrupt:
+        interrupted = True
+        comparison.say("interrupted: what ran to its end is compared")
+    except ArmError as error:
+        print(f"evals: error: {asked.plan}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    whole = comparison.conclude()
+    return EXIT_INTERRUPTED if interrupted else 0 if whole else EXIT_FAILED
 
 
 def _names(text: str) -> list[str]:

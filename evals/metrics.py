@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from evals.breaks import Break
 from evals.throughput import throughput
 from evals.workload import Item
 
@@ -39,6 +40,7 @@ class Record:
 
     arrival_s: when it was due; latencies count from here, so a late client cannot hide.
     reasoning_tokens: the server's count, the end-of-thinking token included.
+    breaks: see `evals.breaks`; None where nobody asked or the server did not tell.
     """
 
     arrival_s: float
@@ -47,6 +49,7 @@ class Record:
     reasoning_tokens: int = 0
     finished: bool = False
     error: str | None = None
+    breaks: list[Break] | None = None
 
     @property
     def answer_s(self) -> list[float]:
@@ -69,6 +72,10 @@ class Idle:
 
     def ttfo_s(self, item: Item) -> float:
         return self.t0_s + self.per_token_s * item.thinking_tokens
+
+    def __str__(self) -> str:
+        per_token_ms = self.per_token_s * 1e3
+        return f"{self.t0_s * 1e3:.1f} ms + {per_token_ms:.2f} ms per thinking token"
 
 
 def fit_idle(thinking_tokens: Sequence[int], ttfo_s: Sequence[float]) -> Idle:

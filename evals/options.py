@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from urllib.parse import urlsplit
 
 
 def positive(text: str) -> float:
@@ -17,3 +18,11 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return value
+
+
+def base_url(text: str) -> str:
+    """Where a server is; `/v1` at its end, as OpenAI's clients want it, is left out."""
+    url = text.rstrip("/").removesuffix("/v1")
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        raise argparse.ArgumentTypeError(f"not http://HOST:PORT: {text!r}")
+    return url

@@ -9,17 +9,19 @@ from __future__ import annotations
 import argparse
 import html
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 from evals import plots
 from evals.report import SECTIONS, STATISTICS, bin_names, totals
-from evals.results import ResultError, Results, load
+from evals.results import ResultError, Results, Shown, load
 from evals.timeline import STALL_FACTOR
+from evals.verdict import Target
 
 EXIT_BAD_INPUT = 2
 STYLE = """
+:root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
        max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
@@ -29,9 +31,11 @@ figure { margin: 0 0 1rem; } figcaption, .absent { color: #555; font-size: .9rem
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .55rem; text-align: right; border-bottom: 1px solid #ddd;
          white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 pre { background: #f5f5f5; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .FAIL { color: #b00020; font-weight: 600; } .pass { color: #1a7f37; } .note { color: #b00020; }
+summary { cursor: pointer; color: #555; }
 """
 TOTALS = (
     ("completed", "completed"),
@@ -48,19 +52,31 @@ TOTALS = (
     ("output throughput in window (tok/s)", "window_output_throughput"),
     ("SLO violations (share)", "slo_violations"),
 )
+MEANS = (
+    ("mean TTFO (s)", "mean_ttfo_ms", 1e-3),
+    ("P99 TTFO (s)", "p99_ttfo_ms", 1e-3),
+    ("mean TTFT (s)", "mean_ttft_ms", 1e-3),
+    ("P99 slowdown", "p99_slowdown", 1.0),
+    ("mean answer TPOT (ms)", "mean_answer_tpot_ms", 1.0),
+    ("mean QoE", "mean_qoe", 1.0),
+    ("SLO violations (%)", "slo_violations", 100.0),
+    ("output throughput (tok/s)", "output_throughput", 1.0),
+    ("failed", "failed", 1.0),
+    ("no answer", "no_answer", 1.0),
+)
 CAPTIONS = {
     "cdf": "Share of all requests whose answer had begun by then, seeds together. A curve that ends"
     " below 1 belongs to an arm with requests that never answered.",
     "bins": "Mean over seeds of the tail in each bin (the maximum below 10 requests in a run, then"
-    " P90, P95 from 30, P99 from 100). The small figures count the requests, seeds together.",
-    "slowdown": "TTFO over the TTFO of the same request alone on an idle server. Bars span the"
-    " seeds.",
+    " P90, P95 from 30, P99 from 100). n counts the requests, seeds together.",
+    "slowdown": "TTFO over the TTFO of the same request alone on an idle server, on a logarithmic"
+    " scale. Bars span the seeds.",
     "rate": "QoE SLO attainment is the share of requests that finished with a QoE of at least 0.95."
-    " Bars span the seeds.",
-    "timeline": "From the arrival times of tokens at the client, first seed: queued is the time to"
-    f" the first token, stalled a gap of more than {STALL_FACTOR:g} times the median gap of the"
-    " same request. Whether the server paused or moved it, or was merely busy, only its counters"
-    " tell.",
+    " Goodput counts the requests that met every objective of --goodput. Bars span the seeds.",
+    "timeline": "First seed. From the arrival times of tokens at the client: queued is the time to"
+    " the first token; paused and moved are what the server told of the request (ours do);"
+    f" stalled is a gap of more than {STALL_FACTOR:g} times the median gap of the same request that"
+    " nobody explains, such as a retraction by a stock server.",
 }
 ABSENT = {
     "cdf": "No TTFO of single requests in the results: no distribution to draw.",
@@ -75,9 +91,11 @@ def render(results: Results, title: str) -> str:
     """The whole page."""
     parts = [
         f"<h1>{_text(title)}</h1>",
-        f"<p>{len(results.runs)} runs, {len(results.arms)} arms, {len(results.loads)} loads.</p>",
+        *(f"<p>{_text(line)}</p>" for line in (_extent(results), *results.about)),
         *(f'<p class="note">{_text(note)}</p>' for note in results.notes),
         *_verdicts(results),
+        "<h2>Means over seeds</h2>",
+        _means_table(results),
         "<h2>Time to first output token</h2>",
         _figure("cdf", [plots.ttfo_cdf(results)]),
         "<h2>Tail TTFO by thinking length</h2>",
@@ -90,7 +108,7 @@ def render(results: Results, title: str) -> str:
         "<h2>A few requests</h2>",
         _figure("timeline", [plots.timelines(results, rate) for rate, _ in results.loads]),
         "<h2>All figures</h2>",
-        _figures_table(results),
+        f"<details><summary>Every run a row</summary>{_figures_table(results)}</details>",
         *_counters(results),
         "<h2>Commands</h2>",
         *(f"<h3>{_text(k)}</h3><pre>{_text(v)}</pre>" for k, v in results.commands.items()),
@@ -115,17 +133,47 @@ def write(paths: Sequence[Path], out: Path, title: str | None = None) -> None:
     out.write_text(render(results, title or ", ".join(path.stem for path in paths)))
 
 
+def _extent(results: Results) -> str:
+    counts: dict[str, Sized] = {"run": results.runs, "arm": results.arms, "load": results.loads}
+    return ", ".join(f"{len(c)} {word}{'s' * (len(c) != 1)}" for word, c in counts.items())
+
+
 def _verdicts(results: Results) -> Iterable[str]:
-    if not results.verdicts:
-        return
-    yield "<h2>Verdict</h2>"
-    for heading, lines in results.verdicts.items():
-        yield f"<h3>{_text(heading)}</h3><ul>"
-        for line in lines:
-            word = line.partition(":")[0]
-            mark = f' class="{word}"' if word in ("pass", "FAIL") else ""
-            yield f"<li{mark}>{_text(line)}</li>"
-        yield "</ul>"
+    """A table per load: targets down, arms across."""
+    if results.verdicts:
+        yield "<h2>Verdict</h2><p>Ratios to the best stock arm of each figure, with their range "
+        yield "over seeds.</p>"
+    for rate, by_arm in results.verdicts.items():
+        lines = {arm: {t.name: t for t in targets} for arm, targets in by_arm.items()}
+        names = dict.fromkeys(name for found in lines.values() for name in found)
+        rows = [
+            [_text(name), *(_judged(found.get(name)) for found in lines.values())] for name in names
+        ]
+        yield f"<h3>{_text(plots.load_name(results, rate))}</h3>"
+        yield _table(["target", *lines], rows, safe=True)
+
+
+def _judged(target: Target | None) -> str:
+    if target is None:
+        return ""
+    word = {True: "pass", False: "FAIL", None: "not judged"}[target.passed]
+    return f'<span class="{word}">{word}: {_text(target.seen)}</span>'
+
+
+def _means_table(results: Results) -> str:
+    rows = []
+    for rate, _ in results.loads:
+        for arm in results.arms:
+            runs = results.of(arm, rate)
+            if runs:
+                cells = [_mean(runs, key, unit) for _, key, unit in MEANS]
+                rows.append([f"{plots.load_name(results, rate)}: {arm}", *cells])
+    return _table(["load: arm", *(label for label, _, _ in MEANS)], rows)
+
+
+def _mean(runs: Sequence[Shown], key: str, unit: float) -> str:
+    values = [v for run in runs if (v := run.summary.get(key)) is not None]
+    return f"{unit * sum(values) / len(values):.2f}" if values else "n/a"
 
 
 def _figure(name: str, drawn: Sequence[str | None]) -> str:
@@ -147,7 +195,8 @@ def _bin_tables(results: Results) -> Iterable[str]:
                 cells = [plots.bin_cell(runs, index) for index in range(len(names))]
                 if runs:
                     rows.append([arm, *(f"{_number(value)} ({n})" for value, n in cells)])
-            yield f"<h3>{_text(rate)}: tail TTFO in seconds (requests)</h3>"
+            load = _text(plots.load_name(results, rate))
+            yield f"<h3>{load}: tail TTFO in seconds (requests)</h3>"
             yield _table(["arm", *(f"{name} tokens" for name in names)], rows)
 
 
@@ -186,9 +235,13 @@ def _counters(results: Results) -> Iterable[str]:
     yield _table(["run", *names], rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, safe: bool = False) -> str:
+    """`safe`: the cells are HTML already."""
     top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{c if safe else _text(c)}</td>" for c in row) + "</tr>"
+        for row in rows
+    )
     table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="wide">{table}</div>'
 

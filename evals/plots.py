@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from evals.report import bin_names
 from evals.results import Results, Shown
@@ -18,8 +19,10 @@ FEW_REQUESTS = 4
 STATE_COLOURS = {
     "queued": "#d9d9d9",
     "thinking": "#0072b2",
-    "stalled": "#d55e00",
     "answering": "#009e73",
+    "paused": "#e69f00",
+    "moved": "#cc79a7",
+    "stalled": "#d55e00",
 }
 
 
@@ -41,7 +44,7 @@ def ttfo_cdf(results: Results) -> str | None:
             if begun:
                 share = np.arange(1, len(begun) + 1) / len(every)
                 one.step(begun, share, where="post", label=arm, color=colour(results.arms, arm))
-        one.set(title=_load(results, rate), xlabel="TTFO (s)", ylabel="share of requests")
+        one.set(title=load_name(results, rate), xlabel="TTFO (s)", ylabel="share of requests")
         one.set_ylim(0, 1.02)
         one.set_xlim(left=0)
     legend(figure, axes)
@@ -50,7 +53,7 @@ def ttfo_cdf(results: Results) -> str | None:
 
 @styled
 def tail_by_bin(results: Results) -> str | None:
-    """Tail TTFO per thinking-length bin; figures over the bars count the requests behind them."""
+    """Tail TTFO per thinking-length bin, each with the count of requests behind it."""
     groups = list(
         dict.fromkeys(
             (run.rate, run.edges)
@@ -65,17 +68,19 @@ def tail_by_bin(results: Results) -> str | None:
     width = 0.8 / len(results.arms)
     for (rate, edges), one in zip(groups, axes, strict=True):
         names = bin_names(edges)
+        counts: list[set[int]] = [set() for _ in names]
         for place, arm in enumerate(results.arms):
             runs = [run for run in results.of(arm, rate) if run.edges == edges]
             for index in range(len(names)):
                 value, count = bin_cell(runs, index)
-                if value is None:
-                    continue
-                at = index + (place - (len(results.arms) - 1) / 2) * width
-                bar = one.bar(at, value, width, color=colour(results.arms, arm), label=arm)
-                one.bar_label(bar, labels=[str(count)], fontsize=6, padding=1)
-        one.set(title=_load(results, rate), xlabel="thinking tokens", ylabel="tail TTFO (s)")
-        one.set_xticks(range(len(names)), names)
+                if runs:
+                    counts[index].add(count)
+                if value is not None:
+                    at = index + (place - (len(results.arms) - 1) / 2) * width
+                    one.bar(at, value, width, color=colour(results.arms, arm), label=arm)
+        one.set(title=load_name(results, rate), xlabel="thinking tokens", ylabel="tail TTFO (s)")
+        ticks = [f"{name}\nn = {_span(seen)}" for name, seen in zip(names, counts, strict=True)]
+        one.set_xticks(range(len(names)), ticks)
     legend(figure, axes)
     return inline(figure, "Tail time to first output token per thinking-length bin")
 
@@ -89,6 +94,7 @@ def slowdown(results: Results) -> str | None:
             ("P99 slowdown", lambda s: s.get("p99_slowdown")),
         ],
         "Slowdown against load",
+        ratio=True,
     )
 
 
@@ -139,7 +145,7 @@ def timelines(results: Results, rate: str) -> str | None:
         top += 1.0
     one.set_yticks(places, labels)
     one.set_ylim(top - 0.4, -0.5)
-    one.set(xlabel="seconds after the request was due", title=_load(results, rate))
+    one.set(xlabel="seconds after the request was due", title=load_name(results, rate))
     one.grid(visible=False, axis="y")
     legend(figure, [one])
     return inline(figure, f"What a few requests went through under {rate}")
@@ -163,7 +169,13 @@ def bin_cell(runs: Sequence[Shown], index: int) -> tuple[float | None, int]:
     return (sum(values) / len(values) if values else None), total
 
 
-def _load(results: Results, rate: str) -> str:
+def _span(counts: set[int]) -> str:
+    """One number where all arms have the same, else the least and the most."""
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def load_name(results: Results, rate: str) -> str:
     """The load's name, with its requests per second where the name does not say them."""
     per_s = dict(results.loads)[rate]
     known = per_s is not None and math.isfinite(per_s) and not rate.endswith("/s")
@@ -176,9 +188,14 @@ def _kept(summary: Any) -> float | None:
 
 
 def _against_rate(
-    results: Results, figures: Sequence[tuple[str, Callable[[Any], float | None]]], label: str
+    results: Results,
+    figures: Sequence[tuple[str, Callable[[Any], float | None]]],
+    label: str,
+    *,
+    ratio: bool = False,
 ) -> str | None:
-    """Means over seeds with their range, a panel per figure that any run has."""
+    """Means over seeds with their range, a panel per figure that any run has. `ratio`: figures that
+    stand above 1, some far."""
     present = [
         (name, read)
         for name, read in figures
@@ -194,25 +211,48 @@ def _against_rate(
         for arm in results.arms:
             _series(one, results, arm, read, numeric)
         one.set(title=name, xlabel="requests per second" if numeric else "load")
-        one.set_ylim(bottom=0)
+        if ratio:
+            _logarithmic(one)
+        else:
+            one.set_ylim(0, 1.05 * one.get_ylim()[1])
         if not numeric:
-            one.set_xticks(range(len(rates)), [rate for rate, _ in results.loads])
-            one.margins(x=0.3)
+            names = [load_name(results, rate) for rate, _ in results.loads]
+            one.set_xticks(range(len(rates)), names)
+            one.set_xlim(-0.5, len(rates) - 0.5)
     legend(figure, axes)
     return inline(figure, label)
+
+
+def _logarithmic(one: Axes) -> None:
+    """From 1 on, with labels close enough that a range of less than 10 has some."""
+    one.set_yscale("log")
+    low, high = min(1.0, one.get_ylim()[0]), one.get_ylim()[1]
+    one.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 10 else (1, 2, 5)))
+    one.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    one.yaxis.set_minor_formatter(NullFormatter())
+    one.set_ylim(low, 1.05 * high)
 
 
 def _series(
     one: Axes, results: Results, arm: str, read: Callable[[Any], float | None], numeric: bool
 ) -> None:
     at, mean, low, high = [], [], [], []
+    aside = _aside(results, arm, numeric)
     for place, (rate, per_s) in enumerate(results.loads):
         values = [v for run in results.of(arm, rate) if (v := read(run.summary)) is not None]
         if values:
-            at.append(per_s if numeric and per_s is not None else float(place))
+            at.append((per_s if numeric and per_s is not None else place) + aside)
             mean.append(sum(values) / len(values))
             low.append(mean[-1] - min(values))
             high.append(max(values) - mean[-1])
     if at:
         ours = colour(results.arms, arm)
         one.errorbar(at, mean, [low, high], label=arm, color=ours, marker="o", ms=3, capsize=2)
+
+
+def _aside(results: Results, arm: str, numeric: bool) -> float:
+    """How far an arm's points stand beside their load, so that none hides another."""
+    rates = [per_s for _, per_s in results.loads if per_s is not None]
+    width = 0.04 * (max(rates) - min(rates)) if numeric else 0.6
+    arms = results.arms
+    return width * (arms.index(arm) / (len(arms) - 1) - 0.5) if len(arms) > 1 else 0.0

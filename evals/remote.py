@@ -5,18 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evals.arms import parse_counters
-
 INFO_KEYS = ("version", "model_path", "launch_command", "max_total_num_tokens", "device", "dtype")
 # `/get_server_info` is the name before SGLang 0.5.
 INFO_PATHS = ("/server_info", "/get_server_info")
 POLL_S = 0.5
+COUNTERS = ("sglang:num_retract", "pascal:")
+KEPT = ("rung", "why", "way", "outcome", "lacks", "reason")
+LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 def wait_ready(base_url: str, timeout_s: float) -> bool:
@@ -32,6 +34,21 @@ def wait_ready(base_url: str, timeout_s: float) -> bool:
 def counters(base_url: str) -> dict[str, float]:
     """The server's counters of pauses, moves and retractions; empty without `/metrics`."""
     return parse_counters(_get(base_url, "/metrics") or "")
+
+
+def parse_counters(text: str) -> dict[str, float]:
+    """Counters of interest in Prometheus text, one for each value of the labels `KEPT`, such as
+    `pascal:paused_tokens_total{rung="recompute"}`, summed over all other labels."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if not line.startswith(COUNTERS):
+            continue
+        name = re.split(r"[{ ]", line, maxsplit=1)[0]
+        if name.endswith(("_total", "_sum", "_count")):
+            labels = ",".join(f'{k}="{v}"' for k, v in LABEL.findall(line) if k in KEPT)
+            key = f"{name}{{{labels}}}" if labels else name
+            found[key] = found.get(key, 0.0) + float(line.rsplit(" ", 1)[1])
+    return found
 
 
 def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

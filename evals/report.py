@@ -85,13 +85,14 @@ def lines(
     if counters:
         out.append(f"{'Server Counters (change)':-^{WIDTH}}")
         out += [line(f"{name}:", round(change)) for name, change in totals(counters).items()]
-    out += [f"error: {error}" for error in summary["errors"]]
+    # With details there is one for every request, empty where all went well.
+    out += [f"error: {error}" for error in dict.fromkeys(filter(None, summary["errors"]))]
     return [*out, "=" * WIDTH]
 
 
 def totals(counters: Mapping[str, float]) -> dict[str, float]:
     """The counters proper: sums and counts of the server's histograms repeat what we measure."""
-    return {name: value for name, value in counters.items() if name.endswith("_total")}
+    return {name: value for name, value in counters.items() if "_total" in name}
 
 
 def short(summary: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evals import arms
+from evals.verdict import Target
 
 
 class ResultError(ValueError):
@@ -39,14 +40,15 @@ class Shown:
 class Results:
     """Everything a page shows; whatever a file did not say stays empty.
 
-    commands: how each arm, and the benchmark itself, was started, by name. verdicts: lines by
-    heading. notes: what a reader must know before trusting a figure.
+    about: what was run, in words. commands: how each arm, and the benchmark itself, was started, by
+    name. verdicts: by load and arm. notes: what a reader must know before trusting a figure.
     """
 
     runs: list[Shown] = field(default_factory=list)
+    about: list[str] = field(default_factory=list)
     commands: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    verdicts: dict[str, list[str]] = field(default_factory=dict)
+    verdicts: dict[str, dict[str, list[Target]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -112,16 +114,19 @@ def add_comparison(results: Results, told: Mapping[str, Any]) -> None:
         )
         for run in told["runs"]
     ]
-    results.commands |= _commands(plan)
+    whole = _plan(plan)
+    if whole is not None:
+        results.about += whole.describe()
+        results.commands |= _commands(whole)
     _add_provenance(results, told.get("provenance", {}), "comparison")
-    results.notes += [f"{arm} was not compared: {why}" for arm, why in told["failed_arms"].items()]
+    results.notes += [f"{arm} gave up: {why}" for arm, why in told["failed_arms"].items()]
     compared = told.get("comparison", {})
     results.notes += [f"output differs: {text}" for text in compared.get("token_mismatches", [])]
     for rate, found in compared.get("loads", {}).items():
         for arm, figures in found.items():
             if "verdict" in figures:
-                lines = [_verdict_line(target) for target in figures["verdict"]]
-                results.verdicts[f"{arm} at {rate}"] = lines
+                targets = [Target(**target) for target in figures["verdict"]]
+                results.verdicts.setdefault(rate, {})[arm] = targets
 
 
 def add_serving(results: Results, told: Mapping[str, Any]) -> None:
@@ -167,21 +172,22 @@ def _add_provenance(results: Results, told: Mapping[str, Any], name: str) -> Non
     results.versions |= told.get("versions", {})
 
 
-def _verdict_line(target: Mapping[str, Any]) -> str:
-    word = {True: "pass", False: "FAIL", None: "not judged"}[target["passed"]]
-    return f"{word}: {target['name']}: {target['seen']}"
-
-
-def _commands(plan: Mapping[str, Any]) -> dict[str, str]:
-    """How each arm was started, without its address; nothing for a plan of another version."""
+def _plan(told: Mapping[str, Any]) -> arms.Plan | None:
+    """The plan of a result; None for one of another version."""
     known = {f.name for f in dataclasses.fields(arms.Plan)}
     try:
-        every = tuple(arms.Arm(**arm) for arm in plan["arms"])
-        values = {k: v for k, v in plan.items() if k in known} | {"arms": every, "rates": ()}
-        whole = arms.Plan(**values)
-        return {
-            arm.name: shlex.join(["python", *arms.command_line(arm, whole, Path("MODEL"))[1:]])
-            for arm in every
+        every = {
+            "arms": tuple(arms.Arm(**arm) for arm in told["arms"]),
+            "rates": tuple(arms.Rate(**rate) for rate in told["rates"]),
         }
+        return arms.Plan(**{**{k: v for k, v in told.items() if k in known}, **every})
     except (TypeError, KeyError, arms.ArmError):
-        return {}
+        return None
+
+
+def _commands(plan: arms.Plan) -> dict[str, str]:
+    """How each arm was started, without its address."""
+    return {
+        arm.name: shlex.join(["python", *arms.command_line(arm, plan, Path("MODEL"))[1:]])
+        for arm in plan.arms
+    }

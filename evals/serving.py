@@ -22,7 +22,7 @@ from evals import alone, processor, remote, report, workload
 from evals.attended import Watched, watch
 from evals.client import LAG_LIMIT_MS, Target
 from evals.metrics import GOODPUT_KEYS, Idle, Record, bin_edges, intervals, summarize
-from evals.options import count, positive
+from evals.options import base_url, count, positive
 from evals.timeline import details
 from evals.workload import Item, WorkloadError
 
@@ -42,19 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if not out.parent.is_dir():
         return _bad(f"{out}: no such folder")
-    base_url = asked.base_url.rstrip("/")
     try:
         items, target = build(asked), _target(asked)
-        if not remote.wait_ready(base_url, asked.ready_check_timeout_sec):
-            raise ServerError(f"no server answers at {base_url}/health")
+        if not remote.wait_ready(asked.base_url, asked.ready_check_timeout_sec):
+            raise ServerError(f"no server answers at {asked.base_url}/health")
         idle = prepare(asked, target)
     except (WorkloadError, processor.ProcessorError, ServerError, OSError) as error:
         return _bad(str(error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    info, before = remote.server_info(base_url), remote.counters(base_url)
+    info, before = remote.server_info(asked.base_url), remote.counters(asked.base_url)
     back = watch(items, target, seed=asked.seed, bar=not asked.disable_tqdm)
-    counters = remote.change(before, remote.counters(base_url))
+    counters = remote.change(before, remote.counters(asked.base_url))
     if not back.records:
         return _bad("interrupted before the first request was sent")
     result = figures(asked, back, idle, counters)
@@ -96,7 +95,7 @@ def build(asked: argparse.Namespace) -> list[Item]:
 
 def _target(asked: argparse.Namespace) -> Target:
     return Target(
-        base_url=asked.base_url.rstrip("/"),
+        base_url=asked.base_url,
         logit_processor=processor.resolve(asked.logit_processor),
         request_timeout_s=asked.request_timeout_s,
         run_timeout_s=math.inf,
@@ -115,10 +114,7 @@ def prepare(asked: argparse.Namespace, target: Target) -> Idle | None:
     if idle is None:
         print("TTFO alone was not measured: too few of its requests answered, or all thought alike")
     else:
-        print(
-            f"alone: TTFO = {idle.t0_s * 1e3:.1f} ms + {idle.per_token_s * 1e3:.2f} ms per "
-            "thinking token"
-        )
+        print(f"alone: TTFO = {idle}")
     return idle
 
 
@@ -202,7 +198,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         description="Replay a workload against a running SGLang server.",
     )
     add = parser.add_argument
-    add("--base-url", default="http://127.0.0.1:30000")
+    add("--base-url", type=base_url, default="http://127.0.0.1:30000")
     add("--dataset-name", default="alpacaeval", help="a workload source, or a saved workload")
     add("--dataset-path", type=Path, help="file or folder of the source")
     add("--num-prompts", type=count, default=1000)

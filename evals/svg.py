@@ -29,6 +29,7 @@ COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#8c564b",
 )  # fmt: skip
 PANEL_INCHES = (3.6, 2.6)
+LEAST_WIDTH_INCHES = 7.2
 ACROSS = 3
 _numbers = itertools.count()
 styled = matplotlib.rc_context(STYLE)  # decorates whatever draws
@@ -38,7 +39,8 @@ def panels(count: int, size: tuple[float, float] = PANEL_INCHES) -> tuple[Figure
     """A figure of `count` panels, at most `ACROSS` side by side, with room for a legend above."""
     across = min(count, ACROSS)
     down = -(-count // across)
-    figure = Figure(figsize=(size[0] * across + 0.4, size[1] * down + 0.4))
+    width = max(size[0] * across + 0.4, LEAST_WIDTH_INCHES)
+    figure = Figure(figsize=(width, size[1] * down + 0.4))
     figure.set_layout_engine("constrained")
     return figure, [figure.add_subplot(down, across, i + 1) for i in range(count)]
 
@@ -56,11 +58,13 @@ def legend(figure: Figure, axes: Sequence[Axes]) -> None:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True)
     }
     if entries:
+        # In inches: a handle with its padding, and a letter.
+        width = 0.7 + 0.08 * max(map(len, entries))
         figure.legend(
             list(entries.values()),
             list(entries),
             loc="outside upper left",
-            ncols=min(len(entries), 4),
+            ncols=max(1, min(len(entries), int(figure.get_figwidth() / width))),
         )
 
 

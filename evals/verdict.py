@@ -40,6 +40,14 @@ class Spread:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> Spread | None:
+        """Geometric mean and range; None without ratios, or where one is not positive."""
+        if not ratios or min(ratios) <= 0:
+            return None
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        return cls(mean, min(ratios), max(ratios))
+
     def __str__(self) -> str:
         return f"{self.point:.2f} ({self.low:.2f}..{self.high:.2f})"
 
@@ -89,10 +97,7 @@ def ratio(runs: Sequence[Run], arm: str, base: str | None, rate: str, read: Read
     if base is None:
         return None
     ours, theirs = by_seed(runs, arm, rate, read), by_seed(runs, base, rate, read)
-    ratios = [ours[s] / theirs[s] for s in ours if theirs.get(s, 0) > 0]
-    if not ratios or min(ratios) <= 0:
-        return None
-    return Spread(math.exp(sum(map(math.log, ratios)) / len(ratios)), min(ratios), max(ratios))
+    return Spread.of([ours[s] / theirs[s] for s in ours if theirs.get(s, 0) > 0])
 
 
 def gap_closure(stock: float, arm: float, oracle: float) -> float | None:

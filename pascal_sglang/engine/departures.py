@@ -21,6 +21,7 @@ from pascal_sglang.engine.letters import Voice
 from pascal_sglang.engine.members import member_of, remaining_of
 from pascal_sglang.engine.move_metrics import MoveMetrics
 from pascal_sglang.engine.outgoing import Outgoing, find
+from pascal_sglang.engine.phases import timeline_of
 from pascal_sglang.engine.ranks import all_agree
 from pascal_sglang.engine.snapshot import export_state, why_not_movable
 from pascal_sglang.policy.member import Place
@@ -150,6 +151,7 @@ class Departures:
     def _stop(self, out: Outgoing) -> None:
         assert self._running is not None
         out.stopped_at = self.governor.moment.now
+        timeline_of(out.req).stopped("moved", out.stopped_at)
         out.take_out(self._running, lambda req: self.governor.planner.left(member_of(req)))
 
     def _resume(self, out: Outgoing) -> None:

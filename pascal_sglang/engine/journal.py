@@ -1,4 +1,5 @@
-"""Why a request waited or was paused: metrics, and one line of JSON per decision if asked for."""
+"""Why a request waited or was paused, and when: metrics, its timeline, and one line of JSON per
+decision if asked for."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 from pascal_sglang.engine.metrics import DecisionMetrics
+from pascal_sglang.engine.phases import timeline_of
 from pascal_sglang.policy.member import Member
 from pascal_sglang.policy.order import Moment, Order, Tuning
 from pascal_sglang.policy.rung import Rung
@@ -37,6 +39,7 @@ class Journal:
     def paused(self, member: Member, moment: Moment, why: str) -> None:
         """`member` leaves the batch: `growth` (the next steps would not fit), `displaced` (for a
         better one), `memory` (SGLang found no KV for this very step) or `chaos` (a test)."""
+        timeline_of(member.handle).stopped("paused", moment.now)
         name = self.class_of(member, moment)
         self.counts[f"pause:{name}:{why}"] += 1
         if self.metrics is not None:
@@ -51,6 +54,7 @@ class Journal:
 
     def started(self, member: Member, moment: Moment) -> None:
         """`member`, still in its place of waiting, is admitted or resumed."""
+        timeline_of(member.handle).went_on(moment.now)
         name = self.class_of(member, moment)
         waited_s = max(0.0, moment.now - member.since) if member.since else 0.0
         self.counts[f"start:{name}:{member.place.value}"] += 1

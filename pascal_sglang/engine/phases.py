@@ -100,8 +100,10 @@ def qoe_of(req: Req) -> float | None:
 
 
 def describe(req: Req) -> dict[str, Any]:
-    """One request for `GET /pascal/status`; times in seconds, null until they happened."""
+    """One request for `GET /pascal/status`; times in seconds, null until they happened. Breaks are
+    `[kind, start, end]` after its arrival."""
     timeline = timeline_of(req)
+    began = timeline.arrival
     return {
         "rid": req.rid,
         "phase": timeline.phase.value,
@@ -113,6 +115,10 @@ def describe(req: Req) -> dict[str, Any]:
         "ttfo_s": timeline.ttfo,
         "answer_tpot_s": timeline.answer_tpot,
         "qoe": qoe_of(req),
+        "breaks": [
+            [b.kind, b.start - began, None if b.end is None else b.end - began]
+            for b in timeline.breaks
+        ],
     }
 
 

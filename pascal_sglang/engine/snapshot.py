@@ -21,7 +21,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from pascal_sglang.engine.members import member_of, why_not_pausable
 from pascal_sglang.engine.phases import timeline_of
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.timeline import Phase, PhaseTimeline
+from pascal_sglang.policy.timeline import Break, Phase, PhaseTimeline
 
 VERSION = 1
 
@@ -224,7 +224,8 @@ def restore_member(req: Req, state: dict[str, Any]) -> None:
 
 
 def _timeline(state: dict[str, Any]) -> PhaseTimeline:
-    return PhaseTimeline(**state["timeline"])
+    was = state["timeline"]
+    return PhaseTimeline(**{**was, "breaks": [Break(**each) for each in was["breaks"]]})
 
 
 def _pacer(state: dict[str, Any]) -> Pacer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
@@ -33,6 +33,16 @@ class Progress(NamedTuple):
 
 
 @dataclass(slots=True)
+class Break:
+    """A time without a step in the middle of a request. kind: `paused`, or `moved` between two
+    instances. end: None while it lasts."""
+
+    kind: str
+    start: float
+    end: float | None = None
+
+
+@dataclass(slots=True)
 class PhaseTimeline:
     """Timestamps of one request, in seconds of one monotonic clock; None until it happened.
 
@@ -48,6 +58,7 @@ class PhaseTimeline:
     finished: float | None = None
     reasoning_tokens: int = 0
     answer_tokens: int = 0
+    breaks: list[Break] = field(default_factory=list)
 
     def observe(self, now: float, progress: Progress) -> None:
         """Take in the state after a pass. Counts never go back, so a repeated pass is harmless."""
@@ -70,6 +81,17 @@ class PhaseTimeline:
     def finish(self, now: float) -> None:
         if self.finished is None:
             self.finished = now
+            self.went_on(now)
+
+    def stopped(self, kind: str, now: float) -> None:
+        """A break begins, and ends the one before it."""
+        self.went_on(now)
+        self.breaks.append(Break(kind, now))
+
+    def went_on(self, now: float) -> None:
+        """The request gets steps again; nothing happens to one that has no break."""
+        if self.breaks and self.breaks[-1].end is None:
+            self.breaks[-1].end = now
 
     @property
     def phase(self) -> Phase:

@@ -1,12 +1,15 @@
-"""`python -m evals.serving` against stock SGLang, left alone and interrupted."""
+"""`python -m evals.serving` against stock SGLang: left alone, interrupted, and beside SGLang's own
+benchmark."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from evals import page
+from evals import agreement, page, workload
+from evals.arms import load_plan
 from tests.harness import environment
 
 ROOT = Path(__file__).parents[2]
@@ -103,3 +106,17 @@ def test_ctrl_c_reports_what_it_has(stock_server, tmp_path):
     assert seen["unsent"] + seen["completed"] + seen["failed"] == 600
     assert set(seen["errors"]) <= {"interrupted"}
     assert "requests were not sent" in said
+
+
+def test_sglangs_own_benchmark_does_the_same_work(stock_server, tiny_model, tmp_path):
+    """Both tools, once each: the same lengths item by item, and every figure that is compared."""
+    plan = load_plan(ROOT / "evals" / "arms" / "ample.toml", requests=6)
+    load = agreement.Load(math.inf, 3)
+    wanted = agreement.requests(plan, load)
+    workload.save(wanted, tmp_path / "ours.jsonl")
+    agreement.write_theirs(wanted, tmp_path / "theirs.jsonl")
+    bench = agreement.Bench(stock_server.base_url, tiny_model, tmp_path, len(wanted))
+    we, they = agreement.ours(bench, load), agreement.theirs(bench, load)
+    assert agreement.differences([we], [they]) == []
+    assert we["output_lens"] == [item.output_tokens for item in wanted]
+    assert not any("n/a" in line for line in agreement.table([we], [they]))

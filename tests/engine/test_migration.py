@@ -88,6 +88,9 @@ def flood(server, count, reference):
     assert moved > count / 3
     assert moved == total(instances, "arrivals", "taken")
     assert all(i["migrations"]["rejected"] == {} for i in instances)
+    breaks = [b for i in instances for ended in i["recent"] for b in ended["breaks"]]
+    assert sum(kind == "moved" for kind, _, _ in breaks) > count / 6
+    assert all(0 < start <= end for _, start, end in breaks)
     assert (shown["rejected"], shown["dead"], shown["silent"]) == ({}, [], [])
     for series in (
         "pascal:migrations_total{",

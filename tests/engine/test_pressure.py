@@ -40,6 +40,9 @@ def test_without_slots_kv_stays_on_the_device(serve, reference):
     assert instance["pauses"]["resident"] > 20
     assert "host" not in instance["pauses"]
     assert "recompute" not in instance["pauses"]
+    breaks = [b for ended in instance["recent"] for b in ended["breaks"]]
+    assert sum(len(ended["breaks"]) > 1 for ended in instance["recent"]) > 5
+    assert all(kind == "paused" and 0 < start < end for kind, start, end in breaks)
     kinds = {
         kind: [w for w in written if w["decision"] == kind]
         for kind in ("pause", "rung", "start", "blocked")

@@ -2,18 +2,28 @@
 
 import asyncio
 import json
+import time
 
+import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from evals.client import Target, open_loop
+from evals.timeline import sample
 from evals.workload import Item
+
+SEEN = web.AppKey("seen", list)
+
+
+def thinking_of(body):
+    return body["sampling_params"]["custom_params"]["thinking_budget"]
 
 
 async def generate(request):
     """Streams what was asked for; a thinking budget above 100 names a way to fail."""
-    sampling = (await request.json())["sampling_params"]
-    thinking, total = sampling["custom_params"]["thinking_budget"], sampling["max_new_tokens"]
+    body = await request.json()
+    request.app[SEEN].append(body)
+    thinking, total = thinking_of(body), body["sampling_params"]["max_new_tokens"]
     if thinking == 101:
         raise web.HTTPServiceUnavailable(text="busy")
     reply = web.StreamResponse()
@@ -36,10 +46,27 @@ async def generate(request):
     return reply
 
 
-def send(items, **bounds):
+async def status(request):
+    """Of every request that came: it was paused for as long as its thinking."""
+    ended = [
+        {
+            "rid": body["rid"],
+            "breaks": [
+                ["paused", 0.5, body["sampling_params"]["custom_params"]["thinking_budget"]]
+            ],
+        }
+        for body in request.app[SEEN]
+    ]
+    return web.json_response({"instances": [{"dead": True}, {"recent": ended}]})
+
+
+def send(items, tells=None, answers=generate, **bounds):
     async def go():
         app = web.Application()
-        app.router.add_post("/generate", generate)
+        app[SEEN] = []
+        app.router.add_post("/generate", answers)
+        if tells is not None:
+            app.router.add_get("/pascal/status", tells)
         async with TestServer(app, shutdown_timeout=0.1) as server:
             bounds.setdefault("run_timeout_s", 30.0)
             target = Target(base_url=str(server.make_url("/")), logit_processor="p", **bounds)
@@ -60,6 +87,24 @@ def test_many_streams_at_once_lose_nothing():
         assert record.arrival_s <= record.sent_s <= record.token_s[0]
 
 
+def test_what_a_server_tells_of_the_sampled_requests_is_kept():
+    items = [Item(0.0, 8, thinking, 4) for thinking in range(1, 21)]
+    back = send(items, status)
+    for place in sample(items):
+        assert back.records[place].breaks == [("paused", 0.5, items[place].thinking_tokens)]
+    assert sum(record.breaks is not None for record in back.records) == len(sample(items))
+
+
+async def _nonsense(_request):
+    return web.json_response({"instances": [{"recent": [{"rid": 1}, 2]}]})
+
+
+@pytest.mark.parametrize("tells", [None, _nonsense])
+def test_a_server_that_does_not_tell_is_none_the_worse(tells):
+    back = send([Item(0.0, 8, 3, 4)] * 3, tells)
+    assert [(r.finished, r.error, r.breaks) for r in back.records] == [(True, None, None)] * 3
+
+
 def test_each_failure_is_kept_with_its_request():
     items = [Item(0.0, 8, thinking, 4) for thinking in (101, 102, 103, 3)]
     refused, slow, cut, fine = send(items, request_timeout_s=1.0).records
@@ -68,6 +113,27 @@ def test_each_failure_is_kept_with_its_request():
     assert len(slow.token_s) == 2
     assert cut.error == "stream ended early"
     assert (fine.finished, fine.error) == (True, None)
+
+
+@pytest.mark.parametrize("says", [b"data: what\n\n", b'data: {"choices": []}\n\n', b"data: 3\n\n"])
+def test_what_is_no_answer_of_sglang_is_the_error_of_its_request_alone(says):
+    async def other(request):
+        reply = await generate(request)
+        if thinking_of(request.app[SEEN][-1]) == 2:
+            await reply.write(says)
+        return reply
+
+    bad, fine = send([Item(0.0, 8, 2, 4), Item(0.1, 8, 3, 4)], answers=other).records
+    assert "not an answer of SGLang" in bad.error
+    assert (fine.finished, fine.error) == (True, None)
+
+
+def test_a_client_that_cannot_keep_up_says_so():
+    async def slow(request):
+        time.sleep(0.1)  # In the client's own loop, as too many streams would.
+        return await generate(request)
+
+    assert send([Item(0.01 * i, 8, 3, 4) for i in range(20)], answers=slow).lag_p99_ms > 50
 
 
 def test_the_whole_run_is_bounded():

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from evals import verdict
-from evals.arms import TARGETS, Arm, ArmError, Rate, command_line, load_plan, parse_counters
+from evals import compare, verdict
+from evals.arms import TARGETS, Arm, ArmError, Rate, command_line, load_plan
+from evals.remote import parse_counters
 from evals.verdict import Run
 
 LIVE = Path(__file__).parents[2] / "evals" / "arms" / "live.toml"
@@ -160,7 +161,7 @@ def test_the_plan_of_live_and_its_parts():
     assert sum(rate.overload for rate in plan.rates) == 1
     part = load_plan(LIVE, quick=True, arms=["pascal", "fcfs"], requests=7)
     assert [arm.name for arm in part.arms] == ["fcfs", "pascal"]
-    assert [rate.name for rate in part.rates] == ["high"]
+    assert [rate.name for rate in part.rates] == ["medium", "high", "overload"]
     assert (part.seeds, part.requests) == (1, 7)
 
 
@@ -186,12 +187,35 @@ def test_bad_plans_are_refused():
         Arm(name="x", command="stock", role="winner")
 
 
-def test_counters_are_summed_over_labels():
+@pytest.mark.parametrize(
+    ("was", "becomes", "said"),
+    [
+        ("per_s = 5.0", "per_s = -5.0", "rate high: per_s must be positive, not -5.0"),
+        ("requests = 100", "requests = 0", "requests must be positive, not 0"),
+        ("[[rate]]", "[[other]]", "nothing under rate"),
+        ('preset = "tiny-live"', 'preset = "nope"', "no source 'nope'"),
+        ("bins = 4", "bins = 4 4", "line 11"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_refused_in_one_line(was, becomes, said, tmp_path, capsys):
+    plan, text = tmp_path / "plan.toml", LIVE.read_text()
+    assert was in text
+    plan.write_text(text.replace(was, becomes))
+    assert compare.main([str(plan), "--out", str(tmp_path / "out.json")]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_counters_are_summed_over_labels_that_do_not_say_what_happened():
     text = "\n".join(
         (
             "# TYPE pascal:pauses counter",
-            'pascal:pauses_total{rung="host",model="a b"} 3.0',
-            'pascal:pauses_total{rung="drop",model="a b"} 2.0',
+            'pascal:paused_kv_total{dp_rank="0",rung="host",model="a b"} 3.0',
+            'pascal:paused_kv_total{dp_rank="1",rung="host",model="a b"} 4.0',
+            'pascal:paused_kv_total{dp_rank="0",rung="recompute",model="a b"} 2.0',
+            'pascal:starts_total{class="x",place="waiting"} 6.0',
+            'pascal:starts_total{class="y",place="host"} 1.0',
             'pascal:ttfo_seconds_bucket{le="1.0"} 9.0',
             "pascal:ttfo_seconds_sum 1.5",
             "sglang:num_retracted_requests_total 4.0",
@@ -200,7 +224,9 @@ def test_counters_are_summed_over_labels():
         )
     )
     assert parse_counters(text) == {
-        "pascal:pauses_total": 5.0,
+        'pascal:paused_kv_total{rung="host"}': 7.0,
+        'pascal:paused_kv_total{rung="recompute"}': 2.0,
+        "pascal:starts_total": 7.0,
         "pascal:ttfo_seconds_sum": 1.5,
         "sglang:num_retracted_requests_total": 4.0,
     }

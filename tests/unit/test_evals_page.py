@@ -175,10 +175,11 @@ def test_verdicts_counters_commands_and_notes_are_there_and_escaped(tmp_path):
     text = render(tmp_path, comparison())
     words = Page(text).words
     for said in (
-        "pass: mean TTFO <= 0.6x: 0.50",
-        "FAIL: throughput >= 0.97x: <0.9",
-        "not judged: tail: no data",
-        "gone was not compared: server <ended> at start",
+        "pass: 0.50",
+        "FAIL: <0.9",
+        "not judged: no data",
+        "KV capacity 99 tokens; tiny-live x1, 7 requests a run, 2 seeds",
+        "gone gave up: server <ended> at start",
         "python -m sglang.launch_server --model-path MODEL --max-total-tokens 99",
         "python -m evals.compare x",
         "pascal:pauses_total",
@@ -188,6 +189,9 @@ def test_verdicts_counters_commands_and_notes_are_there_and_escaped(tmp_path):
         assert said in words
     assert "<cal>" not in text
     assert 'class="FAIL"' in text
+    (judged,) = [table for table in Page(text).tables if table[0][0] == "target"]
+    assert judged[0] == ["target", ARMS[1]]
+    assert [row[0] for row in judged[1:]] == ["mean TTFO <= 0.6x", "throughput >= 0.97x", "tail"]
 
 
 def test_what_an_older_result_lacks_is_said_and_not_drawn(tmp_path):

@@ -8,6 +8,9 @@ import threading
 import pytest
 
 from evals import processor, remote, serving, workload
+from evals.attended import Watched
+from evals.client import LAG_LIMIT_MS
+from evals.metrics import Record
 from evals.workload import Item, WorkloadError
 
 
@@ -65,6 +68,15 @@ def test_objectives_are_named_as_sglang_names_them():
         with pytest.raises(SystemExit):
             serving.parse(["--goodput", bad])
     assert serving.parse(["--request-rate", "inf"]).request_rate == math.inf
+
+
+@pytest.mark.parametrize("url", ["nonsense", "127.0.0.1:30000", "ftp://x"])
+def test_an_address_that_is_none_is_refused(url, capsys):
+    with pytest.raises(SystemExit) as left:
+        serving.parse(["--base-url", url])
+    assert left.value.code == serving.EXIT_BAD_INPUT
+    assert f"not http://HOST:PORT: {url!r}" in capsys.readouterr().err
+    assert serving.parse(["--base-url", "http://x:1/v1/"]).base_url == "http://x:1"
 
 
 def test_processors_by_each_of_their_names(tmp_path):
@@ -135,3 +147,26 @@ def test_what_a_failing_server_gave_is_kept_and_counted(failing_server, tmp_path
         assert seen["total_output_tokens"] == 8
         assert (seen["counters"], seen["server_info"]) == ({}, {})
     assert "error: stream ended early" in capsys.readouterr().out
+
+
+def test_details_list_errors_by_request_and_the_report_each_of_them_once(
+    failing_server, tmp_path, capsys
+):
+    out = tmp_path / "out.jsonl"
+    asked = ["--base-url", failing_server, "--dataset-name", "tiny-live", "--num-prompts", "3"]
+    asked += ["--request-rate", "inf", "--output-file", str(out), "--disable-tqdm"]
+    asked += ["--warmup-requests", "0", "--no-idle-fit", "--output-details"]
+    assert serving.main(asked) == serving.EXIT_FAILED
+    assert json.loads(out.read_text())["errors"] == ["stream ended early"] * 3
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error:")]
+    assert said == ["error: stream ended early"]
+
+
+def test_a_client_that_was_late_says_so():
+    asked = serving.parse(["--no-idle-fit"])
+    items = [Item(0.0, 8, 3, 4)]
+    record = Record(0.0, 0.0, [0.1] * 8, 4, finished=True)
+    for lag_ms, said in ((LAG_LIMIT_MS + 1, True), (LAG_LIMIT_MS - 1, False)):
+        back = Watched(items=items, records=[record], lag_p99_ms=lag_ms)
+        lines = serving.console(asked, serving.figures(asked, back, None, {}))
+        assert any("CLIENT LATE" in line for line in lines) is said

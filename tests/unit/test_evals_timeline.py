@@ -2,6 +2,7 @@
 
 import pytest
 
+from evals.breaks import Break
 from evals.metrics import Record
 from evals.timeline import details, sample, segments
 from evals.workload import Item
@@ -47,6 +48,24 @@ def test_tokens_of_one_event_have_no_gap_and_do_not_shift_the_median():
     token_s = [10.0, 10.0, 10.0, 10.0, 11.0, 11.0, 12.0, 12.0]
     seen = segments(record(token_s, 9), end_s=20.0)
     assert shown(seen) == [("queued", 0.0, 0.0), ("thinking", 0.0, 2.0)]
+
+
+def test_breaks_that_the_server_told_take_the_place_of_the_stall_they_explain():
+    token_s = [10.0, 10.1, 10.2, 12.0, 12.1, 12.2, 14.0, 14.1]
+    told = record(token_s, 4)
+    told.sent_s = 10.05
+    # Seconds after it was sent; the last two are cut to the time between first and last token.
+    told.breaks = [Break("paused", 0.25, 1.85), Break("moved", -1.0, 0.0), Break("moved", 4.0, 9.0)]
+    assert shown(segments(told, end_s=20.0)) == [
+        ("moved", 0.0, 0.05),
+        ("thinking", 0.05, 0.3),
+        ("paused", 0.3, 1.9),
+        ("thinking", 1.9, 2.0),
+        ("answering", 2.0, 2.2),
+        ("stalled", 2.2, 4.0),
+        ("answering", 4.0, 4.05),
+        ("moved", 4.05, 4.1),
+    ]
 
 
 def test_a_request_without_a_token_is_queued_to_the_end():

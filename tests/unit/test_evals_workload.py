@@ -162,7 +162,7 @@ def event(completion, reasoning, reason=None):
         "reasoning_tokens": reasoning,
         "finish_reason": reason,
     }
-    return b"data: " + json.dumps({"text": "x", "meta_info": meta}).encode()
+    return json.dumps({"text": "x", "meta_info": meta}).encode()
 
 
 def test_every_token_of_an_event_gets_its_time():
@@ -170,8 +170,6 @@ def test_every_token_of_an_event_gets_its_time():
     note_event(seen, event(1, 1), 0.5)
     note_event(seen, event(4, 2), 0.7)
     note_event(seen, event(5, 2, {"type": "length"}), 0.9)
-    note_event(seen, b"data: [DONE]", 1.0)
-    note_event(seen, b"", 1.0)
     assert seen.token_s == [0.5, 0.7, 0.7, 0.7, 0.9]
     assert seen.answer_s == [0.7, 0.7, 0.9]
     assert seen.finished
@@ -181,7 +179,7 @@ def test_every_token_of_an_event_gets_its_time():
 def test_aborts_and_errors_are_kept():
     aborted, failed = Record(0.0), Record(0.0)
     note_event(aborted, event(1, 1, {"type": "abort", "message": "full"}), 0.5)
-    note_event(failed, b'data: {"error": {"message": "bad"}}', 0.5)
+    note_event(failed, b'{"error": {"message": "bad"}}', 0.5)
     assert aborted.error == "abort: full"
     assert "bad" in failed.error
     assert not aborted.finished

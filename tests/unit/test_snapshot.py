@@ -66,6 +66,8 @@ def request(**more):
     req.logprob.output_top_logprobs_val = [[-0.5], [None], [float("nan")]]
     req.logprob.output_top_logprobs_idx = [[9], [10], [11]]
     req.pascal_timeline = PhaseTimeline(1.0, 1.5, 2.0, 2.5, 2.5, None, 2, 1)
+    req.pascal_timeline.stopped("paused", 2.6)
+    req.pascal_timeline.stopped("moved", 3.5)
     pacer = Pacer(0.04, 1, 2.5, 2.5, 0.0)
     req.pascal_member = Member(seq=4, pacer=pacer, phase=Phase.ANSWERING, phase_tokens=1, credit=2)
     return req

@@ -66,6 +66,24 @@ def test_nothing_changes_after_the_end():
     assert timeline.finished == 11.5
 
 
+def test_breaks_end_when_the_request_goes_on_or_ends():
+    timeline = run([(11.0, 2, 1, False)])
+    timeline.went_on(11.1)
+    assert timeline.breaks == []
+    timeline.stopped("paused", 11.5)
+    assert timeline.breaks[-1].end is None
+    timeline.went_on(12.0)
+    timeline.went_on(12.5)
+    timeline.stopped("paused", 13.0)
+    timeline.stopped("moved", 13.5)
+    timeline.finish(14.0)
+    assert [(b.kind, b.start, b.end) for b in timeline.breaks] == [
+        ("paused", 11.5, 12.0),
+        ("paused", 13.0, 13.5),
+        ("moved", 13.5, 14.0),
+    ]
+
+
 @given(
     thinking=st.integers(0, 30),
     answering=st.integers(0, 30),
