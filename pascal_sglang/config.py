@@ -34,8 +34,8 @@ class PascalConfig:
     answer_tpot_ms: the reader's pace, milliseconds per answering token; a request may override it
         in `custom_params["pascal"]["answer_tpot_ms"]`.
     qoe_slo: an answer whose QoE ends below this counts as an SLO violation.
-    host_kv_gb: host memory for paused KV, per instance; None: four times the device pool, at most
-        this instance's share of a quarter of the memory that is free at start.
+    host_kv_gb: host memory for paused KV, per instance; None: twice the device pool, at most this
+        instance's share of a quarter of the memory that is free at start.
     pace_stream: streamed answers leave the server at the reader's pace.
     placement: `phase`, or `sglang` for the balancing of `--load-balance-method`; only with several
         instances. The launcher sets the latter where that flag is given.

@@ -23,7 +23,7 @@ from sglang.utils import TypeBasedDispatcher
 from pascal_sglang.cluster.post import Box
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.budget import with_default_budget
-from pascal_sglang.engine.build import build_governor, kv_bytes_per_token
+from pascal_sglang.engine.build import build_governor
 from pascal_sglang.engine.build_moves import build_moves, moves_here
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.herald import Herald, build_herald, figures
@@ -89,7 +89,8 @@ class PascalScheduler(Scheduler):
         labels = self.metrics_collector.labels if reports else {}
         metrics = PhaseMetrics(labels, self.pascal_config.qoe_slo) if reports else None
         if reports and self.governor is not None:
-            self.governor.journal.metrics = DecisionMetrics(labels, kv_bytes_per_token(self))
+            per_token = self.governor.ladder.copies.bytes_per_token
+            self.governor.journal.metrics = DecisionMetrics(labels, per_token)
         if reports and self.moves is not None:
             self.moves.report_to(MoveMetrics(labels))
         self.phase_tracker = PhaseTracker(metrics, None if self.governor is None else self._observe)
