@@ -151,6 +151,13 @@ HOOKS = (
         with_ray=True,
     ),
     Hook(
+        "sglang.srt.ray.engine.RayEngine._launch_scheduler_processes",
+        "around",
+        _ray("require_handshake"),
+        only_main=True,
+        with_ray=True,
+    ),
+    Hook(
         "sglang.srt.ray.engine.RayEngine._launch_dp_scheduler_processes",
         "around",
         _ray("launch_instances"),

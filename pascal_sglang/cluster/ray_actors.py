@@ -17,6 +17,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.ray import engine
 from sglang.srt.ray.scheduler_actor import SchedulerActor
 
+from pascal_sglang.frontend import shake_hands
 from pascal_sglang.plugin import ACTOR_ENV
 
 FORWARDED = ("PASCAL_SGLANG_", "SGLANG_", "PROMETHEUS_", "OMP_NUM_THREADS", "HF_")
@@ -50,6 +51,13 @@ def create_scheduler_actor(original: Callable[..., Any], *args: Any, **kwargs: A
     environment = {"env_vars": forwarded(os.environ)}
     engine.SchedulerActor = ray.remote(runtime_env=environment)(PascalSchedulerActor)
     return original(*args, **kwargs)
+
+
+def require_handshake(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around `RayEngine._launch_scheduler_processes`: every actor must run our configuration."""
+    result, processes = original(*args, **kwargs)
+    shake_hands(result.scheduler_infos)
+    return result, processes
 
 
 def launch_instances(
