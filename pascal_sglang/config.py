@@ -44,6 +44,8 @@ class PascalConfig:
         override); or `off`. Only with several instances that are placed by phase.
     live_migration: KV is copied while the request still decodes; otherwise it stops first.
     kv_transport: how KV gets from one instance to another; `auto` is `shm` inside a host.
+    gpus: how many GPUs the instances share, one beside the other; None: each has its own. To try
+        several instances on one GPU; `mem_fraction_static` has to leave room.
     assume_reasoning: `/generate` requests that do not say `require_reasoning` count as reasoning.
     log_decisions: log every scheduling decision as one line of JSON.
     default_thinking_budget: thinking tokens after which a request without a logit processor of its
@@ -66,6 +68,7 @@ class PascalConfig:
     migration: str = "adaptive"
     live_migration: bool = True
     kv_transport: str = "auto"
+    gpus: int | None = None
     assume_reasoning: bool = False
     log_decisions: bool = False
     default_thinking_budget: int | None = None
@@ -88,6 +91,7 @@ class PascalConfig:
         self._require_whole("quantum_tokens", at_least=1)
         self._require_whole("demote_tokens", at_least=1)
         self._require_whole("default_thinking_budget", at_least=0, optional=True)
+        self._require_whole("gpus", at_least=1, optional=True)
         self._require_number("answer_tpot_ms", above=0)
         self._require_number("qoe_slo", above=0)
         _require(self.qoe_slo <= 1, f"qoe_slo is at most 1, not {self.qoe_slo!r}")

@@ -264,6 +264,7 @@ class PascalScheduler(Scheduler):
             "monitor": {} if governor is None else figures(self, governor),
             "paused": len(paused),
             "pauses": {} if ladder is None else dict(ladder.counts),
+            "costs": {} if ladder is None else ladder.costs.describe(),
             "decisions": {} if governor is None else dict(governor.journal.counts),
             "queued": {} if governor is None else by_class(governor.planner.line.lengths()),
             "migrations": None if self.moves is None else self.moves.describe(),

@@ -37,6 +37,14 @@ class Costs:
         self._seconds = 0.9 * self._seconds + seconds
         self.prefill_token_s = self._seconds / self._tokens
 
+    def describe(self) -> dict[str, float | None]:
+        """The figures by name, in seconds."""
+        return {
+            "copy_s": self.copy_s,
+            "copy_token_s": self.copy_token_s,
+            "prefill_token_s": self.prefill_token_s,
+        }
+
     def cheapest(self, tokens: int, host_free_tokens: int) -> Rung:
         """The rung for KV that has to leave the device: `host` while the budget lasts, unless
         prefilling it again takes less than carrying it there and back."""

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from evals.arms import free_port
-from tests.engine.load import run
+from tests.engine.load import run, settled
 from tests.engine.test_migration import FLOOD, at_rest, controller, differences, nothing_left, total
 from tests.harness import environment
 
@@ -82,6 +82,6 @@ def test_two_instances_serve_and_move(serve, reference, cluster):
 def test_one_instance_serves(serve, reference, cluster):
     with serve({}, ["--use-ray"], RAY_ADDRESS=cluster) as server:
         whole, _ = run(server, COUNT)
-        (instance,) = at_rest(server)
+        instance = settled(server)
     assert differences(whole, reference) == []
     assert instance["policy"] == "pascal"

@@ -1,0 +1,62 @@
+"""`evals/gpu/check.sh` on a CPU: the real script, real servers, and results that say what ran."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "evals" / "gpu" / "check.sh"
+
+
+def check(*arguments, timeout=400, **environment):
+    return subprocess.run(
+        ["bash", str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PASCAL_PYTHON": sys.executable, **environment},
+    )
+
+
+def test_the_check_is_green_on_a_cpu(tmp_path):
+    done = check("--device", "cpu", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert found["failed"] == []
+    assert "cores of" in found["device"]["device"]
+    assert found["seconds"] < 300
+    same = found["parts"]["identity"]
+    assert same["holds"]
+    assert same["pauses"]["host"] > 20
+    assert same["moves"]["moved"] > 5
+    cost = found["parts"]["one"]["overhead"]["pascal"]
+    assert cost["passes"] > 100
+    assert 0 < cost["policy_share"] < 1
+    assert cost["copy_us_per_token"] > 0
+    assert "<svg" in (tmp_path / "one.html").read_text()
+    table = (tmp_path / "check.txt").read_text()
+    assert "token identity" in table
+    assert "verdict on pascal" in table
+
+
+def test_wheels_without_ours_are_refused(tmp_path):
+    done = check("--wheels", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"check.sh: no wheel of pascal_sglang in {tmp_path}"]
+
+
+def test_help_is_the_head_of_the_script():
+    done = check("--help")
+    assert done.returncode == 0
+    assert "--wheels DIR" in done.stdout
+
+
+@pytest.mark.parametrize("device", ["tpu"])
+def test_an_unknown_device_is_refused(device):
+    done = check("--device", device)
+    assert done.returncode == 2
+    assert "invalid choice" in done.stderr
