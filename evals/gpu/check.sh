@@ -37,7 +37,7 @@ if [ -n "$wheels" ]; then
     "$PASCAL_PYTHON" -m pip --disable-pip-version-check install --quiet --no-index --no-deps \
         --target "$packages" "$wheels"/*.whl
     export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
-elif [ -z "${PASCAL_PYTHON:-}" ]; then
+else
     . "$root/launch/env.sh"
 fi
 

@@ -16,6 +16,7 @@ import ray
 from sglang.srt.plugins import load_plugins
 from sglang.srt.ray import engine
 from sglang.srt.ray.scheduler_actor import SchedulerActor
+from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.frontend import shake_hands
 from pascal_sglang.plugin import ACTOR_ENV
@@ -54,10 +55,26 @@ def create_scheduler_actor(original: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def require_handshake(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around `RayEngine._launch_scheduler_processes`: every actor must run our configuration."""
+    """Around `RayEngine._launch_scheduler_processes`: every actor must run our configuration.
+
+    Raises: RuntimeError also where Ray has too few GPUs, which SGLang would wait for without end.
+    """
+    if kwargs.get("placement_group") is None and ray.util.get_current_placement_group() is None:
+        _require_gpus()
     result, processes = original(*args, **kwargs)
     shake_hands(result.scheduler_infos)
     return result, processes
+
+
+def _require_gpus() -> None:
+    parallel = get_parallel()
+    wanted = parallel.num_dp_ranks * parallel.tp_size * parallel.pp_size
+    there = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    if there < wanted:
+        raise RuntimeError(
+            f"--use-ray needs {wanted} GPUs and Ray has {there}; on CPUs its node declares them: "
+            f"ray start --head --num-gpus {wanted}"
+        )
 
 
 def launch_instances(

@@ -17,7 +17,7 @@ import pytest
 from evals.arms import free_port
 from tests.engine.load import run, settled
 from tests.engine.test_migration import FLOOD, at_rest, controller, differences, nothing_left, total
-from tests.harness import environment
+from tests.harness import PASCAL, TINY_FLAGS, Server, environment
 
 RAY = Path(sys.executable).with_name("ray")
 COUNT = 60
@@ -85,3 +85,20 @@ def test_one_instance_serves(serve, reference, cluster):
         instance = settled(server)
     assert differences(whole, reference) == []
     assert instance["policy"] == "pascal"
+
+
+def test_too_few_gpus_are_refused_not_waited_for(tiny_model, cluster):
+    """SGLang would wait for the third one without end."""
+    flags = ["--model-path", str(tiny_model), *TINY_FLAGS, "--use-ray", "--dp-size", "3"]
+    server = Server(PASCAL, flags, {"RAY_ADDRESS": cluster})
+    try:
+        assert server.process.wait(120) == 2
+    finally:
+        server.kill()
+    assert (
+        server.output.strip()
+        .splitlines()[-1]
+        .startswith(
+            f"pascal_sglang: error: cannot serve '{tiny_model}': --use-ray needs 3 GPUs and Ray has 2;"
+        )
+    )
