@@ -95,10 +95,6 @@ def test_too_few_gpus_are_refused_not_waited_for(tiny_model, cluster):
         assert server.process.wait(120) == 2
     finally:
         server.kill()
-    assert (
-        server.output.strip()
-        .splitlines()[-1]
-        .startswith(
-            f"pascal_sglang: error: cannot serve '{tiny_model}': --use-ray needs 3 GPUs and Ray has 2;"
-        )
-    )
+    last = server.output.strip().splitlines()[-1]
+    assert last.startswith("pascal_sglang: error: cannot serve ")
+    assert "--use-ray needs 3 GPUs and Ray has 2;" in last
