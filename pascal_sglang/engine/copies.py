@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 from pascal_sglang.engine.pieces import Pieces
 
+logger = logging.getLogger(__name__)
+
 # Tokens gathered at a time: what one layer of them takes on the device is all that a copy needs.
 CHUNK = 8192
 
@@ -23,11 +26,13 @@ class HostKV:
 
     parts: one tensor per buffer of the pool, shape (tokens, ...). done: the event after which they
     are complete; None if they are. start: where they are in the memory of `Copies`; None elsewhere.
+    failed: the device did not copy them.
     """
 
     parts: list[torch.Tensor]
     done: Any = None
     start: int | None = None
+    failed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -107,7 +112,8 @@ class Copies:
 
     def to_host(self, locations: torch.Tensor) -> HostKV:
         """Begin to copy the entries at `locations`, shape (tokens,), at most `room` of them, which
-        no step in flight writes. Raises: RuntimeError if the device fails."""
+        no step in flight writes. If the device fails, `wait` says so; until the copy is freed its
+        memory is taken, as it is on ranks that did not fail."""
         tokens = len(locations)
         start = self._pieces.take(tokens)
         if start is None or self.buffers is None:
@@ -120,8 +126,7 @@ class Copies:
                         part[some].copy_(buffer[locations[some]], non_blocking=True)
                 kv.done = self._mark(locations)
         except RuntimeError:
-            self.free(kv)
-            raise
+            self._failed(kv)
         return kv
 
     def _mark(self, locations: torch.Tensor) -> Any:
@@ -134,11 +139,19 @@ class Copies:
         done.record(self._stream)
         return done
 
-    def wait(self, kv: HostKV) -> None:
-        """Until the copy is complete; a device that fails raises RuntimeError."""
-        if kv.done is not None:
-            kv.done.synchronize()
-            kv.done = None
+    def _failed(self, kv: HostKV) -> None:
+        kv.failed = True
+        logger.exception("pascal_sglang: copying KV to the host failed")
+
+    def wait(self, kv: HostKV) -> bool:
+        """Until the copy is complete; False if the device failed, which is logged."""
+        try:
+            if kv.done is not None:
+                kv.done.synchronize()
+        except RuntimeError:
+            self._failed(kv)
+        kv.done = None
+        return not kv.failed
 
     def to_device(self, kv: HostKV, locations: torch.Tensor) -> None:
         """Write the entries to `locations`; steps launched from now on see them."""

@@ -8,7 +8,6 @@ arrived. Where copies run beside the decoding, its device memory is free one pas
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,22 +22,18 @@ from pascal_sglang.engine.pool import Pool
 from pascal_sglang.engine.ranks import all_agree
 from pascal_sglang.policy.rung import Costs, Rung
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(slots=True)
 class HostCopy:
     """A paused request's KV in host memory, in the pool's own format.
 
     shared: leading tokens that stood in the prefix cache; `prefix` holds these, `own` the rest.
-    failed: this rank could not copy it.
     """
 
     tokens: int
     shared: int
-    prefix: HostKV | None = None
-    own: HostKV | None = None
-    failed: bool = False
+    prefix: HostKV | None
+    own: HostKV | None
 
     def halves(self) -> list[HostKV]:
         return [half for half in (self.prefix, self.own) if half is not None]
@@ -137,20 +132,15 @@ class Ladder:
 
     def _begin_copy(self, req: Req, locations: torch.Tensor, rung: Rung | None) -> bool:
         """Copy the KV to the host if that is the rung and there is room; False where it is to be
-        recomputed. A rank that fails (a device error, logged and counted) says so in `copying`."""
+        recomputed."""
         tokens, room = len(locations), self.copies.room
         if (rung or self.costs.cheapest(tokens, room)) is not Rung.HOST or tokens > room:
             return False
         shared = min(req.kv.cache_protected_len, tokens)
-        copy = self.copying[req] = HostCopy(tokens, shared)
+        prefix = self.copies.to_host(locations[:shared]) if shared else None
+        own = self.copies.to_host(locations[shared:]) if shared < tokens else None
+        self.copying[req] = HostCopy(tokens, shared, prefix, own)
         self.host_tokens += tokens
-        try:
-            if shared:
-                copy.prefix = self.copies.to_host(locations[:shared])
-            if shared < tokens:
-                copy.own = self.copies.to_host(locations[shared:])
-        except RuntimeError:
-            self._copy_failed(copy)
         return True
 
     def _off_device(self, req: Req, tokens: int, release: Callable[[Req], None]) -> Rung:
@@ -178,20 +168,12 @@ class Ladder:
         copy = self.copying.get(req)
         if copy is None:
             return False
-        try:
-            for half in copy.halves():
-                self.copies.wait(half)
-        except RuntimeError:
-            self._copy_failed(copy)
-        if all_agree(self.scheduler, not copy.failed):
+        complete = [self.copies.wait(half) for half in copy.halves()]
+        if all_agree(self.scheduler, all(complete)):
             return True
+        self.counts["copy_failed"] += 1
         self._drop_copy(self.copying, req)
         return False
-
-    def _copy_failed(self, copy: HostCopy) -> None:
-        copy.failed = True
-        self.counts["copy_failed"] += 1
-        logger.exception("pascal_sglang: copying KV to the host failed; it is recomputed")
 
     def _drop_copy(self, copies: dict[Req, HostCopy], req: Req) -> None:
         copy = copies.pop(req, None)

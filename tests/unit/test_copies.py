@@ -33,6 +33,13 @@ def pool_of(kind, dtype=torch.float32, scales=None):
     return pool
 
 
+class Broken:
+    """A buffer on a device that fails."""
+
+    def __getitem__(self, _):
+        raise RuntimeError("the device is gone")
+
+
 def copies_of(pool, room=ENTRIES):
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
     scheduler = SimpleNamespace(
@@ -52,7 +59,7 @@ def test_there_and_back_elsewhere(kind, dtype):
     kv = copies.to_host(source)
     for buffer in copies.buffers:
         buffer[source] = 0
-    copies.wait(kv)
+    assert copies.wait(kv)
     copies.to_device(kv, target)
     for buffer, was in zip(copies.buffers, before, strict=True):
         assert torch.equal(buffer[target], was[source])
@@ -76,6 +83,17 @@ def test_without_room_nothing_is_copied():
     assert copies.room == 4
     nothing, _ = copies_of(pool_of(MHATokenToKVPool), room=0)
     assert measure_costs(scheduler, nothing).copy_s == 0
+
+
+def test_a_device_that_fails_says_so_and_keeps_its_memory_until_it_is_freed(caplog):
+    copies, _ = copies_of(pool_of(MHATokenToKVPool))
+    copies.buffers[1] = Broken()
+    kv = copies.to_host(torch.arange(5))
+    assert not copies.wait(kv)
+    assert "the device is gone" in caplog.text
+    assert copies.room == ENTRIES - 5, "as on the other ranks"
+    copies.free(kv)
+    assert copies.room == ENTRIES
 
 
 def test_measuring_changes_nothing_and_keeps_nothing():
