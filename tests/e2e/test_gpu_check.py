@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,21 @@ def test_wheels_without_ours_are_refused(tmp_path):
     done = check("--wheels", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.splitlines() == [f"check.sh: no wheel of pascal_sglang in {tmp_path}"]
+
+
+def test_wheels_are_used_without_a_network(tmp_path):
+    """A wheel in the folder is what the check's python sees first."""
+    info = "pascal_sglang-0.dist-info"
+    with zipfile.ZipFile(tmp_path / "pascal_sglang-0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("sitecustomize.py", "import sys; print('from the wheel', file=sys.stderr)")
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: pascal_sglang\nVersion: 0\n"
+        )
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    done = check("--wheels", str(tmp_path), "--device", "tpu", PIP_INDEX_URL="http://127.0.0.1:9")
+    assert done.stderr.startswith("from the wheel")
+    assert done.returncode == 2, "argparse on the device: everything before it worked"
 
 
 def test_help_is_the_head_of_the_script():
