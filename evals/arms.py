@@ -25,11 +25,10 @@ import psutil
 
 COMMANDS = {"stock": "sglang.launch_server", "pascal": "pascal_sglang.launch_server"}
 # Stock SGLang has no platform for a CPU without AMX; it gets ours, and nothing else of ours.
-COMMAND_ENV = {"stock": {"SGLANG_PLATFORM": "pascal_cpu"}, "pascal": {}}
+STOCK_ON_CPU = {"SGLANG_PLATFORM": "pascal_cpu"}
+TINY = "tiny"
 ROLES = ("stock", "candidate", "oracle")
-PROCESSOR = (
-    "from pascal_sglang.demo.budget import TinyThinkingBudget; print(TinyThinkingBudget.to_str())"
-)
+PROCESSOR = "from pascal_sglang.demo.budget import {name}; print({name}.to_str())"
 STOP_TIMEOUT_S = 40
 IDLE_TIMEOUT_S = 60
 TARGETS = {
@@ -82,8 +81,10 @@ class Rate:
 class Plan:
     """A whole comparison, as its TOML gives it.
 
-    pascal_flags: for arms of command `pascal`. targets: ratios to the best stock arm that the
-    verdict asks for, by the names of `TARGETS`; `violations` is a share of requests.
+    model: `tiny`, or one of `pascal_sglang.demo.dummy`, which has no weights: its flags say
+    `--load-format dummy`. pascal_flags: for arms of command `pascal`. targets: ratios to the best
+    stock arm that the verdict asks for, by the names of `TARGETS`; `violations` is a share of
+    requests.
     """
 
     preset: str
@@ -94,6 +95,7 @@ class Plan:
     flags: tuple[str, ...]
     arms: tuple[Arm, ...]
     rates: tuple[Rate, ...]
+    model: str = TINY
     pascal_flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     goodput_ms: Mapping[str, float] = field(default_factory=dict)
@@ -158,16 +160,19 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **extra}
 
 
-def tiny_model(folder: Path) -> Path:
-    """Build the tiny model in `folder` unless it is there."""
-    if not (folder / "model.safetensors").exists():
-        _python("-m", "pascal_sglang.demo.tiny", str(folder))
-    return folder
+def model_folder(model: str, folder: Path) -> Path:
+    """Build a plan's model in `folder`, unless it is there; returns where it is."""
+    if model != TINY:
+        _python("-m", "pascal_sglang.demo.dummy", model, str(folder / model))
+    elif not (folder / TINY / "model.safetensors").exists():
+        _python("-m", "pascal_sglang.demo.tiny", str(folder / TINY))
+    return folder / model
 
 
-def logit_processor() -> str:
-    """The serialized processor that makes the tiny model think for exactly its budget."""
-    return _python("-c", PROCESSOR).splitlines()[-1]
+def logit_processor(model: str) -> str:
+    """The serialized processor that makes a plan's model think for exactly its budget."""
+    name = "TinyThinkingBudget" if model == TINY else "DummyThinkingBudget"
+    return _python("-c", PROCESSOR.format(name=name)).splitlines()[-1]
 
 
 def _python(*arguments: str) -> str:
@@ -189,6 +194,12 @@ def command_line(arm: Arm, plan: Plan, model: Path) -> list[str]:
     }
     flags = [flag.format_map(places) for flag in (*shared, *arm.flags)]
     return [sys.executable, "-m", COMMANDS[arm.command], *flags]
+
+
+def command_env(arm: Arm, plan: Plan) -> dict[str, str]:
+    """What the arm's server finds in its environment."""
+    on_cpu = arm.command == "stock" and "cpu" in plan.flags
+    return {**plan.env, **(STOCK_ON_CPU if on_cpu else {}), **arm.env}
 
 
 def free_port() -> int:
@@ -218,7 +229,7 @@ class Server:
             stdout=descriptor,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environment({**plan.env, **COMMAND_ENV[arm.command], **arm.env}),
+            env=environment(command_env(arm, plan)),
             start_new_session=True,
         )
         os.close(descriptor)

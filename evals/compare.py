@@ -79,7 +79,8 @@ class Comparison:
         for text in plan.describe():
             self.say(text)
         self.say("bins of thinking tokens: " + ", ".join(report.bin_names(self.edges)))
-        model, processor = arms.tiny_model(CACHE / "tiny"), arms.logit_processor()
+        model = arms.model_folder(plan.model, CACHE)
+        processor = arms.logit_processor(plan.model)
         for seed in range(plan.seeds):
             for arm in plan.arms:
                 if arm.name in self.failures:

@@ -2,6 +2,7 @@
 # outside the tree and leaves its python in $PASCAL_PYTHON. Wants Python 3.11+ and a package index.
 #
 #   PASCAL_SGLANG_VENV   where the environment lives (default ~/.cache/pascal_sglang/venv)
+#   PASCAL_PYTHON        a python that has everything already: nothing is made or installed
 # One environment serves the demo, the tests and the evals, so that they never disagree.
 
 pascal_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -76,4 +77,4 @@ pascal_prepare() {
     exec 9>&-
 }
 
-pascal_prepare
+[ -n "${PASCAL_PYTHON:-}" ] || pascal_prepare

@@ -34,8 +34,8 @@ class PascalConfig:
     answer_tpot_ms: the reader's pace, milliseconds per answering token; a request may override it
         in `custom_params["pascal"]["answer_tpot_ms"]`.
     qoe_slo: an answer whose QoE ends below this counts as an SLO violation.
-    host_kv_gb: host memory for paused KV, per instance; None: four times the device pool, at most
-        this instance's share of a quarter of the memory that is free at start.
+    host_kv_gb: host memory for paused KV, per instance; None: twice the device pool, at most this
+        instance's share of a quarter of the memory that is free at start.
     pace_stream: streamed answers leave the server at the reader's pace.
     placement: `phase`, or `sglang` for the balancing of `--load-balance-method`; only with several
         instances. The launcher sets the latter where that flag is given.
@@ -44,6 +44,8 @@ class PascalConfig:
         override); or `off`. Only with several instances that are placed by phase.
     live_migration: KV is copied while the request still decodes; otherwise it stops first.
     kv_transport: how KV gets from one instance to another; `auto` is `shm` inside a host.
+    gpus: how many GPUs the instances share, one beside the other; None: each has its own. To try
+        several instances on one GPU; `mem_fraction_static` has to leave room.
     assume_reasoning: `/generate` requests that do not say `require_reasoning` count as reasoning.
     log_decisions: log every scheduling decision as one line of JSON.
     default_thinking_budget: thinking tokens after which a request without a logit processor of its
@@ -66,6 +68,7 @@ class PascalConfig:
     migration: str = "adaptive"
     live_migration: bool = True
     kv_transport: str = "auto"
+    gpus: int | None = None
     assume_reasoning: bool = False
     log_decisions: bool = False
     default_thinking_budget: int | None = None
@@ -88,6 +91,7 @@ class PascalConfig:
         self._require_whole("quantum_tokens", at_least=1)
         self._require_whole("demote_tokens", at_least=1)
         self._require_whole("default_thinking_budget", at_least=0, optional=True)
+        self._require_whole("gpus", at_least=1, optional=True)
         self._require_number("answer_tpot_ms", above=0)
         self._require_number("qoe_slo", above=0)
         _require(self.qoe_slo <= 1, f"qoe_slo is at most 1, not {self.qoe_slo!r}")

@@ -81,6 +81,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="how KV moves; auto: shm, inside a host; mooncake: Mooncake Transfer Engine",
     )
     group.add_argument(
+        "--pascal-gpus",
+        type=int,
+        default=defaults.gpus,
+        help="instances share this many GPUs, one beside the other, to try several on one; "
+        "--mem-fraction-static has to leave room (default: each has its own)",
+    )
+    group.add_argument(
         "--pascal-pace-stream",
         action="store_true",
         default=defaults.pace_stream,
@@ -115,5 +122,6 @@ def from_flags(options: argparse.Namespace) -> PascalConfig:
         migration=options.pascal_migration,
         live_migration=options.pascal_live_migration,
         kv_transport=options.pascal_kv_transport,
+        gpus=options.pascal_gpus,
         assume_reasoning=options.pascal_assume_reasoning,
     )

@@ -21,9 +21,17 @@ _board: list[str] = []
 def require_handshake(original: Callable[..., list[dict[str, Any]]], *args: Any) -> Any:
     """Around `engine._wait_for_scheduler_ready`: every scheduler must run our configuration."""
     infos = original(*args)
+    shake_hands(infos)
+    return infos
+
+
+def shake_hands(infos: list[dict[str, Any]]) -> None:
+    """Take note of what schedulers, or their controller, say of themselves at start.
+
+    Raises: RuntimeError for one without our configuration.
+    """
     require_same_config(infos)
     _board.extend(info[BOARD_KEY] for info in infos if BOARD_KEY in info)
-    return infos
 
 
 def keep_created_time(original: Callable[[Any], dict[str, Any]], stats: Any) -> dict[str, Any]:

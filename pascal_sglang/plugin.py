@@ -21,6 +21,9 @@ from pascal_sglang.seams import SeamError, check_seams, sglang_version, verify_s
 
 _installed = False
 
+# Set in Ray's actors, which are child processes that `multiprocessing` does not know as such.
+ACTOR_ENV = "PASCAL_SGLANG_ACTOR"
+
 
 class Refusal(SystemExit):
     """Ends the process with one line; not an `Exception`, so no plugin loader swallows it."""
@@ -31,12 +34,14 @@ class Refusal(SystemExit):
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """One change to SGLang. `only_main`: meant for the launching process."""
+    """One change to SGLang. `only_main`: meant for the launching process. `with_ray`: only where
+    SGLang's Ray backend is asked for; its modules import Ray, which need not be installed."""
 
     target: str
     kind: str
     load: Callable[[], Any]
     only_main: bool = False
+    with_ray: bool = False
 
     @property
     def module(self) -> str:
@@ -77,6 +82,15 @@ def _frontend(name: str) -> Callable[[], Any]:
         from pascal_sglang import frontend
 
         return getattr(frontend, name)
+
+    return load
+
+
+def _ray(name: str) -> Callable[[], Any]:
+    def load() -> Any:
+        from pascal_sglang.cluster import ray_actors
+
+        return getattr(ray_actors, name)
 
     return load
 
@@ -122,6 +136,34 @@ HOOKS = (
         _pace_stream,
         only_main=True,
     ),
+    Hook(
+        "sglang.srt.ray.engine._create_scheduler_actor",
+        "around",
+        _ray("create_scheduler_actor"),
+        only_main=True,
+        with_ray=True,
+    ),
+    Hook(
+        "sglang.srt.observability.cpu_monitor.start_cpu_monitor_thread",
+        "around",
+        _ray("start_cpu_monitor"),
+        only_main=True,
+        with_ray=True,
+    ),
+    Hook(
+        "sglang.srt.ray.engine.RayEngine._launch_scheduler_processes",
+        "around",
+        _ray("require_handshake"),
+        only_main=True,
+        with_ray=True,
+    ),
+    Hook(
+        "sglang.srt.ray.engine.RayEngine._launch_dp_scheduler_processes",
+        "around",
+        _ray("launch_instances"),
+        only_main=True,
+        with_ray=True,
+    ),
 )
 
 
@@ -157,9 +199,13 @@ def _install() -> None:
     global _installed
     # Child processes get only what their own role imported: importing the HTTP server into a
     # scheduler would cost seconds and memory. The launching process gets everything.
-    is_main = multiprocessing.parent_process() is None
+    is_main = multiprocessing.parent_process() is None and ACTOR_ENV not in os.environ
+    with_ray = "sglang.srt.ray.engine" in sys.modules or "--use-ray" in sys.argv
     hooks = [
-        hook for hook in HOOKS if is_main or (not hook.only_main and hook.module in sys.modules)
+        hook
+        for hook in HOOKS
+        if (is_main or (not hook.only_main and hook.module in sys.modules))
+        and (with_ray or not hook.with_ray)
     ]
     loaded = [(hook, hook.load()) for hook in hooks]
     for hook, implementation in loaded:

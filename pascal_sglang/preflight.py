@@ -80,6 +80,11 @@ def check_policy(policy: str, server_args: Any) -> None:
         "--disaggregation-mode": server_args.disaggregation_mode != "null",
         "--enable-hierarchical-cache": server_args.enable_hierarchical_cache,
         "--enable-hisparse": server_args.enable_hisparse,
+        "--enable-lmcache": server_args.enable_lmcache,
+        "--enable-unified-memory": server_args.enable_unified_memory,
+        "--enable-pdmux": server_args.enable_pdmux,
+        "--dcp-size above 1": server_args.dcp_size > 1,
+        "--attn-cp-size above 1": server_args.attn_cp_size > 1,
         "--dllm-algorithm": server_args.dllm_algorithm is not None,
     }
     asked = [name for name, given in features.items() if given]

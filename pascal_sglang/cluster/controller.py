@@ -89,6 +89,14 @@ class PascalController(DataParallelController):
             self.processes.outlive_schedulers()
             self.dispatching: Callable[[Any], None] = self.place
 
+    def launch_tensor_parallel_group(
+        self, server_args: Any, port_args: Any, base_gpu_id: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Start an instance; where GPUs are shared, on the one whose turn it is."""
+        if (gpus := self.pascal_config.gpus) is not None:
+            base_gpu_id = server_args.base_gpu_id + (base_gpu_id - server_args.base_gpu_id) % gpus
+        super().launch_tensor_parallel_group(server_args, port_args, base_gpu_id, *args, **kwargs)
+
     def _record_scheduler_init_infos(self, infos: list[dict[str, Any]]) -> None:
         require_same_config(infos)
         self._homes.update(homes_of(infos))

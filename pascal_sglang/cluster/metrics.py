@@ -16,7 +16,7 @@ class ControllerMetrics:
         self._series = {
             name: Counter(f"pascal:{name}", text, ["model_name", label])
             for name, label, text in (
-                ("placed_requests", "instance", "New requests sent to an instance."),
+                ("placed_requests", "dp_rank", "New requests sent to an instance."),
                 ("boundary_decisions", "why", "Decisions at the end of thinking, by reason."),
                 ("controller_rejected", "reason", "Letters to the controller that were none."),
             )

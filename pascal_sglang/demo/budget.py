@@ -84,3 +84,16 @@ class TinyThinkingBudget(CustomLogitProcessor):
                 logits[row, tiny.THINK_ID] = -torch.inf
                 logits[row, tiny.END_THINK_ID] = -torch.inf
         return logits
+
+
+class DummyThinkingBudget(TinyThinkingBudget):
+    """The same for models with random weights and a vocabulary beyond the tokenizer's, of which
+    they are to write letters only."""
+
+    def __call__(
+        self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None
+    ) -> torch.Tensor:
+        """`logits`: (batch, vocabulary), changed in place."""
+        logits[:, : tiny.LETTER_IDS[0]] = -torch.inf
+        logits[:, tiny.LETTER_IDS[1] + 1 :] = -torch.inf
+        return super().__call__(logits, custom_param_list)

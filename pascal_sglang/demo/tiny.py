@@ -15,6 +15,7 @@ from pascal_sglang.demo.template import CHAT_TEMPLATE, END_THINK, THINK
 
 # The byte alphabet takes ids 0 to 255; the tokens below follow in this order.
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>")
+LETTER_IDS = (64, 89)  # a to z
 END_OF_TURN_ID = 257
 THINK_ID = 258
 END_THINK_ID = 259
@@ -43,8 +44,8 @@ def build_tiny_model(
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer()
-    tokenizer.save_pretrained(out_dir)
+    bytewise = tokenizer()
+    bytewise.save_pretrained(out_dir)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
@@ -65,26 +66,27 @@ def build_tiny_model(
         model = Qwen2ForCausalLM(config).float()
     # Markers come when a request asks for them, not by chance.
     unlikely = torch.ones(VOCABULARY, dtype=torch.bool)
-    unlikely[tokenizer.convert_tokens_to_ids(list(_WRITTEN))] = False
+    unlikely[bytewise.convert_tokens_to_ids(list(_WRITTEN))] = False
     with torch.no_grad():
         model.lm_head.weight[unlikely] *= 0.01
     model.save_pretrained(out_dir)
     return out_dir
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
+    """One id per byte or marker, as a Hugging Face tokenizer."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
     # Not special: the reasoning parser must see them in text decoded without special tokens.
-    tokenizer.add_tokens([AddedToken(t, special=False) for t in (THINK, END_THINK)])
+    inner.add_tokens([AddedToken(t, special=False) for t in (THINK, END_THINK)])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>"
+        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import psutil
@@ -13,6 +14,8 @@ from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.pool import measure_costs
 from pascal_sglang.engine.ranks import agree
 from pascal_sglang.policy.rung import Costs
+
+logger = logging.getLogger(__name__)
 
 
 def build_governor(scheduler: Any, config: PascalConfig) -> Governor | None:
@@ -33,25 +36,23 @@ def build_governor(scheduler: Any, config: PascalConfig) -> Governor | None:
         # decoding. A prefill and a decode step take turns.
         scheduler.prefill_decode_interval = 1
     copies = Copies(scheduler)
+    budget = int(agree(scheduler, host_budget_tokens(copies, scheduler, config)))
+    copies.reserve(budget)
     measured = measure_costs(scheduler, copies)
-    budget, copy_s, copy_token_s = agree(
-        scheduler, host_budget_tokens(scheduler, config), measured.copy_s, measured.copy_token_s
-    )
-    return Governor(scheduler, config, copies, int(budget), Costs(copy_s, copy_token_s))
+    costs = Costs(*agree(scheduler, measured.copy_s, measured.copy_token_s))
+    if copies.buffers is None:
+        pool = type(scheduler.token_to_kv_pool_allocator.get_kvcache()).__name__
+        logger.warning("pascal_sglang: KV in this %s is not copied; pauses recompute it", pool)
+    return Governor(scheduler, config, copies, costs)
 
 
-def kv_bytes_per_token(scheduler: Any) -> float:
-    """Bytes of KV per token in this rank's device pool."""
-    pool_bytes = scheduler.token_to_kv_pool_allocator.get_kvcache().mem_usage * 2**30
-    return float(pool_bytes) / max(1, scheduler.max_total_num_tokens)
-
-
-def host_budget_tokens(scheduler: Any, config: PascalConfig) -> float:
+def host_budget_tokens(copies: Copies, scheduler: Any, config: PascalConfig) -> float:
     """Tokens of paused KV that this rank may hold in host memory."""
     parallel = get_parallel()
-    per_token = max(kv_bytes_per_token(scheduler), 1e-9)
+    if copies.buffers is None:
+        return 0.0
     if config.host_kv_gb is not None:
-        return config.host_kv_gb * 2**30 / parallel.tp_size / per_token
+        return config.host_kv_gb * 2**30 / parallel.tp_size / copies.bytes_per_token
     ranks = parallel.dp_size * parallel.tp_size
     available = psutil.virtual_memory().available / 4 / ranks
-    return min(4.0 * scheduler.max_total_num_tokens, available / per_token)
+    return min(2.0 * scheduler.max_total_num_tokens, available / copies.bytes_per_token)

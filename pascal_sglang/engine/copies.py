@@ -2,94 +2,194 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sglang.srt.managers.utils import allocate_distinct_stream
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+from pascal_sglang.engine.pieces import Pieces
+
+logger = logging.getLogger(__name__)
+
+# Tokens gathered at a time: what one layer of them takes on the device is all that a copy needs.
+CHUNK = 8192
 
 
 @dataclass(slots=True)
 class HostKV:
     """KV of some tokens in host memory, in the pool's own format.
 
-    parts: one tensor per buffer of the pool, shape (tokens, ...), or whatever the pool itself made.
-    done: the event after which they are complete; None if they are.
+    parts: one tensor per buffer of the pool, shape (tokens, ...). done: the event after which they
+    are complete; None if they are. start: where they are in the memory of `Copies`; None elsewhere.
+    failed: the device did not copy them.
     """
 
-    parts: Any
+    parts: list[torch.Tensor]
     done: Any = None
+    start: int | None = None
+    failed: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return len(self.parts[0])
 
 
 class Copies:
-    """Copies KV entries of one device pool.
+    """Host memory for KV entries of one device pool, and the copies there and back.
 
-    On CUDA a copy runs on a stream of its own, layer by layer, into pinned memory, while the next
-    step decodes: `deferred` says that whoever asked for it must `wait` before the entries are
-    freed. Every rank waits in the same pass, whatever its event says, so that ranks go on alike.
-    Pools other than plain MHA and MLA are copied by their own blocking functions.
+    All of the memory is taken at the start, and on CUDA pinned: pinning costs seconds for tens of
+    GB, holds the device up, and fails, if it does, before anybody is served. On CUDA a copy runs on
+    a stream of its own, layer by layer, while the next step decodes: `deferred` says that whoever
+    asked for it must `wait` before the entries are freed. Every rank waits in the same pass,
+    whatever its event says, so that ranks go on alike. The stream keeps copies in order, so memory
+    that has been given back may be written by the next one at once.
 
-    buffers: the pool's, each of shape (entries, ...); None for those other pools.
+    buffers: the pool's, each of shape (entries, ...); None for pools whose KV is not copied but
+    recomputed.
     """
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self.buffers = _buffers_of(scheduler.token_to_kv_pool_allocator.get_kvcache())
-        on_cuda = str(scheduler.device).startswith("cuda")
-        self._stream = torch.cuda.Stream() if on_cuda and self.buffers else None
+        self._memory: list[torch.Tensor] = []
+        self._pieces = Pieces(0)
+        self._stream = None
+        if self.buffers and str(scheduler.device).startswith("cuda"):
+            used = (scheduler.forward_stream, scheduler.schedule_stream)
+            self._stream = allocate_distinct_stream(torch.cuda, used)
         self.deferred = self._stream is not None
 
-    def to_host(self, locations: torch.Tensor) -> HostKV:
-        """Begin to copy the entries at `locations`, shape (tokens,), which no step in flight
-        writes. Raises: RuntimeError, MemoryError if host memory or the device fails."""
+    @property
+    def bytes_per_token(self) -> int:
+        """What one KV entry takes in this rank's device pool."""
+        scheduler = self._scheduler
         if self.buffers is None:
-            return HostKV(self._scheduler.token_to_kv_pool_allocator.get_cpu_copy(locations))
+            pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+            return int(pool.mem_usage * 2**30 / max(1, scheduler.max_total_num_tokens))
+        # Not by the pool's own figure: until CUDA graphs are captured that is an upper bound.
+        return sum(buffer[0].nbytes for buffer in self.buffers)
+
+    @property
+    def room(self) -> int:
+        """Tokens of the largest copy that the memory has room for."""
+        return self._pieces.largest
+
+    def reserve(self, tokens: int) -> None:
+        """Take host memory for `tokens` KV entries. Raises: RuntimeError if there is not enough."""
+        if self.buffers is None:
+            return
+        for buffer in self.buffers:
+            block = torch.empty((tokens, *buffer.shape[1:]), dtype=buffer.dtype)
+            if self._stream is not None and block.nbytes:
+                # Not pin_memory=True: that rounds up to a power of two.
+                failed = int(
+                    torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)
+                )
+                if failed:
+                    size = tokens * self.bytes_per_token / 2**30
+                    raise RuntimeError(
+                        f"cannot pin {size:.1f} GiB of host memory for paused KV "
+                        f"(CUDA error {failed}); lower --pascal-host-kv-gb"
+                    )
+            self._memory.append(block)
+        self._pieces = Pieces(tokens)
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """What is read from the pool inside sees every entry written by `to_device`, whose copies
+        the scheduler's own stream does not wait for."""
         if self._stream is None:
-            return HostKV([buffer[locations] for buffer in self.buffers])
+            yield
+            return
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            parts = []
-            for buffer in self.buffers:
-                rows = buffer[locations]
-                host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-                parts.append(host.copy_(rows, non_blocking=True))
-            done = torch.cuda.Event()
-            done.record()
-        locations.record_stream(self._stream)
-        return HostKV(parts, done)
+            yield
 
-    def wait(self, kv: HostKV) -> None:
-        """Until the copy is complete; a device that fails raises RuntimeError."""
-        if kv.done is not None:
-            kv.done.synchronize()
-            kv.done = None
+    def to_host(self, locations: torch.Tensor) -> HostKV:
+        """Begin to copy the entries at `locations`, shape (tokens,), at most `room` of them, which
+        no step in flight writes. If the device fails, `wait` says so; until the copy is freed its
+        memory is taken, as it is on ranks that did not fail."""
+        tokens = len(locations)
+        start = self._pieces.take(tokens)
+        if start is None or self.buffers is None:
+            raise RuntimeError(f"no host memory for {tokens} KV entries")
+        kv = HostKV([block[start : start + tokens] for block in self._memory], start=start)
+        try:
+            with self.in_order():
+                for buffer, part in zip(self.buffers, kv.parts, strict=True):
+                    for some in _chunks(tokens):
+                        part[some].copy_(buffer[locations[some]], non_blocking=True)
+                kv.done = self._mark(locations)
+        except RuntimeError:
+            self._failed(kv)
+        return kv
+
+    def _mark(self, locations: torch.Tensor) -> Any:
+        """The event after which the copies begun so far are complete. `locations` was made on
+        another stream and must not be reused before."""
+        if self._stream is None:
+            return None
+        locations.record_stream(self._stream)
+        done = torch.cuda.Event()
+        done.record(self._stream)
+        return done
+
+    def _failed(self, kv: HostKV) -> None:
+        kv.failed = True
+        logger.exception("pascal_sglang: copying KV to the host failed")
+
+    def wait(self, kv: HostKV) -> bool:
+        """Until the copy is complete; False if the device failed, which is logged."""
+        try:
+            if kv.done is not None:
+                kv.done.synchronize()
+        except RuntimeError:
+            self._failed(kv)
+        kv.done = None
+        return not kv.failed
 
     def to_device(self, kv: HostKV, locations: torch.Tensor) -> None:
         """Write the entries to `locations`; steps launched from now on see them."""
-        if self.buffers is None:
-            self._scheduler.token_to_kv_pool_allocator.load_cpu_copy(kv.parts, locations)
-            return
-        if self._stream is None:
+        assert self.buffers is not None
+        scheduler = self._scheduler
+        if self._stream is not None:
+            # A step in flight may still write entries that have just been freed and given to us.
+            self._stream.wait_stream(scheduler.forward_stream)
+        with self.in_order():
             for buffer, part in zip(self.buffers, kv.parts, strict=True):
-                buffer[locations] = part
-            return
-        # A step in flight may still write entries that have just been freed and given to us.
-        steps = {torch.cuda.current_stream(), self._scheduler.forward_stream}
-        for stream in steps:
-            self._stream.wait_stream(stream)
-        with torch.cuda.stream(self._stream):
-            for buffer, part in zip(self.buffers, kv.parts, strict=True):
-                buffer[locations] = part.to(buffer.device, non_blocking=True)
-        locations.record_stream(self._stream)
-        for stream in steps:
-            stream.wait_stream(self._stream)
+                for some in _chunks(kv.tokens):
+                    buffer[locations[some]] = part[some].to(buffer.device, non_blocking=True)
+            done = self._mark(locations)
+        if done is not None:
+            # Those who read them next wait: not the scheduler's own stream under overlap, or the
+            # scheduler would wait for the copy as soon as it waits for anything.
+            overlap = scheduler.enable_overlap
+            (scheduler.forward_stream if overlap else torch.cuda.current_stream()).wait_event(done)
+
+    def free(self, kv: HostKV) -> None:
+        """Give the host memory of a copy back, complete or not."""
+        assert kv.start is not None
+        self._pieces.give(kv.start, kv.tokens)
+
+
+def _chunks(tokens: int) -> Iterator[slice]:
+    for start in range(0, tokens, CHUNK):
+        yield slice(start, min(start + CHUNK, tokens))
 
 
 def _buffers_of(pool: Any) -> list[torch.Tensor] | None:
-    """The pool's buffers, each of shape (entries, ...); None for pools that hold more than that, or
-    where an entry is not a row of each."""
-    if type(pool) is MHATokenToKVPool and not pool.use_hnd:
-        return [*pool.k_buffer, *pool.v_buffer]
-    if type(pool) is MLATokenToKVPool and pool._write_loc_dcp_span == 1:
-        return [buffer for buffer in pool.kv_buffer if buffer.shape[0]]
+    """The pool's buffers, each of shape (entries, ...); None for pools that hold more than that
+    (scales, index keys), or where an entry is not a row of each. Exact types: what a subclass adds
+    would be left behind."""
+    if type(pool) is MHATokenToKVPool:
+        plain = pool.kv_cache_layout == "nhd" and not pool.is_quantized_kv_cache
+        return [*pool.k_buffer, *pool.v_buffer] if plain else None
+    if type(pool) is MLATokenToKVPool:
+        plain = pool._write_loc_dcp_span == 1 and pool.kv_scale_buffer is None
+        return [buffer for buffer in pool.kv_buffer if buffer.shape[0]] if plain else None
     return None

@@ -8,6 +8,7 @@ import torch
 from sglang.srt.managers.overlap_utils import RelayPayload
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.utils.common import async_h2d
 
 
 def decoding(req: Req, scheduler: Any) -> ScheduleBatch:
@@ -24,8 +25,7 @@ def decoding(req: Req, scheduler: Any) -> ScheduleBatch:
     )
     batch.prepare_for_prebuilt()
     batch.forward_mode = ForwardMode.DECODE
-    last = torch.tensor([req.output_ids[-1]], dtype=torch.int64)
-    scheduler.future_map.stash(
-        batch.req_pool_indices, RelayPayload(bonus_tokens=last.to(batch.device))
-    )
+    # Not a blocking copy: the scheduler would wait here for the step in flight.
+    last = async_h2d([req.output_ids[-1]], dtype=torch.int64, device=batch.device)
+    scheduler.future_map.stash(batch.req_pool_indices, RelayPayload(bonus_tokens=last))
     return batch

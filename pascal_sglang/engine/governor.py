@@ -50,11 +50,10 @@ class Governor:
         scheduler: Any,
         config: PascalConfig,
         copies: Copies,
-        host_budget_tokens: int,
         costs: Costs,
     ) -> None:
         self.scheduler = scheduler
-        self.ladder = Ladder(scheduler, copies, host_budget_tokens, costs)
+        self.ladder = Ladder(scheduler, copies, costs)
         self.pool = self.ladder.pool
         self.view = View(scheduler, self.ladder)
         self.members = Members(config)

@@ -27,8 +27,10 @@ class KvBytes:
 
     def copy_out(self, locations: torch.Tensor, memory: memoryview) -> None:
         """Write the entries at `locations`, shape (tokens,), to `memory`."""
-        for buffer, block in zip(self._buffers, self._blocks(memory, len(locations)), strict=True):
-            block.copy_(buffer[locations])
+        blocks = self._blocks(memory, len(locations))
+        with self._copies.in_order():
+            for buffer, block in zip(self._buffers, blocks, strict=True):
+                block.copy_(buffer[locations])
 
     def copy_host(self, parts: Sequence[torch.Tensor], memory: memoryview) -> None:
         """The same from host memory: one tensor of as many entries per buffer."""
@@ -53,7 +55,4 @@ def kv_bytes_of(scheduler: Any, copies: Copies) -> KvBytes | str:
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     if copies.buffers is None:
         return f"KV in a {type(pool).__name__} of this layout does not travel yet"
-    scales = (getattr(pool, name, None) for name in ("k_scale_buffer", "kv_scale_buffer"))
-    if any(scale is not None for scale in scales):
-        return "KV that is quantised with scales does not travel yet"
     return KvBytes(copies, copies.buffers, str(scheduler.server_args.model_path))

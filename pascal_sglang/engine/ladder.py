@@ -8,7 +8,6 @@ arrived. Where copies run beside the decoding, its device memory is free one pas
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,9 +19,8 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from pascal_sglang.engine.copies import Copies, HostKV
 from pascal_sglang.engine.decoding import decoding
 from pascal_sglang.engine.pool import Pool
+from pascal_sglang.engine.ranks import all_agree
 from pascal_sglang.policy.rung import Costs, Rung
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -37,6 +35,9 @@ class HostCopy:
     prefix: HostKV | None
     own: HostKV | None
 
+    def halves(self) -> list[HostKV]:
+        return [half for half in (self.prefix, self.own) if half is not None]
+
 
 class Ladder:
     """Owns every request that is between the running batch and its KV's return.
@@ -48,13 +49,10 @@ class Ladder:
     counts: pauses and KV entries by rung, spills, resumes, copies that failed.
     """
 
-    def __init__(
-        self, scheduler: Any, copies: Copies, host_budget_tokens: int, costs: Costs
-    ) -> None:
+    def __init__(self, scheduler: Any, copies: Copies, costs: Costs) -> None:
         self.scheduler = scheduler
         self.pool = Pool(scheduler)
         self.copies = copies
-        self.host_budget_tokens = host_budget_tokens
         self.costs = costs
         self.leaving: dict[Req, Rung | None] = {}
         self.copying: dict[Req, HostCopy] = {}
@@ -133,19 +131,14 @@ class Ladder:
         return rung
 
     def _begin_copy(self, req: Req, locations: torch.Tensor, rung: Rung | None) -> bool:
-        """Copy the KV to the host if that is the rung and the budget allows; False where it is to
-        be recomputed, or where copying failed (host memory, a device error), logged and counted."""
-        tokens = len(locations)
-        left = self.host_budget_tokens - self.host_tokens
-        if (rung or self.costs.cheapest(tokens, left)) is not Rung.HOST or tokens > left:
+        """Copy the KV to the host if that is the rung and there is room; False where it is to be
+        recomputed."""
+        tokens, room = len(locations), self.copies.room
+        if (rung or self.costs.cheapest(tokens, room)) is not Rung.HOST or tokens > room:
             return False
         shared = min(req.kv.cache_protected_len, tokens)
-        try:
-            prefix = self.copies.to_host(locations[:shared]) if shared else None
-            own = self.copies.to_host(locations[shared:]) if shared < tokens else None
-        except (RuntimeError, MemoryError):
-            self._copy_failed()
-            return False
+        prefix = self.copies.to_host(locations[:shared]) if shared else None
+        own = self.copies.to_host(locations[shared:]) if shared < tokens else None
         self.copying[req] = HostCopy(tokens, shared, prefix, own)
         self.host_tokens += tokens
         return True
@@ -170,28 +163,24 @@ class Ladder:
         return Rung.HOST
 
     def _await_copy(self, req: Req) -> bool:
-        """Whether there is a copy, and it is complete."""
+        """Whether there is a copy, complete on every rank: one that failed would leave that rank
+        alone in prefilling the request again."""
         copy = self.copying.get(req)
         if copy is None:
             return False
-        try:
-            for part in (copy.prefix, copy.own):
-                if part is not None:
-                    self.copies.wait(part)
-        except RuntimeError:
-            self._copy_failed()
-            self._drop_copy(self.copying, req)
-            return False
-        return True
-
-    def _copy_failed(self) -> None:
+        complete = [self.copies.wait(half) for half in copy.halves()]
+        if all_agree(self.scheduler, all(complete)):
+            return True
         self.counts["copy_failed"] += 1
-        logger.exception("pascal_sglang: copying KV to the host failed; it is recomputed")
+        self._drop_copy(self.copying, req)
+        return False
 
     def _drop_copy(self, copies: dict[Req, HostCopy], req: Req) -> None:
         copy = copies.pop(req, None)
         if copy is not None:
             self.host_tokens -= copy.tokens
+            for half in copy.halves():
+                self.copies.free(half)
 
     def _count(self, rung: Rung, tokens: int) -> None:
         self.counts[rung.value] += 1

@@ -129,6 +129,8 @@ class DecisionMetrics:
             multiprocess_mode="mostrecent",
         )
         self._reported: dict[str, float] = dict.fromkeys(self._totals, 0.0)
+        for series in self._totals.values():
+            series.labels(**self._labels)  # Shown from the start: none so far is an answer too.
         self._shown: dict[tuple[str, str], int] = {}
 
     def paused(self, name: str, why: str) -> None:

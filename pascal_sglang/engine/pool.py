@@ -19,7 +19,8 @@ from sglang.srt.platforms import current_platform
 from pascal_sglang.engine.copies import Copies
 from pascal_sglang.policy.rung import Costs
 
-PROBE_TOKENS = 256
+# Enough that a layer's copy takes longer than its launch.
+PROBE_TOKENS = 2048
 PROBES = 3
 
 
@@ -117,10 +118,12 @@ class Pool:
 def measure_costs(scheduler: Any, copies: Copies) -> Costs:
     """Time copies of KV to the host and back before the first request: one token, and many.
 
-    The pool's content is written back as it was.
+    The pool's content is written back as it was. Nothing is timed where nothing can be copied.
     """
     device = scheduler.device
-    many = min(PROBE_TOKENS, scheduler.max_total_num_tokens)
+    many = min(PROBE_TOKENS, scheduler.max_total_num_tokens, copies.room)
+    if not many:
+        return Costs()
 
     def one_way(tokens: int) -> float:
         locations = torch.arange(1, tokens + 1, dtype=torch.int64, device=device)
@@ -131,6 +134,7 @@ def measure_costs(scheduler: Any, copies: Copies) -> Costs:
             copies.wait(kv)
             copies.to_device(kv, locations)
             current_platform.synchronize()
+            copies.free(kv)
             took.append((time.perf_counter() - begin) / 2)
         return min(took)
 

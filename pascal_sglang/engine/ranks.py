@@ -29,7 +29,7 @@ def agree(scheduler: Any, *values: float) -> Any:
 def all_agree(scheduler: Any, holds: bool) -> bool:
     """Whether something holds on every TP rank."""
     group = scheduler.tp_cpu_group
-    if torch.distributed.get_world_size(group) == 1:
+    if is_alone(scheduler):
         return holds
     tensor = torch.tensor([float(holds)])
     torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MIN, group=group)

@@ -25,7 +25,7 @@ from sglang.utils import TypeBasedDispatcher
 from pascal_sglang.cluster.post import POST_ENV, Box
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.budget import with_default_budget
-from pascal_sglang.engine.build import build_governor, kv_bytes_per_token
+from pascal_sglang.engine.build import build_governor
 from pascal_sglang.engine.build_moves import build_moves, moves_here
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.herald import Herald, build_herald, figures
@@ -93,7 +93,8 @@ class PascalScheduler(Scheduler):
         labels = self.metrics_collector.labels if reports else {}
         metrics = PhaseMetrics(labels, self.pascal_config.qoe_slo) if reports else None
         if reports and self.governor is not None:
-            self.governor.journal.metrics = DecisionMetrics(labels, kv_bytes_per_token(self))
+            per_token = self.governor.ladder.copies.bytes_per_token
+            self.governor.journal.metrics = DecisionMetrics(labels, per_token)
         if reports and self.moves is not None:
             self.moves.report_to(MoveMetrics(labels))
         self.phase_tracker = PhaseTracker(metrics, None if self.governor is None else self._observe)
@@ -278,6 +279,7 @@ class PascalScheduler(Scheduler):
             "monitor": {} if governor is None else figures(self, governor),
             "paused": len(paused),
             "pauses": {} if ladder is None else dict(ladder.counts),
+            "costs": {} if ladder is None else ladder.costs.describe(),
             "decisions": {} if governor is None else dict(governor.journal.counts),
             "queued": {} if governor is None else by_class(governor.planner.line.lengths()),
             "migrations": None if self.moves is None else self.moves.describe(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -25,14 +25,25 @@ class Costs:
     copy_s: float = 0.0
     copy_token_s: float = 0.0
     prefill_token_s: float | None = None
+    _tokens: float = field(default=0.0, repr=False)
+    _seconds: float = field(default=0.0, repr=False)
 
     def prefilled(self, tokens: int, seconds: float) -> None:
-        """Learn from a prefill of `tokens` that took `seconds`: a running mean."""
+        """Learn from a prefill of `tokens` that took `seconds`. Recent ones count more, and long
+        ones more than short ones, whose time is mostly that of any step."""
         if tokens <= 0 or seconds <= 0:
             return
-        seen = seconds / tokens
-        known = self.prefill_token_s
-        self.prefill_token_s = seen if known is None else 0.9 * known + 0.1 * seen
+        self._tokens = 0.9 * self._tokens + tokens
+        self._seconds = 0.9 * self._seconds + seconds
+        self.prefill_token_s = self._seconds / self._tokens
+
+    def describe(self) -> dict[str, float | None]:
+        """The figures by name, in seconds."""
+        return {
+            "copy_s": self.copy_s,
+            "copy_token_s": self.copy_token_s,
+            "prefill_token_s": self.prefill_token_s,
+        }
 
     def cheapest(self, tokens: int, host_free_tokens: int) -> Rung:
         """The rung for KV that has to leave the device: `host` while the budget lasts, unless

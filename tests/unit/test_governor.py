@@ -62,10 +62,20 @@ class Allocator:
 
 
 class FailingCopies:
-    deferred = False
+    """Host memory for 100 tokens, and a device that copies none."""
 
-    def to_host(self, _):
-        raise RuntimeError("host memory is gone")
+    deferred = False
+    room = 100
+
+    def to_host(self, locations):
+        self.room -= len(locations)
+        return len(locations)
+
+    def wait(self, _):
+        return False
+
+    def free(self, tokens):
+        self.room += tokens
 
 
 def scheduler(rows=1):
@@ -100,7 +110,7 @@ def paused():
 @pytest.fixture
 def governor(monkeypatch):
     monkeypatch.setattr("pascal_sglang.engine.governor.agree", lambda _, now: now)
-    return Governor(scheduler(), PascalConfig(), FailingCopies(), 100, Costs())
+    return Governor(scheduler(), PascalConfig(), FailingCopies(), Costs())
 
 
 def test_a_failing_policy_is_counted_and_everybody_admitted(governor, monkeypatch):
@@ -144,10 +154,13 @@ def test_a_resume_the_pool_refuses_leaves_the_request_paused(governor, rows):
 def test_a_copy_that_fails_turns_into_recompute(governor):
     ladder, request, released = governor.ladder, paused(), []
     request.reset_for_retract = lambda: released.append("reset")
-    assert not ladder._begin_copy(request, torch.arange(10), None)
+    assert ladder._begin_copy(request, torch.arange(10), None), "other ranks may have begun it"
     assert ladder._off_device(request, 10, released.append) is Rung.RECOMPUTE
     assert released == [request, "reset"]
     assert not ladder.host
+    assert not ladder.copying
+    assert ladder.host_tokens == 0
+    assert ladder.copies.room == 100
     assert ladder.counts["copy_failed"] == 1
 
 

@@ -24,5 +24,7 @@ def test_prefill_cost_is_learned_and_nonsense_is_not():
     costs.prefilled(10, 0.0)
     assert costs.prefill_token_s is None
     costs.prefilled(10, 1.0)
-    costs.prefilled(10, 2.0)
-    assert costs.prefill_token_s == pytest.approx(0.11)
+    costs.prefilled(1000, 2.0)
+    assert costs.prefill_token_s == pytest.approx(2.9 / 1009)
+    costs.prefilled(1, 0.5)
+    assert costs.prefill_token_s == pytest.approx((0.9 * 2.9 + 0.5) / (0.9 * 1009 + 1)), "hardly"

@@ -1,0 +1,1 @@
+"""One check of everything that a GPU changes; see `check.sh`."""

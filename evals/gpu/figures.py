@@ -1,0 +1,76 @@
+"""The check's own figures, as numbers and as lines of its table. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evals.gpu.identity import Identity
+    from evals.verdict import Run
+
+Figures = dict[str, float | None]
+
+
+def identity_lines(found: Identity) -> list[str]:
+    pauses = ", ".join(f"{count} {rung}" for rung, count in found.pauses.items())
+    moves = ", ".join(f"{count} {outcome}" for outcome, count in found.moves.items())
+    return [
+        _line("requests with other tokens", f"{len(found.different)} of {found.requests}"),
+        _line("tokens compared", str(found.tokens)),
+        _line("pauses forced", pauses),
+        _line("moves forced", moves or "none"),
+        _line("passes that failed, KV that stayed behind", f"{found.errors}, {found.left}"),
+        _line("token identity", "holds" if found.holds else "DOES NOT HOLD"),
+    ]
+
+
+def overhead(run: Run, instances: Sequence[Mapping[str, Any]]) -> Figures:
+    """What scheduling cost in a run, per pass and as a share of one scheduler's time, and what KV
+    copies cost: as measured at start, and of the run's pauses by that measure, per pass.
+
+    instances: what `GET /pascal/status` said after it.
+    """
+    passes = run.counters.get("pascal:policy_passes_total", 0.0)
+    seconds = run.counters.get("pascal:policy_seconds_total", 0.0)
+    duration = float(run.summary["duration"]) * max(1, len(instances))
+    costs = [instance["costs"] for instance in instances]
+    copies = [
+        instance["pauses"].get("host", 0) * cost["copy_s"]
+        + instance["pauses"].get("host_tokens", 0) * cost["copy_token_s"]
+        for instance, cost in zip(instances, costs, strict=True)
+    ]
+    prefills = [c["prefill_token_s"] for c in costs if c["prefill_token_s"] is not None]
+    return {
+        "passes": passes,
+        "policy_us_per_pass": 1e6 * seconds / passes if passes else None,
+        "policy_share": seconds / duration if duration else None,
+        "copy_us": 1e6 * max(c["copy_s"] for c in costs) if costs else None,
+        "copy_us_per_token": 1e6 * max(c["copy_token_s"] for c in costs) if costs else None,
+        "prefill_us_per_token": 1e6 * max(prefills) if prefills else None,
+        "host_pauses": float(sum(i["pauses"].get("host", 0) for i in instances)),
+        "copy_us_per_pass": 1e6 * sum(copies) / passes if passes else None,
+    }
+
+
+def overhead_lines(found: Mapping[str, Figures]) -> list[str]:
+    names = {
+        "policy_us_per_pass": "policy, us a pass",
+        "policy_share": "policy, share of the scheduler's time",
+        "copy_us": "a copy of KV, us",
+        "copy_us_per_token": "and a token of it, us",
+        "prefill_us_per_token": "a token of prefill, us",
+        "host_pauses": "pauses to host memory",
+        "copy_us_per_pass": "copies to the host, us a pass",
+    }
+    lines = []
+    for arm, values in found.items():
+        lines.append(f"what {arm} cost:")
+        for key, name in names.items():
+            value = values[key]
+            lines.append(_line(f"  {name}", "-" if value is None else f"{value:.4g}"))
+    return lines
+
+
+def _line(name: str, value: str) -> str:
+    return f"{name + ':':<44}{value}"

@@ -1,0 +1,151 @@
+"""Whether pauses and moves change a token: the same greedy requests to two servers.
+
+The second pauses and moves requests at random, whatever its policy says (`chaos` and `flood` of its
+configuration), so that a few seconds of load meet every path.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import urllib.request
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evals.arms import STOCK_ON_CPU, Arm, ArmError, Plan, Server
+
+CONCURRENCY = 24
+REQUEST_TIMEOUT_S = 120.0
+REST_TIMEOUT_S = 30.0
+# Every request is moved at the end of its thinking; pauses and more moves come by chance per step.
+FORCED = {"policy": "pascal", "quantum_tokens": 50, "chaos": 0.02, "flood": 0.02}
+INSTANCES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What came of it.
+
+    different: places of requests whose tokens differ. pauses: by rung. moves: ended, by outcome.
+    errors: passes in which the policy failed. costs: of copies and prefills as each instance
+    measured them, in seconds. left: KV entries that did not come back.
+    """
+
+    requests: int
+    tokens: int
+    different: list[int]
+    pauses: dict[str, int]
+    moves: dict[str, int]
+    errors: int
+    left: int
+    costs: list[dict[str, float | None]] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """No token differs, nothing stayed behind, and pauses and moves really happened."""
+        happened = self.pauses.get("host", 0) and self.moves.get("moved", 0)
+        return bool(happened) and not (self.different or self.errors or self.left)
+
+
+def bodies(count: int, processor: str) -> list[dict[str, Any]]:
+    """Requests that think for 3 to 80 tokens, some with a beginning in common."""
+    dice = random.Random(5)
+    made = []
+    for i in range(count):
+        prompt = "a beginning that others share " * (i % 4) + f"Q{i} " + "x" * dice.randint(0, 60)
+        sampling = {
+            "temperature": 0,
+            "ignore_eos": True,
+            "max_new_tokens": dice.randint(90, 160),
+            "custom_params": {"thinking_budget": dice.randint(3, 80)},
+        }
+        made.append(
+            {
+                "text": prompt,
+                "require_reasoning": True,
+                "custom_logit_processor": processor,
+                "sampling_params": sampling,
+            }
+        )
+    return made
+
+
+def ask(base_url: str, requests: list[dict[str, Any]]) -> list[list[int]]:
+    """The output ids of all requests. Raises: ArmError if one fails."""
+
+    def one(body: dict[str, Any]) -> list[int]:
+        request = urllib.request.Request(
+            f"{base_url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as reply:
+            ids: list[int] = json.loads(reply.read())["output_ids"]
+        return ids
+
+    try:
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            return list(pool.map(one, requests))
+    except (OSError, ValueError, KeyError) as error:
+        raise ArmError(f"a request failed: {error}") from error
+
+
+def instances(base_url: str) -> list[dict[str, Any]]:
+    """What `GET /pascal/status` says of every instance."""
+    with urllib.request.urlopen(f"{base_url}/pascal/status", timeout=30) as reply:
+        found: list[dict[str, Any]] = json.loads(reply.read())["instances"]
+    return found
+
+
+def at_rest(base_url: str) -> list[dict[str, Any]]:
+    """The same once nothing runs or is paused. Raises: ArmError if that does not come."""
+    deadline = time.monotonic() + REST_TIMEOUT_S
+    while time.monotonic() < deadline:
+        found = instances(base_url)
+        if not any(i["requests"] or i["paused"] for i in found):
+            return found
+        time.sleep(0.2)
+    raise ArmError("the server never came to rest")
+
+
+def forced(plan: Plan) -> Arm:
+    """The server that pauses and moves at random: SGLang's own command under our configuration."""
+    env = {"PASCAL_SGLANG_CONFIG": json.dumps(FORCED | {"gpus": 1})}
+    if "cpu" in plan.flags:
+        env |= STOCK_ON_CPU | {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    return Arm(name="forced", command="stock", role="candidate", flags=("--dp-size", "2"), env=env)
+
+
+def check(plan: Plan, model: Path, processor: str, count: int) -> Identity:
+    """Run both servers, one after the other."""
+    requests = bodies(count, processor)
+    with Server(plan.arms[0], plan, model) as server:
+        expected = ask(server.base_url, requests)
+    with Server(forced(plan), plan, model) as server:
+        seen = ask(server.base_url, requests)
+        found = at_rest(server.base_url)
+    return compare(expected, seen, found)
+
+
+def compare(
+    expected: list[list[int]], seen: list[list[int]], found: list[dict[str, Any]]
+) -> Identity:
+    """`found`: the forced server's instances at rest."""
+
+    def added(counts: list[Mapping[str, int]], *names: str) -> dict[str, int]:
+        keys = names or sorted({name for each in counts for name in each})
+        return {name: sum(each.get(name, 0) for each in counts) for name in keys}
+
+    kv = [instance["kv_tokens"] for instance in found]
+    return Identity(
+        requests=len(expected),
+        tokens=sum(map(len, expected)),
+        different=[i for i, (a, b) in enumerate(zip(expected, seen, strict=True)) if a != b],
+        pauses=added([i["pauses"] for i in found], "resident", "host", "recompute"),
+        moves=added([i["migrations"]["departures"] for i in found]),
+        errors=sum(i["policy_errors"] for i in found),
+        left=sum(each["capacity"] - each["free"] - each["evictable"] + each["host"] for each in kv),
+        costs=[i["costs"] for i in found],
+    )

@@ -1,0 +1,255 @@
+"""What operators ask, and the PromQL that answers: a row of panels per worry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ONLY = 'instance=~"$server"'
+SPAN = "$__rate_interval"
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """title: the question. read: how to read the answer. queries: legend to PromQL. unit: one of
+    Grafana's. stack: the queries are parts of a whole."""
+
+    title: str
+    read: str
+    queries: dict[str, str]
+    unit: str = "short"
+    stack: bool = False
+
+
+def rate(series: str, by: str = "", where: str = "") -> str:
+    """Increase per second of a counter, summed over all labels but `by`."""
+    labels = ONLY + (f", {where}" if where else "")
+    return f"sum by ({by}) (rate(pascal:{series}{{{labels}}}[{SPAN}]))"
+
+
+def mean(series: str, by: str = "", where: str = "") -> str:
+    """Mean of a histogram's observations."""
+    return f"{rate(f'{series}_sum', by, where)} / {rate(f'{series}_count', by, where)}"
+
+
+def quantile(share: float, series: str, by: str = "", where: str = "") -> str:
+    """A quantile of a histogram's observations."""
+    labels = ", ".join(filter(None, ("le", by)))
+    return f"histogram_quantile({share}, {rate(f'{series}_bucket', labels, where)})"
+
+
+def stock(series: str, by: str = "") -> str:
+    """A gauge of SGLang's own, summed over instances unless `by` says otherwise."""
+    return f"sum by ({by}) (sglang:{series}{{{ONLY}}})"
+
+
+ROWS: dict[str, list[Panel]] = {
+    "What users feel": [
+        Panel(
+            "How long do users wait for the answer?",
+            "Arrival to the first answering token (TTFO).",
+            {f"p{share * 100:g}": quantile(share, "ttfo_seconds") for share in (0.5, 0.95, 0.99)},
+            "s",
+        ),
+        Panel(
+            "Do answers keep the reader's pace?",
+            "Share of answers whose QoE ended below the promise; QoE of the worst twentieth.",
+            {
+                "SLO violations": f"{rate('slo_violations_total')} / "
+                + rate("requests_total", where='outcome="answered"'),
+                "QoE, p5": quantile(0.05, "answer_qoe"),
+            },
+            "percentunit",
+        ),
+        Panel(
+            "How do requests end?",
+            "no_answer: the request ended inside its thinking.",
+            {"{{outcome}}": rate("requests_total", "outcome")},
+            "reqps",
+        ),
+    ],
+    "Why did TTFO rise?": [
+        Panel(
+            "Which part of it grew?",
+            "Means. Before the first token: waiting and prefill. Thinking: decoding of the hidden "
+            "tokens, pauses included. After it: until the first answering token.",
+            {
+                "before the first token": mean("ttft_seconds"),
+                "thinking": mean("reasoning_seconds"),
+                "after thinking": f"clamp_min({mean('ttfo_seconds')} - {mean('ttft_seconds')} - "
+                f"{mean('reasoning_seconds')}, 0)",
+            },
+            "s",
+            stack=True,
+        ),
+        Panel(
+            "Do requests think longer?",
+            "Tokens per request that ended. If these rise, the load has changed.",
+            {
+                "thinking": f"{rate('reasoning_tokens_total')} / {rate('requests_total')}",
+                "answering": f"{rate('answer_tokens_total')} / {rate('requests_total')}",
+            },
+        ),
+        Panel(
+            "Does a thinking token take longer?",
+            "First token to the end of thinking, per thinking token. Slower steps and pauses both "
+            "raise it; the row below tells which.",
+            {
+                "per thinking token": f"{rate('reasoning_seconds_sum')} / "
+                + rate("reasoning_tokens_total")
+            },
+            "s",
+        ),
+        Panel(
+            "What keeps the best in line from starting?",
+            "Share of scheduler passes. memory, slots: nobody of worse rank holds enough of it. "
+            "rank: those who hold it are as good.",
+            {
+                "{{lacks}}": f"{rate('blocked_passes_total', 'lacks')} / on () group_left () "
+                + rate("policy_passes_total")
+            },
+            "percentunit",
+            stack=True,
+        ),
+        Panel(
+            "Is KV memory full?",
+            "Pauses begin where this reaches 1; with room to spare, look at the length of steps.",
+            {"instance {{dp_rank}}": f"max by (dp_rank) (sglang:token_usage{{{ONLY}}})"},
+            "percentunit",
+        ),
+        Panel(
+            "How many run, how many wait?",
+            "SGLang's own counts. Paused requests are in neither; the row on starving has them.",
+            {"running": stock("num_running_reqs"), "waiting": stock("num_queue_reqs")},
+        ),
+    ],
+    "Who was paused, and why?": [
+        Panel(
+            "Who was paused?",
+            "Pauses per second by class of the one who left.",
+            {"{{class}}": rate("pauses_total", "class")},
+            "ops",
+            stack=True,
+        ),
+        Panel(
+            "Why?",
+            "growth: the next steps of those who run would not have fit. displaced: for somebody "
+            "of better rank. memory: this very step did not fit.",
+            {"{{why}}": rate("pauses_total", "why")},
+            "ops",
+            stack=True,
+        ),
+        Panel(
+            "Where did their KV go?",
+            "resident: on the device. host: comes back by a copy. recompute: prefilled again.",
+            {"{{rung}}": rate("paused_kv_total", "rung")},
+            "ops",
+            stack=True,
+        ),
+        Panel(
+            "How much KV leaves the device?",
+            "Bytes per second and rank, by rung. host crosses the bus, and crosses it again.",
+            {"{{rung}}": rate("paused_bytes_total", "rung")},
+            "Bps",
+        ),
+        Panel(
+            "How much is computed twice?",
+            "Tokens per second that will be prefilled again.",
+            {"tokens dropped": rate("paused_tokens_total", where='rung="recompute"')},
+        ),
+        Panel(
+            "Who comes back, and from where?",
+            "Starts per second: admissions from waiting, resumes from resident and host.",
+            {"{{class}} from {{place}}": rate("starts_total", "class, place")},
+            "ops",
+            stack=True,
+        ),
+    ],
+    "What moved?": [
+        Panel(
+            "How many requests change their instance?",
+            "Moves per second that an instance was the source of: moved, or why the request stayed "
+            "where it was.",
+            {"{{outcome}}": rate("migrations_total", "outcome", 'way="out"')},
+            "ops",
+            stack=True,
+        ),
+        Panel(
+            "Why do they move, or stay?",
+            "Decisions at the end of thinking, per second.",
+            {"{{why}}": rate("boundary_decisions_total", "why")},
+            "ops",
+            stack=True,
+        ),
+        Panel(
+            "How long is a reader without tokens?",
+            "Last token on one instance to the first on the next.",
+            {
+                f"p{share * 100:g}": quantile(share, "migration_blocking_seconds")
+                for share in (0.5, 0.99)
+            },
+            "s",
+        ),
+        Panel(
+            "How much KV crosses between instances?",
+            "Bytes per second and rank.",
+            {"sent": rate("migrated_bytes_total")},
+            "Bps",
+        ),
+        Panel(
+            "Who cannot move?",
+            "Requests per second that ended their thinking and cannot move, by reason.",
+            {"{{reason}}": rate("unmovable_requests_total", "reason")},
+            "ops",
+        ),
+        Panel(
+            "Where do new requests go?",
+            "By instance; even only as long as the instances are.",
+            {"instance {{dp_rank}}": rate("placed_requests_total", "dp_rank")},
+            "reqps",
+            stack=True,
+        ),
+    ],
+    "Is anybody starving?": [
+        Panel(
+            "Who does not run now?",
+            "By class, and by where its KV is. A line that only rises is a class that starves.",
+            {"{{class}}, {{place}}": f"sum by (class, place) (pascal:queued_requests{{{ONLY}}})"},
+            stack=True,
+        ),
+        Panel(
+            "Who waits longest?",
+            "99th percentile of the waits that ended, by class and place.",
+            {"{{class}}, {{place}}": quantile(0.99, "wait_seconds", "class, place")},
+            "s",
+        ),
+        Panel(
+            "Is any queue left unserved?",
+            "Starts per second for each who waits, by class: zero for long, while somebody waits, "
+            "is starvation.",
+            {
+                "{{class}}": f"{rate('starts_total', 'class')} / on (class) "
+                f"(sum by (class) (pascal:queued_requests{{{ONLY}}}) > 0)"
+            },
+        ),
+    ],
+    "What does scheduling cost?": [
+        Panel(
+            "How long does a pass take?",
+            "The policy's time per pass, pauses and resumes included.",
+            {"per pass": f"{rate('policy_seconds_total')} / {rate('policy_passes_total')}"},
+            "s",
+        ),
+        Panel(
+            "What share of the time is that?",
+            "Of one scheduler process, averaged over instances.",
+            {"policy": f"avg(rate(pascal:policy_seconds_total{{{ONLY}}}[{SPAN}]))"},
+            "percentunit",
+        ),
+        Panel(
+            "Did the policy ever fail?",
+            "Passes in which SGLang's own order stood in. The server's log has the error.",
+            {"errors": rate("policy_errors_total")},
+            "ops",
+        ),
+    ],
+}

@@ -1,0 +1,45 @@
+"""Every series that the dashboard asks for, with every label it uses, is on `/metrics`."""
+
+import json
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from launch.monitoring.dashboard import OUT
+from tests.engine.load import run
+from tests.engine.test_migration import at_rest
+from tests.promql import parsed, queries
+from tests.requests import generate
+
+BUSY = {"flood": 0.02, "chaos": 0.02, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
+TIGHT = ["--max-total-tokens", "2500", "--chunked-prefill-size", "64", "--dp-size", "2"]
+# Prometheus adds these to what it scrapes.
+TARGET = {"instance", "job"}
+
+
+def exported(text):
+    """Names on `/metrics`, each with the labels of its samples."""
+    labels = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    return labels
+
+
+def test_every_query_names_what_is_exported(serve):
+    """Two instances that pause and move, and one request that can do neither."""
+    with serve(BUSY, TIGHT) as server:
+        fixed = generate("Stay", think=5, total=20)
+        fixed["sampling_params"]["frequency_penalty"] = 0.5
+        server.post("/generate", fixed)
+        run(server, 60)
+        at_rest(server)
+        found = exported(server.get("/metrics"))
+    names = {name for name in found if name.startswith("pascal:")}
+    assert len(names) > 30
+    for query in queries(json.loads(OUT.read_text())):
+        selectors, grouped = parsed(query)
+        for name, matched in selectors:
+            assert name in found, f"{name} is not exported; {query}"
+            assert matched - TARGET <= found[name], query
+        known = set().union(*(found[name] for name, _ in selectors)) | TARGET
+        assert grouped <= known, query

@@ -1,0 +1,100 @@
+"""SGLang's Ray backend, two instances on one host: they serve, move requests, and are ours.
+
+Ray's GPUs are a number that its node declares, so a CPU has them too.
+"""
+
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from evals.arms import free_port
+from tests.engine.load import run, settled
+from tests.engine.test_migration import FLOOD, at_rest, controller, differences, nothing_left, total
+from tests.harness import PASCAL, TINY_FLAGS, Server, environment
+
+RAY = Path(sys.executable).with_name("ray")
+COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a Ray node of this host's; it and all that it started are gone afterwards."""
+    port = free_port()
+    # Not pytest's own folder: Ray keeps sockets in it, whose paths must be short.
+    folder = tempfile.mkdtemp(prefix="ray-")
+    flags = (
+        f"--head --block --node-ip-address=127.0.0.1 --port={port} --num-cpus=2 --num-gpus=2 "
+        f"--include-dashboard=false --temp-dir={folder} --object-store-memory=100000000"
+    )
+    node = subprocess.Popen(
+        [RAY, "start", *flags.split()],
+        env=environment({"RAY_USAGE_STATS_ENABLED": "0"}),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            assert node.poll() is None, "ray start ended"
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield f"127.0.0.1:{port}"
+    finally:
+        tree = psutil.Process(node.pid).children(recursive=True)
+        node.terminate()
+        for process in psutil.wait_procs([*tree, psutil.Process(node.pid)], timeout=20)[1]:
+            process.kill()
+        node.wait(10)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_two_instances_serve_and_move(serve, reference, cluster):
+    flags = ["--use-ray", "--dp-size", "2"]
+    with serve(FLOOD, flags, RAY_ADDRESS=cluster) as server:
+        whole, _ = run(server, COUNT)
+        instances = at_rest(server)
+        moved = total(instances, "departures", "moved")
+        controller(server, moved)
+        metrics = server.get("/metrics")
+        schedulers = [p for p in server.tree() if "scheduler" in " ".join(p.cmdline()).lower()]
+    assert differences(whole, reference) == []
+    nothing_left(instances)
+    assert [i["dp_rank"] for i in instances] == [0, 1]
+    assert moved > COUNT / 3
+    assert schedulers == [], "they are Ray's processes, not the server's"
+    for rank in "01":
+        assert f'dp_rank="{rank}"' in metrics
+    assert "pascal:migrations_total{" in metrics
+
+
+def test_one_instance_serves(serve, reference, cluster):
+    with serve({}, ["--use-ray"], RAY_ADDRESS=cluster) as server:
+        whole, _ = run(server, COUNT)
+        instance = settled(server)
+    assert differences(whole, reference) == []
+    assert instance["policy"] == "pascal"
+
+
+def test_too_few_gpus_are_refused_not_waited_for(tiny_model, cluster):
+    """SGLang would wait for the third one without end."""
+    flags = ["--model-path", str(tiny_model), *TINY_FLAGS, "--use-ray", "--dp-size", "3"]
+    server = Server(PASCAL, flags, {"RAY_ADDRESS": cluster})
+    try:
+        assert server.process.wait(120) == 2
+    finally:
+        server.kill()
+    last = server.output.strip().splitlines()[-1]
+    assert last.startswith("pascal_sglang: error: cannot serve ")
+    assert "--use-ray needs 3 GPUs and Ray has 2;" in last

@@ -1,0 +1,134 @@
+"""KV copied to host memory and back, byte for byte, for the pools that are copied."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+from pascal_sglang.engine.copies import Copies
+from pascal_sglang.engine.pool import measure_costs
+
+ENTRIES = 96
+
+
+def pool_of(kind, dtype=torch.float32, scales=None):
+    """A real pool's class around buffers of our own: building one wants a published server."""
+    pool = object.__new__(kind)
+    pool.store_dtype = dtype
+
+    def buffer(*row):
+        whole = torch.randint(0, 200, (ENTRIES, *row))
+        return whole.to(torch.uint8) if dtype is torch.uint8 else whole.to(dtype)
+
+    pool.mem_usage = 0.001
+    if issubclass(kind, MHATokenToKVPool):
+        pool.kv_cache_layout, pool.quant_method = "nhd", UnquantizedKVCacheMethod()
+        pool.k_buffer = [buffer(2, 8) for _ in range(3)]
+        pool.v_buffer = [buffer(2, 4) for _ in range(3)]
+    else:
+        pool.write_loc_is_dcp_resolved, pool.kv_scale_buffer = True, scales
+        pool.kv_buffer = [buffer(1, 12) for _ in range(2)] + [torch.empty(0, 1, 12)]
+    return pool
+
+
+class Broken:
+    """A buffer on a device that fails."""
+
+    def __getitem__(self, _):
+        raise RuntimeError("the device is gone")
+
+
+def copies_of(pool, room=ENTRIES):
+    allocator = SimpleNamespace(get_kvcache=lambda: pool)
+    scheduler = SimpleNamespace(
+        token_to_kv_pool_allocator=allocator, device="cpu", max_total_num_tokens=ENTRIES - 1
+    )
+    copies = Copies(scheduler)
+    copies.reserve(room)
+    return copies, scheduler
+
+
+@pytest.mark.parametrize("kind", [MHATokenToKVPool, MLATokenToKVPool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_there_and_back_elsewhere(kind, dtype):
+    copies, _ = copies_of(pool_of(kind, dtype))
+    before = [buffer.clone() for buffer in copies.buffers]
+    source, target = torch.tensor([5, 3, 40, 41, 90]), torch.tensor([1, 2, 80, 7, 6])
+    kv = copies.to_host(source)
+    for buffer in copies.buffers:
+        buffer[source] = 0
+    assert copies.wait(kv)
+    copies.to_device(kv, target)
+    for buffer, was in zip(copies.buffers, before, strict=True):
+        assert torch.equal(buffer[target], was[source])
+    assert copies.room == ENTRIES - 5
+    copies.free(kv)
+    assert copies.room == ENTRIES
+    assert copies.bytes_per_token == sum(b[0].nbytes for b in copies.buffers)
+
+
+def test_copies_do_not_share_memory():
+    copies, _ = copies_of(pool_of(MHATokenToKVPool))
+    first, second = copies.to_host(torch.arange(10)), copies.to_host(torch.arange(10, 30))
+    assert torch.equal(first.parts[0], copies.buffers[0][:10])
+    assert torch.equal(second.parts[0], copies.buffers[0][10:30])
+
+
+def test_without_room_nothing_is_copied():
+    copies, scheduler = copies_of(pool_of(MHATokenToKVPool), room=4)
+    with pytest.raises(RuntimeError, match="no host memory for 5"):
+        copies.to_host(torch.arange(5))
+    assert copies.room == 4
+    nothing, _ = copies_of(pool_of(MHATokenToKVPool), room=0)
+    assert measure_costs(scheduler, nothing).copy_s == 0
+
+
+def test_a_device_that_fails_says_so_and_keeps_its_memory_until_it_is_freed(caplog):
+    copies, _ = copies_of(pool_of(MHATokenToKVPool))
+    copies.buffers[1] = Broken()
+    kv = copies.to_host(torch.arange(5))
+    assert not copies.wait(kv)
+    assert "the device is gone" in caplog.text
+    assert copies.room == ENTRIES - 5, "as on the other ranks"
+    copies.free(kv)
+    assert copies.room == ENTRIES
+
+
+def test_measuring_changes_nothing_and_keeps_nothing():
+    copies, scheduler = copies_of(pool_of(MLATokenToKVPool))
+    before = [buffer.clone() for buffer in copies.buffers]
+    costs = measure_costs(scheduler, copies)
+    assert costs.copy_s > 0
+    assert all(map(torch.equal, before, copies.buffers))
+    assert copies.room == ENTRIES
+
+
+def subclass(kind):
+    return type("Other", (kind,), {})
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        pool_of(subclass(MHATokenToKVPool)),
+        pool_of(subclass(MLATokenToKVPool)),
+        pool_of(MLATokenToKVPool, scales=[torch.ones(1)]),
+        SimpleNamespace(mem_usage=0.001),
+    ],
+)
+def test_pools_that_hold_more_than_rows_are_not_copied(pool):
+    copies, _ = copies_of(pool)
+    assert copies.buffers is None
+    assert copies.room == 0
+    assert copies.bytes_per_token == int(0.001 * 2**30 / (ENTRIES - 1))
+
+
+def test_quantised_or_rearranged_rows_are_not_copied():
+    quantised = pool_of(MHATokenToKVPool)
+    quantised.quant_method = object()
+    rearranged = pool_of(MHATokenToKVPool)
+    rearranged.kv_cache_layout = "hnd"
+    assert copies_of(quantised)[0].buffers is None
+    assert copies_of(rearranged)[0].buffers is None
