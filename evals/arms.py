@@ -5,6 +5,7 @@ Arms are started by command line and spoken to over HTTP, as any user would.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import random
@@ -84,7 +85,8 @@ class Plan:
     model: `tiny`, or one of `pascal_sglang.demo.dummy`, which has no weights: its flags say
     `--load-format dummy`. pascal_flags: for arms of command `pascal`. targets: ratios to the best
     stock arm that the verdict asks for, by the names of `TARGETS`; `violations` is a share of
-    requests.
+    requests. sustained_per_s: requests per second that the first arm sustained where the rates were
+    chosen; elsewhere they are scaled to what it sustains there. 0: they stand as they are.
     """
 
     preset: str
@@ -103,6 +105,7 @@ class Plan:
     scale: float = 1.0
     cv: float = 1.0
     bins: int = 4
+    sustained_per_s: float = 0.0
     request_timeout_s: float = 300.0
     run_timeout_s: float = 600.0
     start_timeout_s: float = 240.0
@@ -113,6 +116,14 @@ class Plan:
         for name in ("requests", "seeds", "bins", "kv_tokens", "target_tpot_ms"):
             if not getattr(self, name) > 0:
                 raise ArmError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.sustained_per_s < math.inf:
+            raise ArmError(f"sustained_per_s must be a rate, not {self.sustained_per_s}")
+
+    def scaled_to(self, sustained_per_s: float) -> Plan:
+        """The plan for a machine on which the first arm sustains `sustained_per_s`."""
+        factor = sustained_per_s / self.sustained_per_s
+        rates = [dataclasses.replace(r, per_s=round(factor * r.per_s, 2)) for r in self.rates]
+        return dataclasses.replace(self, rates=tuple(rates), sustained_per_s=sustained_per_s)
 
     def describe(self) -> list[str]:
         """What is run, in lines."""
@@ -123,8 +134,11 @@ class Plan:
             f"{capacity}; {self.preset} x{self.scale:g}, {self.requests} requests a run, "
             f"{self.seeds} {'seed' if self.seeds == 1 else 'seeds'}, reader's pace "
             f"{self.target_tpot_ms:g} ms a token",
-            "loads: " + ", ".join(f"{rate.name} {rate.per_s:g}/s" for rate in self.rates),
+            self.loads(),
         ]
+
+    def loads(self) -> str:
+        return "loads: " + ", ".join(f"{rate.name} {rate.per_s:g}/s" for rate in self.rates)
 
 
 def load_plan(path: Path, *, quick: bool = False, **overrides: Any) -> Plan:

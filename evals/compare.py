@@ -103,9 +103,28 @@ class Comparison:
             )
             idle = self.measure_idle(arm, target)
             self.say(f"{arm.name}, seed {seed}: server up in {time.monotonic() - began:.0f} s")
+            if plan.sustained_per_s and not self.runs:
+                server.flush()
+                self.fit_loads(arm, target)
+                plan = self.plan
             for rate in plan.rates:
                 server.flush()
                 self.run_once(arm, rate, seed, server, target, idle)
+
+    def fit_loads(self, arm: Arm, target: Target) -> None:
+        """Scale the loads to this machine: what the arm does with everybody there at once, between
+        a fifth and four fifths of its tokens, when neither the first prefills nor the last
+        stragglers count."""
+        items = [dataclasses.replace(i, arrival_s=0.0) for i in self.items(alone.SEED, 1.0)]
+        back = replay(items, target, seed=alone.SEED)
+        at_s = sorted(at for record in back.records for at in record.token_s)
+        fifth = len(at_s) // 5
+        took_s = at_s[-fifth - 1] - at_s[fifth] if fifth else 0.0
+        if not took_s > 0:
+            raise ArmError("no answer to a burst of requests, by which loads are chosen")
+        sustained = (len(at_s) - 2 * fifth) / took_s / (len(at_s) / len(items))
+        self.plan = self.plan.scaled_to(sustained)
+        self.say(f"{arm.name} sustains {sustained:.2f} requests/s here; {self.plan.loads()}")
 
     def measure_idle(self, arm: Arm, target: Target) -> Idle:
         """Every server is asked the same, so that all are equally warm; the first one's times are

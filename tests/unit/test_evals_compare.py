@@ -46,6 +46,15 @@ def test_a_plan_names_its_own_targets():
     assert judge(runs, targets=ample)["mean TTFO <= 1.02x"] is False
 
 
+def test_loads_follow_the_machine():
+    plan = load_plan(LIVE)
+    faster = plan.scaled_to(1.5 * plan.sustained_per_s)
+    assert [r.per_s for r in faster.rates] == [round(1.5 * r.per_s, 2) for r in plan.rates]
+    assert [r.overload for r in faster.rates] == [r.overload for r in plan.rates]
+    again = faster.scaled_to(plan.sustained_per_s)
+    assert [r.per_s for r in again.rates] == pytest.approx([r.per_s for r in plan.rates], abs=0.01)
+
+
 def test_an_unknown_target_is_refused(tmp_path):
     plan = tmp_path / "plan.toml"
     text = LIVE.with_name("ample.toml").read_text()
@@ -194,7 +203,7 @@ def test_bad_plans_are_refused():
         ("requests = 100", "requests = 0", "requests must be positive, not 0"),
         ("[[rate]]", "[[other]]", "nothing under rate"),
         ('preset = "tiny-live"', 'preset = "nope"', "no source 'nope'"),
-        ("bins = 4", "bins = 4 4", "line 11"),
+        ("bins = 4", "bins = 4 4", "line 12"),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_refused_in_one_line(was, becomes, said, tmp_path, capsys):
