@@ -22,7 +22,7 @@ class Pacer:
     delay: float = 0.0
 
     def deliver(self, now: float, tokens: int, every: float = 0.0) -> None:
-        """`tokens` more answering tokens reach the stream, the first at `now` and the others `every`
+        """`tokens` more answering tokens reach the stream, the first at `now`, the others `every`
         seconds apart; the cost does not depend on how many."""
         if tokens > 0 and self.delivered == 0:
             self.first_shown = self.last_shown = now
