@@ -70,17 +70,29 @@ class Placement:
         adaptive: bool = True,
         max_moves: int = 4,
         worth_tokens: int = 8,
+        sight: int = 32,
     ) -> None:
         """quantum: tokens of growth that "enough memory" includes. lazy: move only from memory
         pressure to room (`pascal`); otherwise by the paper's counts. adaptive: stay where there is
         memory and the target has none. max_moves: at once per instance. worth_tokens: an answer
-        that ends sooner does not move."""
+        that ends sooner does not move. sight: instances looked at for one decision, so that its
+        cost does not grow with their number."""
         self.quantum = quantum
         self.lazy = lazy
         self.adaptive = adaptive
         self.max_moves = max_moves
         self.worth_tokens = worth_tokens
+        self.sight = sight
         self._turn = 0
+
+    def in_sight(self, instances: Sequence[Instance]) -> Sequence[Instance]:
+        """Those to decide among: all, or as many of them in turn as `sight` says."""
+        count = len(instances)
+        if count <= self.sight:
+            return instances
+        begin = self._turn * self.sight % count
+        found = instances[begin : begin + self.sight]
+        return [*found, *instances[: self.sight - len(found)]]
 
     def place(
         self, instances: Sequence[Instance], prompt: int, hits: Mapping[int, int] = NO_HITS

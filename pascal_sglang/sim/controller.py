@@ -1,0 +1,84 @@
+"""The controller: what it knows of instances, and `policy.placement` deciding on that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+
+from pascal_sglang.policy.placement import Answer, Decision, Placement
+from pascal_sglang.policy.placement import Instance as View
+from pascal_sglang.sim.arms import Arm
+from pascal_sglang.sim.clock import Clock
+from pascal_sglang.sim.instance import Instance
+
+# How often a busy instance says how it is (`engine.herald`), in seconds.
+STATUS_S = 0.02
+
+
+class Controller:
+    """Hears from an instance at most every `STATUS_S`, when it is about to decide on it."""
+
+    def __init__(self, arm: Arm, clock: Clock, instances: Sequence[Instance], quantum: int) -> None:
+        self.arm = arm
+        self.clock = clock
+        self.instances = instances
+        self.views = [View(index) for index in range(len(instances))]
+        self.placement = Placement(
+            quantum=quantum, lazy=arm.lazy, adaptive=arm.migration == "adaptive"
+        )
+        self.placed = [0] * len(instances)
+        self.homes: dict[int, tuple[int, int]] = {}
+        self._heard = [-STATUS_S] * len(instances)
+        self._said: list[tuple[object, ...]] = [astuple(view) for view in self.views]
+
+    def place(self, prompt: int, talk: int) -> int:
+        """The instance for a new request with a prompt of so many tokens."""
+        candidates = self.placement.in_sight(self.views)
+        hits: Mapping[int, int] = {}
+        if self.arm.prefixes and talk in self.homes:
+            home, tokens = self.homes[talk]
+            hits = {home: tokens}
+            if self.views[home] not in candidates:
+                candidates = [*candidates, self.views[home]]
+        for view in candidates:
+            self._hear(view)
+        chosen = self.placement.place(candidates, prompt, hits)
+        self.placed[chosen] += 1
+        if talk >= 0:
+            self.homes[talk] = (chosen, prompt)
+        return chosen
+
+    def at_boundary(self, answer: Answer) -> Decision:
+        """Whether a request whose thinking has ended moves, and where."""
+        candidates = self.placement.in_sight(self.views)
+        here = self.views[answer.current]
+        if here not in candidates:
+            candidates = [here, *candidates]
+        for view in candidates:
+            self._hear(view)
+        return self.placement.at_boundary(candidates, answer)
+
+    def _hear(self, view: View) -> None:
+        index = view.index
+        instance = self.instances[index]
+        if self.clock.now - self._heard[index] < STATUS_S:
+            if not self.arm.optimistic:
+                self._recall(view)
+            return
+        self._heard[index] = self.clock.now
+        instance.catch_up()
+        thinking, tokens = instance.waiting()
+        memory = instance.memory
+        if self.arm.on_pace or self.arm.migration != "off":
+            view.on_pace = not self.arm.on_pace or instance.readers.on_pace(self.clock.now)
+        view.free = memory.free
+        view.footprint = memory.held + memory.host
+        view.thinking = len(instance.thinking) + thinking
+        view.fresh = len(instance.fresh)
+        view.waiting = tokens
+        self._said[index] = (view.free, view.footprint, view.thinking, view.fresh, view.waiting)
+
+    def _recall(self, view: View) -> None:
+        """Forget what was decided since the last status."""
+        said = self._said[view.index]
+        view.free, view.footprint, view.thinking, view.fresh, view.waiting = said  # type: ignore[assignment]
