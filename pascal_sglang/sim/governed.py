@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pascal_sglang.policy.member import Place
-from pascal_sglang.policy.order import REACTION_PASSES, Order, is_demoted, urgent_at
+from pascal_sglang.policy.order import REACTION_PASSES, Moment, Order, is_demoted, urgent_at
 from pascal_sglang.policy.plan import GROWTH, PATIENCE, Plan, Planner, Room
 from pascal_sglang.policy.rung import Costs, Rung
 from pascal_sglang.policy.timeline import Phase
@@ -36,7 +36,7 @@ class Governed(Instance):
         self.knows_lengths = knows_lengths
         self.pauses = dict.fromkeys(Rung, 0)
         self._blocked: Job | None = None
-        self._retry_pass = 0
+        self._tried_pass = 0
         self._pending = False
         self._hurry: list[tuple[float, int, float, Job]] = []
         self._hurried = 0
@@ -68,8 +68,9 @@ class Governed(Instance):
         self._leaving.clear()
         growing = len(self.batch) + len(self.filling)
         short = self.memory.free < GROWTH * growing
+        asked = self.stirred or self.again or self.step_by_step
         self.again = False
-        if short or (self.planner.line and (self.stirred or self.step_by_step or self._is_time())):
+        if short or (self.planner.line and (asked or self._is_time())):
             self._plan()
             self._relieve()
         self.stirred = False
@@ -78,6 +79,7 @@ class Governed(Instance):
         return self.next_look() <= self.batch.steps
 
     def _plan(self) -> None:
+        self._try_in_vain()
         room = Room(self.memory.free, 0, self.cost.slots - len(self.batch) - len(self.filling))
         moment = self.moment
         plan = self.planner.plan(self.batch, room, moment, len(self.filling))
@@ -97,8 +99,15 @@ class Governed(Instance):
             elif may_prefill and unfilled < self.cost.chunk and self._fits(member):
                 self._admit(member)
                 unfilled += member.unfilled
-            else:
-                self.again = True
+
+    def _try_in_vain(self) -> None:
+        """Who is blocked was tried again in the passes that were jumped over, to no avail; that
+        decides when the planner tries next."""
+        if self._blocked is None:
+            return
+        passed = self.pass_no - self._tried_pass
+        self._tried_pass += max(0, passed - 1) // PATIENCE * PATIENCE
+        self.planner.gave_up_on(self._blocked, Moment(self._tried_pass, 0.0, 0.0))
 
     def _note(self, plan: Plan) -> None:
         """Keep track of whether displacement was tried for the best who is blocked, as the planner
@@ -106,12 +115,13 @@ class Governed(Instance):
         blocked = plan.blocked
         assert blocked is None or isinstance(blocked, Job)
         self._pending = False
-        if blocked is None:
+        # What a plan keeps free for those it starts, and what it takes from those it pauses, is
+        # there for others a pass later.
+        self.again = bool(plan.start or plan.pause or plan.spill)
+        if blocked is None or blocked in plan.spill:
             return
-        if blocked in plan.spill:
-            self.again = True
-        elif blocked is not self._blocked or self.pass_no >= self._retry_pass:
-            self._blocked, self._retry_pass = blocked, self.pass_no + PATIENCE
+        if blocked is not self._blocked or self.pass_no >= self._tried_pass + PATIENCE:
+            self._blocked, self._tried_pass = blocked, self.pass_no
         else:
             self._pending = True
 
@@ -123,7 +133,7 @@ class Governed(Instance):
             return step
         batch = self.batch
         if self._pending:
-            step = batch.steps + self._retry_pass - self.pass_no
+            step = batch.steps + self._tried_pass + PATIENCE - self.pass_no
         blocked = self._blocked
         if self.foresight.paced and blocked is not None and self.planner.line.holds(blocked):
             age = self.tuning.ageing * self.tuning.quantum
@@ -205,7 +215,6 @@ class Governed(Instance):
     def _resume(self, job: Job) -> None:
         if job.place is Place.HOST:
             if not self._fits(job):
-                self.again = bool(self.batch)
                 return
             self.memory.from_host(job.kv_tokens)
             self._hold_s += self.cost.copy(job.kv_tokens)

@@ -18,8 +18,7 @@ INIT_RATIO = 0.7
 MIN_RATIO = INIT_RATIO * 0.14
 RATIO_STEPS = 600
 RETRACT_STEPS = 20
-# Steps between two tries to admit while the reserve shrinks by itself.
-TRY_STEPS = 16
+RATIO_STEP = (INIT_RATIO - MIN_RATIO) / RATIO_STEPS
 
 
 class Stock(Instance):
@@ -40,6 +39,7 @@ class Stock(Instance):
         self.retracted = 0
         self.queue: deque[Job] = deque()
         self._decayed_at = 0
+        self._lacks = 0.0
 
     def may_prefill(self) -> bool:
         return True
@@ -59,7 +59,11 @@ class Stock(Instance):
     def next_look(self) -> int:
         if not self.queue or self.knows_lengths:
             return NEVER
-        return self.batch.steps + TRY_STEPS
+        # The reserve shrinks by itself until the first in the queue fits.
+        shrinks = sum(self._may_generate(job) for job in self.batch) * RATIO_STEP
+        if self.ratio <= MIN_RATIO or not shrinks:
+            return NEVER
+        return self.batch.steps + max(1, int(self._lacks / shrinks))
 
     def waiting(self) -> tuple[int, int]:
         waiting = [*self.queue, *self.inbox]
@@ -80,7 +84,7 @@ class Stock(Instance):
     def _decay(self) -> None:
         steps = self.batch.steps - self._decayed_at
         self._decayed_at = self.batch.steps
-        self.ratio = max(MIN_RATIO, self.ratio - steps * (INIT_RATIO - MIN_RATIO) / RATIO_STEPS)
+        self.ratio = max(MIN_RATIO, self.ratio - steps * RATIO_STEP)
 
     def _admit(self) -> None:
         share = 1.0 if self.knows_lengths else self.ratio
@@ -93,6 +97,7 @@ class Stock(Instance):
             job = self.queue[0]
             new = self._may_generate(job)
             if job.kv_tokens + new + 1 >= left:
+                self._lacks = job.kv_tokens + new + 1 - left
                 break
             self.queue.popleft()
             if job.cached and not self.memory.recall(job.talk):
