@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pascal_sglang.policy.order import Tuning
 from pascal_sglang.policy.pacer import Pacer
@@ -91,7 +92,7 @@ class Cluster:
 
     def _instance(self, index: int) -> Instance:
         setup, arm = self.setup, self.arm
-        shared = {
+        shared: dict[str, Any] = {
             "tuning": self.tuning,
             "foresight": FORESIGHTS[arm.order],
             "readers_sticky": arm.sticky,

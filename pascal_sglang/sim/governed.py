@@ -6,9 +6,10 @@ import heapq
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pascal_sglang.policy.making import GROWTH
 from pascal_sglang.policy.member import Place
 from pascal_sglang.policy.order import REACTION_PASSES, Moment, Order, is_demoted, urgent_at
-from pascal_sglang.policy.plan import GROWTH, PATIENCE, Plan, Planner, Room
+from pascal_sglang.policy.plan import PATIENCE, Plan, Planner, Room
 from pascal_sglang.policy.rung import Costs, Rung
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.foresight import NEVER

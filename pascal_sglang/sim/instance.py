@@ -227,8 +227,8 @@ class Instance(ABC):
         self._hold_up(seconds)
         self._set_alarm(self.batch.origin, self.batch.steps)
 
-    def has_prefilled(self, tokens: int, seconds: float) -> None:
-        """A prefill pass of so many tokens took so long."""
+    def has_prefilled(self, tokens: int, seconds: float) -> None:  # noqa: B027
+        """A prefill pass of so many tokens takes so long; nobody has to care."""
 
     def _end_prefill(self) -> None:
         done, self._filled = self._filled or [], None

@@ -56,9 +56,7 @@ class Moves:
     until the KV was there. pauses: seconds in which neither side decoded, of live moves.
     """
 
-    def __init__(
-        self, clock: Clock, network: Network, ended: Callable[[Move, bool], None]
-    ) -> None:
+    def __init__(self, clock: Clock, network: Network, ended: Callable[[Move, bool], None]) -> None:
         self.clock = clock
         self.network = network
         self.ended = ended

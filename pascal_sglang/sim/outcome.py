@@ -47,7 +47,20 @@ class Outcome:
 
     @classmethod
     def empty(cls, requests: int) -> Outcome:
-        return cls(*(np.full(requests, np.nan) for _ in range(9)))
+        def column() -> Floats:
+            return np.full(requests, np.nan)
+
+        return cls(
+            arrival=column(),
+            first_token=column(),
+            reasoning_end=column(),
+            first_answer=column(),
+            finished=column(),
+            qoe=column(),
+            pauses=column(),
+            moved=column(),
+            instance=column(),
+        )
 
     def note(self, job: Job, now: float, instance: int) -> None:
         """A request has ended."""

@@ -29,9 +29,7 @@ class Stock(Instance):
     limit: otherwise, `max_new_tokens` of every request.
     """
 
-    def __init__(
-        self, *args: Any, knows_lengths: bool, limit: int = 32768, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, knows_lengths: bool, limit: int = 32768, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.knows_lengths = knows_lengths
         self.limit = limit
