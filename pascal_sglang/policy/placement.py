@@ -70,7 +70,7 @@ class Placement:
         adaptive: bool = True,
         max_moves: int = 4,
         worth_tokens: int = 8,
-        sight: int = 32,
+        sight: int = 16,
     ) -> None:
         """quantum: tokens of growth that "enough memory" includes. lazy: move only from memory
         pressure to room (`pascal`); otherwise by the paper's counts. adaptive: stay where there is

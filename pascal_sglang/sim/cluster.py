@@ -26,7 +26,7 @@ from pascal_sglang.sim.stock import Stock
 from pascal_sglang.sim.workload import Workload
 
 Progress = Callable[[int], None]
-REPORT_EVERY = 256
+REPORT_EVERY = 100
 UNLIMITED = 1 << 30
 
 

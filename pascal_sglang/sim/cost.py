@@ -57,10 +57,11 @@ class Cost:
         """Seconds of one copy between device and host."""
         return self.copy_s + self.copy_token_s * tokens
 
-    def rate(self, prompt: float, output: float) -> float:
-        """Requests per second that one instance can end for ever, of these mean lengths, if its
-        memory is always full of requests that are half done."""
-        held = prompt + output / 2
+    def rate(self, prompt: float, output: float, held: float) -> float:
+        """Requests per second that one instance can end for ever with its memory always full.
+
+        prompt, output: mean tokens of a request. held: mean KV tokens of those who run.
+        """
         running = min(self.slots, self.capacity / held)
         step = self.step_s + self.request_s * running + self.kv_token_s * running * held
         return 1 / (output * step / running + self.prefill_s + self.prefill_token_s * prompt)

@@ -16,7 +16,7 @@ HARDWARE = "r1-qwen-32b-h100"
 SOURCES = ("alpacaeval", "arena-hard")
 HEAVY = "reasoning-heavy"
 # Shares of what instances could end for ever with their memory always full (`Cost.rate`).
-LOADS = {"low": 0.6, "medium": 0.8, "high": 1.0}
+LOADS = {"low": 0.7, "medium": 1.0, "high": 1.3}
 REQUESTS = 2000
 SEEDS = 3
 ENOUGH_SAMPLES = 10

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from pascal_sglang.sim.arms import Arm
-from pascal_sglang.sim.cluster import Setup, simulate
+from pascal_sglang.sim.cluster import Progress, Setup, simulate
 from pascal_sglang.sim.figures import figures
 from pascal_sglang.sim.workload import Workload, draw
 
@@ -34,10 +34,10 @@ class Task:
     workload: Workload | None = None
 
 
-def run(task: Task) -> dict[str, Any]:
+def run(task: Task, progress: Progress | None = None) -> dict[str, Any]:
     """The figures of one run, with what identifies it."""
     workload = task.workload or draw(task.source, task.requests, task.rate, task.seed)
-    outcome = simulate(task.setup, task.arm, workload)
+    outcome = simulate(task.setup, task.arm, workload, progress)
     return {
         "arm": task.arm.name,
         "source": task.source,
@@ -50,8 +50,13 @@ def run(task: Task) -> dict[str, Any]:
 
 def run_all(tasks: Sequence[Task], processes: int | None = None) -> list[dict[str, Any]]:
     """All runs, in the order of `tasks`."""
+    if len(tasks) == 1:
+        bar = Bar(tasks[0].requests, "requests")
+        alone = [run(tasks[0], bar.at)]
+        bar.end()
+        return alone
     bar = Bar(len(tasks), "runs")
-    if processes == 1 or len(tasks) == 1:
+    if processes == 1:
         found = []
         for number, task in enumerate(tasks, start=1):
             found.append(run(task))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,10 +65,20 @@ def draw(source: str, requests: int, rate: float, seed: int, cv: float = 1.0) ->
     )
 
 
-def mean_lengths(source: str, samples: int = 100_000) -> tuple[float, float]:
-    """Mean prompt and output tokens of a source."""
+class Means(NamedTuple):
+    """Mean tokens of a source: prompts, outputs, and the KV of a request while it runs, which
+    counts long ones for as long as they are there."""
+
+    prompt: float
+    output: float
+    held: float
+
+
+def mean_lengths(source: str, samples: int = 100_000) -> Means:
     found = _sample(source, np.random.default_rng(0), samples)
-    return float(found.prompt.mean()), float((found.thinking + found.answer).mean()) + 1
+    output = found.thinking + found.answer + 1.0
+    held = (output * (found.prompt + output / 2)).sum() / output.sum()
+    return Means(float(found.prompt.mean()), float(output.mean()), float(held))
 
 
 def _sample(source: str, rng: np.random.Generator, requests: int) -> Sampled:
