@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pascal_sglang.sim import cost as costs
-from pascal_sglang.sim import paper, tables, workload
+from pascal_sglang.sim import paper, remedies, tables, workload
 from pascal_sglang.sim.arms import ARMS, Arm
 from pascal_sglang.sim.cluster import Setup
 from pascal_sglang.sim.hardware import PRESETS
@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ways = parser.add_subparsers(dest="way", required=True)
     compared = ways.add_parser("paper", help="rerun the paper's comparison, figures beside ours")
     compared.add_argument("--requests", type=_count, default=paper.REQUESTS, help="per run")
+    alone = ways.add_parser("remedies", help="what `pascal` changes, one by one and together")
+    alone.add_argument("--source", choices=workload.SOURCES, default=remedies.SOURCE)
+    alone.add_argument("--requests", type=_count, default=paper.REQUESTS, help="per run")
     single = ways.add_parser("run", help="a workload on a cluster")
     single.add_argument(
         "source", help=f"{', '.join(workload.SOURCES)}, or a file of `evals.workload`"
@@ -42,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     single.add_argument(
         "--known-lengths", action="store_true", help="requests say how much they will generate"
     )
-    for each in (compared, single):
+    for each in (compared, alone, single):
         each.add_argument("--arms", type=_arms, default=None, help="by comma; all by default")
         each.add_argument("--seeds", type=_count, default=paper.SEEDS)
         each.add_argument("--processes", type=_count, help="all cores by default")
         each.add_argument("--out", type=Path, help="JSON file for all figures")
     asked = parser.parse_args(argv)
     try:
-        return _paper(asked) if asked.way == "paper" else _run(asked)
+        return {"paper": _paper, "remedies": _remedies, "run": _run}[asked.way](asked)
     except (ValueError, OSError) as error:
         print(f"sim: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -64,6 +67,20 @@ def _paper(asked: argparse.Namespace) -> int:
     print("\n== The paper's figures beside ours")
     print("\n".join(paper.against(rows)))
     print(f"\n{len(rows)} runs, every one with its books balanced, {_took(began)}")
+    return _save(rows, asked.out)
+
+
+def _remedies(asked: argparse.Namespace) -> int:
+    began = time.monotonic()
+    tasks = remedies.tasks(
+        asked.source, seeds=asked.seeds, requests=asked.requests, chosen=asked.arms
+    )
+    rows = run_all(tasks, asked.processes)
+    loads = ", ".join(f"{load:g}" for load in remedies.LOADS)
+    print(f"{asked.source}, {asked.requests} requests a run, {asked.seeds} seeds; load {loads}:")
+    print("mean TTFO (s), P99 slowdown, SLO violations (%), requests moved (%)")
+    print("\n".join(remedies.table(rows)))
+    print(f"\n{_took(began)}")
     return _save(rows, asked.out)
 
 

@@ -59,7 +59,7 @@ class Arm:
     lazy: bool = False
     live: bool = False
     prefixes: bool = False
-    tuning: tuple[tuple[str, int | str], ...] = ()
+    tuning: tuple[tuple[str, float | str], ...] = ()
 
     def but(self, name: str, **changes: object) -> Arm:
         """The same arm with something changed, under another name."""
