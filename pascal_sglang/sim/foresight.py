@@ -44,13 +44,16 @@ class Foresight:
 
 
 def _calm_in(job: Job, tuning: Tuning, step_s: float, now: float, pass_s: float) -> int:
-    """Steps until a running answer has built up its burst of lead (`policy.order.is_urgent`)."""
+    """Steps until a running answer has built up the lead after which it is not urgent any more, or
+    after which thinking may displace it (`policy.order.is_urgent`, `is_settling`)."""
     tpot = job.pacer.tpot
     if not job.pacer.delivered:
         return 1
     if step_s >= tpot:
         return NEVER
     shown = max(job.pacer.last_shown, now + step_s - tpot)
-    short = now + REACTION_PASSES * pass_s - shown + (tuning.guard - 1 + tuning.burst) * tpot
-    steps = int(short / (tpot - step_s))
-    return steps if steps > 0 else (1 if short > 0 else NEVER)
+    for lead in sorted((tuning.burst, tuning.settle * tuning.quantum)):
+        short = now + REACTION_PASSES * pass_s - shown + (tuning.guard - 1 + lead) * tpot
+        if short > 0:
+            return max(1, int(short / (tpot - step_s)))
+    return NEVER
