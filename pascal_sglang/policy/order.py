@@ -16,11 +16,9 @@ from pascal_sglang.policy.timeline import Phase
 
 Rank = tuple[int, int]
 
-URGENT, THINKING, DEMOTED, AHEAD = range(4)
+URGENT, SETTLING, THINKING, DEMOTED, AHEAD = range(5)
 HIGH, LOW = range(2)
-URGENT_RANK, AHEAD_RANK = (URGENT, 0), (AHEAD, 0)
-# Between those about to run dry and all thinking.
-SETTLING_RANK = (THINKING, -(1 << 30))
+URGENT_RANK, SETTLING_RANK, AHEAD_RANK = (URGENT, 0), (SETTLING, 0), (AHEAD, 0)
 
 # Passes between the decision to bring an answer back and its next token.
 REACTION_PASSES = 8
@@ -96,7 +94,8 @@ def is_demoted(member: Member, tuning: Tuning) -> bool:
 
 
 def pascal(member: Member, moment: Moment, tuning: Tuning) -> Rank:
-    """Answers about to run dry, then thinking, then demoted thinking, then answers with slack."""
+    """Answers about to run dry, then those that have just come back, then thinking, then demoted
+    thinking, then answers with slack."""
     if member.phase is Phase.ANSWERING:
         if is_urgent(member, moment, tuning):
             return URGENT_RANK
@@ -192,7 +191,7 @@ ORDERS = {
         pascal,
         pascal_key,
         pascal_lane,
-        ("urgent_answer", "thinking", "demoted", "answer"),
+        ("urgent_answer", "settling_answer", "thinking", "demoted", "answer"),
         thinking_lane=THINKING,
         worst=AHEAD_RANK,
     ),

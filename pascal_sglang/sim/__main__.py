@@ -14,6 +14,7 @@ from pascal_sglang.sim import cost as costs
 from pascal_sglang.sim import paper, remedies, tables, workload
 from pascal_sglang.sim.arms import ARMS, Arm
 from pascal_sglang.sim.cluster import Setup
+from pascal_sglang.sim.figures import BIN_EDGES
 from pascal_sglang.sim.hardware import PRESETS
 from pascal_sglang.sim.runs import Task, run_all
 
@@ -129,7 +130,12 @@ def _took(began: float) -> str:
 
 def _save(rows: list[dict[str, Any]], out: Path | None) -> int:
     if out is not None:
-        out.write_text(json.dumps({"command": sys.argv[1:], "runs": rows}, indent=1) + "\n")
+        out.write_text(
+            json.dumps(
+                {"simulated": list(BIN_EDGES), "command": sys.argv[1:], "runs": rows}, indent=1
+            )
+            + "\n"
+        )
         print(f"written to {out}")
     return 0
 

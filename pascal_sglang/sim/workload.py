@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ class Means(NamedTuple):
     held: float
 
 
+@functools.cache
 def mean_lengths(source: str, samples: int = 100_000) -> Means:
     found = _sample(source, np.random.default_rng(0), samples)
     output = found.thinking + found.answer + 1.0

@@ -1,6 +1,7 @@
 """The simulator: jumping decides as stepping does, nothing is lost, and every arm ends its work."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pascal_sglang.policy import victims
+from pascal_sglang.sim import paper
 from pascal_sglang.sim.arms import ARMS
 from pascal_sglang.sim.cluster import Setup, simulate
 from pascal_sglang.sim.figures import alone, figures
 from pascal_sglang.sim.hardware import PRESETS
 from pascal_sglang.sim.loads.lengths import PRESETS as LENGTHS
+from pascal_sglang.sim.runs import run_all
 from pascal_sglang.sim.workload import Workload, draw, from_rows, mean_lengths
 
 SMALL = dataclasses.replace(PRESETS["r1-qwen-32b-h100"], capacity=20000, host=60000)
@@ -138,6 +141,56 @@ def test_later_turns_come_after_their_pause_and_find_their_prefix():
             assert outcome.instance[0] == outcome.instance[1]
             assert took[1] == pytest.approx(SMALL.prefill(100))
         assert took[0] == pytest.approx(SMALL.prefill(2000))
+
+
+def test_the_command_prints_tables_and_a_page_shows_them(tmp_path, capsys):
+    from evals import page
+    from pascal_sglang.sim.__main__ import main
+
+    out = tmp_path / "sim.json"
+    asked = "run alpacaeval --requests 60 --instances 2 --seeds 1 --processes 1 --arms fcfs,pascal"
+    assert main([*asked.split(), "--load", "1", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "tail TTFO (s)" in shown
+    assert "SLO viol %" in shown
+    page.write([out], tmp_path / "page.html")
+    assert "<svg" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("run nowhere.jsonl", "No such file"),
+        ("run alpacaeval --cost {bad} --arms rr", "not a cost file"),
+        ("run {bad}", "not a request"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, asked, said):
+    from pascal_sglang.sim.__main__ import main
+
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"prompt_tokens": 0}\n')
+    assert main(asked.format(bad=bad).split()) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
+def test_the_papers_comparison_is_whole():
+    """Two data sets, three rates, every arm, three seeds; every figure of the paper has ours."""
+    tasks = paper.tasks(requests=40)
+    ran = {(t.source, t.load, t.arm.name, t.seed) for t in tasks}
+    for source in paper.SOURCES:
+        for load_name in paper.LOADS:
+            assert {(source, load_name, arm, seed) for arm in ARMS for seed in range(3)} <= ran
+    rows = run_all([t for t in tasks if t.seed == 0 and t.load == "high"], processes=1)
+    lines = paper.against(rows)
+    assert len(lines) > 20
+    for line in lines[1:]:
+        cells = re.split(r"\s{2,}", line.strip())
+        # Nothing ends before the last of so few requests arrives.
+        left_out = any(name in line for name in ("low", "medium", "throughput"))
+        assert left_out or cells[2] != "-", line
 
 
 def test_sources_are_those_of_the_load_generator():
