@@ -178,7 +178,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, asked, said):
 
 def test_the_papers_comparison_is_whole():
     """Two data sets, three rates, every arm, three seeds; every figure of the paper has ours."""
-    tasks = paper.tasks(requests=40)
+    tasks = paper.tasks(requests=150)
     ran = {(t.source, t.load, t.arm.name, t.seed) for t in tasks}
     for source in paper.SOURCES:
         for load_name in paper.LOADS:
@@ -188,7 +188,7 @@ def test_the_papers_comparison_is_whole():
     assert len(lines) > 20
     for line in lines[1:]:
         cells = re.split(r"\s{2,}", line.strip())
-        # Nothing ends before the last of so few requests arrives.
+        # Little ends before the last of so few requests arrives.
         left_out = any(name in line for name in ("low", "medium", "throughput"))
         assert left_out or cells[2] != "-", line
 
