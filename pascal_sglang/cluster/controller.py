@@ -48,7 +48,10 @@ class PascalController(DataParallelController):
         self.monitor = Monitor(instances)
         self.prefixes = Prefixes()
         self.placement = Placement(
-            quantum=config.quantum_tokens, lazy=config.policy != "paper", adaptive=True
+            quantum=config.quantum_tokens,
+            lazy=config.policy != "paper",
+            adaptive=True,
+            predict=config.policy != "paper",
         )
         self.placed: Counter[int] = Counter()
         self.status_socket = self.context.socket(zmq.PULL)

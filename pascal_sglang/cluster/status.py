@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import orjson
 
-VERSION = 1
+VERSION = 2
 
 # Where the controller listens; inherited by the schedulers, which it starts.
 MONITOR_ENV = "PASCAL_SGLANG_MONITOR"
@@ -34,6 +34,9 @@ class Status:
     fresh: int
     free: int
     waiting: int
+    running: int
+    pass_us: int
+    prefill_ns: int
 
     def pack(self) -> bytes:
         return orjson.dumps({"version": VERSION, **dataclasses.asdict(self)})

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 
 NO_HITS: Mapping[int, int] = {}
 
+# Thinking tokens a new request is expected to need.
+THINKING_TOKENS = 1000
+# Part of a decode step that grows with the requests in it; the rest reads weights and launches.
+GROWING_SHARE = 0.25
+
 
 @dataclass(slots=True)
 class Instance:
@@ -20,6 +25,8 @@ class Instance:
     memory. thinking: `r_i`, requests reasoning in the high class. fresh: `a_i`, answering requests
     inside their first quantum. free: KV free or evictable. waiting: prompt tokens not yet started.
     arriving: KV reserved for requests on their way to it. moves: moves under way, either way.
+    running: requests that decode. pass_us: recent length of a pass in microseconds. prefill_ns:
+    recent time per prefilled token in nanoseconds.
     """
 
     index: int
@@ -31,6 +38,9 @@ class Instance:
     waiting: int = 0
     arriving: int = 0
     moves: int = 0
+    running: int = 0
+    pass_us: int = 0
+    prefill_ns: int = 0
 
     @property
     def left(self) -> int:
@@ -71,18 +81,21 @@ class Placement:
         max_moves: int = 4,
         worth_tokens: int = 8,
         sight: int = 16,
+        predict: bool = False,
     ) -> None:
         """quantum: tokens of growth that "enough memory" includes. lazy: move only from memory
         pressure to room (`pascal`); otherwise by the paper's counts. adaptive: stay where there is
         memory and the target has none. max_moves: at once per instance. worth_tokens: an answer
         that ends sooner does not move. sight: instances looked at for one decision, so that its
-        cost does not grow with their number."""
+        cost does not grow with their number. predict: new requests go where their answer is
+        expected to begin first, instead of to the smallest footprint."""
         self.quantum = quantum
         self.lazy = lazy
         self.adaptive = adaptive
         self.max_moves = max_moves
         self.worth_tokens = worth_tokens
         self.sight = sight
+        self.predict = predict
         self._turn = 0
 
     def in_sight(self, instances: Sequence[Instance]) -> Sequence[Instance]:
@@ -98,16 +111,26 @@ class Placement:
         self, instances: Sequence[Instance], prompt: int, hits: Mapping[int, int] = NO_HITS
     ) -> int:
         """Algorithm 1: the smallest footprint among instances whose answers are on pace, or among
-        all if none is. hits: tokens of the prompt that an instance holds already; they weigh
-        against its footprint."""
+        all if none is; or the earliest answer. hits: tokens of the prompt that an instance holds
+        already; they weigh against its footprint, and save their prefill."""
         candidates = [i for i in instances if i.on_pace] or list(instances)
+        known = min((i.pass_us for i in candidates if i.pass_us), default=1)
 
-        def weight(instance: Instance) -> int:
-            return instance.footprint + instance.waiting - hits.get(instance.index, 0)
+        def pass_us(instance: Instance) -> int:
+            # What an idle one last measured says nothing of how fast it would be now.
+            return instance.pass_us if instance.running and instance.pass_us else known
+
+        def weight(instance: Instance) -> float:
+            left = instance.waiting - hits.get(instance.index, 0)
+            if not self.predict:
+                return instance.footprint + left
+            return THINKING_TOKENS * pass_us(instance) + left * instance.prefill_ns / 1000
 
         chosen = min(candidates, key=lambda i: (weight(i), self._order(i, len(instances))))
         self._turn += 1
         chosen.thinking += 1
+        chosen.running += 1
+        chosen.pass_us = round(pass_us(chosen) * (1 + GROWING_SHARE / chosen.running))
         chosen.waiting += max(0, prompt - hits.get(chosen.index, 0))
         return chosen.index
 

@@ -47,6 +47,7 @@ class Arm:
     migration: `off`, `adaptive`, or `always`, which ignores the adaptive override.
     lazy: move only from memory pressure to room. live: copy while the source decodes.
     prefixes: a prefix that an instance was sent before weighs in its favour.
+    predict: new requests go where their answer is expected first, not to the smallest footprint.
     tuning: numbers of the policy that differ from `Tuning`.
     """
 
@@ -59,6 +60,7 @@ class Arm:
     lazy: bool = False
     live: bool = False
     prefixes: bool = False
+    predict: bool = False
     tuning: tuple[tuple[str, float | str], ...] = ()
 
     def but(self, name: str, **changes: object) -> Arm:
@@ -82,6 +84,7 @@ PASCAL = Arm(
     lazy=True,
     live=True,
     prefixes=True,
+    predict=True,
 )
 ARMS = {
     arm.name: arm

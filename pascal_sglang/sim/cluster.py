@@ -74,11 +74,8 @@ class Cluster:
         self.workload = workload
         self.progress = progress
         self.clock = Clock()
-        self.tuning = Tuning(
-            quantum=setup.quantum,
-            demote=setup.demote,
-            **dict(arm.tuning),  # type: ignore[arg-type]
-        )
+        numbers: dict[str, Any] = {"quantum": setup.quantum, "demote": setup.demote}
+        self.tuning = Tuning(**(numbers | dict(arm.tuning)))
         self.instances = [self._instance(index) for index in range(setup.instances)]
         self.controller = Controller(arm, self.clock, self.instances, setup.quantum)
         self.moves = Moves(self.clock, Network(setup.cost, setup.instances), self._moved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, fields
 
 from pascal_sglang.policy.placement import Answer, Decision, Placement
 from pascal_sglang.policy.placement import Instance as View
@@ -13,6 +13,9 @@ from pascal_sglang.sim.instance import Instance
 
 # How often a busy instance says how it is (`engine.herald`), in seconds.
 STATUS_S = 0.02
+FIGURES = tuple(field.name for field in fields(View))
+# What the controller counts itself, whatever a status says.
+KEPT = ("arriving", "moves")
 
 
 class Controller:
@@ -24,7 +27,10 @@ class Controller:
         self.instances = instances
         self.views = [View(index) for index in range(len(instances))]
         self.placement = Placement(
-            quantum=quantum, lazy=arm.lazy, adaptive=arm.migration == "adaptive"
+            quantum=quantum,
+            lazy=arm.lazy,
+            adaptive=arm.migration == "adaptive",
+            predict=arm.predict,
         )
         self.placed = [0] * len(instances)
         self.homes: dict[int, tuple[int, int]] = {}
@@ -76,9 +82,13 @@ class Controller:
         view.thinking = len(instance.thinking) + thinking
         view.fresh = len(instance.fresh)
         view.waiting = tokens
-        self._said[index] = (view.free, view.footprint, view.thinking, view.fresh, view.waiting)
+        view.running = len(instance.batch)
+        view.pass_us = round(1e6 * instance.passes.mean_s)
+        view.prefill_ns = round(1e9 * instance.prefill_token_s)
+        self._said[index] = astuple(view)
 
     def _recall(self, view: View) -> None:
         """Forget what was decided since the last status."""
-        said = self._said[view.index]
-        view.free, view.footprint, view.thinking, view.fresh, view.waiting = said  # type: ignore[assignment]
+        for name, value in zip(FIGURES, self._said[view.index], strict=True):
+            if name not in KEPT:
+                setattr(view, name, value)

@@ -48,6 +48,10 @@ class Governed(Instance):
         """Prefills and decode steps take turns (`engine.build`)."""
         return not self.prefilled_last or not self.batch
 
+    @property
+    def prefill_token_s(self) -> float:
+        return self.costs.prefill_token_s or 0.0
+
     def reserve_steps(self) -> int:
         return GROWTH
 
@@ -106,7 +110,7 @@ class Governed(Instance):
         decides when the planner tries next."""
         if self._blocked is None:
             return
-        passed = self.pass_no - self._tried_pass
+        passed = self.passes.count - self._tried_pass
         self._tried_pass += max(0, passed - 1) // PATIENCE * PATIENCE
         self.planner.gave_up_on(self._blocked, Moment(self._tried_pass, 0.0, 0.0))
 
@@ -121,8 +125,8 @@ class Governed(Instance):
         self.again = bool(plan.start or plan.pause or plan.spill)
         if blocked is None or blocked in plan.spill:
             return
-        if blocked is not self._blocked or self.pass_no >= self._tried_pass + PATIENCE:
-            self._blocked, self._tried_pass = blocked, self.pass_no
+        if blocked is not self._blocked or self.passes.count >= self._tried_pass + PATIENCE:
+            self._blocked, self._tried_pass = blocked, self.passes.count
         else:
             self._pending = True
 
@@ -134,11 +138,11 @@ class Governed(Instance):
             return step
         batch = self.batch
         if self._pending:
-            step = batch.steps + self._tried_pass + PATIENCE - self.pass_no
+            step = batch.steps + self._tried_pass + PATIENCE - self.passes.count
         blocked = self._blocked
         if self.foresight.paced and blocked is not None and self.planner.line.holds(blocked):
             age = self.tuning.ageing * self.tuning.quantum
-            waited = self.pass_no - blocked.since_pass + blocked.head_start
+            waited = self.passes.count - blocked.since_pass + blocked.head_start
             step = min(step, batch.steps + age - waited % age)
         hurry = self._hurry
         while hurry:
@@ -146,7 +150,7 @@ class Governed(Instance):
             if job.place is Place.RUNNING or job.since != since or not self.planner.line.holds(job):
                 heapq.heappop(hurry)
                 continue
-            when = at - REACTION_PASSES * self.pass_s
+            when = at - REACTION_PASSES * self.passes.mean_s
             if when < self.clock.now:
                 heapq.heappop(hurry)
                 return batch.steps

@@ -16,6 +16,7 @@ from pascal_sglang.sim.cost import Cost
 from pascal_sglang.sim.foresight import Foresight
 from pascal_sglang.sim.job import Job
 from pascal_sglang.sim.memory import Memory
+from pascal_sglang.sim.passes import Passes
 from pascal_sglang.sim.readers import Readers
 
 
@@ -31,8 +32,8 @@ class Listener(Protocol):
 class Instance(ABC):
     """What every scheduler shares. Decisions are taken between two passes, in `decide`.
 
-    stirred: something has changed since the last decision. pass_no, pass_s: as the engine counts
-    and measures passes. step_by_step: decide in every pass, which jumping must not differ from.
+    stirred: something has changed since the last decision. step_by_step: decide in every pass,
+    which jumping must not differ from.
     """
 
     def __init__(
@@ -66,8 +67,7 @@ class Instance(ABC):
         self.stirred = False
         self.again = False
         self.prefilled_last = False
-        self.pass_no = 0
-        self.pass_s = 0.0
+        self.passes = Passes()
         self.tokens = 0
         self.prefilled_tokens = 0
         self.recomputed_tokens = 0
@@ -97,8 +97,13 @@ class Instance(ABC):
         """Requests that think and do not run, and prompt tokens of those not begun."""
 
     @property
+    def prefill_token_s(self) -> float:
+        """Seconds per prefilled token, as far as this instance has measured it."""
+        return 0.0
+
+    @property
     def moment(self) -> Moment:
-        return Moment(self.pass_no, self.clock.now, self.pass_s)
+        return Moment(self.passes.count, self.clock.now, self.passes.mean_s)
 
     def arrive(self, job: Job) -> None:
         self.inbox.append(job)
@@ -152,18 +157,12 @@ class Instance(ABC):
             return
         begin = batch.origin
         made = batch.advance(step)
-        took = batch.origin - begin
         self.memory.take(made)
         self.tokens += made
-        self.busy_s += took
+        self.busy_s += batch.origin - begin
         self.prefilled_last = False
-        self._passed(count, took / count)
-
-    def _passed(self, count: int, pass_s: float) -> None:
-        """`count` passes have ended, `pass_s` seconds each; the mean is the governor's."""
-        self.pass_no += count
-        if pass_s < 1.0:
-            self.pass_s = pass_s + (self.pass_s - pass_s) * 0.9**count
+        growth_s = batch.cost.kv_token_s * len(batch)
+        self.passes.add(count, batch.step_s - growth_s, growth_s)
 
     def _begin_pass(self) -> None:
         batch = self.batch
@@ -222,7 +221,7 @@ class Instance(ABC):
         tokens = self.cost.chunk - left
         seconds = self.cost.prefill(tokens)
         self.prefilled_tokens += tokens
-        self._passed(1, seconds)
+        self.passes.add(1, seconds)
         self.has_prefilled(tokens, seconds)
         self._hold_up(seconds)
         self._set_alarm(self.batch.origin, self.batch.steps)
@@ -274,7 +273,7 @@ class Instance(ABC):
         steps = 1 if first else job.left
         if not first or not self.foresight.paced:
             now, step_s = batch.origin, batch.step_s
-            seen = self.foresight.steps(job, self.tuning, step_s, now, self.pass_s)
+            seen = self.foresight.steps(job, self.tuning, step_s, now, self.passes.mean_s)
             steps = min(steps, seen)
         due = batch.steps + steps
         if due != job.due:

@@ -21,6 +21,7 @@ REMEDIES: dict[str, dict[str, tuple[object, object]]] = {
     "counts at once": {"optimistic": (False, True)},
     "status now": {"sticky": (True, False)},
     "live copy": {"live": (False, True)},
+    "predicted TTFO": {"predict": (False, True)},
     "no migration": {"migration": ("adaptive", "off")},
 }
 BASES = ("fcfs", "rr", "rr-restart")

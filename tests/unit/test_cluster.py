@@ -19,6 +19,9 @@ def status(**more):
         "fresh": 2,
         "free": 90,
         "waiting": 5,
+        "running": 1,
+        "pass_us": 5000,
+        "prefill_ns": 800,
     }
     return Status(**{**figures, **more})
 
@@ -52,7 +55,7 @@ def test_a_status_survives_the_wire():
         (b"", "not JSON"),
         (b"[1]", "another version"),
         (b"{}", "another version"),
-        (status().pack().replace(b'"version":1', b'"version":2'), "another version"),
+        (status().pack().replace(b'"version":2', b'"version":1'), "another version"),
         (status().pack().replace(b'"free":90', b'"fre":90'), "unknown or missing"),
         (status().pack().replace(b'"free":90', b'"free":-1'), "free is -1"),
         (status().pack().replace(b'"free":90', b'"free":9.5'), "free is 9.5"),

@@ -15,6 +15,7 @@ from pascal_sglang.sim.cluster import Setup, simulate
 from pascal_sglang.sim.figures import alone, figures
 from pascal_sglang.sim.hardware import PRESETS
 from pascal_sglang.sim.loads.lengths import PRESETS as LENGTHS
+from pascal_sglang.sim.passes import Passes
 from pascal_sglang.sim.runs import run_all
 from pascal_sglang.sim.workload import Workload, draw, from_rows, mean_lengths
 
@@ -59,6 +60,18 @@ def test_nothing_is_lost_under_any_load(arm, seed, share, capacity, host, slots,
     assert outcome.tokens == work.output_tokens
     assert not np.isnan(outcome.finished).any()
     assert outcome.most_held <= 1
+
+
+@given(count=st.integers(1, 60), first=st.floats(1e-3, 0.1), growth=st.floats(0, 1e-4))
+def test_passes_together_are_as_one_by_one(count, first, growth):
+    together, single = Passes(), Passes()
+    for passes in (together, single):
+        passes.add(1, 0.05)
+    together.add(count, first + growth * (count - 1), growth)
+    for number in range(count):
+        single.add(1, first + growth * number)
+    assert together.count == single.count
+    assert together.mean_s == pytest.approx(single.mean_s)
 
 
 def test_the_same_seed_gives_the_same_run():
