@@ -45,7 +45,7 @@ class Tuning:
     demote_on: str = "kv"
     ageing: int = 2
     burst: int = 24
-    settle: float = 0.5
+    settle: float = 1.0
     guard: int = 2
     headroom: int = 32
 

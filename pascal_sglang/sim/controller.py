@@ -82,6 +82,7 @@ class Controller:
         view.thinking = len(instance.thinking) + thinking
         view.fresh = len(instance.fresh)
         view.waiting = tokens
+        view.capacity = memory.capacity
         view.running = len(instance.batch)
         view.pass_us = round(1e6 * instance.passes.mean_s)
         view.prefill_ns = round(1e9 * instance.prefill_token_s)

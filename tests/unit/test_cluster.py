@@ -19,6 +19,7 @@ def status(**more):
         "fresh": 2,
         "free": 90,
         "waiting": 5,
+        "capacity": 100,
         "running": 1,
         "pass_us": 5000,
         "prefill_ns": 800,

@@ -48,12 +48,14 @@ def test_a_held_prefix_weighs_against_footprint():
 
 
 def test_a_new_request_goes_where_its_answer_is_expected_first():
-    """Fast passes outweigh a footprint, much of which may be in host memory; a long queue of
-    prefills outweighs fast passes; an idle instance is as fast as the fastest known."""
-    busy = {"running": 20, "prefill_ns": 100_000}
-    slow = roomy(0, footprint=10, pass_us=40_000, **busy)
-    fast = roomy(1, footprint=90, pass_us=35_000, **busy)
+    """Fast passes outweigh some footprint, and much footprint outweighs them; so does a long queue
+    of prefills; an idle instance is as fast as the fastest known."""
+    busy = {"running": 20, "prefill_ns": 100_000, "capacity": 1000}
+    slow = roomy(0, footprint=500, pass_us=40_000, **busy)
+    fast = roomy(1, footprint=700, pass_us=35_000, **busy)
     assert pascal(predict=True).place([slow, fast], 5) == 1
+    fast = roomy(1, footprint=1700, pass_us=35_000, **busy)
+    assert pascal(predict=True).place([slow, fast], 5) == 0
     fast = roomy(1, pass_us=35_000, waiting=60_000, **busy)
     assert pascal(predict=True).place([slow, fast], 5) == 0
     idle = roomy(0, pass_us=90_000)
