@@ -43,7 +43,7 @@ class Tuning:
     quantum: int = 500
     demote: int = 5000
     demote_on: str = "kv"
-    ageing: int = 2
+    ageing: int = 4
     burst: int = 24
     settle: float = 1.0
     guard: int = 2
