@@ -17,7 +17,7 @@ from pascal_sglang.engine.members import Members, member_of, remaining_of
 from pascal_sglang.engine.ranks import agree
 from pascal_sglang.engine.view import View
 from pascal_sglang.policy.member import Member, Place
-from pascal_sglang.policy.order import ORDERS, Moment, Tuning
+from pascal_sglang.policy.order import ORDERS, PREFIX_HEAD_START, Moment, Tuning
 from pascal_sglang.policy.plan import Plan, Planner, Worth
 from pascal_sglang.policy.rung import Costs, Rung
 
@@ -25,9 +25,6 @@ logger = logging.getLogger(__name__)
 
 RECOUNT_PASSES = 512
 ERRORS_LOGGED = 5
-
-# Passes that a request whose whole prompt the device holds counts as having waited longer.
-PREFIX_HEAD_START = 16
 
 PLACES = {Rung.RESIDENT: Place.RESIDENT, Rung.HOST: Place.HOST, Rung.RECOMPUTE: Place.WAITING}
 

@@ -23,6 +23,9 @@ URGENT_RANK, SETTLING_RANK, AHEAD_RANK = (URGENT, 0), (SETTLING, 0), (AHEAD, 0)
 # Passes between the decision to bring an answer back and its next token.
 REACTION_PASSES = 8
 
+# Passes that a request whose whole prompt the device holds counts as having waited longer.
+PREFIX_HEAD_START = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:

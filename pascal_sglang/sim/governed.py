@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from pascal_sglang.policy.making import GROWTH
 from pascal_sglang.policy.member import Place
-from pascal_sglang.policy.order import REACTION_PASSES, Moment, Order, is_demoted, urgent_at
+from pascal_sglang.policy.order import (
+    PREFIX_HEAD_START,
+    REACTION_PASSES,
+    Moment,
+    Order,
+    is_demoted,
+    urgent_at,
+)
 from pascal_sglang.policy.plan import PATIENCE, Plan, Planner, Room
 from pascal_sglang.policy.rung import Costs, Rung
 from pascal_sglang.policy.timeline import Phase
@@ -18,9 +25,6 @@ from pascal_sglang.sim.job import Job
 
 if TYPE_CHECKING:
     from pascal_sglang.sim.moves import Move, Moves
-
-# Passes that a request whose whole prompt the device holds counts as having waited longer.
-PREFIX_HEAD_START = 16
 
 
 class Governed(Instance):
