@@ -79,13 +79,10 @@ class Governed(Instance):
         short = self.memory.free < GROWTH * growing
         asked = self.stirred or self.again or self.step_by_step
         self.again = False
-        if short or (self.planner.line and (asked or self._is_time())):
+        if short or (self.planner.line and (asked or self.look <= self.batch.steps)):
             self._plan()
             self._relieve()
         self.stirred = False
-
-    def _is_time(self) -> bool:
-        return self.next_look() <= self.batch.steps
 
     def _plan(self) -> None:
         self._try_in_vain()

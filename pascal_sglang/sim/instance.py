@@ -13,7 +13,7 @@ from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.batch import Batch
 from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.cost import Cost
-from pascal_sglang.sim.foresight import Foresight
+from pascal_sglang.sim.foresight import NEVER, Foresight
 from pascal_sglang.sim.job import Job
 from pascal_sglang.sim.memory import Memory
 from pascal_sglang.sim.passes import Passes
@@ -32,7 +32,8 @@ class Listener(Protocol):
 class Instance(ABC):
     """What every scheduler shares. Decisions are taken between two passes, in `decide`.
 
-    stirred: something has changed since the last decision. step_by_step: decide in every pass,
+    stirred: something has changed since the last decision. look: the step after which to decide
+    even so. step_by_step: decide in every pass,
     which jumping must not differ from.
     """
 
@@ -66,6 +67,7 @@ class Instance(ABC):
         self.inbox: list[Job] = []
         self.stirred = False
         self.again = False
+        self.look = NEVER
         self.prefilled_last = False
         self.passes = Passes()
         self.tokens = 0
@@ -179,7 +181,8 @@ class Instance(ABC):
             ahead = self._next_mark()
             if grows_out := self._short_in():
                 ahead = min(ahead, batch.steps + grows_out)
-            ahead = max(batch.steps + 1, min(ahead, self.next_look()))
+            self.look = self.next_look()
+            ahead = max(batch.steps + 1, min(ahead, self.look))
         self._set_alarm(batch.time_of(ahead), ahead)
 
     def _next_mark(self) -> int:

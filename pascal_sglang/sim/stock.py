@@ -47,9 +47,9 @@ class Stock(Instance):
             self._wait(job)
         self.inbox.clear()
         self.again = False
+        self._decay()
         if self.memory.free < len(self.batch):
             self._retract()
-        self._decay()
         if self.queue:
             self._admit()
         self.stirred = False

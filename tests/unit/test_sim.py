@@ -26,11 +26,12 @@ def load(source, requests, share, seed, instances=2, cost=SMALL):
     return draw(source, requests, cost.rate(*mean_lengths(source)) * instances * share, seed)
 
 
+@pytest.mark.parametrize(("source", "seed"), [("arena-hard", 3), ("reasoning-heavy", 0)])
 @pytest.mark.parametrize("name", ARMS)
-def test_jumping_decides_as_stepping_does(name, monkeypatch):
+def test_jumping_decides_as_stepping_does(name, source, seed, monkeypatch):
     # A ranking kept for several passes depends on which pass made it.
     monkeypatch.setattr(victims, "KEEP_PASSES", 0)
-    work = load("arena-hard", 70, 1.2, seed=3)
+    work = load(source, 70, 1.3, seed)
     jumped, stepped = (
         simulate(Setup(cost=SMALL, instances=2, step_by_step=steps), ARMS[name], work)
         for steps in (False, True)
