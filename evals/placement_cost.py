@@ -38,7 +38,7 @@ class Cluster:
         self.monitor = Monitor(instances)
         self.prefixes = Prefixes()
         self.residents = Residents()
-        self.placement = Placement(quantum=500, lazy=lazy)
+        self.placement = Placement(quantum=500, lazy=lazy, predict=lazy)
         self.orders: list[tuple[int, Order]] = []
         self.mover = Mover(self.monitor, self.placement, self._order)
         self.live: deque[tuple[str, int, array[int]]] = deque()
@@ -68,6 +68,10 @@ class Cluster:
             fresh=self.dice.randrange(20),
             free=free,
             waiting=self.dice.randrange(1000),
+            capacity=KV_TOKENS,
+            running=self.dice.randrange(200),
+            pass_us=self.dice.randrange(20_000, 60_000),
+            prefill_ns=80_000,
         )
         _, read = unpack(pack(status, index), self.instances)
         self.monitor.hear(read, 0.0)
@@ -77,7 +81,8 @@ class Cluster:
         prompt = self.prompt()
         began = time.perf_counter()
         hits = self.prefixes.hits(prompt)
-        index = self.placement.place(self.monitor.instances, len(prompt), hits)
+        candidates = self.placement.in_sight(self.monitor.instances, hits)
+        index = self.placement.place(candidates, len(prompt), hits)
         self.monitor.sent(index, len(prompt))
         self.prefixes.sent(index, prompt)
         self.residents.lives(str(number), index)

@@ -89,6 +89,9 @@ def add(results: Results, text: str) -> None:
         whole = json.loads(text)
     except ValueError:
         whole = None
+    if isinstance(whole, dict) and "simulated" in whole:
+        add_simulation(results, whole)
+        return
     if isinstance(whole, dict) and "runs" in whole:
         add_comparison(results, whole)
         return
@@ -127,6 +130,25 @@ def add_comparison(results: Results, told: Mapping[str, Any]) -> None:
             if "verdict" in figures:
                 targets = [Target(**target) for target in figures["verdict"]]
                 results.verdicts.setdefault(rate, {})[arm] = targets
+
+
+def add_simulation(results: Results, told: Mapping[str, Any]) -> None:
+    """What `pascal_sglang.sim --out` wrote. Loads of different data sets are no points of one axis,
+    so they stand by name."""
+    results.runs += [
+        Shown(
+            arm=run["arm"],
+            rate=f"{run['source']}, {run['load']}",
+            per_s=None,
+            seed=run["seed"],
+            edges=tuple(told["simulated"]),
+            summary={**run, "output_throughput": run["throughput"]},
+        )
+        for run in told["runs"]
+    ]
+    command = ["python", "-m", "pascal_sglang.sim", *told["command"]]
+    results.commands["simulation"] = shlex.join(command)
+    results.notes.append("simulated: no server was measured")
 
 
 def add_serving(results: Results, told: Mapping[str, Any]) -> None:

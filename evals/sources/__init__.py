@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from evals.lines import WorkloadError
-from evals.sources import azure, mooncake, questions, servegen
+from evals.sources import azure, mooncake, presets, questions, servegen
 from evals.sources.draw import Ask, Draw
-from evals.sources.presets import PRESETS
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,10 @@ def _questions(name: str, ask: Ask) -> Draw:
 
 
 SOURCES = {
-    **{name: Source(preset.draw, "log-normal lengths", False) for name, preset in PRESETS.items()},
+    **{
+        name: Source(functools.partial(presets.draw, preset), "log-normal lengths", False)
+        for name, preset in presets.PRESETS.items()
+    },
     "servegen-r1": Source(servegen.draw, "lengths sampled from ServeGen distributions", None),
     "mooncake": Source(
         mooncake.draw, "Mooncake trace; thinking share sampled from ServeGen distributions", True

@@ -47,16 +47,3 @@ class Draw:
 
     def __len__(self) -> int:
         return len(self.prompt)
-
-
-def scaled(tokens: np.ndarray, scale: float) -> np.ndarray:
-    """Lengths times `scale`, whole and at least one."""
-    whole: np.ndarray = np.maximum(1, np.rint(tokens * scale)).astype(int)
-    return whole
-
-
-def split(output: np.ndarray, reason_ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Thinking and answering tokens of outputs of which a share is reasoning. The end-of-thinking
-    marker is the last reasoning token; each side keeps at least one token."""
-    reasoning = np.rint(output * reason_ratio).astype(int)
-    return np.maximum(1, reasoning - 1), np.maximum(1, output - np.maximum(2, reasoning))

@@ -1,51 +1,29 @@
 """Workloads sampled from ServeGen distributions: production DeepSeek-R1 traffic.
 
-`python -m evals.sources.servegen DATA --out evals/data/servegen_r1.json` derives the small table
-that is committed; DATA is the folder or archive of `servegen_data`. Nothing here replays requests:
-the data holds distributions, and prompt, output and reason ratio are drawn independently within a
-client (with the table) or within a client's 6 hours (with the data itself).
+`python -m evals.sources.servegen DATA` derives the small table that is committed (`TABLE`); DATA is
+the folder or archive of `servegen_data`. Nothing here replays requests: the data holds
+distributions, and prompt, output and reason ratio are drawn independently within a client (with the
+table) or within a client's 6 hours (with the data itself).
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from evals.lines import WorkloadError
-from evals.sources.draw import Ask, Draw, scaled, split
+from evals.sources.draw import Ask, Draw
 from evals.sources.servegen_data import DAY_S, FIELDS, SLOT_S, WINDOW_S, Client, Histogram, read
+from pascal_sglang.sim.loads.lengths import scaled, split
+from pascal_sglang.sim.loads.servegen import TABLE, Table, sample
+from pascal_sglang.sim.loads.servegen import table as read_table
 
-TABLE = Path(__file__).parents[1] / "data" / "servegen_r1.json"
 LEVELS = (0.0, 0.01, *(i / 20 for i in range(1, 20)), 0.98, 0.99, 0.995, 0.999, 1.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Quantiles per client: `quantiles[field][client]` at `levels`. weights: share of requests."""
-
-    levels: np.ndarray
-    weights: np.ndarray
-    quantiles: dict[str, np.ndarray]
-
-    def pick(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """A client per request."""
-        return rng.choice(len(self.weights), count, p=self.weights)
-
-    def sample(self, rng: np.random.Generator, field: str, clients: np.ndarray) -> np.ndarray:
-        """A value per request of these clients, linear between quantiles."""
-        values = np.empty(len(clients))
-        levels = rng.random(len(clients))
-        for client in np.unique(clients):
-            mine = clients == client
-            values[mine] = np.interp(levels[mine], self.levels, self.quantiles[field][client])
-        return values
 
 
 def derive(clients: Sequence[Client]) -> dict[str, object]:
@@ -93,22 +71,14 @@ def _number(value: float, digits: int) -> float | int:
     return round(value, digits) if digits else round(value)
 
 
-@functools.cache
 def table(path: Path = TABLE) -> Table:
     """A derived table; errors are `WorkloadError`."""
     try:
-        raw = json.loads(path.read_text())
-        rows = raw["clients"]
-        weights = np.array([row["weight"] for row in rows], dtype=float)
-        columns = {f: np.array([row[f] for row in rows], dtype=float) for f in FIELDS}
-        levels = np.array(raw["levels"], dtype=float)
-        if not len(rows) or any(c.shape != (len(rows), len(levels)) for c in columns.values()):
-            raise ValueError("rows and levels do not match")
+        return read_table(path)
     except OSError as error:
         raise WorkloadError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise WorkloadError(f"{path}: not a ServeGen table: {error!r}") from error
-    return Table(levels, weights / weights.sum(), columns)
+    except ValueError as error:
+        raise WorkloadError(str(error)) from error
 
 
 def thinking_share(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -122,9 +92,7 @@ def draw(ask: Ask) -> Draw:
     if ask.path is not None and ask.path.suffix != ".json":
         return draw_data(ask, read(ask.path))
     known = table(ask.path) if ask.path is not None else table()
-    clients = known.pick(ask.rng, ask.requests)
-    prompt, output, ratio = (known.sample(ask.rng, field, clients) for field in FIELDS)
-    return _draw(ask, prompt, output, ratio, None)
+    return Draw(*sample(ask.rng, ask.requests, ask.scale, ask.prompt_scale, known))
 
 
 def draw_data(ask: Ask, clients: Sequence[Client]) -> Draw:

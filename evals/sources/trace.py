@@ -10,7 +10,8 @@ import numpy as np
 
 from evals.lines import WorkloadError
 from evals.sources import servegen
-from evals.sources.draw import Ask, Draw, scaled, split
+from evals.sources.draw import Ask, Draw
+from pascal_sglang.sim.loads.lengths import scaled, split
 
 
 class Row(NamedTuple):

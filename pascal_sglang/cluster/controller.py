@@ -70,6 +70,7 @@ class PascalController(DataParallelController):
             quantum=config.quantum_tokens,
             lazy=config.policy != "paper" and config.migration != "always",
             adaptive=config.migration != "always",
+            predict=config.policy != "paper",
         )
         self.mover = Mover(self.monitor, self.placement, self.pen.write, flood=config.flood > 0)
         self._active: list[Instance] = []
@@ -140,7 +141,8 @@ class PascalController(DataParallelController):
             return
         ids = req.input_ids or ()
         hits = self.prefixes.hits(ids, getattr(req, "extra_key", None))
-        index = self.placement.place(self.active(), len(ids), hits)
+        candidates = self.placement.in_sight(self.active(), hits)
+        index = self.placement.place(candidates, len(ids), hits)
         self._note(req, index)
         sock_send(self.workers[index], req)
 

@@ -51,4 +51,8 @@ class Monitor:
         instance.thinking = status.thinking + len(waiting)
         instance.fresh = status.fresh
         instance.free = status.free
+        instance.capacity = status.capacity
+        instance.running = status.running
+        instance.pass_us = status.pass_us
+        instance.prefill_ns = status.prefill_ns
         instance.waiting = status.waiting + sum(tokens for _, tokens in waiting)

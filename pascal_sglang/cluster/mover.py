@@ -53,7 +53,8 @@ class Mover:
         if self.flood:
             decision = self._elsewhere(at, active)
         else:
-            decision = self.placement.at_boundary(active, answer)
+            candidates = self.placement.in_sight(active, (at.dp_rank,))
+            decision = self.placement.at_boundary(candidates, answer)
         self.decisions[decision.why] += 1
         if decision.target != at.dp_rank:
             self._count += 1

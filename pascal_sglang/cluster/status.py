@@ -21,3 +21,7 @@ class Status:
     fresh: int
     free: int
     waiting: int
+    capacity: int
+    running: int
+    pass_us: int
+    prefill_ns: int

@@ -15,7 +15,7 @@ import orjson
 from pascal_sglang.cluster import messages, orders
 from pascal_sglang.cluster.status import Status
 
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 64 * 1024
 # A request's state holds its prompt and answer: seven digits and a comma per token at most.
 MAX_HANDOVER_BYTES = 32 * 1024 * 1024

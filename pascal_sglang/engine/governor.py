@@ -18,7 +18,7 @@ from pascal_sglang.engine.members import Members, member_of, remaining_of
 from pascal_sglang.engine.ranks import agree, is_alone
 from pascal_sglang.engine.view import View
 from pascal_sglang.policy.member import Member, Place
-from pascal_sglang.policy.order import ORDERS, Moment, Tuning
+from pascal_sglang.policy.order import ORDERS, PREFIX_HEAD_START, Moment, Tuning
 from pascal_sglang.policy.plan import Plan, Planner, Worth
 from pascal_sglang.policy.rung import Costs, Rung
 
@@ -31,9 +31,6 @@ RECOUNT_PASSES = 512
 # Seconds between two updates of the metrics that every pass changes.
 REPORT_S = 0.1
 ERRORS_LOGGED = 5
-
-# Passes that a request whose whole prompt the device holds counts as having waited longer.
-PREFIX_HEAD_START = 16
 
 PLACES = {Rung.RESIDENT: Place.RESIDENT, Rung.HOST: Place.HOST, Rung.RECOMPUTE: Place.WAITING}
 

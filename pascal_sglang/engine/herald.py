@@ -86,6 +86,10 @@ def figures(scheduler: Any, governor: Governor) -> dict[str, Any]:
         "fresh": sum(m.phase_tokens < planner.tuning.quantum for m in answering),
         "free": free,
         "waiting": sum(member_of(r).kv_tokens for r in scheduler.waiting_queue),
+        "capacity": scheduler.max_total_num_tokens,
+        "running": len(running),
+        "pass_us": round(1e6 * governor.moment.pass_s),
+        "prefill_ns": round(1e9 * (governor.ladder.costs.prefill_token_s or 0.0)),
     }
 
 

@@ -16,12 +16,15 @@ from pascal_sglang.policy.timeline import Phase
 
 Rank = tuple[int, int]
 
-URGENT, THINKING, DEMOTED, AHEAD = range(4)
+URGENT, SETTLING, THINKING, DEMOTED, AHEAD = range(5)
 HIGH, LOW = range(2)
-URGENT_RANK, AHEAD_RANK = (URGENT, 0), (AHEAD, 0)
+URGENT_RANK, SETTLING_RANK, AHEAD_RANK = (URGENT, 0), (SETTLING, 0), (AHEAD, 0)
 
 # Passes between the decision to bring an answer back and its next token.
 REACTION_PASSES = 8
+
+# Passes that a request whose whole prompt the device holds counts as having waited longer.
+PREFIX_HEAD_START = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +36,9 @@ class Tuning:
     demote_on: what counts towards that: `kv`, all tokens it generated, or `thinking`, its thinking
         tokens alone (they differ for models that write before they open their thinking).
     ageing: quanta-lengths of passes a request waits to be forgiven one quantum.
-    burst: an answer brought back builds up this many tokens of lead before it may be paused again.
+    burst: an answer brought back is urgent until it has this many tokens of lead.
+    settle: until it has this many quanta of lead, thinking does not displace it either: a pause
+        costs two copies of its KV, and what it gives back is wanted again soon.
     guard: an answer this close to running dry, in tokens of its reader's pace, comes first.
     headroom: tokens somebody who starts must be able to grow by, unless it ends its phase sooner.
     """
@@ -41,8 +46,9 @@ class Tuning:
     quantum: int = 500
     demote: int = 5000
     demote_on: str = "kv"
-    ageing: int = 2
+    ageing: int = 4
     burst: int = 24
+    settle: float = 1.0
     guard: int = 2
     headroom: int = 32
 
@@ -97,9 +103,12 @@ def is_demoted(member: Member, tuning: Tuning) -> bool:
 
 
 def pascal(member: Member, moment: Moment, tuning: Tuning) -> Rank:
-    """Answers about to run dry, then thinking, then demoted thinking, then answers with slack."""
+    """Answers about to run dry, then those that have just come back, then thinking, then demoted
+    thinking, then answers with slack."""
     if member.phase is Phase.ANSWERING:
-        return URGENT_RANK if is_urgent(member, moment, tuning) else AHEAD_RANK
+        if is_urgent(member, moment, tuning):
+            return URGENT_RANK
+        return SETTLING_RANK if is_settling(member, moment, tuning) else AHEAD_RANK
     lane = DEMOTED if is_demoted(member, tuning) else THINKING
     return (lane, quanta(member, moment, tuning))
 
@@ -108,6 +117,14 @@ def is_urgent(member: Member, moment: Moment, tuning: Tuning) -> bool:
     """The SLO guard. A running answer stays urgent until it has a burst of lead, so that it does
     not come and go with every token; the first answering token is always urgent: TTFO waits."""
     lead = tuning.burst * member.pacer.tpot if member.place is Place.RUNNING else 0.0
+    return urgent_at(member, tuning) - lead < moment.now + REACTION_PASSES * moment.pass_s
+
+
+def is_settling(member: Member, moment: Moment, tuning: Tuning) -> bool:
+    """A running answer that is not urgent any more, but whose pause would be over too soon."""
+    if member.place is not Place.RUNNING:
+        return False
+    lead = tuning.settle * tuning.quantum * member.pacer.tpot
     return urgent_at(member, tuning) - lead < moment.now + REACTION_PASSES * moment.pass_s
 
 
@@ -184,7 +201,7 @@ ORDERS = {
         pascal,
         pascal_key,
         pascal_lane,
-        ("urgent_answer", "thinking", "demoted", "answer"),
+        ("urgent_answer", "settling_answer", "thinking", "demoted", "answer"),
         thinking_lane=THINKING,
         worst=AHEAD_RANK,
     ),

@@ -21,15 +21,31 @@ class Pacer:
     last_shown: float = 0.0
     delay: float = 0.0
 
-    def deliver(self, now: float, tokens: int) -> None:
-        """`tokens` more answering tokens reached the stream at `now`."""
-        for _ in range(tokens):
-            if self.delivered == 0:
-                self.first_shown = self.last_shown = now
-            else:
-                self.last_shown = max(now, self.last_shown + self.tpot)
-            self.delay += self.last_shown - self._ideal(self.delivered)
-            self.delivered += 1
+    def deliver(self, now: float, tokens: int, every: float = 0.0) -> None:
+        """`tokens` more answering tokens reach the stream, the first at `now`, the others `every`
+        seconds apart; the cost does not depend on how many."""
+        if tokens > 0 and self.delivered == 0:
+            self.first_shown = self.last_shown = now
+            self.delivered = 1
+            tokens, now = tokens - 1, now + every
+        if tokens <= 0:
+            return
+        due = self.last_shown + self.tpot
+        buffered = tokens
+        if every > self.tpot:
+            # The stream is slower than the reader: a lead lasts for some tokens, if there is one.
+            lead = (due - now) / (every - self.tpot)
+            buffered = min(tokens, int(lead) + 1) if lead >= 0 else 0
+        if buffered:
+            self.last_shown = max(now, due) + (buffered - 1) * self.tpot
+            self.delivered += buffered
+            self.delay += buffered * (self.last_shown - self._ideal(self.delivered - 1))
+        if late := tokens - buffered:
+            first, self.last_shown = now + buffered * every, now + (tokens - 1) * every
+            begin = first - self._ideal(self.delivered)
+            self.delivered += late
+            end = self.last_shown - self._ideal(self.delivered - 1)
+            self.delay += late * (begin + end) / 2
 
     def _ideal(self, index: int) -> float:
         return self.first_shown + index * self.tpot

@@ -6,10 +6,18 @@ All ties go to the instance asked first by `_turn`, which rotates, so that equal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 NO_HITS: Mapping[int, int] = {}
+
+# Thinking tokens a new request is expected to need.
+THINKING_TOKENS = 1000
+# Part of a decode step that grows with the requests in it; the rest reads weights and launches.
+GROWING_SHARE = 0.25
+# What a whole pool of KV, held or paused in host memory, adds to the time until an answer: it will
+# be wanted. Without it long prompts pile up where passes are still short; found by simulation.
+HELD_SHARE = 0.25
 
 
 @dataclass(slots=True)
@@ -20,6 +28,8 @@ class Instance:
     memory. thinking: `r_i`, requests reasoning in the high class. fresh: `a_i`, answering requests
     inside their first quantum. free: KV free or evictable. waiting: prompt tokens not yet started.
     arriving: KV reserved for requests on their way to it. moves: moves under way, either way.
+    capacity: KV tokens of the device. running: requests that decode. pass_us: recent length of a
+    pass in microseconds. prefill_ns: recent time per prefilled token in nanoseconds.
     """
 
     index: int
@@ -31,6 +41,10 @@ class Instance:
     waiting: int = 0
     arriving: int = 0
     moves: int = 0
+    capacity: int = 0
+    running: int = 0
+    pass_us: int = 0
+    prefill_ns: int = 0
 
     @property
     def left(self) -> int:
@@ -73,36 +87,72 @@ class Placement:
         lazy: bool,
         adaptive: bool = True,
         max_moves: int = 4,
+        sight: int = 16,
+        predict: bool = False,
     ) -> None:
         """quantum: tokens of growth that "enough memory" includes. lazy: move only from memory
         pressure to room (`pascal`); otherwise by the paper's counts. adaptive: stay where there is
-        memory and the target has none. max_moves: at once per instance."""
+        memory and the target has none. max_moves: at once per instance. sight: instances looked at
+        for one decision, so that its cost does not grow with their number. predict: new requests go
+        where their answer is expected to begin first, instead of to the smallest footprint."""
         self.quantum = quantum
         self.lazy = lazy
         self.adaptive = adaptive
         self.max_moves = max_moves
+        self.sight = sight
+        self.predict = predict
         self._turn = 0
+
+    def in_sight(
+        self, instances: Sequence[Instance], also: Container[int] = ()
+    ) -> Sequence[Instance]:
+        """Those to decide among: all, or as many of them in turn as `sight` says. also: indices of
+        instances that are looked at in any case."""
+        count = len(instances)
+        if count <= self.sight:
+            return instances
+        begin = self._turn * self.sight % count
+        found = [*instances[begin : begin + self.sight]]
+        found += instances[: self.sight - len(found)]
+        if also:
+            seen = {i.index for i in found}
+            found += [i for i in instances if i.index in also and i.index not in seen]
+        return found
 
     def place(
         self, instances: Sequence[Instance], prompt: int, hits: Mapping[int, int] = NO_HITS
     ) -> int:
         """Algorithm 1: the smallest footprint among instances whose answers are on pace, or among
-        all if none is. hits: tokens of the prompt that an instance holds already; they weigh
-        against its footprint."""
+        all if none is; or the earliest answer. hits: tokens of the prompt that an instance holds
+        already; they weigh against its footprint, and save their prefill."""
         turn, count, held = self._turn, len(instances), hits.get
+        known = min((i.pass_us for i in instances if i.on_pace and i.pass_us), default=0)
+        known = known or min((i.pass_us for i in instances if i.pass_us), default=1)
+        weight = self._until_answer if self.predict else self._footprint
         # False comes first: those on pace, if there are any.
         chosen = min(
             instances,
             key=lambda i: (
                 not i.on_pace,
-                i.footprint + i.waiting - held(i.index, 0),
+                weight(i, held(i.index, 0), known),
                 (i.index - turn) % count,
             ),
         )
         self._turn += 1
         chosen.thinking += 1
+        chosen.running += 1
+        chosen.pass_us = round(_pass_us(chosen, known) * (1 + GROWING_SHARE / chosen.running))
         chosen.waiting += max(0, prompt - hits.get(chosen.index, 0))
         return chosen.index
+
+    def _footprint(self, instance: Instance, held: int, known: int) -> float:
+        return instance.footprint + instance.waiting - held
+
+    def _until_answer(self, instance: Instance, held: int, known: int) -> float:
+        """Microseconds until an answer could begin there, more if much KV waits to go on."""
+        left = instance.waiting - held
+        alone = THINKING_TOKENS * _pass_us(instance, known) + left * instance.prefill_ns / 1000
+        return alone * (1 + HELD_SHARE * (instance.footprint + left) / max(1, instance.capacity))
 
     def at_boundary(self, instances: Sequence[Instance], answer: Answer) -> Decision:
         """Algorithm 2 with the adaptive override, or the lazy rule."""
@@ -180,3 +230,8 @@ class Placement:
 
     def _order(self, instance: Instance, count: int) -> int:
         return (instance.index - self._turn) % count
+
+
+def _pass_us(instance: Instance, known: int) -> int:
+    # What an idle one last measured says nothing of how fast it would be now.
+    return instance.pass_us if instance.running and instance.pass_us else known

@@ -21,6 +21,10 @@ def status(**more):
         "fresh": 2,
         "free": 90,
         "waiting": 5,
+        "capacity": 100,
+        "running": 1,
+        "pass_us": 5000,
+        "prefill_ns": 800,
     }
     return Status(**{**figures, **more})
 
@@ -110,6 +114,15 @@ def mover(reachable=True, **more):
 
 
 BOUNDARY = Boundary(0, "r", 50, 200, 200, 4)
+
+
+def test_a_decision_looks_at_few_instances_and_at_the_one_it_is_about():
+    monitor, placement = Monitor(40), Placement(quantum=100, lazy=True, sight=4)
+    for index in range(40):
+        monitor.hear(status(dp_rank=index, free=0 if index == 30 else 900 + index), 1.0)
+    moving = Mover(monitor, placement, lambda to, what: True)
+    at = Boundary(30, "r", 50, 200, 200, 4)
+    assert moving.boundary(at, monitor.instances, 1.0).target == 3
 
 
 def test_a_move_is_ordered_and_counted_until_it_is_over():

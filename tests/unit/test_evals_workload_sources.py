@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from evals.arrivals import burst, from_trace
 from evals.lines import WorkloadError
-from evals.sources.draw import split
 from evals.workload import Recipe, build
+from pascal_sglang.sim.loads.arrivals import burst, from_trace
+from pascal_sglang.sim.loads.lengths import split
 
 
 def test_an_unknown_source_names_the_known_ones():

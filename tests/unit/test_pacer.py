@@ -54,3 +54,24 @@ def test_quality_stays_in_bounds_and_falls_only_by_delay(gaps, tpot, split):
         assert pacer.slack(now) >= min(before, 0) + tpot - 1e-9
     if all(gap <= tpot for gap in gaps):
         assert pacer.qoe == pytest.approx(1.0)
+
+
+@given(
+    deliveries=st.lists(
+        st.tuples(st.floats(0, 5), st.integers(0, 30), st.floats(0, 3)), min_size=1, max_size=8
+    ),
+    tpot=st.floats(0.05, 2),
+)
+def test_many_tokens_at_once_are_as_one_by_one(deliveries, tpot):
+    together, single, now = Pacer(tpot), Pacer(tpot), 0.0
+    for gap, tokens, every in deliveries:
+        now += gap
+        together.deliver(now, tokens, every)
+        for i in range(tokens):
+            single.deliver(now + i * every, 1)
+        now += max(0, tokens - 1) * every
+        assert together.delivered == single.delivered
+        assert together.first_shown == single.first_shown
+        assert together.last_shown == pytest.approx(single.last_shown)
+        assert together.delay == pytest.approx(single.delay, abs=1e-6)
+        assert together.qoe == pytest.approx(single.qoe, abs=1e-6)

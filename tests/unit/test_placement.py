@@ -47,6 +47,42 @@ def test_a_held_prefix_weighs_against_footprint():
     assert pascal().place([roomy(0, footprint=80), roomy(1, footprint=150)], 80, {1: 60}) == 0
 
 
+def test_a_new_request_goes_where_its_answer_is_expected_first():
+    """Fast passes outweigh some footprint, and much footprint outweighs them; so does a long queue
+    of prefills; an idle instance is as fast as the fastest known."""
+    busy = {"running": 20, "prefill_ns": 100_000, "capacity": 1000}
+    slow = roomy(0, footprint=500, pass_us=40_000, **busy)
+    fast = roomy(1, footprint=700, pass_us=35_000, **busy)
+    assert pascal(predict=True).place([slow, fast], 5) == 1
+    fast = roomy(1, footprint=1700, pass_us=35_000, **busy)
+    assert pascal(predict=True).place([slow, fast], 5) == 0
+    fast = roomy(1, pass_us=35_000, waiting=60_000, **busy)
+    assert pascal(predict=True).place([slow, fast], 5) == 0
+    idle = roomy(0, pass_us=90_000)
+    assert pascal(predict=True).place([idle, roomy(1, pass_us=35_000, **busy)], 5) == 0
+
+
+def test_a_burst_is_spread_by_prediction_too():
+    instances = [roomy(i, running=10, pass_us=30_000) for i in range(4)]
+    placement = pascal(predict=True)
+    placed = [placement.place(instances, 20) for _ in range(40)]
+    assert [placed.count(i) for i in range(4)] == [10] * 4
+
+
+def test_one_decision_looks_at_a_bounded_number_of_instances():
+    """Every instance has its turn, however many there are."""
+    instances = [roomy(i) for i in range(100)]
+    placement = pascal(sight=16)
+    seen = set()
+    for _ in range(100):
+        candidates = placement.in_sight(instances)
+        assert len(candidates) == 16
+        seen |= {i.index for i in candidates}
+        placement.place(candidates, 5)
+    assert seen == set(range(100))
+    assert placement.in_sight(instances[:16]) == instances[:16]
+
+
 def test_an_answer_goes_where_fewest_think_without_counting_itself():
     instances = [roomy(0, thinking=3), roomy(1, thinking=3), roomy(2, thinking=1)]
     decision = paper().at_boundary(instances, Answer(0, 50, 200))

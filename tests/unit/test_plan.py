@@ -11,7 +11,7 @@ from pascal_sglang.policy.plan import GROWTH, PATIENCE, Plan, Planner, Room
 from pascal_sglang.policy.timeline import Phase
 
 HEADROOM = 20
-TUNING = Tuning(quantum=50, demote=400, burst=10, headroom=HEADROOM)
+TUNING = Tuning(quantum=50, demote=400, burst=10, settle=0.4, headroom=HEADROOM)
 NOW = 1000.0
 TPOT = 0.1
 
@@ -206,6 +206,22 @@ def test_an_answer_about_to_run_dry_comes_back_if_any_order_allows(case):
     most += sum(m.kv_tokens + GROWTH for m in yielding)
     if needs(dry[0]) + HEADROOM <= most and room.slots + len(yielding) >= 1:
         assert dry[0] in plan.start
+
+
+def test_an_answer_that_came_back_settles_before_thinking_displaces_it():
+    """Its lead grows to `settle` quanta first; one about to run dry does not wait for that."""
+    pacer = Pacer(TPOT, delivered=5, last_shown=NOW + 1.5)  # More than a burst, less than settled.
+    back = Member(0, pacer, Place.RUNNING, Phase.ANSWERING, 5, 50, kv_tokens=90)
+    thinker, later = (Member(seq, Pacer(TPOT), kv_tokens=50) for seq in (1, 2))
+    dry_pacer = Pacer(TPOT, delivered=5, last_shown=NOW)
+    dry = Member(3, dry_pacer, Place.HOST, Phase.ANSWERING, 5, 50, kv_tokens=50)
+    blocked = planner_with("pascal", [thinker]).plan([back], Room(10, 0, 4), MOMENT)
+    assert blocked == Plan(blocked=thinker, lacks="rank")
+    hurried = planner_with("pascal", [dry]).plan([back], Room(10, 0, 4), MOMENT)
+    assert (hurried.pause, hurried.start) == ((back,), (dry,))
+    pacer.last_shown = NOW + 2.5
+    settled = planner_with("pascal", [later]).plan([back], Room(10, 0, 4), MOMENT)
+    assert (settled.pause, settled.start) == ((back,), (later,))
 
 
 @pytest.mark.parametrize("policy", sorted(ORDERS))

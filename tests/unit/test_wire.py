@@ -20,7 +20,18 @@ from pascal_sglang.cluster.wire import (
 )
 
 STATUS = Status(
-    dp_rank=1, received=2, on_pace=True, footprint=3, thinking=4, fresh=5, free=6, waiting=7
+    dp_rank=1,
+    received=2,
+    on_pace=True,
+    footprint=3,
+    thinking=4,
+    fresh=5,
+    free=6,
+    waiting=7,
+    capacity=8,
+    running=9,
+    pass_us=10,
+    prefill_ns=11,
 )
 ALL = [
     Ask("m", "r", 70, "layout"),
@@ -59,7 +70,7 @@ def altered(message, **changes):
         (b"[1]", "another version"),
         (b"{}", "another version"),
         (b"\x80\x04K\x01.", "not JSON"),
-        (altered(STATUS, version=2), "another version"),
+        (altered(STATUS, version=1), "another version"),
         (altered(STATUS, kind="Bogus"), "unknown kind"),
         (altered(STATUS, kind=["Status"]), "unknown kind"),
         (altered(STATUS, sender=2), "no such sender"),

@@ -1,0 +1,167 @@
+"""`python -m pascal_sglang.sim`: the paper's comparison, and any workload on any cluster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pascal_sglang.sim import cost as costs
+from pascal_sglang.sim import paper, remedies, tables, workload
+from pascal_sglang.sim.arms import ARMS, Arm
+from pascal_sglang.sim.cluster import Setup
+from pascal_sglang.sim.figures import BIN_EDGES
+from pascal_sglang.sim.hardware import PRESETS
+from pascal_sglang.sim.runs import Task, run_all
+
+EXIT_BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pascal_sglang.sim", description=__doc__)
+    ways = parser.add_subparsers(dest="way", required=True)
+    compared = ways.add_parser("paper", help="rerun the paper's comparison, figures beside ours")
+    compared.add_argument("--requests", type=_count, default=paper.REQUESTS, help="per run")
+    alone = ways.add_parser("remedies", help="what `pascal` changes, one by one and together")
+    alone.add_argument("--source", choices=workload.SOURCES, default=remedies.SOURCE)
+    alone.add_argument("--requests", type=_count, default=paper.REQUESTS, help="per run")
+    single = ways.add_parser("run", help="a workload on a cluster")
+    single.add_argument(
+        "source", help=f"{', '.join(workload.SOURCES)}, or a file of `evals.workload`"
+    )
+    single.add_argument("--instances", type=_count, default=8)
+    single.add_argument("--requests", type=_count, default=2000)
+    how = single.add_mutually_exclusive_group()
+    how.add_argument("--rate", type=_positive, help="requests per second, of all instances")
+    how.add_argument("--load", type=_positive, help="share of what keeps memory full (0.8)")
+    single.add_argument("--hardware", choices=PRESETS, default=paper.HARDWARE)
+    single.add_argument("--cost", type=Path, help="a measured cost file instead of --hardware")
+    single.add_argument("--tpot-ms", type=_positive, default=100.0, help="the reader's pace")
+    single.add_argument("--quantum-tokens", type=_count, default=500)
+    single.add_argument("--demote-tokens", type=_count, default=5000)
+    single.add_argument(
+        "--known-lengths", action="store_true", help="requests say how much they will generate"
+    )
+    for each in (compared, alone, single):
+        each.add_argument("--arms", type=_arms, default=None, help="by comma; all by default")
+        each.add_argument("--seeds", type=_count, default=paper.SEEDS)
+        each.add_argument("--processes", type=_count, help="all cores by default")
+        each.add_argument("--out", type=Path, help="JSON file for all figures")
+    asked = parser.parse_args(argv)
+    try:
+        return {"paper": _paper, "remedies": _remedies, "run": _run}[asked.way](asked)
+    except (ValueError, OSError) as error:
+        print(f"sim: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _paper(asked: argparse.Namespace) -> int:
+    began = time.monotonic()
+    print(paper.choices(asked.requests))
+    arms = asked.arms or list(ARMS.values())
+    rows = run_all(paper.tasks(arms, asked.seeds, asked.requests), asked.processes)
+    print("\n".join(tables.report(rows)))
+    print("\n== The paper's figures beside ours")
+    print("\n".join(paper.against(rows)))
+    print(f"\n{len(rows)} runs, every one with its books balanced, {_took(began)}")
+    return _save(rows, asked.out)
+
+
+def _remedies(asked: argparse.Namespace) -> int:
+    began = time.monotonic()
+    tasks = remedies.tasks(
+        asked.source, seeds=asked.seeds, requests=asked.requests, chosen=asked.arms
+    )
+    rows = run_all(tasks, asked.processes)
+    loads = ", ".join(f"{load:g}" for load in remedies.LOADS)
+    print(f"{asked.source}, {asked.requests} requests a run, {asked.seeds} seeds; load {loads}:")
+    print("mean TTFO (s), P99 slowdown, SLO violations (%), requests moved (%)")
+    print("\n".join(remedies.table(rows)))
+    print(f"\n{_took(began)}")
+    return _save(rows, asked.out)
+
+
+def _run(asked: argparse.Namespace) -> int:
+    began = time.monotonic()
+    setup = Setup(
+        cost=costs.load(asked.cost) if asked.cost else PRESETS[asked.hardware],
+        instances=asked.instances,
+        tpot=asked.tpot_ms / 1e3,
+        quantum=asked.quantum_tokens,
+        demote=asked.demote_tokens,
+        knows_lengths=asked.known_lengths,
+    )
+    given = None
+    if asked.source in workload.SOURCES:
+        rate = asked.rate or paper.rate(asked.source, asked.load or 0.8, setup)
+        requests, seeds = asked.requests, asked.seeds
+    else:
+        given = workload.read(Path(asked.source))
+        requests, seeds = len(given), 1
+        rate = requests / max(1e-9, max(given.arrival_s))
+    tasks = [
+        Task(
+            setup=setup,
+            arm=arm,
+            source=asked.source,
+            load=f"{setup.instances} instances",
+            rate=rate,
+            requests=requests,
+            seed=seed,
+            workload=given,
+        )
+        for arm in asked.arms or ARMS.values()
+        for seed in range(seeds)
+    ]
+    rows = run_all(tasks, asked.processes)
+    print("\n".join(tables.report(rows)))
+    per_request = 1e6 * sum(row["wall_s"] for row in rows) / sum(row["requests"] for row in rows)
+    print(f"\n{_took(began)}, {per_request:.0f} microseconds of one core per request")
+    return _save(rows, asked.out)
+
+
+def _took(began: float) -> str:
+    return f"{time.monotonic() - began:.0f} s"
+
+
+def _save(rows: list[dict[str, Any]], out: Path | None) -> int:
+    if out is not None:
+        out.write_text(
+            json.dumps(
+                {"simulated": list(BIN_EDGES), "command": sys.argv[1:], "runs": rows}, indent=1
+            )
+            + "\n"
+        )
+        print(f"written to {out}")
+    return 0
+
+
+def _arms(text: str) -> list[Arm]:
+    unknown = [name for name in text.split(",") if name not in ARMS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}"
+        )
+    return [ARMS[name] for name in text.split(",")]
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, not {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""A cluster under one arm and one workload, from the first arrival to the last token."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pascal_sglang.policy.order import Tuning
+from pascal_sglang.policy.pacer import Pacer
+from pascal_sglang.policy.placement import Answer
+from pascal_sglang.policy.timeline import Phase
+from pascal_sglang.sim.arms import FORESIGHTS, SIM_ORDERS, STOCK, Arm
+from pascal_sglang.sim.checks import Books
+from pascal_sglang.sim.clock import Clock
+from pascal_sglang.sim.controller import Controller
+from pascal_sglang.sim.cost import Cost
+from pascal_sglang.sim.governed import Governed
+from pascal_sglang.sim.instance import Instance
+from pascal_sglang.sim.job import Job
+from pascal_sglang.sim.moves import Move, Moves, Network
+from pascal_sglang.sim.outcome import Outcome
+from pascal_sglang.sim.stock import Stock
+from pascal_sglang.sim.workload import Workload
+
+Progress = Callable[[int], None]
+REPORT_EVERY = 100
+UNLIMITED = 1 << 30
+# Passes that a move takes besides those of its transfer (`engine.moves`).
+MOVE_PASSES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What all arms of a comparison share.
+
+    tpot: the reader's pace, seconds per token. slo: the QoE below which an answer violates its
+    objective. knows_lengths: requests say how much they will generate. quantum, demote: tokens.
+    step_by_step: decide in every pass instead of jumping (slow; for tests).
+    """
+
+    cost: Cost
+    instances: int = 8
+    tpot: float = 0.1
+    slo: float = 0.95
+    knows_lengths: bool = False
+    quantum: int = 500
+    demote: int = 5000
+    step_by_step: bool = False
+
+
+def simulate(
+    setup: Setup, arm: Arm, workload: Workload, progress: Progress | None = None
+) -> Outcome:
+    """Run everything and check the books. Raises RuntimeError where they do not balance, and
+    ValueError for a request that fits no instance."""
+    collecting = gc.isenabled()
+    gc.disable()  # Nothing here is cyclic for long, and there are millions of objects.
+    try:
+        return Cluster(setup, arm, workload, progress).run()
+    finally:
+        if collecting:
+            gc.enable()
+
+
+class Cluster:
+    """Instances, a controller, and the network between them."""
+
+    def __init__(
+        self, setup: Setup, arm: Arm, workload: Workload, progress: Progress | None
+    ) -> None:
+        self.setup = setup
+        self.arm = arm
+        self.workload = workload
+        self.progress = progress
+        self.clock = Clock()
+        numbers: dict[str, Any] = {"quantum": setup.quantum, "demote": setup.demote}
+        self.tuning = Tuning(**(numbers | dict(arm.tuning)))
+        self.instances = [self._instance(index) for index in range(setup.instances)]
+        self.controller = Controller(arm, self.clock, self.instances, setup.quantum)
+        self.moves = Moves(self.clock, Network(setup.cost, setup.instances), self._moved)
+        self.outcome = Outcome.empty(len(workload))
+        self.books = Books(workload)
+        # Running mean per instance of the answers that ended there, in tokens.
+        self._answers: list[float | None] = [None] * setup.instances
+        self._arrived = 0
+        self._order = sorted(
+            (i for i in range(len(workload)) if i not in workload.later),
+            key=workload.arrival_s.__getitem__,
+        )
+
+    def _instance(self, index: int) -> Instance:
+        setup, arm = self.setup, self.arm
+        shared: dict[str, Any] = {
+            "tuning": self.tuning,
+            "foresight": FORESIGHTS[arm.order],
+            "readers_sticky": arm.sticky,
+            "slo": setup.slo,
+            "tpot": setup.tpot,
+            "step_by_step": setup.step_by_step,
+            "knows_lengths": setup.knows_lengths,
+        }
+        if arm.order == STOCK:
+            return Stock(index, setup.cost, self.clock, self, **shared)
+        order = SIM_ORDERS[arm.order]
+        return Governed(index, setup.cost, self.clock, self, order=order, **shared)
+
+    def run(self) -> Outcome:
+        self._next_arrival()
+        began = time.perf_counter()
+        self.clock.run()
+        outcome = self.outcome
+        outcome.wall_s = time.perf_counter() - began
+        outcome.events = self.clock.happened
+        outcome.end_s = self.clock.now
+        outcome.transfers_s = self.moves.transfers
+        outcome.refused_moves = self.moves.refused
+        outcome.take_in(self.instances)
+        self.books.close(self.instances, self.moves.under_way)
+        return outcome
+
+    def _next_arrival(self) -> None:
+        if self._arrived < len(self._order):
+            index = self._order[self._arrived]
+            self._arrived += 1
+            self.clock.at(self.workload.arrival_s[index], self._arrive, index)
+
+    def _arrive(self, index: int) -> None:
+        load, now = self.workload, self.clock.now
+        prompt, reasoning, answer = load.prompt[index], load.thinking[index] + 1, load.answer[index]
+        if prompt + reasoning + answer > self.setup.cost.capacity:
+            raise ValueError(
+                f"request {index} needs {prompt + reasoning + answer} tokens of KV, more than the "
+                f"{self.setup.cost.capacity} of an instance"
+            )
+        job = Job(
+            seq=self.books.opened + 1,
+            pacer=Pacer(self.setup.tpot),
+            index=index,
+            arrival=now,
+            prompt=prompt,
+            reasoning=reasoning,
+            answer=answer,
+            remaining=UNLIMITED,
+            talk=load.talk[index] if load.talk else -1,
+            history=load.history[index] if load.history else 0,
+        )
+        self.books.opens(job)
+        self.instances[self.controller.place(prompt, job.talk)].arrive(job)
+        if index not in load.later:
+            self._next_arrival()
+
+    def thought(self, instance: Instance, job: Job) -> bool:
+        """Algorithm 2, or ours; whether the request stops here."""
+        if self.arm.migration == "off":
+            return False
+        assert isinstance(instance, Governed)
+        remaining = job.left if self.setup.knows_lengths else UNLIMITED
+        mean = self._answers[instance.index]
+        likely = remaining if mean is None else min(remaining, int(mean))
+        cost = self.setup.cost
+        passes = MOVE_PASSES + int(job.held * cost.move_token_s / cost.decode(1, job.held))
+        answer = Answer(instance.index, job.held, remaining, likely, passes)
+        decision = self.controller.at_boundary(answer)
+        self.outcome.decisions[decision.why] += 1
+        if decision.target == instance.index:
+            return False
+        target = self.instances[decision.target]
+        assert isinstance(target, Governed)
+        self.moves.begin(job, instance, target, live=self.arm.live)
+        return not self.arm.live
+
+    def _moved(self, move: Move, done: bool) -> None:
+        views = self.controller.views
+        source, target = views[move.source.index], views[move.target.index]
+        self.controller.placement.moved(source, target, move.claimed, done=done)
+
+    def ended(self, instance: Instance, job: Job) -> None:
+        now, load = self.clock.now, self.workload
+        job.phase, job.move = Phase.FINISHED, None
+        self.books.closes(job)
+        self.outcome.note(job, now, instance.index)
+        mean = self._answers[instance.index]
+        self._answers[instance.index] = (
+            job.answer if mean is None else 0.9 * mean + 0.1 * job.answer
+        )
+        follows = load.follows[job.index] if load.follows else -1
+        if follows >= 0:
+            instance.memory.remember(job.talk, job.held)
+            self.clock.at(now + load.pause_s[follows], self._arrive, follows)
+        if self.progress is not None and self.books.closed % REPORT_EVERY == 0:
+            self.progress(self.books.closed)

@@ -1,0 +1,90 @@
+"""The controller: what it knows of instances, and `policy.placement` deciding on that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, fields
+
+from pascal_sglang.policy.placement import Answer, Decision, Placement
+from pascal_sglang.policy.placement import Instance as View
+from pascal_sglang.sim.arms import Arm
+from pascal_sglang.sim.clock import Clock
+from pascal_sglang.sim.instance import Instance
+
+# How often a busy instance says how it is (`engine.herald`), in seconds.
+STATUS_S = 0.02
+FIGURES = tuple(field.name for field in fields(View))
+# What the controller counts itself, whatever a status says.
+KEPT = ("arriving", "moves")
+
+
+class Controller:
+    """Hears from an instance at most every `STATUS_S`, when it is about to decide on it."""
+
+    def __init__(self, arm: Arm, clock: Clock, instances: Sequence[Instance], quantum: int) -> None:
+        self.arm = arm
+        self.clock = clock
+        self.instances = instances
+        self.views = [View(index) for index in range(len(instances))]
+        self.placement = Placement(
+            quantum=quantum,
+            lazy=arm.lazy,
+            adaptive=arm.migration == "adaptive",
+            predict=arm.predict,
+        )
+        self.placed = [0] * len(instances)
+        self.homes: dict[int, tuple[int, int]] = {}
+        self._heard = [-STATUS_S] * len(instances)
+        self._said: list[tuple[object, ...]] = [astuple(view) for view in self.views]
+
+    def place(self, prompt: int, talk: int) -> int:
+        """The instance for a new request with a prompt of so many tokens."""
+        hits: Mapping[int, int] = {}
+        if self.arm.prefixes and talk in self.homes:
+            home, tokens = self.homes[talk]
+            hits = {home: tokens}
+        candidates = self.placement.in_sight(self.views, hits)
+        for view in candidates:
+            self._hear(view)
+        chosen = self.placement.place(candidates, prompt, hits)
+        self.placed[chosen] += 1
+        if talk >= 0:
+            self.homes[talk] = (chosen, prompt)
+        return chosen
+
+    def at_boundary(self, answer: Answer) -> Decision:
+        """Whether a request whose thinking has ended moves, and where."""
+        candidates = self.placement.in_sight(self.views, (answer.current,))
+        for view in candidates:
+            self._hear(view)
+        return self.placement.at_boundary(candidates, answer)
+
+    def _hear(self, view: View) -> None:
+        index = view.index
+        instance = self.instances[index]
+        if self.clock.now - self._heard[index] < STATUS_S:
+            if not self.arm.optimistic:
+                self._recall(view)
+            return
+        self._heard[index] = self.clock.now
+        instance.catch_up()
+        thinking, tokens = instance.waiting()
+        memory = instance.memory
+        if self.arm.on_pace or self.arm.migration != "off":
+            view.on_pace = not self.arm.on_pace or instance.readers.on_pace(self.clock.now)
+        view.free = memory.free
+        view.footprint = memory.held + memory.host
+        view.thinking = len(instance.thinking) + thinking
+        view.fresh = len(instance.fresh)
+        view.waiting = tokens
+        view.capacity = memory.capacity
+        view.running = len(instance.batch)
+        view.pass_us = round(1e6 * instance.passes.mean_s)
+        view.prefill_ns = round(1e9 * instance.prefill_token_s)
+        self._said[index] = astuple(view)
+
+    def _recall(self, view: View) -> None:
+        """Forget what was decided since the last status."""
+        for name, value in zip(FIGURES, self._said[view.index], strict=True):
+            if name not in KEPT:
+                setattr(view, name, value)

@@ -1,0 +1,318 @@
+"""One instance: passes of prefill and decode, jumped over until something has to be decided."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import Protocol
+
+from pascal_sglang.policy.order import Moment, Tuning
+from pascal_sglang.policy.timeline import Phase
+from pascal_sglang.sim.batch import Batch
+from pascal_sglang.sim.clock import Clock
+from pascal_sglang.sim.cost import Cost
+from pascal_sglang.sim.foresight import NEVER, Foresight
+from pascal_sglang.sim.job import Job
+from pascal_sglang.sim.memory import Memory
+from pascal_sglang.sim.passes import Passes
+from pascal_sglang.sim.readers import Readers
+
+
+class Listener(Protocol):
+    """Who hears what becomes of requests."""
+
+    def thought(self, instance: Instance, job: Job) -> bool:
+        """Its thinking has ended; whether it stops here, to move."""
+
+    def ended(self, instance: Instance, job: Job) -> None: ...
+
+
+class Instance(ABC):
+    """What every scheduler shares. Decisions are taken between two passes, in `decide`.
+
+    stirred: something has changed since the last decision. look: the step after which to decide
+    even so. step_by_step: decide in every pass,
+    which jumping must not differ from.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        cost: Cost,
+        clock: Clock,
+        listener: Listener,
+        *,
+        tuning: Tuning,
+        foresight: Foresight,
+        readers_sticky: bool,
+        slo: float,
+        tpot: float,
+        step_by_step: bool = False,
+    ) -> None:
+        self.index = index
+        self.cost = cost
+        self.clock = clock
+        self.listener = listener
+        self.tuning = tuning
+        self.foresight = foresight
+        self.step_by_step = step_by_step
+        self.batch = Batch(cost)
+        self.memory = Memory(cost.capacity, cost.host)
+        self.readers = Readers(self.batch, sticky=readers_sticky, slo=slo)
+        self.thinking: dict[Job, None] = {}
+        self.fresh: dict[Job, None] = {}
+        self.filling: deque[Job] = deque()
+        self.inbox: list[Job] = []
+        self.stirred = False
+        self.again = False
+        self.look = NEVER
+        self.prefilled_last = False
+        self.passes = Passes()
+        self.tokens = 0
+        self.prefilled_tokens = 0
+        self.recomputed_tokens = 0
+        self.busy_s = 0.0
+        self._notice_s = tpot / 2
+        self._hold_s = 0.0
+        self._filled: list[Job] | None = None
+        self._marks: list[tuple[int, int, Job]] = []
+        self._marked = 0
+        self._alarm = (math.inf, 0)
+        self._version = 0
+
+    @abstractmethod
+    def decide(self) -> None:
+        """Before a pass: start and pause requests."""
+
+    @abstractmethod
+    def may_prefill(self) -> bool:
+        """Whether a prefill pass may be the next one."""
+
+    @abstractmethod
+    def next_look(self) -> int:
+        """The decode step after which a decision is due even if nothing happens."""
+
+    @abstractmethod
+    def waiting(self) -> tuple[int, int]:
+        """Requests that think and do not run, and prompt tokens of those not begun."""
+
+    @property
+    def prefill_token_s(self) -> float:
+        """Seconds per prefilled token, as far as this instance has measured it."""
+        return 0.0
+
+    @property
+    def moment(self) -> Moment:
+        return Moment(self.passes.count, self.clock.now, self.passes.mean_s)
+
+    def arrive(self, job: Job) -> None:
+        self.inbox.append(job)
+        self.poke()
+
+    def poke(self) -> None:
+        """Decide at the next boundary between two passes."""
+        self.stirred = True
+        now, batch = self.clock.now, self.batch
+        if self._filled is not None or now <= batch.origin:
+            self._set_alarm(batch.origin, batch.steps)
+        elif not batch:
+            self._set_alarm(now, batch.steps)
+        else:
+            step = batch.steps_by(now) + 1
+            self._set_alarm(batch.time_of(step), step)
+
+    def catch_up(self) -> None:
+        """Bring counts up to the present, between two decisions too."""
+        self._advance(self.batch.steps_by(self.clock.now))
+
+    def _set_alarm(self, when: float, step: int) -> None:
+        if when < self._alarm[0]:
+            self._alarm = (when, step)
+            self._version += 1
+            self.clock.at(when, self._ring, self._version)
+
+    def _ring(self, version: int) -> None:
+        if version != self._version:
+            return
+        step, self._alarm = self._alarm[1], (math.inf, 0)
+        if self._filled is not None:
+            self._end_prefill()
+        self._advance(step)
+        self.batch.origin = max(self.batch.origin, self.clock.now)
+        marks = self._marks
+        while marks and marks[0][0] <= self.batch.steps:
+            due, _, job = heapq.heappop(marks)
+            if job.due == due and job in self.batch:
+                self.batch.sync(job)
+                self.stirred = True
+                if self._goes_on(job):
+                    self.watch(job)
+        self.decide()
+        self._begin_pass()
+
+    def _advance(self, step: int) -> None:
+        batch = self.batch
+        count = step - batch.steps
+        if count <= 0:
+            return
+        begin = batch.origin
+        made = batch.advance(step)
+        self.memory.take(made)
+        self.tokens += made
+        self.busy_s += batch.origin - begin
+        self.prefilled_last = False
+        growth_s = batch.cost.kv_token_s * len(batch)
+        self.passes.add(count, batch.step_s - growth_s, growth_s)
+
+    def _begin_pass(self) -> None:
+        batch = self.batch
+        if self._hold_s:
+            self._hold_up(self._hold_s)
+            self._hold_s = 0.0
+        if self.filling and self.may_prefill():
+            self._prefill()
+            return
+        if not batch:
+            return
+        ahead = batch.steps + 1
+        if not (self.step_by_step or self.again or self.filling):
+            ahead = self._next_mark()
+            if grows_out := self._short_in():
+                ahead = min(ahead, batch.steps + grows_out)
+            self.look = self.next_look()
+            ahead = max(batch.steps + 1, min(ahead, self.look))
+        self._set_alarm(batch.time_of(ahead), ahead)
+
+    def _next_mark(self) -> int:
+        marks = self._marks
+        while marks[0][2].due != marks[0][0] or marks[0][2] not in self.batch:
+            heapq.heappop(marks)
+        return marks[0][0]
+
+    def _short_in(self) -> int:
+        """Steps until there is no room left for those who run to grow."""
+        return max(1, (self.memory.free // len(self.batch)) - self.reserve_steps() + 1)
+
+    def reserve_steps(self) -> int:
+        """Steps of growth that have to be free for everybody who runs."""
+        return 1
+
+    def _hold_up(self, seconds: float) -> None:
+        noticed = seconds > self._notice_s
+        self.batch.hold_up(seconds, noticed=noticed)
+        self.busy_s += seconds
+        if noticed and self.foresight.paced:
+            for job in self.batch:
+                if job.phase is Phase.ANSWERING:
+                    self.watch(job)
+
+    def _prefill(self) -> None:
+        """Begin a pass that prefills whoever is first, up to a chunk."""
+        left, done = self.cost.chunk, []
+        while self.filling and left > 0:
+            job = self.filling[0]
+            tokens = min(left, job.unfilled)
+            job.unfilled -= tokens
+            left -= tokens
+            if job.unfilled:
+                break
+            done.append(self.filling.popleft())
+        self._filled = done
+        self.prefilled_last = True
+        tokens = self.cost.chunk - left
+        seconds = self.cost.prefill(tokens)
+        self.prefilled_tokens += tokens
+        self.passes.add(1, seconds)
+        self.has_prefilled(tokens, seconds)
+        self._hold_up(seconds)
+        self._set_alarm(self.batch.origin, self.batch.steps)
+
+    def has_prefilled(self, tokens: int, seconds: float) -> None:  # noqa: B027
+        """A prefill pass of so many tokens takes so long; nobody has to care."""
+
+    def _end_prefill(self) -> None:
+        done, self._filled = self._filled or [], None
+        self.batch.origin = max(self.batch.origin, self.clock.now)
+        self.stirred = True
+        for job in done:
+            self.tokens += 1
+            job.total_tokens += 1
+            job.phase_tokens += 1
+            if job.first_token < 0:
+                job.first_token = self.clock.now
+            if job.phase is Phase.ANSWERING:
+                job.pacer.deliver(self.clock.now, 1)
+            self.join(job)
+            if self._goes_on(job):
+                self.watch(job)
+
+    def join(self, job: Job) -> None:
+        """The job decodes from the next step on."""
+        self.batch.join(job)
+        if job.phase is Phase.REASONING:
+            self.thinking[job] = None
+
+    def leave(self, job: Job) -> None:
+        """The job, which has tokens to come, does not decode here any more."""
+        self.batch.leave(job)
+        self.thinking.pop(job, None)
+
+    def forget(self, job: Job) -> None:
+        """The job has nothing to do with this instance any more."""
+        self.readers.ends(job)
+        self.fresh.pop(job, None)
+
+    def answers_here(self, job: Job) -> None:
+        self.readers.begins(job)
+        if job.phase_tokens < self.tuning.quantum:
+            self.fresh[job] = None
+
+    def watch(self, job: Job) -> None:
+        """Note when something happens next to a member that is up to date."""
+        batch = self.batch
+        first = job.phase is Phase.ANSWERING and not job.phase_tokens
+        steps = 1 if first else job.left
+        if not first or not self.foresight.paced:
+            now, step_s = batch.origin, batch.step_s
+            seen = self.foresight.steps(job, self.tuning, step_s, now, self.passes.mean_s)
+            steps = min(steps, seen)
+        due = batch.steps + steps
+        if due != job.due:
+            job.due = due
+            self._marked += 1
+            heapq.heappush(self._marks, (due, self._marked, job))
+
+    def _goes_on(self, job: Job) -> bool:
+        """Take in that a member has reached the end of a phase, or not; whether it still runs."""
+        now = self.clock.now
+        if job.phase is Phase.REASONING:
+            if job.left > 0:
+                if self.foresight.demotes and self.demoted(job):
+                    self.thinking.pop(job, None)
+                return True
+            job.phase, job.phase_tokens, job.credit = Phase.ANSWERING, 0, 0
+            job.reasoning_end = now
+            self.thinking.pop(job, None)
+            self.answers_here(job)
+            if self.listener.thought(self, job):
+                self.leave(job)
+                return False
+            return True
+        if job.first_answer < 0 and job.phase_tokens:
+            job.first_answer = now
+            self.readers.look_later(job)
+        if job.phase_tokens >= self.tuning.quantum:
+            self.fresh.pop(job, None)
+        if job.left > 0:
+            return True
+        self.leave(job)
+        self.memory.give(job.held)
+        self.forget(job)
+        self.listener.ended(self, job)
+        return False
+
+    def demoted(self, job: Job) -> bool:
+        """Whether a thinker no longer counts among its instance's thinkers."""
+        return False

@@ -1,0 +1,1 @@
+"""Pure generators of lengths and arrival times, shared with `evals`."""

@@ -1,0 +1,26 @@
+"""Passes as the governor counts and measures them, many at a time."""
+
+from __future__ import annotations
+
+# The governor's running mean keeps this share of itself per pass, and leaves out longer passes.
+KEEP = 0.9
+LONGEST_S = 1.0
+
+
+class Passes:
+    """count: passes so far. mean_s: the running mean of their length, in seconds."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean_s = 0.0
+
+    def add(self, count: int, last_s: float, growth_s: float = 0.0) -> None:
+        """`count` passes have ended; the last took `last_s`, each `growth_s` more than the one
+        before. The same as adding them one by one."""
+        self.count += count
+        if last_s >= LONGEST_S:
+            return
+        kept = KEEP**count
+        # Sum of j * KEEP**j for j below `count`.
+        behind = KEEP * (1 - count * kept / KEEP + (count - 1) * kept) / (1 - KEEP) ** 2
+        self.mean_s = kept * self.mean_s + (1 - kept) * last_s - (1 - KEEP) * growth_s * behind

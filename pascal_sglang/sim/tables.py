@@ -1,0 +1,112 @@
+"""Figures of many runs as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pascal_sglang.sim.figures import bin_names
+
+Rows = Sequence[dict[str, Any]]
+
+
+def pick(rows: Rows, **wanted: object) -> list[dict[str, Any]]:
+    """The runs that are what is wanted."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def mean(rows: Rows, key: str) -> float | None:
+    """Over runs that have the figure."""
+    values = [row[key] for row in rows if row[key] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def names(rows: Rows, key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def bin_tails(rows: Rows) -> list[tuple[float | None, int]]:
+    """Per bin the mean over runs of the tail TTFO (s), and the requests of all runs in it."""
+    found: list[tuple[float | None, int]] = []
+    for index in range(len(bin_names())):
+        tails = [t for row in rows if (t := row["tail_ttfo_by_bin"][index]) is not None]
+        count = sum(row["bin_requests"][index] for row in rows)
+        found.append((sum(tails) / len(tails) if tails else None, count))
+    return found
+
+
+def shown(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def lay_out(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Columns as wide as what is in them: the first to the left, the others to the right."""
+    table = [head, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    return [
+        "  ".join(
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+
+
+def arms_table(rows: Rows) -> list[str]:
+    """A line per arm of one load: means over seeds."""
+    head = (
+        "arm", "TTFO mean", "P99", "slowdown P99", "SLO viol %", "blocking P99",
+        "answer TPOT", "e2e P50", "e2e P99", "tok/s", "tok/busy s", "pauses", "moves",
+        "transfer P99",
+    )  # fmt: skip
+    lines = []
+    for arm in names(rows, "arm"):
+        mine = pick(rows, arm=arm)
+        violations = mean(mine, "slo_violations")
+        lines.append(
+            (
+                arm,
+                shown(mean(mine, "mean_ttfo")),
+                shown(mean(mine, "p99_ttfo")),
+                shown(mean(mine, "p99_slowdown")),
+                shown(None if violations is None else 100 * violations),
+                shown(mean(mine, "p99_blocking")),
+                shown(mean(mine, "mean_answer_tpot"), 3),
+                shown(mean(mine, "median_e2e"), 1),
+                shown(mean(mine, "p99_e2e"), 1),
+                shown(mean(mine, "throughput"), 0),
+                shown(mean(mine, "efficiency"), 0),
+                shown(mean(mine, "pauses"), 0),
+                shown(mean(mine, "moved"), 0),
+                shown(mean(mine, "p99_transfer"), 3),
+            )
+        )
+    return lay_out(head, lines)
+
+
+def bins_table(rows: Rows) -> list[str]:
+    """Tail TTFO (s) per thinking-length bin, a line per arm, with the requests behind each."""
+    arms = names(rows, "arm")
+    counts = [str(count) for _, count in bin_tails(pick(rows, arm=arms[0]))]
+    lines = [("requests", *counts)]
+    for arm in arms:
+        lines.append((arm, *(shown(value, 1) for value, _ in bin_tails(pick(rows, arm=arm)))))
+    return lay_out(("tail TTFO (s)", *bin_names()), lines)
+
+
+def report(rows: Rows) -> list[str]:
+    """Both tables of every source and load."""
+    lines: list[str] = []
+    for source in names(rows, "source"):
+        for load in names(pick(rows, source=source), "load"):
+            mine = pick(rows, source=source, load=load)
+            rate, seeds = mine[0]["rate"], len(names(mine, "seed"))
+            lines += [
+                "",
+                f"== {source}, {load}: {rate:.2f} requests/s, {mine[0]['requests']} requests, "
+                f"{seeds} seed{'s' if seeds > 1 else ''} (seconds)",
+                *arms_table(mine),
+                "",
+                *bins_table(mine),
+            ]
+    return lines
