@@ -88,7 +88,7 @@ def _frontend(name: str) -> Callable[[], Any]:
 
 def _ray(name: str) -> Callable[[], Any]:
     def load() -> Any:
-        from pascal_sglang.cluster import ray_actors
+        from pascal_sglang import ray_actors
 
         return getattr(ray_actors, name)
 
