@@ -167,11 +167,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=CACHE / "simulated.json")
     parser.add_argument("--again", type=Path, help="a file of an earlier --out: only simulate")
     asked = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         plan = arms.load_plan(asked.plan)
         told = json.loads(asked.again.read_text())["arms"] if asked.again else {}
         if not asked.again:
+            # Leaving by an exception takes the running server along.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             model, processor = arms.tiny_model(CACHE / "tiny"), arms.logit_processor()
             for arm in plan.arms:
                 print(f"{arm.name}: measuring", flush=True)
