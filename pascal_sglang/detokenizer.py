@@ -9,6 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 from pascal_sglang.cluster.in_order import InOrder, Row
+from pascal_sglang.cluster.undertaker import MESSAGE
 from pascal_sglang.config import PascalConfig
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def end_rows(output: Any, indices: list[int]) -> None:
         logger.error("pascal_sglang: tokens of %s were lost; it ends", output.rids[index])
         output.finished_reasons[index] = {
             "type": "abort",
-            "message": "Tokens of this request were lost when an instance died.",
+            "message": f"{MESSAGE} Tokens are lost.",
             "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
             "err_type": "ServiceUnavailableError",
         }
