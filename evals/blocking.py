@@ -9,16 +9,15 @@ time between two tokens in the same run: what any reader waits for anyway.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 
-from evals.arms import Arm, Plan, Rate, Server, logit_processor, tiny_model
-from evals.client import Target, replay
+from evals import arms, remote
+from evals.arms import TINY, Arm, Plan, Rate, Server
+from evals.client import replay
+from evals.compare import CACHE, target_of
 from evals.items import Item
 from evals.metrics import intervals
 
@@ -34,16 +33,14 @@ ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SGLANG_CPU_OMP_THREADS_BI
 
 def blocked_s(base_url: str) -> tuple[list[float], int]:
     """Blocking times of all moves so far, and bytes of KV sent."""
-    with urllib.request.urlopen(f"{base_url}/pascal/status", timeout=30) as reply:
-        instances = json.loads(reply.read())["instances"]
-    moves = [instance["migrations"] for instance in instances]
+    moves = [instance["migrations"] for instance in remote.instances(base_url)]
     return [s for move in moves for s in move["blocked_s"]], sum(m["bytes"] for m in moves)
 
 
 def run(arm: Arm, plan: Plan, items: list[Item], model: Path, processor: str) -> str:
     """One row of the table."""
     with Server(arm, plan, model) as server:
-        back = replay(items, Target(server.base_url, processor), seed=0)
+        back = replay(items, target_of(plan, server, processor), seed=0)
         blocked, sent = blocked_s(server.base_url)
     failed = [r.error for r in back.records if r.error]
     if failed or not blocked:
@@ -59,10 +56,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--rate", type=float, default=4.0, help="requests per second (%(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=3000)
-    parser.add_argument("--model", type=Path, help="folder for the tiny model")
+    parser.add_argument("--model", type=Path, help="folder that the tiny model is built in")
     options = parser.parse_args()
-    model = tiny_model(options.model or Path(tempfile.mkdtemp(prefix="evals-")))
-    processor = logit_processor()
+    model = arms.model_folder(TINY, options.model or CACHE)
+    processor = arms.logit_processor(TINY)
     items = [
         Item(number / options.rate, options.prompt_tokens, 10 + number % 30, 120)
         for number in range(options.requests)

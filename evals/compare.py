@@ -33,6 +33,16 @@ WARM_UPS = 4
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
+def target_of(plan: Plan, server: Server, processor: str) -> Target:
+    """The plan's server, as requests are sent to it."""
+    return Target(
+        base_url=server.base_url,
+        logit_processor=processor,
+        request_timeout_s=plan.request_timeout_s,
+        run_timeout_s=plan.run_timeout_s,
+    )
+
+
 class Comparison:
     """The state of one comparison, written to its file after every run."""
 
@@ -95,12 +105,7 @@ class Comparison:
         plan = self.plan
         began = time.monotonic()
         with Server(arm, plan, model) as server:
-            target = Target(
-                base_url=server.base_url,
-                logit_processor=processor,
-                request_timeout_s=plan.request_timeout_s,
-                run_timeout_s=plan.run_timeout_s,
-            )
+            target = target_of(plan, server, processor)
             idle = self.measure_idle(arm, target)
             self.say(f"{arm.name}, seed {seed}: server up in {time.monotonic() - began:.0f} s")
             if plan.sustained_per_s and not self.runs:

@@ -108,3 +108,10 @@ def _get(base_url: str, path: str) -> str | None:
     except OSError:
         return None
     return body.decode(errors="replace")
+
+
+def instances(base_url: str) -> list[dict[str, Any]]:
+    """What `GET /pascal/status` says of every instance."""
+    with urllib.request.urlopen(f"{base_url}/pascal/status", timeout=30) as reply:
+        found: list[dict[str, Any]] = json.loads(reply.read())["instances"]
+    return found

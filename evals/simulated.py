@@ -20,8 +20,8 @@ import numpy as np
 
 from evals import arms, remote, workload
 from evals.arms import Arm, ArmError, Plan, Server
-from evals.client import Target, replay
-from evals.compare import CACHE, EXIT_BAD_INPUT
+from evals.client import replay
+from evals.compare import CACHE, EXIT_BAD_INPUT, target_of
 from evals.items import Item
 from evals.metrics import Record, measure
 from pascal_sglang.sim.arms import ARMS, STOCK
@@ -95,12 +95,7 @@ def simulated(plan: Plan, arm: Arm, found: Fit, per_s: float, seed: int) -> dict
 def measure_arm(plan: Plan, arm: Arm, model: Path, processor: str, seeds: int) -> dict[str, Any]:
     """Fit one run of an arm, then measure the others."""
     with Server(arm, plan, model) as server:
-        target = Target(
-            base_url=server.base_url,
-            logit_processor=processor,
-            request_timeout_s=plan.request_timeout_s,
-            run_timeout_s=plan.run_timeout_s,
-        )
+        target = target_of(plan, server, processor)
         middle = sum(rate.per_s for rate in plan.rates) / len(plan.rates)
         replay(items_of(plan, middle, CALIBRATION_SEED + 1)[:20], target, seed=1)  # Warms it up.
         server.flush()
@@ -173,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not asked.again:
             # Leaving by an exception takes the running server along.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-            model, processor = arms.tiny_model(CACHE / "tiny"), arms.logit_processor()
+            model = arms.model_folder(plan.model, CACHE)
+            processor = arms.logit_processor(plan.model)
             for arm in plan.arms:
                 print(f"{arm.name}: measuring", flush=True)
                 told[arm.name] = measure_arm(plan, arm, model, processor, asked.seeds)

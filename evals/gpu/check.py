@@ -61,7 +61,7 @@ class Timed(Comparison):
     ) -> None:
         super().run_once(arm, rate, seed, server, target, idle)
         if arm.command == "pascal":
-            self.costs[arm.name] = identity.instances(server.base_url)
+            self.costs[arm.name] = remote.instances(server.base_url)
 
 
 class Check:

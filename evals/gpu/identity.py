@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evals import remote
 from evals.arms import STOCK_ON_CPU, Arm, ArmError, Plan, Server
 
 CONCURRENCY = 24
@@ -92,18 +93,11 @@ def ask(base_url: str, requests: list[dict[str, Any]]) -> list[list[int]]:
         raise ArmError(f"a request failed: {error}") from error
 
 
-def instances(base_url: str) -> list[dict[str, Any]]:
-    """What `GET /pascal/status` says of every instance."""
-    with urllib.request.urlopen(f"{base_url}/pascal/status", timeout=30) as reply:
-        found: list[dict[str, Any]] = json.loads(reply.read())["instances"]
-    return found
-
-
 def at_rest(base_url: str) -> list[dict[str, Any]]:
     """The same once nothing runs or is paused. Raises: ArmError if that does not come."""
     deadline = time.monotonic() + REST_TIMEOUT_S
     while time.monotonic() < deadline:
-        found = instances(base_url)
+        found = remote.instances(base_url)
         if not any(i["requests"] or i["paused"] for i in found):
             return found
         time.sleep(0.2)
