@@ -99,9 +99,9 @@ class Governor:
         """A new pass begins; `now` is TP rank 0's clock in seconds."""
         before = self.moment
         step = now - before.now if before.now and now > before.now else 0.0
-        # Only passes of a busy engine say how long a step takes.
+        # Only passes of a busy engine say how long a step takes; an idle one may spin or sleep.
         busy = 0.0 < step < 1.0
-        pass_s = 0.9 * before.pass_s + 0.1 * step if busy else before.pass_s
+        pass_s = 0.9 * before.pass_s + 0.1 * step if busy and last is not None else before.pass_s
         self.moment = Moment(before.pass_no + 1, now, pass_s)
         tokens = 0
         if last is not None and last.forward_mode.is_extend():

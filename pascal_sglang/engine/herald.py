@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import islice
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
@@ -49,7 +50,7 @@ class Herald:
     def gone(self, req: Req) -> None:
         """The request has ended here: its KV may serve its conversation's next turn."""
         ids = req.origin_input_ids + req.output_ids_through_stop
-        blocks = list(block_names(ids, req.extra_key))[:MAX_ITEMS]
+        blocks = list(islice(block_names(ids, req.extra_key), MAX_ITEMS))
         self.pen.write(CONTROLLER, Gone(self._dp_rank, req.rid, blocks))
 
     def status(self) -> Status:

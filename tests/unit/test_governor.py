@@ -140,6 +140,21 @@ def test_a_prefill_is_timed_when_its_result_was_waited_for(governor, monkeypatch
     assert governor.ladder.costs.prefill_token_s == pytest.approx(took / 10)
 
 
+def test_idle_passes_do_not_say_how_long_a_step_takes(governor, monkeypatch):
+    """An idle engine may spin: its status must stay as it is, or it would be told in every pass."""
+    governor._alone = False
+    monkeypatch.setattr(governor, "_carry_out", lambda running, last: running)
+    clock = iter([1.0, 1.02, 1.0201, 1.0202, 1.04])
+    monkeypatch.setattr("pascal_sglang.engine.governor.agree", lambda *_: next(clock))
+    decode = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: False))
+    seen = []
+    for last in (None, decode, None, None, decode):
+        governor.govern(SimpleNamespace(reqs=[]), last)
+        seen.append(governor.moment.pass_s)
+    assert seen[1] > 0
+    assert seen[1] == seen[2] == seen[3] < seen[4]
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_a_resume_the_pool_refuses_leaves_the_request_paused(governor, rows):
     ladder, pool = governor.ladder, scheduler(rows)
