@@ -80,11 +80,12 @@ class Cluster:
         """A request arrives; microseconds that placing it took."""
         prompt = self.prompt()
         began = time.perf_counter()
-        hits = self.prefixes.hits(prompt)
+        blocks = list(block_names(prompt, None))
+        hits = self.prefixes.hits(blocks)
         candidates = self.placement.in_sight(self.monitor.instances, hits)
         index = self.placement.place(candidates, len(prompt), hits)
         self.monitor.sent(index, len(prompt))
-        self.prefixes.sent(index, prompt)
+        self.prefixes.sent(index, blocks)
         self.residents.lives(str(number), index)
         took = (time.perf_counter() - began) * 1e6
         self.received[index] += 1

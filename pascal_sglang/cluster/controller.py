@@ -34,7 +34,7 @@ from pascal_sglang.cluster.monitor import Monitor
 from pascal_sglang.cluster.mover import Mover
 from pascal_sglang.cluster.orders import Boundary, Died, Gone, Over
 from pascal_sglang.cluster.post import CONTROLLER, POST_ENV, Box, Pen
-from pascal_sglang.cluster.prefixes import Prefixes
+from pascal_sglang.cluster.prefixes import Prefixes, block_names
 from pascal_sglang.cluster.processes import Processes
 from pascal_sglang.cluster.residents import Residents
 from pascal_sglang.cluster.status import Status
@@ -136,20 +136,19 @@ class PascalController(DataParallelController):
     def place(self, req: Any) -> None:
         """Send a new request to the instance that Algorithm 1 chooses."""
         self.hear_all()
+        blocks = list(block_names(req.input_ids or (), getattr(req, "extra_key", None)))
         if self.maybe_external_dp_rank_routing(req):
-            self._note(req, req.routed_dp_rank)
+            self._note(req, req.routed_dp_rank, blocks)
             return
-        ids = req.input_ids or ()
-        hits = self.prefixes.hits(ids, getattr(req, "extra_key", None))
+        hits = self.prefixes.hits(blocks)
         candidates = self.placement.in_sight(self.active(), hits)
-        index = self.placement.place(candidates, len(ids), hits)
-        self._note(req, index)
+        index = self.placement.place(candidates, len(req.input_ids or ()), hits)
+        self._note(req, index, blocks)
         sock_send(self.workers[index], req)
 
-    def _note(self, req: Any, index: int) -> None:
-        ids = req.input_ids or ()
-        self.monitor.sent(index, len(ids))
-        self.prefixes.sent(index, ids, getattr(req, "extra_key", None))
+    def _note(self, req: Any, index: int, blocks: list[int]) -> None:
+        self.monitor.sent(index, len(req.input_ids or ()))
+        self.prefixes.sent(index, blocks)
         self.placed[str(index)] += 1
         self.residents.lives(req.rid, index)
 

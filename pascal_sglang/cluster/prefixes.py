@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
 BLOCK_TOKENS = 64
@@ -27,7 +27,7 @@ def block_names(
 
 
 class Prefixes:
-    """A bounded memory of blocks, the least recently seen forgotten first.
+    """A bounded memory of blocks (`block_names`), the least recently seen forgotten first.
 
     A guess: the instance may have evicted them. It is used to weigh, never to rely on.
     """
@@ -41,11 +41,11 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._held)
 
-    def hits(self, ids: Sequence[int], salt: str | None = None) -> dict[int, int]:
-        """Tokens of the prompt's beginning that each instance probably holds."""
+    def hits(self, blocks: Iterable[int]) -> dict[int, int]:
+        """Tokens of a prompt's beginning that each instance probably holds."""
         found: dict[int, int] = {}
         candidates: frozenset[int] | None = None
-        for number, block in enumerate(block_names(ids, salt, self.block_tokens), start=1):
+        for number, block in enumerate(blocks, start=1):
             held = self._held.get(block)
             if held is None:
                 break
@@ -56,13 +56,13 @@ class Prefixes:
                 found[index] = number * self.block_tokens
         return found
 
-    def sent(self, index: int, ids: Sequence[int], salt: str | None = None) -> None:
-        """The prompt went to an instance, whole."""
-        for block in block_names(ids, salt, self.block_tokens):
+    def sent(self, index: int, blocks: Iterable[int]) -> None:
+        """A prompt went to an instance, whole."""
+        for block in blocks:
             holders, times = self._held.get(block, (frozenset(), 0))
             self._note(block, holders | {index}, times + 1)
 
-    def ended(self, index: int, blocks: Sequence[int]) -> None:
+    def ended(self, index: int, blocks: Iterable[int]) -> None:
         """A conversation's turn has ended on an instance, which holds these blocks now. If it came
         from elsewhere, its next turn is to find it here: what is its alone is forgotten there."""
         for block in blocks:

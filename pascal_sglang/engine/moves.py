@@ -21,7 +21,7 @@ from pascal_sglang.cluster.post import CONTROLLER
 from pascal_sglang.cluster.wire import BadMessage, unpack
 from pascal_sglang.engine.arrivals import Arrivals
 from pascal_sglang.engine.departures import Departures
-from pascal_sglang.engine.governor import Governor
+from pascal_sglang.engine.governor import ERRORS_LOGGED, Governor
 from pascal_sglang.engine.letters import Letters, Voice
 from pascal_sglang.engine.members import member_of, remaining_of
 from pascal_sglang.engine.move_metrics import MoveMetrics
@@ -30,7 +30,6 @@ from pascal_sglang.policy.timeline import Phase
 
 logger = logging.getLogger(__name__)
 
-ERRORS_LOGGED = 5
 TO_SOURCE = (messages.Granted, messages.Refused, messages.Got, messages.Mine)
 TO_TARGET = (messages.Chunk, messages.Handover, messages.Cancelled)
 # Passes that a move takes besides one per window.

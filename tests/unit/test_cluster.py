@@ -29,40 +29,46 @@ def status(**more):
     return Status(**{**figures, **more})
 
 
+def names(ids, block_tokens, salt=None):
+    return list(block_names(ids, salt, block_tokens))
+
+
 def test_a_prefix_is_found_by_whole_blocks_where_it_was_sent():
     prefixes = Prefixes(block_tokens=4)
-    prefixes.sent(0, [1, 2, 3, 4, 5, 6, 7, 8, 9])
-    prefixes.sent(1, [1, 2, 3, 4, 9, 9, 9, 9])
-    assert prefixes.hits([1, 2, 3, 4, 5, 6, 7, 8, 1]) == {0: 8, 1: 4}
-    assert prefixes.hits([1, 2, 3]) == {}
-    assert prefixes.hits([2, 2, 3, 4, 5, 6, 7, 8]) == {}, "a later block alone is no prefix"
-    assert prefixes.hits([1, 2, 3, 4], salt="other") == {}
+    prefixes.sent(0, names([1, 2, 3, 4, 5, 6, 7, 8, 9], 4))
+    prefixes.sent(1, names([1, 2, 3, 4, 9, 9, 9, 9], 4))
+    assert prefixes.hits(names([1, 2, 3, 4, 5, 6, 7, 8, 1], 4)) == {0: 8, 1: 4}
+    assert prefixes.hits(names([1, 2, 3], 4)) == {}
+    assert prefixes.hits(names([2, 2, 3, 4, 5, 6, 7, 8], 4)) == {}, (
+        "a later block alone is no prefix"
+    )
+    assert prefixes.hits(names([1, 2, 3, 4], 4, "other")) == {}
 
 
 def test_the_memory_of_prefixes_is_bounded():
     prefixes = Prefixes(block_tokens=2, capacity=3)
     for start in range(10):
-        prefixes.sent(0, [start, start])
+        prefixes.sent(0, names([start, start], 2))
     assert len(prefixes) == 3
-    assert prefixes.hits([9, 9]) == {0: 2}
-    assert prefixes.hits([0, 0]) == {}
+    assert prefixes.hits(names([9, 9], 2)) == {0: 2}
+    assert prefixes.hits(names([0, 0], 2)) == {}
 
 
 def test_a_conversations_next_turn_is_found_where_its_last_one_ended():
     prefixes = Prefixes(block_tokens=2)
-    prefixes.sent(0, [1, 1, 2, 2])
-    prefixes.ended(1, list(block_names([1, 1, 2, 2, 3, 3], None, 2)))
-    assert prefixes.hits([1, 1, 2, 2, 3, 3, 4, 4]) == {1: 6}
+    prefixes.sent(0, names([1, 1, 2, 2], 2))
+    prefixes.ended(1, names([1, 1, 2, 2, 3, 3], 2))
+    assert prefixes.hits(names([1, 1, 2, 2, 3, 3, 4, 4], 2)) == {1: 6}
     prefixes.forget(1)
-    assert prefixes.hits([1, 1, 2, 2]) == {}
+    assert prefixes.hits(names([1, 1, 2, 2], 2)) == {}
 
 
 def test_what_many_conversations_share_stays_known_everywhere():
     prefixes = Prefixes(block_tokens=2)
     for turn in range(COMMON):
-        prefixes.sent(0, [1, 1, turn, turn])
-    prefixes.ended(1, list(block_names([1, 1, 0, 0], None, 2)))
-    assert prefixes.hits([1, 1, 0, 0]) == {0: 2, 1: 4}
+        prefixes.sent(0, names([1, 1, turn, turn], 2))
+    prefixes.ended(1, names([1, 1, 0, 0], 2))
+    assert prefixes.hits(names([1, 1, 0, 0], 2)) == {0: 2, 1: 4}
 
 
 def test_blocks_have_the_same_name_in_every_process():
