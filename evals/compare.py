@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals import alone, arms, page, remote, report, verdict, workload
+from evals import alone, arms, balance, page, remote, report, verdict, workload
 from evals.arms import Arm, ArmError, Plan, Rate, Server
 from evals.client import LAG_LIMIT_MS, Target, replay
 from evals.metrics import Idle, bin_edges, summarize
@@ -148,7 +148,8 @@ class Comparison:
     ) -> None:
         items = self.items(seed, rate.per_s)
         before = remote.counters(server.base_url)
-        back = replay(items, target, seed=seed)
+        with balance.watching(server.base_url) as seen:
+            back = replay(items, target, seed=seed)
         counters = remote.change(before, remote.counters(server.base_url))
         summary = summarize(
             back.records,
@@ -158,7 +159,8 @@ class Comparison:
             edges=self.edges,
             goodput_ms=self.plan.goodput_ms,
         )
-        summary |= details(back.records, items)
+        summary |= details(back.records, items) | seen.summary()
+        summary["moves_per_request"] = report.moves(counters) / len(items)
         tokens = [len(record.token_s) for record in back.records]
         self.runs.append(Run(arm.name, rate.name, seed, summary, tokens, counters, back.lag_p99_ms))
         if self.verbose:
@@ -235,6 +237,9 @@ class Comparison:
             ("throughput (tok/s)", verdict.key("output_throughput"), 1.0, True),
             ("in window (tok/s)", verdict.key("window_output_throughput"), 1.0, True),
             ("SLO violations (%)", verdict.key("slo_violations"), 100.0, False),
+            ("P99 blocking (ms)", verdict.key("p99_blocking_ms"), 1.0, False),
+            ("KV imbalance (%)", verdict.key("kv_imbalance"), 100.0, False),
+            ("moves per request", verdict.key("moves_per_request"), 1.0, False),
         ]
         for label, read, unit, higher in figures:
             value = verdict.mean(self.runs, arm.name, rate.name, read)

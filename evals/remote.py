@@ -16,6 +16,7 @@ INFO_KEYS = ("version", "model_path", "launch_command", "max_total_num_tokens", 
 # `/get_server_info` is the name before SGLang 0.5.
 INFO_PATHS = ("/server_info", "/get_server_info")
 POLL_S = 0.5
+TIMEOUT_S = 10
 COUNTERS = ("sglang:num_retract", "pascal:")
 KEPT = ("rung", "why", "way", "outcome", "lacks", "reason")
 LABEL = re.compile(r'(\w+)="([^"]*)"')
@@ -24,7 +25,7 @@ LABEL = re.compile(r'(\w+)="([^"]*)"')
 def wait_ready(base_url: str, timeout_s: float) -> bool:
     """Whether `/health` answered within `timeout_s`; asks at least once."""
     deadline = time.monotonic() + timeout_s
-    while _get(base_url, "/health") is None:
+    while get(base_url, "/health") is None:
         if time.monotonic() >= deadline:
             return False
         time.sleep(POLL_S)
@@ -33,7 +34,7 @@ def wait_ready(base_url: str, timeout_s: float) -> bool:
 
 def counters(base_url: str) -> dict[str, float]:
     """The server's counters of pauses, moves and retractions; empty without `/metrics`."""
-    return parse_counters(_get(base_url, "/metrics") or "")
+    return parse_counters(get(base_url, "/metrics") or "")
 
 
 def parse_counters(text: str) -> dict[str, float]:
@@ -63,7 +64,7 @@ def server_info(base_url: str) -> dict[str, Any]:
     """
     for path in INFO_PATHS:
         try:
-            told = json.loads(_get(base_url, path) or "null")
+            told = json.loads(get(base_url, path) or "null")
         except ValueError:
             continue
         if isinstance(told, dict):
@@ -100,10 +101,10 @@ def provenance(module: str, arguments: Sequence[str]) -> dict[str, Any]:
     return {"command": shlex.join(["python", "-m", module, *arguments]), "versions": versions}
 
 
-def _get(base_url: str, path: str) -> str | None:
+def get(base_url: str, path: str) -> str | None:
     """The body, or None where there is none to have."""
     try:
-        with urllib.request.urlopen(f"{base_url}{path}", timeout=10) as reply:
+        with urllib.request.urlopen(f"{base_url}{path}", timeout=TIMEOUT_S) as reply:
             body: bytes = reply.read()
     except OSError:
         return None

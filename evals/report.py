@@ -95,6 +95,12 @@ def totals(counters: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in counters.items() if "_total" in name}
 
 
+def moves(counters: Mapping[str, float]) -> float:
+    """Requests that went on at another instance."""
+    ends = ((name, n) for name, n in counters.items() if name.startswith("pascal:migrations_total"))
+    return sum(n for name, n in ends if 'outcome="moved"' in name)
+
+
 def short(summary: Mapping[str, Any]) -> str:
     """One run in one line."""
 
