@@ -1,0 +1,110 @@
+"""What the data-parallel controller costs: `python -m evals.controllers`.
+
+Two instances of the tiny model, with memory to spare, answer bursts of equal requests: under stock
+SGLang, under its own order with our controller, and under `pascal`. Arms take turns. Prints the
+throughput between a fifth and four fifths of the tokens, when everybody runs, and how busy the
+processes of the server are while nobody asks anything, in per cent of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import psutil
+
+from evals import arms
+from evals.arms import TINY, Arm, Plan, Rate, Server
+from evals.client import replay
+from evals.compare import CACHE, target_of
+from evals.items import Item
+from evals.verdict import Spread
+
+FLAGS = (
+    *("--model-path", "{model}", "--device", "cpu", "--dtype", "float32", "--dp-size", "2"),
+    *("--reasoning-parser", "qwen3", "--enable-custom-logit-processor", "--random-seed", "1"),
+    *("--incremental-streaming-output", "--sleep-on-idle", "--log-level", "warning"),
+    *("--max-total-tokens", "{kv_tokens}", "--max-running-requests", "256"),
+)
+ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+TURNS = ("--load-balance-method", "round_robin")
+ARMS = (
+    Arm(name="stock", command="stock", role="stock", flags=TURNS),
+    Arm(name="fcfs", command="pascal", role="candidate", flags=("--pascal-policy", "fcfs", *TURNS)),
+    Arm(name="pascal", command="pascal", role="candidate"),
+)
+REPEATS = 3
+IDLE_S = 10.0
+SETTLE_S = 3.0
+
+
+def processor_s(pid: int) -> float:
+    """CPU time of a process and all below it so far, in seconds."""
+    root = psutil.Process(pid)
+    times = [p.cpu_times() for p in (root, *root.children(recursive=True))]
+    return float(sum(t.user + t.system for t in times))
+
+
+def sustained(token_s: list[list[float]]) -> float:
+    """Tokens per second between a fifth and four fifths of all tokens."""
+    at_s = sorted(at for request in token_s for at in request)
+    fifth = len(at_s) // 5
+    return (len(at_s) - 2 * fifth) / (at_s[-fifth - 1] - at_s[fifth])
+
+
+def run(arm: Arm, plan: Plan, items: list[Item], model: Path, processor: str) -> tuple[float, ...]:
+    """Throughputs of the bursts, and how busy the idle server is (per cent)."""
+    with Server(arm, plan, model) as server:
+        target, found = target_of(plan, server, processor), []
+        replay(items[:8], target, seed=REPEATS)
+        for seed in range(REPEATS):
+            back = replay(items, target, seed=seed)
+            if failed := [r.error for r in back.records if r.error]:
+                raise SystemExit(f"{arm.name}: {failed[0]}")
+            found.append(sustained([r.token_s for r in back.records]))
+        time.sleep(SETTLE_S)
+        before = processor_s(server.process.pid)
+        time.sleep(IDLE_S)
+        return (*found, 100 * (processor_s(server.process.pid) - before) / IDLE_S)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--requests", type=int, default=64, help="at once (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=200, help="each answers (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="of all arms (%(default)s)")
+    parser.add_argument("--stream-interval", type=int, default=1)
+    parser.add_argument("--model", type=Path, help="folder that the tiny model is built in")
+    options = parser.parse_args()
+    model = arms.model_folder(TINY, options.model or CACHE)
+    processor = arms.logit_processor(TINY)
+    thinking = options.tokens // 2
+    items = [Item(0.0, 20, thinking, options.tokens - thinking)] * options.requests
+    plan = Plan(
+        preset="",
+        requests=options.requests,
+        seeds=1,
+        kv_tokens=131072,
+        target_tpot_ms=100.0,
+        flags=(*FLAGS, "--stream-interval", str(options.stream_interval)),
+        arms=ARMS,
+        rates=(Rate("burst", 1.0),),
+        env=ENV,
+    )
+    print(f"{'arm':<10}{'round':>6}{'tok/s of each burst':>40}{'idle %':>10}")
+    seen: dict[str, list[float]] = {arm.name: [] for arm in ARMS}
+    for number in range(options.rounds):
+        for arm in ARMS:
+            *bursts, idle = run(arm, plan, items, model, processor)
+            seen[arm.name] += bursts
+            shown = " ".join(f"{value:8.0f}" for value in bursts)
+            print(f"{arm.name:<10}{number:>6}{shown:>40}{idle:>10.1f}", flush=True)
+    stock = seen.pop("stock")
+    for name, values in seen.items():
+        ratio = Spread.of([a / b for a, b in zip(values, stock, strict=True)])
+        print(f"{name}: {ratio} x stock")
+
+
+if __name__ == "__main__":
+    main()
