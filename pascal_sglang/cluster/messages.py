@@ -47,10 +47,12 @@ class Refused(Message):
 
 @dataclass(frozen=True, slots=True)
 class Chunk(Message):
-    """Source to target: KV of the tokens `begin`..`end` is in the window."""
+    """Source to target: KV of the tokens `begin`..`end` is in the window. last: there is no more
+    yet, and the request stops once the target has this."""
 
     begin: int
     end: int
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)

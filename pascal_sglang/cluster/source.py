@@ -179,8 +179,10 @@ class Source:
         return not self.terms.live or left <= min(self.terms.tail, self.window) or full
 
     def _chunk(self, kv_tokens: int) -> Chunk:
-        chunk = Chunk(self.move, self.sent, min(kv_tokens, self.sent + self.window))
-        self.sent = chunk.end
+        end = min(kv_tokens, self.sent + self.window)
+        last = self.state is SourceState.COPYING and end == kv_tokens
+        chunk = Chunk(self.move, self.sent, end, last)
+        self.sent = end
         return chunk
 
     def _hand(self, now: float, kv_tokens: int) -> Handover:

@@ -26,6 +26,8 @@ from pascal_sglang.policy.member import Place
 
 logger = logging.getLogger(__name__)
 
+# A request that stops elsewhere is here this many passes later, and has produced a token.
+LANDING_PASSES = 8
 # Ended moves whose last word may have to be said again.
 REMEMBERED = 4096
 
@@ -53,6 +55,14 @@ class Arrivals:
         self._past: OrderedDict[str, Incoming] = OrderedDict()
         self._tombstones = Tombstones()
         self._dp_rank = get_parallel().dp_rank or 0
+        self._clear_until = self._clear_again = 0
+
+    @property
+    def wants_decoding(self) -> bool:
+        """Somebody's reader is waiting for it to go on here: no prefill now. Holds for so many
+        passes, and for as many after them not again, so that prefills have their turn."""
+        waits = self.arrived or self.under_way
+        return bool(waits) and self.governor.moment.pass_no < self._clear_until
 
     def asked(self, sender: int, ask: messages.Ask, now: float) -> None:
         if ask.move in self.under_way or ask.move in self._past:
@@ -142,6 +152,10 @@ class Arrivals:
         if incoming is None or incoming.sender != sender or incoming.target is None:
             return
         self.voice.say(sender, incoming.target.hear(message, now))
+        pass_no = self.governor.moment.pass_no
+        if isinstance(message, messages.Chunk) and message.last and pass_no >= self._clear_again:
+            self._clear_until = pass_no + LANDING_PASSES
+            self._clear_again = self._clear_until + LANDING_PASSES
         self._settle(message.move)
 
     def step(self, now: float) -> None:

@@ -222,6 +222,10 @@ class PascalScheduler(Scheduler):
         self.waiting_queue = self.waiting_queue + rest
         return plan
 
+    def _should_defer_prefill(self, running_batch: ScheduleBatch) -> bool:
+        deferred: bool = super()._should_defer_prefill(running_batch)
+        return deferred or (self.moves is not None and self.moves.arrivals.wants_decoding)
+
     def abort_request(self, recv_req: AbortReq) -> None:
         def matches(rid: str) -> bool:
             return recv_req.abort_all or rid.startswith(recv_req.rid)

@@ -90,6 +90,19 @@ def test_without_trouble_it_moves_and_stops_for_the_tail_alone():
     assert world.taken == {"kv": world.kv}
 
 
+def test_the_last_piece_before_the_stop_says_so():
+    """So that the target begins nothing long."""
+    world = World()
+    world.source.hear(Granted("m1", ["here"], 0, WINDOW), 0.1)
+    pieces = []
+    while not world.events:
+        for piece in world.source.copy(0.1, world.kv, still=False):
+            pieces.append(piece)
+            world.source.hear(Got("m1", piece.end), 0.1)
+    assert [p.last for p in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert (pieces[-1].end, world.events) == (world.kv, ["stop"])
+
+
 def test_stop_and_copy_stops_before_the_first_piece():
     world = World(terms(live=False))
     world.source.hear(Granted("m1", ["here"], 0, WINDOW), 0.1)
