@@ -69,7 +69,8 @@ class Cluster:
             free=free,
             waiting=self.dice.randrange(1000),
             capacity=KV_TOKENS,
-            running=self.dice.randrange(200),
+            load=self.dice.randrange(200),
+            batch=self.dice.randrange(200),
             pass_us=self.dice.randrange(20_000, 60_000),
             prefill_ns=80_000,
         )

@@ -52,7 +52,8 @@ class Monitor:
         instance.fresh = status.fresh
         instance.free = status.free
         instance.capacity = status.capacity
-        instance.running = status.running
+        instance.load = status.load + len(waiting)
         instance.pass_us = status.pass_us
+        instance.batch = status.batch
         instance.prefill_ns = status.prefill_ns
         instance.waiting = status.waiting + sum(tokens for _, tokens in waiting)

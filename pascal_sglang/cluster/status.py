@@ -22,6 +22,7 @@ class Status:
     free: int
     waiting: int
     capacity: int
-    running: int
+    load: int
     pass_us: int
+    batch: int
     prefill_ns: int

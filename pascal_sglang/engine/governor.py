@@ -63,6 +63,8 @@ class Governor:
         self.planner = Planner(order, tuning, Worth(self.view.needs, self.view.gives))
         self.journal = Journal(order, tuning, log=config.log_decisions)
         self.moment = Moment(0, 0.0, 0.0)
+        # Mean number of running requests over the passes of `moment.pass_s`.
+        self.batch = 0.0
         self.errors = 0
         self.policy_s = 0.0
         self.moves: Moves | None = None
@@ -75,7 +77,7 @@ class Governor:
     def govern(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
         """Begin a pass. An error of ours is logged and counted, and SGLang's order stands in."""
         now = time.perf_counter()
-        self._tick(now if self._alone else agree(self.scheduler, now), last)
+        self._tick(now if self._alone else agree(self.scheduler, now), running, last)
         begin = time.perf_counter()
         try:
             running = self._carry_out(running, last)
@@ -95,13 +97,16 @@ class Governor:
             self.journal.metrics.update(totals, self.planner.line.lengths())
         return running
 
-    def _tick(self, now: float, last: ScheduleBatch | None) -> None:
+    def _tick(self, now: float, running: ScheduleBatch, last: ScheduleBatch | None) -> None:
         """A new pass begins; `now` is TP rank 0's clock in seconds."""
         before = self.moment
         step = now - before.now if before.now and now > before.now else 0.0
         # Only passes of a busy engine say how long a step takes; an idle one may spin or sleep.
         busy = 0.0 < step < 1.0
-        pass_s = 0.9 * before.pass_s + 0.1 * step if busy and last is not None else before.pass_s
+        pass_s = before.pass_s
+        if busy and last is not None:
+            pass_s = 0.9 * pass_s + 0.1 * step
+            self.batch = 0.9 * self.batch + 0.1 * len(running.reqs)
         self.moment = Moment(before.pass_no + 1, now, pass_s)
         tokens = 0
         if last is not None and last.forward_mode.is_extend():

@@ -7,7 +7,7 @@ import time
 from itertools import islice
 from typing import Any
 
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster.orders import Gone
@@ -37,11 +37,12 @@ class Herald:
         self._last: Status | None = None
         self._sent_at = 0.0
 
-    def tell(self, *, busy: bool) -> None:
+    def tell(self, batch: ScheduleBatch | None) -> None:
+        """Say how it is; `batch` is what runs next."""
         now = time.perf_counter()
-        if busy and now - self._sent_at < EVERY_S:
+        if batch is not None and now - self._sent_at < EVERY_S:
             return
-        status = self.status()
+        status = self.status(batch)
         if status == self._last and now - self._sent_at < ALIVE_S:
             return
         if self.pen.write(CONTROLLER, status):
@@ -53,19 +54,24 @@ class Herald:
         blocks = list(islice(block_names(ids, req.extra_key), MAX_ITEMS))
         self.pen.write(CONTROLLER, Gone(self._dp_rank, req.rid, blocks))
 
-    def status(self) -> Status:
+    def status(self, batch: ScheduleBatch | None) -> Status:
         return Status(
             dp_rank=self._dp_rank,
             received=self.received,
-            **figures(self.scheduler, self.governor),
+            **figures(self.scheduler, self.governor, batch),
         )
 
 
-def figures(scheduler: Any, governor: Governor) -> dict[str, Any]:
+def figures(scheduler: Any, governor: Governor, batch: ScheduleBatch | None) -> dict[str, Any]:
     """This instance in the terms of `policy.placement.Instance`; token counts and numbers of
-    requests."""
+    requests. batch: the one that runs: who is prefilled in it is neither waiting nor running."""
     planner, config = governor.planner, governor.members.config
-    running = [member_of(r) for r in scheduler.running_batch.reqs if not r.finished()]
+    present = dict.fromkeys(scheduler.running_batch.reqs)
+    if batch is not None:
+        present |= dict.fromkeys(batch.reqs)
+    if scheduler.chunked_req is not None:
+        present[scheduler.chunked_req] = None
+    running = [member_of(r) for r in present if not r.finished()]
     paused = [member_of(r) for r in governor.ladder.paused()]
     answering = [m for m in (*running, *paused) if m.phase is Phase.ANSWERING]
     lane = planner.order.thinking_lane
@@ -88,8 +94,9 @@ def figures(scheduler: Any, governor: Governor) -> dict[str, Any]:
         "free": free,
         "waiting": sum(member_of(r).kv_tokens for r in scheduler.waiting_queue),
         "capacity": scheduler.max_total_num_tokens,
-        "running": len(running),
+        "load": len(running) + len(paused) + len(scheduler.waiting_queue),
         "pass_us": round(1e6 * governor.moment.pass_s),
+        "batch": round(governor.batch),
         "prefill_ns": round(1e9 * (governor.ladder.costs.prefill_token_s or 0.0)),
     }
 

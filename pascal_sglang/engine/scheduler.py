@@ -190,7 +190,7 @@ class PascalScheduler(Scheduler):
             running_batch = self.governor.govern(running_batch, last_batch)
         plan = super().get_next_batch_to_run(running_batch=running_batch, last_batch=last_batch)
         if self.herald is not None:
-            self.herald.tell(busy=plan.batch_to_run is not None)
+            self.herald.tell(plan.batch_to_run)
         return plan
 
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> Any:
@@ -280,7 +280,7 @@ class PascalScheduler(Scheduler):
                 "evictable": self.tree_cache.evictable_size(),
                 "host": 0 if ladder is None else ladder.host_tokens,
             },
-            "monitor": {} if governor is None else figures(self, governor),
+            "monitor": {} if governor is None else figures(self, governor, self.last_batch),
             "paused": len(paused),
             "pauses": {} if ladder is None else dict(ladder.counts),
             "costs": {} if ladder is None else ladder.costs.describe(),

@@ -15,6 +15,9 @@ NO_HITS: Mapping[int, int] = {}
 THINKING_TOKENS = 1000
 # Part of a decode step that grows with the requests in it; the rest reads weights and launches.
 GROWING_SHARE = 0.25
+# Up to this many times the requests of a measured pass, its length holds: a request more is little
+# KV at first, and one less may be much. Found by simulation.
+NEAR = 1.25
 # What a whole pool of KV, held or paused in host memory, adds to the time until an answer: it will
 # be wanted. Without it long prompts pile up where passes are still short; found by simulation.
 HELD_SHARE = 0.25
@@ -28,8 +31,9 @@ class Instance:
     memory. thinking: `r_i`, requests reasoning in the high class. fresh: `a_i`, answering requests
     inside their first quantum. free: KV free or evictable. waiting: prompt tokens not yet started.
     arriving: KV reserved for requests on their way to it. moves: moves under way, either way.
-    capacity: KV tokens of the device. running: requests that decode. pass_us: recent length of a
-    pass in microseconds. prefill_ns: recent time per prefilled token in nanoseconds.
+    capacity: KV tokens of the device. load: requests that run there, wait, or are on their way.
+    pass_us: recent length of a pass in microseconds, with `batch` requests in it. prefill_ns:
+    recent time per prefilled token in nanoseconds.
     """
 
     index: int
@@ -42,8 +46,9 @@ class Instance:
     arriving: int = 0
     moves: int = 0
     capacity: int = 0
-    running: int = 0
+    load: int = 0
     pass_us: int = 0
+    batch: int = 0
     prefill_ns: int = 0
 
     @property
@@ -126,32 +131,32 @@ class Placement:
         all if none is; or the earliest answer. hits: tokens of the prompt that an instance holds
         already; they weigh against its footprint, and save their prefill."""
         turn, count, held = self._turn, len(instances), hits.get
-        known = min((i.pass_us for i in instances if i.on_pace and i.pass_us), default=0)
-        known = known or min((i.pass_us for i in instances if i.pass_us), default=1)
+        measured = min(
+            (i for i in instances if i.pass_us), key=lambda i: i.pass_us, default=instances[0]
+        )
         weight = self._until_answer if self.predict else self._footprint
         # False comes first: those on pace, if there are any.
         chosen = min(
             instances,
             key=lambda i: (
                 not i.on_pace,
-                weight(i, held(i.index, 0), known),
+                weight(i, held(i.index, 0), measured),
                 (i.index - turn) % count,
             ),
         )
         self._turn += 1
         chosen.thinking += 1
-        chosen.running += 1
-        chosen.pass_us = round(_pass_us(chosen, known) * (1 + GROWING_SHARE / chosen.running))
+        chosen.load += 1
         chosen.waiting += max(0, prompt - hits.get(chosen.index, 0))
         return chosen.index
 
-    def _footprint(self, instance: Instance, held: int, known: int) -> float:
+    def _footprint(self, instance: Instance, held: int, measured: Instance) -> float:
         return instance.footprint + instance.waiting - held
 
-    def _until_answer(self, instance: Instance, held: int, known: int) -> float:
+    def _until_answer(self, instance: Instance, held: int, measured: Instance) -> float:
         """Microseconds until an answer could begin there, more if much KV waits to go on."""
         left = instance.waiting - held
-        alone = THINKING_TOKENS * _pass_us(instance, known) + left * instance.prefill_ns / 1000
+        alone = THINKING_TOKENS * _pass_us(instance, measured) + left * instance.prefill_ns / 1000
         return alone * (1 + HELD_SHARE * (instance.footprint + left) / max(1, instance.capacity))
 
     def at_boundary(self, instances: Sequence[Instance], answer: Answer) -> Decision:
@@ -232,6 +237,12 @@ class Placement:
         return (instance.index - self._turn) % count
 
 
-def _pass_us(instance: Instance, known: int) -> int:
-    # What an idle one last measured says nothing of how fast it would be now.
-    return instance.pass_us if instance.running and instance.pass_us else known
+def _pass_us(instance: Instance, measured: Instance) -> float:
+    """How long a pass would take there with everybody who waits or is on the way.
+
+    The measured length lags behind a burst, and belongs to the requests that it was measured with.
+    What an idle instance last measured says nothing of how fast it would be now: `measured` does.
+    """
+    by = instance if instance.load and instance.pass_us else measured
+    more = max(0.0, instance.load - NEAR * by.batch) / max(1, by.batch)
+    return max(1, by.pass_us) * (1 + GROWING_SHARE * more)

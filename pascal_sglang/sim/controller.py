@@ -78,8 +78,9 @@ class Controller:
         view.fresh = len(instance.fresh)
         view.waiting = tokens
         view.capacity = memory.capacity
-        view.running = len(instance.batch)
+        view.load = len(instance.batch) + instance.others
         view.pass_us = round(1e6 * instance.passes.mean_s)
+        view.batch = round(instance.passes.mean_batch)
         view.prefill_ns = round(1e9 * instance.prefill_token_s)
         self._said[index] = astuple(view)
 

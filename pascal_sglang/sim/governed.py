@@ -260,6 +260,10 @@ class Governed(Instance):
         arrived = sum(job.prompt for job in self.inbox)
         return thinking + len(self.inbox), self._waiting_tokens + arrived
 
+    @property
+    def others(self) -> int:
+        return sum(self.planner.line.counts.values()) + len(self.inbox) + len(self.filling)
+
     def takes_over(self, job: Job) -> None:
         """A request has moved here with its KV; where that does not fit any more it waits in host
         memory."""

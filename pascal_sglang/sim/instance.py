@@ -99,6 +99,11 @@ class Instance(ABC):
         """Requests that think and do not run, and prompt tokens of those not begun."""
 
     @property
+    @abstractmethod
+    def others(self) -> int:
+        """Requests here that do not run."""
+
+    @property
     def prefill_token_s(self) -> float:
         """Seconds per prefilled token, as far as this instance has measured it."""
         return 0.0
@@ -164,7 +169,7 @@ class Instance(ABC):
         self.busy_s += batch.origin - begin
         self.prefilled_last = False
         growth_s = batch.cost.kv_token_s * len(batch)
-        self.passes.add(count, batch.step_s - growth_s, growth_s)
+        self.passes.add(count, len(batch), batch.step_s - growth_s, growth_s)
 
     def _begin_pass(self) -> None:
         batch = self.batch
@@ -224,7 +229,7 @@ class Instance(ABC):
         tokens = self.cost.chunk - left
         seconds = self.cost.prefill(tokens)
         self.prefilled_tokens += tokens
-        self.passes.add(1, seconds)
+        self.passes.add(1, len(self.batch), seconds)
         self.has_prefilled(tokens, seconds)
         self._hold_up(seconds)
         self._set_alarm(self.batch.origin, self.batch.steps)

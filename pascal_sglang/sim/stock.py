@@ -67,6 +67,10 @@ class Stock(Instance):
         waiting = [*self.queue, *self.inbox]
         return len(waiting), sum(job.prompt for job in waiting)
 
+    @property
+    def others(self) -> int:
+        return len(self.queue) + len(self.inbox) + len(self.filling)
+
     def _wait(self, job: Job) -> None:
         job.place = Place.WAITING
         job.kv_tokens = job.prompt + job.total_tokens

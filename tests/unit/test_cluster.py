@@ -22,7 +22,8 @@ def status(**more):
         "free": 90,
         "waiting": 5,
         "capacity": 100,
-        "running": 1,
+        "load": 1,
+        "batch": 1,
         "pass_us": 5000,
         "prefill_ns": 800,
     }

@@ -50,7 +50,7 @@ def test_a_held_prefix_weighs_against_footprint():
 def test_a_new_request_goes_where_its_answer_is_expected_first():
     """Fast passes outweigh some footprint, and much footprint outweighs them; so does a long queue
     of prefills; an idle instance is as fast as the fastest known."""
-    busy = {"running": 20, "prefill_ns": 100_000, "capacity": 1000}
+    busy = {"load": 20, "batch": 20, "prefill_ns": 100_000, "capacity": 1000}
     slow = roomy(0, footprint=500, pass_us=40_000, **busy)
     fast = roomy(1, footprint=700, pass_us=35_000, **busy)
     assert pascal(predict=True).place([slow, fast], 5) == 1
@@ -63,10 +63,23 @@ def test_a_new_request_goes_where_its_answer_is_expected_first():
 
 
 def test_a_burst_is_spread_by_prediction_too():
-    instances = [roomy(i, running=10, pass_us=30_000) for i in range(4)]
+    instances = [roomy(i, load=10, batch=10, pass_us=30_000) for i in range(4)]
     placement = pascal(predict=True)
     placed = [placement.place(instances, 20) for _ in range(40)]
     assert [placed.count(i) for i in range(4)] == [10] * 4
+
+
+def test_a_burst_is_spread_however_late_the_passes_are_measured():
+    """One has measured longer passes, because it was asked first and has more to do already."""
+    ahead = {"load": 20, "batch": 18, "pass_us": 12_000}
+    behind = {"load": 19, "batch": 3, "pass_us": 5_000}
+    instances = [roomy(0, **ahead), roomy(1, **behind)]
+    placement = pascal(predict=True)
+    for _ in range(20):
+        placement.place(instances, 20)
+        for instance, measured in zip(instances, (ahead, behind), strict=True):
+            instance.pass_us, instance.batch = measured["pass_us"], measured["batch"]
+    assert abs(instances[0].load - instances[1].load) <= 8
 
 
 def test_one_decision_looks_at_a_bounded_number_of_instances():

@@ -67,12 +67,13 @@ def test_nothing_is_lost_under_any_load(arm, seed, share, capacity, host, slots,
 def test_passes_together_are_as_one_by_one(count, first, growth):
     together, single = Passes(), Passes()
     for passes in (together, single):
-        passes.add(1, 0.05)
-    together.add(count, first + growth * (count - 1), growth)
+        passes.add(1, 20, 0.05)
+    together.add(count, 8, first + growth * (count - 1), growth)
     for number in range(count):
-        single.add(1, first + growth * number)
+        single.add(1, 8, first + growth * number)
     assert together.count == single.count
     assert together.mean_s == pytest.approx(single.mean_s)
+    assert together.mean_batch == pytest.approx(single.mean_batch)
 
 
 def test_the_same_seed_gives_the_same_run():

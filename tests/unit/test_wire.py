@@ -29,7 +29,8 @@ STATUS = Status(
     free=6,
     waiting=7,
     capacity=8,
-    running=9,
+    load=9,
+    batch=7,
     pass_us=10,
     prefill_ns=11,
 )
