@@ -97,7 +97,7 @@ def test_counters_change_and_new_ones_count_from_zero():
 @pytest.mark.parametrize("command", ["--api-key s3cret --port 1", "--admin-api-key=s3cret -x"])
 def test_keys_in_a_servers_command_are_hidden(command, monkeypatch):
     told = json.dumps({"launch_command": command, "api_key": "s3cret"})
-    monkeypatch.setattr(remote, "_get", lambda *_: told)
+    monkeypatch.setattr(remote, "get", lambda *_: told)
     seen = remote.server_info("http://x")
     assert "s3cret" not in str(seen)
     assert "***" in seen["launch_command"]
