@@ -2,13 +2,15 @@
 
 Two instances of the tiny model, with memory to spare, answer bursts of equal requests: under stock
 SGLang, under its own order with our controller, and under `pascal`. Arms take turns. Prints the
-throughput between a fifth and four fifths of the tokens, when everybody runs, and how busy the
-processes of the server are while nobody asks anything, in per cent of one core.
+throughput of each burst, from the first request to the last token, and how busy the processes of
+the server are while nobody asks anything, in per cent of one core.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from evals.arms import TINY, Arm, Plan, Rate, Server
 from evals.client import replay
 from evals.compare import CACHE, target_of
 from evals.items import Item
+from evals.throughput import throughput
 from evals.verdict import Spread
 
 FLAGS = (
@@ -46,13 +49,6 @@ def processor_s(pid: int) -> float:
     return float(sum(t.user + t.system for t in times))
 
 
-def sustained(token_s: list[list[float]]) -> float:
-    """Tokens per second between a fifth and four fifths of all tokens."""
-    at_s = sorted(at for request in token_s for at in request)
-    fifth = len(at_s) // 5
-    return (len(at_s) - 2 * fifth) / (at_s[-fifth - 1] - at_s[fifth])
-
-
 def run(arm: Arm, plan: Plan, items: list[Item], model: Path, processor: str) -> tuple[float, ...]:
     """Throughputs of the bursts, and how busy the idle server is (per cent)."""
     with Server(arm, plan, model) as server:
@@ -62,7 +58,7 @@ def run(arm: Arm, plan: Plan, items: list[Item], model: Path, processor: str) ->
             back = replay(items, target, seed=seed)
             if failed := [r.error for r in back.records if r.error]:
                 raise SystemExit(f"{arm.name}: {failed[0]}")
-            found.append(sustained([r.token_s for r in back.records]))
+            found.append(throughput(back.records, items)["output_throughput"])
         time.sleep(SETTLE_S)
         before = processor_s(server.process.pid)
         time.sleep(IDLE_S)
@@ -72,11 +68,13 @@ def run(arm: Arm, plan: Plan, items: list[Item], model: Path, processor: str) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--requests", type=int, default=64, help="at once (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=200, help="each answers (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=500, help="each answers (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="of all arms (%(default)s)")
     parser.add_argument("--stream-interval", type=int, default=1)
     parser.add_argument("--model", type=Path, help="folder that the tiny model is built in")
     options = parser.parse_args()
+    # Leaving by an exception takes the running server along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     model = arms.model_folder(TINY, options.model or CACHE)
     processor = arms.logit_processor(TINY)
     thinking = options.tokens // 2

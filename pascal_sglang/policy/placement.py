@@ -15,9 +15,6 @@ NO_HITS: Mapping[int, int] = {}
 THINKING_TOKENS = 1000
 # Part of a decode step that grows with the requests in it; the rest reads weights and launches.
 GROWING_SHARE = 0.25
-# Up to this many times the requests of a measured pass, its length holds: a request more is little
-# KV at first, and one less may be much. Found by simulation.
-NEAR = 1.25
 # What a whole pool of KV, held or paused in host memory, adds to the time until an answer: it will
 # be wanted. Without it long prompts pile up where passes are still short; found by simulation.
 HELD_SHARE = 0.25
@@ -131,16 +128,14 @@ class Placement:
         all if none is; or the earliest answer. hits: tokens of the prompt that an instance holds
         already; they weigh against its footprint, and save their prefill."""
         turn, count, held = self._turn, len(instances), hits.get
-        measured = min(
-            (i for i in instances if i.pass_us), key=lambda i: i.pass_us, default=instances[0]
-        )
+        usual = _usual_pass(instances)
         weight = self._until_answer if self.predict else self._footprint
         # False comes first: those on pace, if there are any.
         chosen = min(
             instances,
             key=lambda i: (
                 not i.on_pace,
-                weight(i, held(i.index, 0), measured),
+                weight(i, held(i.index, 0), usual),
                 (i.index - turn) % count,
             ),
         )
@@ -150,13 +145,13 @@ class Placement:
         chosen.waiting += max(0, prompt - hits.get(chosen.index, 0))
         return chosen.index
 
-    def _footprint(self, instance: Instance, held: int, measured: Instance) -> float:
+    def _footprint(self, instance: Instance, held: int, usual: tuple[float, float]) -> float:
         return instance.footprint + instance.waiting - held
 
-    def _until_answer(self, instance: Instance, held: int, measured: Instance) -> float:
+    def _until_answer(self, instance: Instance, held: int, usual: tuple[float, float]) -> float:
         """Microseconds until an answer could begin there, more if much KV waits to go on."""
         left = instance.waiting - held
-        alone = THINKING_TOKENS * _pass_us(instance, measured) + left * instance.prefill_ns / 1000
+        alone = THINKING_TOKENS * _pass_us(instance, usual) + left * instance.prefill_ns / 1000
         return alone * (1 + HELD_SHARE * (instance.footprint + left) / max(1, instance.capacity))
 
     def at_boundary(self, instances: Sequence[Instance], answer: Answer) -> Decision:
@@ -237,12 +232,26 @@ class Placement:
         return (instance.index - self._turn) % count
 
 
-def _pass_us(instance: Instance, measured: Instance) -> float:
-    """How long a pass would take there with everybody who waits or is on the way.
+def _usual_pass(instances: Sequence[Instance]) -> tuple[float, float]:
+    """Mean length of a pass in microseconds, and requests in it, as measured by those at work, or
+    by anybody."""
+    measured = [i for i in instances if i.pass_us and i.load] or [i for i in instances if i.pass_us]
+    if not measured:
+        return 1.0, 1.0
+    count = len(measured)
+    return sum(i.pass_us for i in measured) / count, sum(i.batch for i in measured) / count
 
-    The measured length lags behind a burst, and belongs to the requests that it was measured with.
-    What an idle instance last measured says nothing of how fast it would be now: `measured` does.
+
+def _pass_us(instance: Instance, usual: tuple[float, float]) -> float:
+    """How long a pass takes there with everybody who is there or on the way.
+
+    What an instance has measured lags behind a burst, and one long pass marks it for some time. It
+    counts as far as it was measured with as many requests as there are now; else their number does.
     """
-    by = instance if instance.load and instance.pass_us else measured
-    more = max(0.0, instance.load - NEAR * by.batch) / max(1, by.batch)
-    return max(1, by.pass_us) * (1 + GROWING_SHARE * more)
+    pass_us, batch = usual
+    by_load = pass_us * (1 + GROWING_SHARE * (instance.load - batch) / max(1.0, batch))
+    if not instance.pass_us:
+        return by_load
+    fewer, more = sorted((instance.load, instance.batch))
+    trust = fewer / max(1, more)
+    return trust * instance.pass_us + (1 - trust) * by_load
