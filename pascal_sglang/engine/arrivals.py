@@ -64,6 +64,10 @@ class Arrivals:
         waits = self.arrived or self.under_way
         return bool(waits) and self.governor.moment.pass_no < self._clear_until
 
+    @property
+    def is_idle(self) -> bool:
+        return not (self.under_way or self.landing.closing)
+
     def asked(self, sender: int, ask: messages.Ask, now: float) -> None:
         if ask.move in self.under_way or ask.move in self._past:
             return
@@ -151,7 +155,12 @@ class Arrivals:
         incoming = self.under_way.get(message.move) or self._past.get(message.move)
         if incoming is None or incoming.sender != sender or incoming.target is None:
             return
-        self.voice.say(sender, incoming.target.hear(message, now))
+        said = incoming.target.hear(message, now)
+        if incoming.reading is not None and incoming.target.state is TargetState.RECEIVING:
+            # Said again or not, the source writes the next piece as soon as it hears this.
+            incoming.unsaid = said
+        else:
+            self.voice.say(sender, said)
         pass_no = self.governor.moment.pass_no
         if isinstance(message, messages.Chunk) and message.last and pass_no >= self._clear_again:
             self._clear_until = pass_no + LANDING_PASSES
@@ -160,8 +169,15 @@ class Arrivals:
 
     def step(self, now: float) -> None:
         """Once per pass."""
+        if self.landing.closing:
+            # Before rank 0 grants one again, the other ranks must be done with it too.
+            all_agree(self.scheduler, self.landing.close())
         for move, incoming in list(self.under_way.items()):
             assert incoming.target is not None
+            if incoming.reading is not None:
+                done = all_agree(self.scheduler, self.landing.read(incoming))
+                said = incoming.unsaid if done else incoming.target.give_up("transport")
+                self.voice.say(incoming.sender, said)
             self.voice.say(incoming.sender, incoming.target.tick(now))
             self._settle(move)
 

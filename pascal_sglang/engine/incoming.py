@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
 
+from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.target import Target
+from pascal_sglang.engine.copies import HostKV
 from pascal_sglang.engine.kv_bytes import KvBytes
 from pascal_sglang.engine.pool import Pool
 
@@ -29,17 +32,21 @@ def window_tokens(kv: KvBytes) -> int:
 @dataclass(slots=True, eq=False)
 class Incoming:
     """One move to here. sender: the instance it comes from. locations: the KV entries reserved, in
-    whole pages. req: made of its state, once that is here."""
+    whole pages. req: made of its state, once that is here. reading: its window is read, since the
+    last pass; unsaid: what is said once that is over."""
 
     sender: int
     locations: torch.Tensor
     window: int
     target: Target | None = None
     req: Req | None = None
+    reading: HostKV | None = None
+    unsaid: Sequence[Message] = ()
 
 
 class Landing:
-    """Memory for KV on its way in: entries of the pool, and windows. reserved: KV entries held."""
+    """Memory for KV on its way in: entries of the pool, and windows. reserved: KV entries held.
+    closing: windows of moves that are over, still read."""
 
     def __init__(self, pool: Pool, kv: KvBytes, memory: memoryview) -> None:
         self.pool = pool
@@ -47,6 +54,7 @@ class Landing:
         self.memory = memory
         self.window = window_tokens(kv)
         self.reserved = 0
+        self.closing: list[tuple[int, HostKV]] = []
         self._free = deque(range(WINDOWS))
 
     @property
@@ -66,17 +74,35 @@ class Landing:
         return incoming.window * self.window * self.kv.per_token
 
     def fetch(self, incoming: Incoming, begin: int, end: int) -> bool:
-        """Take KV of the tokens `begin`..`end` out of the window."""
+        """Take KV of the tokens `begin`..`end` out of the window; whether that worked. Steps
+        launched from now on see it. Deferred copies read the window until `read` returns."""
         if end - begin > self.window:
             return False
         at, size = self.offset(incoming), (end - begin) * self.kv.per_token
+        if not size:
+            return True
+        # Of every rank, whether its device fails or not: windows are free again in the same pass.
+        incoming.reading = HostKV([], failed=True)
         try:
-            if size:
-                self.kv.copy_in(incoming.locations[begin:end], self.memory[at : at + size])
+            memory = self.memory[at : at + size]
+            incoming.reading = self.kv.copy_in(incoming.locations[begin:end], memory)
         except (RuntimeError, ValueError, IndexError):
             logger.exception("pascal_sglang: KV that arrived could not be written")
-            return False
-        return True
+        if self.kv.copies.deferred:
+            return not incoming.reading.failed
+        return self.read(incoming)
+
+    def read(self, incoming: Incoming) -> bool:
+        """Wait until nothing reads the window any more; False if the device failed."""
+        reading, incoming.reading = incoming.reading, None
+        return reading is None or self.kv.copies.wait(reading)
+
+    def close(self) -> bool:
+        """The same for the windows of moves that are over, which others may have then."""
+        closed, self.closing = self.closing, []
+        self._free.extend(window for window, _ in closed)
+        failed = [window for window, reading in closed if not self.kv.copies.wait(reading)]
+        return not failed
 
     def keep(self, incoming: Incoming, tokens: int) -> torch.Tensor:
         """The move is done: where its `tokens` KV entries are. The rest is given back."""
@@ -90,7 +116,11 @@ class Landing:
 
     def _give_back(self, incoming: Incoming, locations: torch.Tensor) -> None:
         self.reserved -= len(incoming.locations)
-        self._free.append(incoming.window)
+        if incoming.reading is None:
+            self._free.append(incoming.window)
+        else:
+            self.closing.append((incoming.window, incoming.reading))
+            incoming.reading = None
         if len(locations):
             self.pool.allocator.free(locations)
 

@@ -20,7 +20,8 @@ FLOOD = {"flood": 0.02}
 FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_moves.py")), "serve")
 
 ARMS = {
-    "two ranks each": (40, ["--tp-size", "2"], {}),
+    # With chaos, half of the copies count as begun in one pass and complete in the next.
+    "two ranks each, pauses": (40, ["--tp-size", "2"], {"chaos": 0.02, "quantum_tokens": 50}),
     "mooncake, no overlap, pages of 16": (
         60,
         ["--disable-overlap-schedule", "--page-size", "16"],
