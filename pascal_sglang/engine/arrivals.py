@@ -100,7 +100,7 @@ class Arrivals:
             return "aborted"
         if not self.landing.has_window:
             return "busy"
-        running = len(self.scheduler.running_batch.reqs)
+        running = len(self.scheduler.running_batch.reqs) + len(self.governor.ladder.arriving)
         pool = self.landing.pool
         room = pool.free_tokens - self.governor.view.promised_tokens() - pool.in_pages(running + 1)
         return None if room >= pool.in_pages(ask.tokens) else "full"

@@ -39,6 +39,22 @@ class HostKV:
         return len(self.parts[0])
 
 
+@dataclass(slots=True)
+class HostCopy:
+    """A paused request's KV in host memory, in the pool's own format.
+
+    shared: leading tokens that stood in the prefix cache; `prefix` holds these, `own` the rest.
+    """
+
+    tokens: int
+    shared: int
+    prefix: HostKV | None
+    own: HostKV | None
+
+    def halves(self) -> list[HostKV]:
+        return [half for half in (self.prefix, self.own) if half is not None]
+
+
 class Copies:
     """Host memory for KV entries of one device pool, and the copies there and back.
 
@@ -171,8 +187,8 @@ class Copies:
         return not kv.failed
 
     def to_device(self, kv: HostKV, locations: torch.Tensor) -> None:
-        """Write the entries to `locations`; steps launched from now on see them. Where copies are
-        `deferred`, the host memory is read until `wait` returns."""
+        """Begin to write the entries to `locations`. Steps see them once `wait` has returned or
+        after `hold_steps`; until then the host memory is read."""
         assert self.buffers is not None
         scheduler = self._scheduler
         if self._stream is not None:
@@ -183,11 +199,14 @@ class Copies:
                 for some in _chunks(kv.tokens):
                     buffer[locations[some]] = part[some].to(buffer.device, non_blocking=True)
             kv.done = self._mark(locations)
+
+    def hold_steps(self, kv: HostKV) -> None:
+        """Have steps launched from now on wait for the copy, if it is not complete by then."""
         if kv.done is not None:
-            # Those who read them next wait: not the scheduler's own stream under overlap, or the
-            # scheduler would wait for the copy as soon as it waits for anything.
-            overlap = scheduler.enable_overlap
-            reader = scheduler.forward_stream if overlap else torch.cuda.current_stream()
+            # Not the scheduler's own stream under overlap, or the scheduler would wait for the copy
+            # as soon as it waits for anything.
+            overlap = self._scheduler.enable_overlap
+            reader = self._scheduler.forward_stream if overlap else torch.cuda.current_stream()
             reader.wait_event(kv.done)
 
     def free(self, kv: HostKV) -> None:

@@ -74,8 +74,8 @@ class Landing:
         return incoming.window * self.window * self.kv.per_token
 
     def fetch(self, incoming: Incoming, begin: int, end: int) -> bool:
-        """Take KV of the tokens `begin`..`end` out of the window; whether that worked. Steps
-        launched from now on see it. Deferred copies read the window until `read` returns."""
+        """Take KV of the tokens `begin`..`end` out of the window; whether that worked. Deferred
+        copies read it until `read` returns."""
         if end - begin > self.window:
             return False
         at, size = self.offset(incoming), (end - begin) * self.kv.per_token
@@ -119,6 +119,8 @@ class Landing:
         if incoming.reading is None:
             self._free.append(incoming.window)
         else:
+            # Steps that read this KV, or write where it is given back, come after the copy.
+            self.kv.copies.hold_steps(incoming.reading)
             self.closing.append((incoming.window, incoming.reading))
             incoming.reading = None
         if len(locations):

@@ -42,8 +42,7 @@ class KvBytes:
             at += half.tokens
 
     def copy_in(self, locations: torch.Tensor, memory: memoryview) -> HostKV:
-        """The reverse of `copy_out`; steps launched from now on see the entries, and `memory` is
-        read until `copies.wait` returns."""
+        """Begin the reverse of `copy_out`; `memory` is read until `copies.wait` returns."""
         kv = HostKV(list(self._blocks(memory, len(locations))))
         self.copies.to_device(kv, locations)
         return kv

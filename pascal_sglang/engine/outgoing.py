@@ -40,14 +40,15 @@ class Outgoing:
     _problem: str | None = None
 
     def place(self, running: set[Req]) -> Place | None:
-        """Where the request is; None while its KV cannot be read (it leaves the batch)."""
+        """Where the request is; None while its KV cannot be read (it leaves or joins the batch)."""
         if self.req in self.ladder.resident:
             return Place.RESIDENT
         if self.req in self.ladder.host:
             return Place.HOST
         if self.req in running:
             return Place.RUNNING
-        return None if self.req in self.ladder.leaving else Place.WAITING
+        between = self.req in self.ladder.leaving or self.req in self.ladder.arriving
+        return None if between else Place.WAITING
 
     def kv_tokens(self, place: Place, in_flight: bool) -> int:
         """KV entries that are written for good."""
@@ -125,5 +126,6 @@ class Outgoing:
 
 def find(rid: str, scheduler: Any, ladder: Ladder) -> Req | None:
     """The live request of that name that runs or is paused."""
-    places = (scheduler.running_batch.reqs, ladder.leaving, ladder.resident, ladder.host)
+    paused = (ladder.leaving, ladder.resident, ladder.host, ladder.arriving)
+    places = (scheduler.running_batch.reqs, *paused)
     return next((r for place in places for r in place if r.rid == rid and not r.finished()), None)

@@ -25,13 +25,16 @@ class LateCopies(Copies):
 
     def __init__(self, scheduler):
         super().__init__(scheduler)
-        self.deferred, self.under_way = True, []
+        self.deferred, self.under_way, self.held = True, [], []
 
     def read(self, locations, kv):
         return self.later(kv, lambda: Copies.read(self, locations, kv))
 
     def to_device(self, kv, locations):
         self.later(kv, lambda: Copies.to_device(self, kv, locations))
+
+    def hold_steps(self, kv):
+        self.held.append(kv)
 
     def later(self, kv, copy):
         kv.done = SimpleNamespace(synchronize=lambda: self.finish(kv, copy))
@@ -85,7 +88,8 @@ class Instance:
             allocator=SimpleNamespace(free=lambda locations: None),
             free_tokens=90,
         )
-        self.ladder = Ladder(pool=self.pool, resident={}, host={}, leaving={}, moving=set())
+        self.ladder = Ladder(pool=self.pool, resident={}, host={}, moving=set())
+        self.ladder.leaving, self.ladder.arriving = {}, {}
         self.ladder.let_go = self.ladder.resident.pop
         self.ladder.adopt = self.ladder.resident.__setitem__
         self.landing = Landing(self.pool, self.kv, self.transport.landing)
@@ -179,7 +183,7 @@ def test_the_last_piece_is_said_at_once_and_its_window_kept_until_it_is_read(sid
     assert source.copies.under_way == []
     target.arrivals.hear(0, handover, 1.0)
     assert target.take(messages.Mine)
-    assert target.copies.under_way, "steps launched from now on wait for it by themselves"
+    assert target.copies.under_way == target.copies.held != [], "steps wait for it by themselves"
     assert len(target.landing._free) == WINDOWS - 1
     assert not target.arrivals.is_idle
     target.step()
@@ -253,8 +257,10 @@ def test_an_abort_at_the_target_keeps_its_window_until_it_is_read(sides):
     source, target = sides
     source.step()
     target.arrivals.hear(0, *source.take(messages.Chunk), 1.0)
+    assert target.copies.held == [], "nobody reads this KV before it is complete"
     target.arrivals.aborted("r", lambda rid: rid == "r", 1.0)
     assert target.take(messages.Refused)
+    assert target.copies.under_way == target.copies.held != [], "its KV entries are free already"
     assert len(target.landing._free) == WINDOWS - 1
     target.step()
     assert len(target.landing._free) == WINDOWS
