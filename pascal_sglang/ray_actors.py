@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 from sglang.srt.plugins import load_plugins
-from sglang.srt.ray import data_parallel_controller, engine
+from sglang.srt.ray import engine
 from sglang.srt.ray.scheduler_actor import SchedulerActor
 from sglang.srt.runtime_context import get_parallel
 
@@ -84,6 +84,8 @@ def launch_instances(
     """Around `RayEngine._launch_dp_scheduler_processes`, which declares an address on the arguments
     that it is given. SGLang 0.5.23 has published these by then, and refuses; a copy it takes. The
     controller that it makes is looked up when it is called; ours sees actors die."""
+    # Not earlier: its base is to be our controller, which stands in SGLang's place by now.
+    from sglang.srt.ray import data_parallel_controller
 
     class Controller(data_parallel_controller.RayDataParallelController):  # type: ignore[misc]
         def schedulers(self) -> list[Watched]:

@@ -71,6 +71,7 @@ class Arrivals:
     def asked(self, sender: int, ask: messages.Ask, now: float) -> None:
         if ask.move in self.under_way or ask.move in self._past:
             return
+        self.landing.expire(now)
         problem = self._why_not(ask, now)
         incoming = None if problem else self.landing.reserve(sender, ask.tokens)
         if incoming is None:
@@ -85,7 +86,7 @@ class Arrivals:
             ask.tokens,
             fetch=lambda begin, end: self._fetch(incoming, begin, end),
             take=lambda state, tokens: self._take(incoming, state, tokens),
-            drop=lambda: self.landing.drop(incoming),
+            drop=lambda: self.landing.drop(incoming, self.governor.moment.now),
             valid=lambda state, tokens: self._problem(incoming, state, tokens),
             heard=now,
         )
@@ -161,6 +162,8 @@ class Arrivals:
             incoming.unsaid = said
         else:
             self.voice.say(sender, said)
+        if isinstance(message, messages.Cancelled):
+            self.landing.through(incoming)
         pass_no = self.governor.moment.pass_no
         if isinstance(message, messages.Chunk) and message.last and pass_no >= self._clear_again:
             self._clear_until = pass_no + LANDING_PASSES
@@ -197,3 +200,5 @@ class Arrivals:
             if incoming.sender == instance and incoming.target is not None:
                 incoming.target.give_up("source died")
                 self._settle(move)
+        for incoming in [i for i in self.landing.lingering if i.sender == instance]:
+            self.landing.through(incoming)

@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 WINDOWS = 8
 WINDOW_BYTES = 4 << 20
 WINDOW_TOKENS = 512
+# How long a source that does not say that it is through may write into its window, in seconds.
+LINGER_S = 10.0
+# Why a move is over whose source is through.
+THROUGH = ("cancelled", "source died")
 
 
 def window_tokens(kv: KvBytes) -> int:
@@ -45,8 +49,12 @@ class Incoming:
 
 
 class Landing:
-    """Memory for KV on its way in: entries of the pool, and windows. reserved: KV entries held.
-    closing: windows of moves that are over, still read."""
+    """Memory for KV on its way in: entries of the pool, and windows.
+
+    reserved: KV entries held. A window is given to the next move when nothing uses it any more:
+    closing are moves that are over and whose windows are read, lingering those whose sources may
+    still write there, and until when.
+    """
 
     def __init__(self, pool: Pool, kv: KvBytes, memory: memoryview) -> None:
         self.pool = pool
@@ -54,7 +62,8 @@ class Landing:
         self.memory = memory
         self.window = window_tokens(kv)
         self.reserved = 0
-        self.closing: list[tuple[int, HostKV]] = []
+        self.closing: list[Incoming] = []
+        self.lingering: dict[Incoming, float] = {}
         self._free = deque(range(WINDOWS))
 
     @property
@@ -98,11 +107,26 @@ class Landing:
         return reading is None or self.kv.copies.wait(reading)
 
     def close(self) -> bool:
-        """The same for the windows of moves that are over, which others may have then."""
+        """The same for the windows of moves that are over."""
         closed, self.closing = self.closing, []
-        self._free.extend(window for window, _ in closed)
-        failed = [window for window, reading in closed if not self.kv.copies.wait(reading)]
+        failed = [incoming for incoming in closed if not self.read(incoming)]
+        for incoming in closed:
+            self._free_if_unused(incoming)
         return not failed
+
+    def through(self, incoming: Incoming) -> None:
+        """Its source writes no more."""
+        if self.lingering.pop(incoming, None) is not None:
+            self._free_if_unused(incoming)
+
+    def expire(self, now: float) -> None:
+        """Sources that have said nothing for so long write no more."""
+        for incoming in [i for i, until in self.lingering.items() if now > until]:
+            self.through(incoming)
+
+    def _free_if_unused(self, incoming: Incoming) -> None:
+        if incoming.reading is None and incoming not in self.lingering:
+            self._free.append(incoming.window)
 
     def keep(self, incoming: Incoming, tokens: int) -> torch.Tensor:
         """The move is done: where its `tokens` KV entries are. The rest is given back."""
@@ -110,19 +134,20 @@ class Landing:
         self._give_back(incoming, incoming.locations[used:])
         return incoming.locations[:tokens]
 
-    def drop(self, incoming: Incoming) -> None:
+    def drop(self, incoming: Incoming, now: float) -> None:
         """The move has failed: all is given back."""
+        assert incoming.target is not None
+        if incoming.target.why not in THROUGH:
+            self.lingering[incoming] = now + LINGER_S
         self._give_back(incoming, incoming.locations)
 
     def _give_back(self, incoming: Incoming, locations: torch.Tensor) -> None:
         self.reserved -= len(incoming.locations)
-        if incoming.reading is None:
-            self._free.append(incoming.window)
-        else:
+        if incoming.reading is not None:
             # Steps that read this KV, or write where it is given back, come after the copy.
             self.kv.copies.hold_steps(incoming.reading)
-            self.closing.append((incoming.window, incoming.reading))
-            incoming.reading = None
+            self.closing.append(incoming)
+        self._free_if_unused(incoming)
         if len(locations):
             self.pool.allocator.free(locations)
 

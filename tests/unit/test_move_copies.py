@@ -1,6 +1,7 @@
 """KV on its way between instances while both decode: nobody is told of bytes that are not there,
 and no window is written while it is read."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from pascal_sglang.cluster.source import Terms
 from pascal_sglang.engine.arrivals import Arrivals
 from pascal_sglang.engine.copies import Copies, HostKV
 from pascal_sglang.engine.departures import Departures
-from pascal_sglang.engine.incoming import WINDOWS, Landing, landing_bytes
+from pascal_sglang.engine.incoming import LINGER_S, WINDOWS, Landing, landing_bytes
 from pascal_sglang.engine.kv_bytes import KvBytes
 from tests.unit.test_copies import Broken, pool_of
 
@@ -250,10 +251,29 @@ def test_a_target_whose_device_fails_refuses(sides, monkeypatch):
     target.step()
     assert target.take(messages.Got) == []
     assert target.take(messages.Refused) == [messages.Refused("m", "transport")]
-    assert len(target.landing._free) == WINDOWS
+    assert len(target.landing._free) == WINDOWS - 1
 
 
-def test_an_abort_at_the_target_keeps_its_window_until_it_is_read(sides):
+def cancelled(target):
+    target.arrivals.hear(0, messages.Cancelled("m"), 1.0)
+
+
+def source_died(target):
+    target.arrivals.died(0)
+
+
+def time_passes(target):
+    again = messages.Ask("n", "other", 9999, target.kv.layout)
+    target.arrivals.asked(0, again, 1.0 + LINGER_S)
+    assert len(target.landing._free) == WINDOWS - 1
+    target.arrivals.asked(0, replace(again, move="o"), 1.1 + LINGER_S)
+
+
+@pytest.mark.parametrize("way", [cancelled, source_died, time_passes])
+@pytest.mark.parametrize("reads_first", [True, False])
+def test_a_window_given_up_is_kept_until_it_is_read_and_its_source_is_through(
+    way, reads_first, sides
+):
     source, target = sides
     source.step()
     target.arrivals.hear(0, *source.take(messages.Chunk), 1.0)
@@ -262,8 +282,11 @@ def test_an_abort_at_the_target_keeps_its_window_until_it_is_read(sides):
     assert target.take(messages.Refused)
     assert target.copies.under_way == target.copies.held != [], "its KV entries are free already"
     assert len(target.landing._free) == WINDOWS - 1
-    target.step()
-    assert len(target.landing._free) == WINDOWS
+    steps = [target.step, lambda: way(target)]
+    for step in steps if reads_first else steps[::-1]:
+        assert len(target.landing._free) == WINDOWS - 1
+        step()
+    assert sorted(target.landing._free) == list(range(WINDOWS))
 
 
 def test_a_paused_request_is_read_from_both_halves_of_its_copy(sides):
