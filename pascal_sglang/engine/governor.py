@@ -69,8 +69,6 @@ class Governor:
         self.policy_s = 0.0
         self.moves: Moves | None = None
         self._chaos = Chaos(config.chaos) if config.chaos else None
-        # With everybody who came back in this pass: an error must not lose them.
-        self._running: ScheduleBatch
         self._admitted: list[Req] = []
         self._extended_before = 0
         self._reported = 0.0
@@ -81,7 +79,7 @@ class Governor:
         now = time.perf_counter()
         self._tick(now if self._alone else agree(self.scheduler, now), running, last)
         begin = time.perf_counter()
-        self._running = running
+        self._running = running  # With all who come back: an error must not lose them.
         try:
             running = self._carry_out(running, last)
         except Exception:
@@ -210,9 +208,7 @@ class Governor:
         """Bring a paused request back into the running batch; None if it does not fit now."""
         growing = len(running.reqs) + len(self.ladder.arriving) + joining
         keep = self.view.promised_tokens() + growing + 1
-        if not self.ladder.can_resume(req, keep):
-            return None
-        resumed = self.ladder.resume(req, running)
+        resumed = self.ladder.resume(req, running) if self.ladder.can_resume(req, keep) else None
         if resumed is not None:
             self._running = resumed
             self.journal.started(member_of(req), self.moment)
