@@ -20,6 +20,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.frontend import shake_hands
 from pascal_sglang.plugin import ACTOR_ENV
+from pascal_sglang.ray_deaths import Watched, watch
 
 FORWARDED = ("PASCAL_SGLANG_", "SGLANG_", "PROMETHEUS_", "OMP_NUM_THREADS", "HF_")
 
@@ -81,7 +82,17 @@ def launch_instances(
     original: Callable[..., Any], cls: Any, server_args: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Around `RayEngine._launch_dp_scheduler_processes`, which declares an address on the arguments
-    that it is given. SGLang 0.5.23 has published these by then, and refuses; a copy it takes."""
+    that it is given. SGLang 0.5.23 has published these by then, and refuses; a copy it takes. The
+    controller that it makes is looked up when it is called; ours sees actors die."""
+    # Not earlier: its base is to be our controller, which stands in SGLang's place by now.
+    from sglang.srt.ray import data_parallel_controller
+
+    class Controller(data_parallel_controller.RayDataParallelController):  # type: ignore[misc]
+        def schedulers(self) -> list[Watched]:
+            # SGLang records what actors say of themselves in the order in which it makes them.
+            return watch(self.scheduler_actors, self.event_loop_refs, list(self._homes))
+
+    data_parallel_controller.RayDataParallelController = Controller
     return original(cls, copy.deepcopy(server_args), *args, **kwargs)
 
 

@@ -61,7 +61,10 @@ class Timed(Comparison):
     ) -> None:
         super().run_once(arm, rate, seed, server, target, idle)
         if arm.command == "pascal":
-            self.costs[arm.name] = remote.instances(server.base_url)
+            instances = remote.instances(server.base_url)
+            # `fcfs` leaves the order alone, and measures no costs either.
+            if all(instance["costs"] for instance in instances):
+                self.costs[arm.name] = instances
 
 
 class Check:

@@ -78,7 +78,7 @@ class PascalController(DataParallelController):
         self.placed: Counter[str] = Counter()
         self.residents = Residents()
         self.undertaker = Undertaker(self.residents, self.mover, self._fail)
-        self.processes = Processes(self.scheduler_procs if config.places else [], homes)
+        self.processes = Processes(self.schedulers() if config.places else [], homes)
         self.board = Board(self._folder.name)
         reports = get_observability().enable_metrics
         model = str(self.server_args.served_model_name)
@@ -89,6 +89,10 @@ class PascalController(DataParallelController):
         if config.places:
             self.processes.outlive_schedulers()
             self.dispatching: Callable[[Any], None] = self.place
+
+    def schedulers(self) -> list[Any]:
+        """The processes that were started, with `pid`, `sentinel` and `exitcode`."""
+        return list(self.scheduler_procs)
 
     def launch_tensor_parallel_group(
         self, server_args: Any, port_args: Any, base_gpu_id: int, *args: Any, **kwargs: Any

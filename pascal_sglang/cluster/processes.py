@@ -21,7 +21,7 @@ class Processes:
     """
 
     def __init__(self, processes: list[Any], homes: dict[int, int]) -> None:
-        """processes: SGLang's, with `pid` and `sentinel`; it may be empty (Ray starts others)."""
+        """processes: SGLang's, or what stands for them (`ray_deaths`)."""
         self.homes = homes
         self._alive = {p.sentinel: p for p in processes if p is not None and p.pid in homes}
         self._asked_to_quit = False

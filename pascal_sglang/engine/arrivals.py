@@ -64,9 +64,14 @@ class Arrivals:
         waits = self.arrived or self.under_way
         return bool(waits) and self.governor.moment.pass_no < self._clear_until
 
+    @property
+    def is_idle(self) -> bool:
+        return not (self.under_way or self.landing.closing)
+
     def asked(self, sender: int, ask: messages.Ask, now: float) -> None:
         if ask.move in self.under_way or ask.move in self._past:
             return
+        self.landing.expire(now)
         problem = self._why_not(ask, now)
         incoming = None if problem else self.landing.reserve(sender, ask.tokens)
         if incoming is None:
@@ -81,7 +86,7 @@ class Arrivals:
             ask.tokens,
             fetch=lambda begin, end: self._fetch(incoming, begin, end),
             take=lambda state, tokens: self._take(incoming, state, tokens),
-            drop=lambda: self.landing.drop(incoming),
+            drop=lambda: self.landing.drop(incoming, self.governor.moment.now),
             valid=lambda state, tokens: self._problem(incoming, state, tokens),
             heard=now,
         )
@@ -96,7 +101,7 @@ class Arrivals:
             return "aborted"
         if not self.landing.has_window:
             return "busy"
-        running = len(self.scheduler.running_batch.reqs)
+        running = len(self.scheduler.running_batch.reqs) + len(self.governor.ladder.arriving)
         pool = self.landing.pool
         room = pool.free_tokens - self.governor.view.promised_tokens() - pool.in_pages(running + 1)
         return None if room >= pool.in_pages(ask.tokens) else "full"
@@ -151,7 +156,14 @@ class Arrivals:
         incoming = self.under_way.get(message.move) or self._past.get(message.move)
         if incoming is None or incoming.sender != sender or incoming.target is None:
             return
-        self.voice.say(sender, incoming.target.hear(message, now))
+        said = incoming.target.hear(message, now)
+        if incoming.reading is not None and incoming.target.state is TargetState.RECEIVING:
+            # Said again or not, the source writes the next piece as soon as it hears this.
+            incoming.unsaid = said
+        else:
+            self.voice.say(sender, said)
+        if isinstance(message, messages.Cancelled):
+            self.landing.through(incoming)
         pass_no = self.governor.moment.pass_no
         if isinstance(message, messages.Chunk) and message.last and pass_no >= self._clear_again:
             self._clear_until = pass_no + LANDING_PASSES
@@ -160,8 +172,15 @@ class Arrivals:
 
     def step(self, now: float) -> None:
         """Once per pass."""
+        if self.landing.closing:
+            # Before rank 0 grants one again, the other ranks must be done with it too.
+            all_agree(self.scheduler, self.landing.close())
         for move, incoming in list(self.under_way.items()):
             assert incoming.target is not None
+            if incoming.reading is not None:
+                done = all_agree(self.scheduler, self.landing.read(incoming))
+                said = incoming.unsaid if done else incoming.target.give_up("transport")
+                self.voice.say(incoming.sender, said)
             self.voice.say(incoming.sender, incoming.target.tick(now))
             self._settle(move)
 
@@ -181,3 +200,5 @@ class Arrivals:
             if incoming.sender == instance and incoming.target is not None:
                 incoming.target.give_up("source died")
                 self._settle(move)
+        for incoming in [i for i in self.landing.lingering if i.sender == instance]:
+            self.landing.through(incoming)

@@ -48,9 +48,8 @@ def build_moves(scheduler: Any, governor: Governor | None, config: PascalConfig)
     transport = None
     if problem is None and not isinstance(kv, str):
         try:
-            transport = make(
-                config.kv_transport, landing_bytes(kv), window_tokens(kv) * kv.per_token
-            )
+            piece = window_tokens(kv) * kv.per_token
+            transport = make(config.kv_transport, landing_bytes(kv), piece, kv.copies.pin)
         except TransportError as error:
             if config.kv_transport != "auto":
                 raise RuntimeError(f"KV transport {config.kv_transport}: {error}") from error

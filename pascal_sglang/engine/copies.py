@@ -39,6 +39,22 @@ class HostKV:
         return len(self.parts[0])
 
 
+@dataclass(slots=True)
+class HostCopy:
+    """A paused request's KV in host memory, in the pool's own format.
+
+    shared: leading tokens that stood in the prefix cache; `prefix` holds these, `own` the rest.
+    """
+
+    tokens: int
+    shared: int
+    prefix: HostKV | None
+    own: HostKV | None
+
+    def halves(self) -> list[HostKV]:
+        return [half for half in (self.prefix, self.own) if half is not None]
+
+
 class Copies:
     """Host memory for KV entries of one device pool, and the copies there and back.
 
@@ -63,6 +79,7 @@ class Copies:
             used = (scheduler.forward_stream, scheduler.schedule_stream)
             self._stream = allocate_distinct_stream(torch.cuda, used)
         self.deferred = self._stream is not None
+        self._unpinned = False
 
     @property
     def bytes_per_token(self) -> int:
@@ -85,22 +102,32 @@ class Copies:
             return
         for buffer in self.buffers:
             block = torch.empty((tokens, *buffer.shape[1:]), dtype=buffer.dtype)
-            if self._stream is not None and block.nbytes:
-                # Not pin_memory=True: that rounds up to a power of two.
-                failed = int(
-                    torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)
+            # Not pin_memory=True: that rounds up to a power of two.
+            if self._stream is not None and block.nbytes and (failed := _pin(block)):
+                size = tokens * self.bytes_per_token / 2**30
+                raise RuntimeError(
+                    f"cannot pin {size:.1f} GiB of host memory for paused KV "
+                    f"(CUDA error {failed}); lower --pascal-host-kv-gb"
                 )
-                if failed:
-                    size = tokens * self.bytes_per_token / 2**30
-                    raise RuntimeError(
-                        f"cannot pin {size:.1f} GiB of host memory for paused KV "
-                        f"(CUDA error {failed}); lower --pascal-host-kv-gb"
-                    )
             self._memory.append(block)
         self._pieces = Pieces(tokens)
 
+    def pin(self, memory: memoryview) -> None:
+        """Have the device read and write `memory` by itself; if it cannot be pinned, which is
+        logged once, copies from and to there are waited for."""
+        if self._stream is None:
+            return
+        failed = _pin(torch.frombuffer(memory, dtype=torch.uint8))
+        if failed and not self._unpinned:
+            self._unpinned = True
+            logger.warning(
+                "pascal_sglang: cannot pin %d bytes for moves (CUDA error %d), which are slower so",
+                memory.nbytes,
+                failed,
+            )
+
     @contextmanager
-    def in_order(self) -> Iterator[None]:
+    def _in_order(self) -> Iterator[None]:
         """What is read from the pool inside sees every entry written by `to_device`, whose copies
         the scheduler's own stream does not wait for."""
         if self._stream is None:
@@ -119,10 +146,16 @@ class Copies:
         if start is None or self.buffers is None:
             raise RuntimeError(f"no host memory for {tokens} KV entries")
         kv = HostKV([block[start : start + tokens] for block in self._memory], start=start)
+        return self.read(locations, kv)
+
+    def read(self, locations: torch.Tensor, kv: HostKV) -> HostKV:
+        """Begin to copy the entries at `locations`, as `to_host` does, into memory of the caller's
+        choice."""
+        assert self.buffers is not None
         try:
-            with self.in_order():
+            with self._in_order():
                 for buffer, part in zip(self.buffers, kv.parts, strict=True):
-                    for some in _chunks(tokens):
+                    for some in _chunks(len(locations)):
                         part[some].copy_(buffer[locations[some]], non_blocking=True)
                 kv.done = self._mark(locations)
         except RuntimeError:
@@ -154,27 +187,37 @@ class Copies:
         return not kv.failed
 
     def to_device(self, kv: HostKV, locations: torch.Tensor) -> None:
-        """Write the entries to `locations`; steps launched from now on see them."""
+        """Begin to write the entries to `locations`. Steps see them once `wait` has returned or
+        after `hold_steps`; until then the host memory is read."""
         assert self.buffers is not None
         scheduler = self._scheduler
         if self._stream is not None:
             # A step in flight may still write entries that have just been freed and given to us.
             self._stream.wait_stream(scheduler.forward_stream)
-        with self.in_order():
+        with self._in_order():
             for buffer, part in zip(self.buffers, kv.parts, strict=True):
                 for some in _chunks(kv.tokens):
                     buffer[locations[some]] = part[some].to(buffer.device, non_blocking=True)
-            done = self._mark(locations)
-        if done is not None:
-            # Those who read them next wait: not the scheduler's own stream under overlap, or the
-            # scheduler would wait for the copy as soon as it waits for anything.
-            overlap = scheduler.enable_overlap
-            (scheduler.forward_stream if overlap else torch.cuda.current_stream()).wait_event(done)
+            kv.done = self._mark(locations)
+
+    def hold_steps(self, kv: HostKV) -> None:
+        """Have steps launched from now on wait for the copy, if it is not complete by then."""
+        if kv.done is not None:
+            # Not the scheduler's own stream under overlap, or the scheduler would wait for the copy
+            # as soon as it waits for anything.
+            overlap = self._scheduler.enable_overlap
+            reader = self._scheduler.forward_stream if overlap else torch.cuda.current_stream()
+            reader.wait_event(kv.done)
 
     def free(self, kv: HostKV) -> None:
         """Give the host memory of a copy back, complete or not."""
         assert kv.start is not None
         self._pieces.give(kv.start, kv.tokens)
+
+
+def _pin(block: torch.Tensor) -> int:
+    """Pin a tensor's memory, as it is; CUDA's error, 0 for none."""
+    return int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
 
 
 def _chunks(tokens: int) -> Iterator[slice]:

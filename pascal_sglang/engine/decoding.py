@@ -11,6 +11,15 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.utils.common import async_h2d
 
 
+def joined(running: ScheduleBatch, batch: ScheduleBatch) -> ScheduleBatch:
+    """The running batch with another one in it."""
+    if running.is_empty():
+        return batch
+    running.merge_batch(batch)
+    running.batch_is_full = False
+    return running
+
+
 def decoding(req: Req, scheduler: Any) -> ScheduleBatch:
     """The batch of one, to be merged into the running one. `req` holds a row and all its KV but the
     last token's."""

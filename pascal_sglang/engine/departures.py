@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -14,7 +14,7 @@ from pascal_sglang.cluster import messages, orders
 from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.post import CONTROLLER
 from pascal_sglang.cluster.source import OPEN, OVER, Source, SourceState, Terms
-from pascal_sglang.cluster.transport import Transport, TransportError
+from pascal_sglang.cluster.transport import Transport
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.kv_bytes import KvBytes
 from pascal_sglang.engine.letters import Voice
@@ -89,7 +89,7 @@ class Departures:
             return
         if isinstance(message, messages.Granted):
             out.granted = message
-        self.voice.say(sender, out.source.hear(message, now))
+        self._say(out, out.source.hear(message, now))
         self._settle(message.move)
 
     def step(self, running: ScheduleBatch, now: float) -> None:
@@ -100,15 +100,31 @@ class Departures:
         for move, out in list(self.under_way.items()):
             assert out.source is not None
             self._advance(out, out.source, alive, now)
-            self.voice.say(out.target, out.source.tick(now))
+            self._say(out, out.source.tick(now))
             self._settle(move)
+
+    def _say(self, out: Outgoing, said: Sequence[Message]) -> None:
+        """Tell the target. If the move is over, it gives the window to others: nothing may be on
+        its way there."""
+        assert out.source is not None
+        if out.source.state in OVER and out.unsaid is not None:
+            self._wait(out)
+        self.voice.say(out.target, said)
 
     def _advance(self, out: Outgoing, source: Source, alive: set[Req], now: float) -> None:
         if source.state not in OPEN:
             return
+        why = "recompute" if out.place(alive) is Place.WAITING else None
         if out.req.finished() or out.req.to_finish is not None:
-            self.voice.say(out.target, source.keep("ended"))
+            why = "ended"
+        if why is not None:
+            # Its KV may have changed hands since a copy of it was begun.
+            self._say(out, source.keep(why))
             return
+        if (chunk := out.unsaid) is not None:
+            self._say(out, [chunk] if self._wait(out) else source.unsent("transport"))
+            if source.state not in OPEN:
+                return
         if self._copy(out, source, alive, now) and source.state is SourceState.STOPPING:
             # Without overlap nothing of it is under way, and it stands still at once.
             self.governor.settle()
@@ -117,8 +133,6 @@ class Departures:
     def _copy(self, out: Outgoing, source: Source, alive: set[Req], now: float) -> bool:
         """Send what can be sent; True if the request was told to stop by this."""
         place = out.place(alive)
-        if place is Place.WAITING:
-            self.voice.say(out.target, source.keep("recompute"))
         if place is None or place is Place.WAITING:
             return False
         before = source.state
@@ -132,21 +146,28 @@ class Departures:
         for message in said:
             if isinstance(message, messages.Chunk | messages.Handover):
                 said = self._sent(out, source, message, place)
-        self.voice.say(out.target, said)
+        self._say(out, said)
         return before is not source.state
 
     def _sent(self, out: Outgoing, source: Source, message: Any, place: Place) -> list[Message]:
-        """Put the KV that `message` speaks of where the target finds it."""
-        end = message.end if isinstance(message, messages.Chunk) else message.kv_tokens
-        error = None
-        try:
-            out.write(message.begin, end, place, self.transport, self.kv, self._tp_rank)
-        except TransportError as caught:
-            error = caught
-            logger.warning("pascal_sglang: %s stays: %s", out.req.rid, error)
-        if all_agree(self.scheduler, error is None):
-            return [message]
-        return source.unsent("transport")
+        """Put the KV that `message` speaks of where the target finds it; what can be said now. The
+        device copies a Chunk while the next step decodes. A Handover is little, and its reader
+        waits for it."""
+        chunk = message if isinstance(message, messages.Chunk) else None
+        end = message.kv_tokens if chunk is None else chunk.end
+        out.write(message.begin, end, place, self.transport, self.kv, self._tp_rank)
+        if chunk is not None and self.kv.copies.deferred and self.transport.direct:
+            out.unsaid = chunk
+            return []
+        return [message] if self._wait(out) else source.unsent("transport")
+
+    def _wait(self, out: Outgoing) -> bool:
+        """Whether the KV last written is in the window, on every rank: rank 0 speaks for all."""
+        out.unsaid = None
+        problem = out.written(self.transport, self.kv)
+        if problem is not None:
+            logger.warning("pascal_sglang: %s stays: %s", out.req.rid, problem)
+        return all_agree(self.scheduler, problem is None)
 
     def _stop(self, out: Outgoing) -> None:
         assert self._running is not None
@@ -193,7 +214,7 @@ class Departures:
             if out.source is None or not matches(out.req.rid):
                 continue
             out.aborted = out.source.state is SourceState.HANDED
-            self.voice.say(out.target, out.source.keep("aborted"))
+            self._say(out, out.source.keep("aborted"))
             self._settle(move)
 
     def died(self, instance: int) -> None:
@@ -201,4 +222,5 @@ class Departures:
         for move, out in list(self.under_way.items()):
             if out.target == instance and out.source is not None:
                 out.source.target_died()
+                self._say(out, [])
                 self._settle(move)

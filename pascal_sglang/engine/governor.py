@@ -79,13 +79,14 @@ class Governor:
         now = time.perf_counter()
         self._tick(now if self._alone else agree(self.scheduler, now), running, last)
         begin = time.perf_counter()
+        self._running = running  # With all who come back: an error must not lose them.
         try:
             running = self._carry_out(running, last)
         except Exception:
             self.errors += 1
             if self.errors <= ERRORS_LOGGED:
                 logger.exception("pascal_sglang: the policy failed; SGLang's own order stands in")
-            running = self._stand_in(running)
+            running = self._stand_in(self._running)
         self.policy_s += time.perf_counter() - begin
         if self.journal.metrics is not None and begin - self._reported >= REPORT_S:
             self._reported = begin
@@ -123,6 +124,7 @@ class Governor:
         if self._chaos is not None:
             self.ladder.copies.deferred = self._chaos.defers()
         self.settle()
+        running = self._running = self.ladder.arrive(running)
         if self.moves is not None:
             self.moves.step(running)
         if moment.pass_no % RECOUNT_PASSES == 0:
@@ -204,25 +206,21 @@ class Governor:
 
     def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> ScheduleBatch | None:
         """Bring a paused request back into the running batch; None if it does not fit now."""
-        keep = self.view.promised_tokens() + len(running.reqs) + joining + 1
-        if not self.ladder.can_resume(req, keep):
-            return None
-        batch = self.ladder.resume(req)
-        if batch is None:
-            return None
-        self.journal.started(member_of(req), self.moment)
-        self.planner.started(member_of(req), self.moment)
-        if running.is_empty():
-            return batch
-        running.merge_batch(batch)
-        running.batch_is_full = False
-        return running
+        growing = len(running.reqs) + len(self.ladder.arriving) + joining
+        keep = self.view.promised_tokens() + growing + 1
+        resumed = self.ladder.resume(req, running) if self.ladder.can_resume(req, keep) else None
+        if resumed is not None:
+            self._running = resumed
+            self.journal.started(member_of(req), self.moment)
+            self.planner.started(member_of(req), self.moment)
+        return resumed
 
     def _stand_in(self, running: ScheduleBatch) -> ScheduleBatch:
         """SGLang's order: everybody waiting may be admitted, and whoever is paused comes back in
         the order of arrival, before them."""
         try:
             self.settle()
+            running = self.ladder.arrive(running)
             for req in sorted(self.ladder.paused(), key=lambda r: member_of(r).seq):
                 resumed = self._resume(req, running, joining=len(running.reqs))
                 if resumed is None:
@@ -249,7 +247,7 @@ class Governor:
                 return
         members = [member_of(r) for r in running.reqs if r.to_finish is None]
         for member in self.planner.victims.worst_first(members, self.moment):
-            if len(running.reqs) == 1 and not self.ladder.leaving:
+            if len(running.reqs) == 1 and not (self.ladder.leaving or self.ladder.arriving):
                 return
             self._take_out([member], running, "memory", lambda _: None)
             if running.is_empty() or self._fits(running):

@@ -66,7 +66,7 @@ def figures(scheduler: Any, governor: Governor, batch: ScheduleBatch | None) -> 
     """This instance in the terms of `policy.placement.Instance`; token counts and numbers of
     requests. batch: the one that runs: who is prefilled in it is neither waiting nor running."""
     planner, config = governor.planner, governor.members.config
-    present = dict.fromkeys(scheduler.running_batch.reqs)
+    present = dict.fromkeys((*scheduler.running_batch.reqs, *governor.ladder.arriving))
     if batch is not None:
         present |= dict.fromkeys(batch.reqs)
     if scheduler.chunked_req is not None:

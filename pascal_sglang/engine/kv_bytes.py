@@ -19,27 +19,33 @@ class KvBytes:
 
     def __init__(self, copies: Copies, buffers: Sequence[torch.Tensor], model: str) -> None:
         """buffers: the pool's, whose first dimension is the KV entry."""
-        self._copies, self._buffers = copies, buffers
+        self.copies, self._buffers = copies, buffers
         self.per_token = sum(b[0].nbytes for b in buffers)
         shapes = sorted({f"{b.dtype}{tuple(b.shape[1:])}" for b in buffers})
         ranks = get_parallel().tp_size
         self.layout = f"{len(buffers)}x{'+'.join(shapes)} tp{ranks} {model}"[-1000:]
 
-    def copy_out(self, locations: torch.Tensor, memory: memoryview) -> None:
-        """Write the entries at `locations`, shape (tokens,), to `memory`."""
-        blocks = self._blocks(memory, len(locations))
-        with self._copies.in_order():
-            for buffer, block in zip(self._buffers, blocks, strict=True):
-                block.copy_(buffer[locations])
+    def copy_out(self, locations: torch.Tensor, memory: memoryview) -> HostKV:
+        """Begin to write the entries at `locations`, shape (tokens,), to `memory`; they are there
+        when `copies.wait` returns."""
+        return self.copies.read(locations, HostKV(list(self._blocks(memory, len(locations)))))
 
-    def copy_host(self, parts: Sequence[torch.Tensor], memory: memoryview) -> None:
-        """The same from host memory: one tensor of as many entries per buffer."""
-        for part, block in zip(parts, self._blocks(memory, len(parts[0])), strict=True):
-            block.copy_(part)
+    def copy_host(self, halves: Sequence[HostKV], begin: int, end: int, memory: memoryview) -> None:
+        """Write the entries `begin`..`end` of a complete copy in host memory, which stands in
+        `halves` one after the other."""
+        blocks, at = list(self._blocks(memory, end - begin)), 0
+        for half in halves:
+            first, last = max(begin - at, 0), min(end - at, half.tokens)
+            if first < last:
+                for part, block in zip(half.parts, blocks, strict=True):
+                    block[at + first - begin : at + last - begin] = part[first:last]
+            at += half.tokens
 
-    def copy_in(self, locations: torch.Tensor, memory: memoryview) -> None:
-        """The reverse of `copy_out`; steps launched from now on see the entries."""
-        self._copies.to_device(HostKV(list(self._blocks(memory, len(locations)))), locations)
+    def copy_in(self, locations: torch.Tensor, memory: memoryview) -> HostKV:
+        """Begin the reverse of `copy_out`; `memory` is read until `copies.wait` returns."""
+        kv = HostKV(list(self._blocks(memory, len(locations))))
+        self.copies.to_device(kv, locations)
+        return kv
 
     def _blocks(self, memory: memoryview, tokens: int) -> Iterator[torch.Tensor]:
         at = 0

@@ -3,40 +3,24 @@
 Rungs, cheapest first: the request gives back its slot and its KV stays; KV to host memory and back
 without recompute; or drop and recompute through the waiting queue. A request paused under overlap
 scheduling leaves the batch now and its KV follows one pass later, when its token in flight has
-arrived. Where copies run beside the decoding, its device memory is free one pass after that.
+arrived. Where copies run beside the decoding, its device memory is free one pass after that, and a
+request whose KV comes back joins the batch a pass after the copy began.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 
-from pascal_sglang.engine.copies import Copies, HostKV
-from pascal_sglang.engine.decoding import decoding
+from pascal_sglang.engine.copies import Copies, HostCopy
+from pascal_sglang.engine.decoding import decoding, joined
 from pascal_sglang.engine.pool import Pool
 from pascal_sglang.engine.ranks import all_agree
 from pascal_sglang.policy.rung import Costs, Rung
-
-
-@dataclass(slots=True)
-class HostCopy:
-    """A paused request's KV in host memory, in the pool's own format.
-
-    shared: leading tokens that stood in the prefix cache; `prefix` holds these, `own` the rest.
-    """
-
-    tokens: int
-    shared: int
-    prefix: HostKV | None
-    own: HostKV | None
-
-    def halves(self) -> list[HostKV]:
-        return [half for half in (self.prefix, self.own) if half is not None]
 
 
 class Ladder:
@@ -44,7 +28,8 @@ class Ladder:
 
     leaving: out of the batch, its KV not yet handled; the rung it was told, or None for the
     cheapest off the device. copying: who of them is being copied to the host since the last pass.
-    resident: where on the device the KV is. host: its copy.
+    resident: where on the device the KV is. host: its copy. arriving: who has a row and device
+    memory again, and joins the batch in the next pass; the copy it comes from.
     moving: those of them that leave for another instance; nobody brings them back meanwhile.
     counts: pauses and KV entries by rung, spills, resumes, copies that failed.
     """
@@ -58,6 +43,7 @@ class Ladder:
         self.copying: dict[Req, HostCopy] = {}
         self.resident: dict[Req, torch.Tensor] = {}
         self.host: dict[Req, HostCopy] = {}
+        self.arriving: dict[Req, HostCopy] = {}
         self.host_tokens = 0
         self.moving: set[Req] = set()
         self.counts: Counter[str] = Counter()
@@ -78,7 +64,7 @@ class Ladder:
                 yield req
 
     def is_empty(self) -> bool:
-        return not (self.leaving or self.resident or self.host)
+        return not (self.leaving or self.resident or self.host or self.arriving)
 
     def leave(
         self, reqs: Iterable[Req], batch: ScheduleBatch, rung: Callable[[Req], Rung | None]
@@ -208,8 +194,9 @@ class Ladder:
         held = self.pool.held(req, copy.shared)
         return whole if held.tokens < copy.shared else whole - held.tokens + held.evictable
 
-    def resume(self, req: Req) -> ScheduleBatch | None:
-        """Bring a paused request back as a batch that decodes in the next step, without prefill.
+    def resume(self, req: Req, running: ScheduleBatch) -> ScheduleBatch | None:
+        """Bring a paused request back; the running batch, in which it decodes without prefill in
+        the next step, or in the one after that if it is `arriving` while others decode.
 
         None, and the request stays paused, if the pool does not give what `can_resume` counted on.
         """
@@ -218,12 +205,27 @@ class Ladder:
                 return None
             locations = self.resident.pop(req)
             self.pool.rows.write((req.kv.req_pool_idx, slice(0, len(locations))), locations)
-        elif self._to_device(req, self.host[req]):
+        elif self._to_device(req, copy := self.host[req]):
             self._drop_copy(self.host, req)
+            self.arriving[req] = copy
         else:
             return None
         self.counts["resumed"] += 1
-        return decoding(req, self.scheduler)
+        if req not in self.arriving:
+            return joined(running, decoding(req, self.scheduler))
+        return running if self.copies.deferred and running.reqs else self.arrive(running)
+
+    def arrive(self, running: ScheduleBatch) -> ScheduleBatch:
+        """The running batch with everybody who was arriving."""
+        for req, copy in list(self.arriving.items()):
+            self._hold_steps(copy)
+            running = joined(running, decoding(req, self.scheduler))
+            del self.arriving[req]
+        return running
+
+    def _hold_steps(self, copy: HostCopy) -> None:
+        for half in copy.halves():
+            self.copies.hold_steps(half)
 
     def _to_device(self, req: Req, copy: HostCopy) -> bool:
         pool, tokens = self.pool, copy.tokens
@@ -280,6 +282,11 @@ class Ladder:
         gone = [req for req in self.paused() if matches(req)]
         for req in gone:
             self.let_go(req)
+        for req in [r for r in self.arriving if matches(r)]:
+            # Who gets its memory next writes there after the copy.
+            self._hold_steps(self.arriving.pop(req))
+            self.pool.release(req)
+            gone.append(req)
         in_flight = self._in_flight()
         for req in [r for r in self.leaving if matches(r)]:
             if req in in_flight:

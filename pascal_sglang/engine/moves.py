@@ -70,7 +70,7 @@ class Moves:
         return self.arrivals.landing.reserved
 
     def is_empty(self) -> bool:
-        return not (self.departures.under_way or self.arrivals.under_way)
+        return not self.departures.under_way and self.arrivals.is_idle
 
     def hear(self, letters: Letters) -> None:
         """Take in what has come since the last pass."""
@@ -115,7 +115,7 @@ class Moves:
         now = self.governor.moment.now
         if self.departures.under_way:
             self.departures.step(running, now)
-        if self.arrivals.under_way:
+        if not self.arrivals.is_idle:
             self.arrivals.step(now)
         if self._flood:
             for req in running.reqs:

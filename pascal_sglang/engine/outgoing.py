@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-from pascal_sglang.cluster.messages import Granted
+from pascal_sglang.cluster.messages import Chunk, Granted
 from pascal_sglang.cluster.source import Source
 from pascal_sglang.cluster.transport import Transport, TransportError
+from pascal_sglang.engine.copies import HostKV
 from pascal_sglang.engine.kv_bytes import KvBytes
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.policy.member import Place
@@ -21,7 +22,8 @@ from pascal_sglang.policy.rung import Rung
 @dataclass(slots=True, eq=False)
 class Outgoing:
     """One move from here. target: the instance it goes to. aborted: its client gave it up after the
-    Handover. stopped_at: when its last token left, in seconds; 0 while it runs."""
+    Handover. stopped_at: when its last token left, in seconds; 0 while it runs. unsaid: what is
+    said once the copy begun in the last pass is complete."""
 
     req: Req
     target: int
@@ -32,17 +34,21 @@ class Outgoing:
     aborted: bool = False
     stopped_at: float = 0.0
     bytes_sent: int = 0
-    _host: list[torch.Tensor] | None = None
+    unsaid: Chunk | None = None
+    _copy: HostKV | None = None
+    _written: tuple[str, int, int] | None = None
+    _problem: str | None = None
 
     def place(self, running: set[Req]) -> Place | None:
-        """Where the request is; None while its KV cannot be read (it leaves the batch)."""
+        """Where the request is; None while its KV cannot be read (it leaves or joins the batch)."""
         if self.req in self.ladder.resident:
             return Place.RESIDENT
         if self.req in self.ladder.host:
             return Place.HOST
         if self.req in running:
             return Place.RUNNING
-        return None if self.req in self.ladder.leaving else Place.WAITING
+        between = self.req in self.ladder.leaving or self.req in self.ladder.arriving
+        return None if between else Place.WAITING
 
     def kv_tokens(self, place: Place, in_flight: bool) -> int:
         """KV entries that are written for good."""
@@ -54,38 +60,45 @@ class Outgoing:
     def write(
         self, begin: int, end: int, place: Place, transport: Transport, kv: KvBytes, rank: int
     ) -> None:
-        """Put KV of the tokens `begin`..`end` into the target's window.
-
-        Raises: `TransportError`."""
+        """Begin to put KV of the tokens `begin`..`end` into the target's window; `written` says
+        what came of it."""
         assert self.granted is not None
+        self._problem = self._written = self._copy = None
         if begin == end:
             return
         size = (end - begin) * kv.per_token
-        memory = transport.staging(size)
         try:
+            if rank >= len(self.granted.landings):
+                raise TransportError("the target has fewer TP ranks")
+            there = (self.granted.landings[rank], self.granted.offset, size)
+            memory = transport.room(*there)
             if place is Place.HOST:
-                kv.copy_host([part[begin:end] for part in self._parts()], memory)
+                kv.copy_host(self.ladder.host[self.req].halves(), begin, end, memory)
             else:
-                kv.copy_out(self._locations(place)[begin:end], memory)
+                self._copy = kv.copy_out(self._locations(place)[begin:end], memory)
+            self._written = there
+        except TransportError as error:
+            self._problem = str(error)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise TransportError(f"reading KV failed: {error}") from error
-        if rank >= len(self.granted.landings):
-            raise TransportError("the target has fewer TP ranks")
-        transport.put(self.granted.landings[rank], self.granted.offset, size)
-        self.bytes_sent += size
+            self._problem = f"reading KV failed: {error}"
+
+    def written(self, transport: Transport, kv: KvBytes) -> str | None:
+        """Wait for what `write` began; None if it is in the window, else why it is not."""
+        if self._copy is not None and not kv.copies.wait(self._copy):
+            self._problem = "reading KV failed"
+        if self._problem is None and self._written is not None:
+            try:
+                transport.put(*self._written)
+                self.bytes_sent += self._written[2]
+            except TransportError as error:
+                self._problem = str(error)
+        self._copy = self._written = None
+        return self._problem
 
     def _locations(self, place: Place) -> torch.Tensor:
         if place is Place.RESIDENT:
             return self.ladder.resident[self.req]
         return self.ladder.pool.locations(self.req)
-
-    def _parts(self) -> list[torch.Tensor]:
-        """Its host copy, whole."""
-        if self._host is None:
-            copy = self.ladder.host[self.req]
-            halves = [half.parts for half in (copy.prefix, copy.own) if half is not None]
-            self._host = [torch.cat(both) for both in zip(*halves, strict=True)]
-        return self._host
 
     def take_out(self, running: ScheduleBatch, unline: Callable[[Req], None]) -> None:
         """Out of the batch, or out of the line of those who come back into it."""
@@ -109,10 +122,10 @@ class Outgoing:
         """Give back everything it holds here."""
         self.ladder.moving.discard(self.req)
         self.ladder.let_go(self.req)
-        self._host = None
 
 
 def find(rid: str, scheduler: Any, ladder: Ladder) -> Req | None:
     """The live request of that name that runs or is paused."""
-    places = (scheduler.running_batch.reqs, ladder.leaving, ladder.resident, ladder.host)
+    paused = (ladder.leaving, ladder.resident, ladder.host, ladder.arriving)
+    places = (scheduler.running_batch.reqs, *paused)
     return next((r for place in places for r in place if r.rid == rid and not r.finished()), None)

@@ -63,7 +63,8 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
     def _requests_owning_rows(self) -> list[Req]:
         owners = SchedulerInvariantChecker._requests_owning_rows(self)
         known = set(owners)
-        return owners + [r for r in self.ladder.leaving if r not in known and r.kv.holds_kv]
+        between = (*self.ladder.leaving, *self.ladder.arriving)
+        return owners + [r for r in between if r not in known and r.kv.holds_kv]
 
     def _get_total_uncached_sizes(self) -> tuple[int, int]:
         full, swa = SchedulerInvariantChecker._get_total_uncached_sizes(self)
@@ -265,7 +266,8 @@ class PascalScheduler(Scheduler):
         governor = self.governor
         ladder = None if governor is None else governor.ladder
         paused = [] if ladder is None else [*ladder.leaving, *ladder.paused()]
-        live = list(dict.fromkeys([*live, *paused]))
+        arriving = [] if ladder is None else ladder.arriving
+        live = list(dict.fromkeys([*live, *paused, *arriving]))
         capacity = self.max_total_num_tokens
         free = self.token_to_kv_pool_allocator.available_size()
         return {

@@ -20,7 +20,8 @@ FLOOD = {"flood": 0.02}
 FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_moves.py")), "serve")
 
 ARMS = {
-    "two ranks each": (40, ["--tp-size", "2"], {}),
+    # With chaos, half of the copies count as begun in one pass and complete in the next.
+    "two ranks each, pauses": (40, ["--tp-size", "2"], {"chaos": 0.02, "quantum_tokens": 50}),
     "mooncake, no overlap, pages of 16": (
         60,
         ["--disable-overlap-schedule", "--page-size", "16"],
@@ -232,21 +233,21 @@ def poison(server):
     return [ask(server, {**body, "custom_logit_processor": Raises.to_str()})]
 
 
-@pytest.mark.parametrize(("instance", "death"), [(1, kill), (2, poison)])
-def test_an_instance_takes_only_its_own_requests_along(instance, death, flooded):
-    """Last, and in this order: the module's server has one instance less after each."""
-    at_rest(flooded)
+def takes_only_its_own_along(server, instance, death):
+    """The instance's requests end with a clear error, all others with the tokens they should have;
+    those before it are dead already."""
+    at_rest(server)
     bodies = [
         generate(f"{death.__name__} {i}", think=20 + i, total=500, rid=uuid.uuid4().hex)
         for i in range(24)
     ]
-    before = total(at_rest(flooded), "arrivals", "taken")
+    before = total(at_rest(server), "arrivals", "taken")
     with ThreadPoolExecutor(len(bodies)) as pool:
-        replies = [pool.submit(ask, flooded, body) for body in bodies]
+        replies = [pool.submit(ask, server, body) for body in bodies]
         deadline = time.monotonic() + 30
-        while total(alive(flooded), "arrivals", "taken") == before:
+        while total(alive(server), "arrivals", "taken") == before:
             assert time.monotonic() < deadline
-        failed = death(flooded)
+        failed = death(server)
         replies = [reply.result() for reply in replies]
     failed += [r for r in replies if isinstance(r, tuple)]
     whole = {i: r for i, r in enumerate(replies) if not isinstance(r, tuple)}
@@ -256,10 +257,16 @@ def test_an_instance_takes_only_its_own_requests_along(instance, death, flooded)
         assert code == 503
         assert "has died" in text
     for i, ids in whole.items():
-        assert ask(flooded, {**bodies[i], "rid": uuid.uuid4().hex}) == ids
-    status = flooded.get("/pascal/status")
+        assert ask(server, {**bodies[i], "rid": uuid.uuid4().hex}) == ids
+    status = server.get("/pascal/status")
     dead = list(range(1, instance + 1))
     assert status["controller"]["dead"] == dead
     assert [i["dp_rank"] for i in status["instances"] if i.get("dead")] == dead
-    nothing_left(at_rest(flooded))
-    assert flooded.process.poll() is None
+    nothing_left(at_rest(server))
+    assert server.process.poll() is None
+
+
+@pytest.mark.parametrize(("instance", "death"), [(1, kill), (2, poison)])
+def test_an_instance_takes_only_its_own_requests_along(instance, death, flooded):
+    """Last, and in this order: the module's server has one instance less after each."""
+    takes_only_its_own_along(flooded, instance, death)

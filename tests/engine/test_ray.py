@@ -3,7 +3,10 @@
 Ray's GPUs are a number that its node declares, so a CPU has them too.
 """
 
+import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +19,15 @@ import pytest
 
 from evals.arms import free_port
 from tests.engine.load import run, settled
-from tests.engine.test_migration import FLOOD, at_rest, controller, differences, nothing_left, total
+from tests.engine.test_migration import (
+    FLOOD,
+    at_rest,
+    controller,
+    differences,
+    nothing_left,
+    takes_only_its_own_along,
+    total,
+)
 from tests.harness import PASCAL, TINY_FLAGS, Server, environment
 
 RAY = Path(sys.executable).with_name("ray")
@@ -60,23 +71,43 @@ def cluster():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_two_instances_serve_and_move(serve, reference, cluster):
-    flags = ["--use-ray", "--dp-size", "2"]
-    with serve(FLOOD, flags, RAY_ADDRESS=cluster) as server:
-        whole, _ = run(server, COUNT)
-        instances = at_rest(server)
+def schedulers_of(processes):
+    return [p for p in processes if "scheduler" in " ".join(p.cmdline()).lower()]
+
+
+def kill_actor(server):
+    """The second instance's process; Ray names it in front of every line that it logs."""
+    (victim,) = set(re.findall(r"Actor pid=(\d+)\)[^\n]* DP1\]", server.output))
+    os.kill(int(victim), signal.SIGKILL)
+    return []
+
+
+class TestTwoInstances:
+    """On one server, in this order; it ends with them, for its share of the GPUs."""
+
+    @pytest.fixture(scope="class")
+    def two(self, serve, cluster):
+        with serve(FLOOD, ["--use-ray", "--dp-size", "2"], RAY_ADDRESS=cluster) as server:
+            yield server
+
+    def test_they_serve_and_move(self, two, reference):
+        whole, _ = run(two, COUNT)
+        instances = at_rest(two)
         moved = total(instances, "departures", "moved")
-        controller(server, moved)
-        metrics = server.get("/metrics")
-        schedulers = [p for p in server.tree() if "scheduler" in " ".join(p.cmdline()).lower()]
-    assert differences(whole, reference) == []
-    nothing_left(instances)
-    assert [i["dp_rank"] for i in instances] == [0, 1]
-    assert moved > COUNT / 3
-    assert schedulers == [], "they are Ray's processes, not the server's"
-    for rank in "01":
-        assert f'dp_rank="{rank}"' in metrics
-    assert "pascal:migrations_total{" in metrics
+        controller(two, moved)
+        metrics = two.get("/metrics")
+        assert differences(whole, reference) == []
+        nothing_left(instances)
+        assert [i["dp_rank"] for i in instances] == [0, 1]
+        assert moved > COUNT / 3
+        assert schedulers_of(two.tree()) == [], "they are Ray's processes, not the server's"
+        for rank in "01":
+            assert f'dp_rank="{rank}"' in metrics
+        assert "pascal:migrations_total{" in metrics
+
+    def test_an_actor_that_dies_takes_only_its_own_requests_along(self, two):
+        takes_only_its_own_along(two, 1, kill_actor)
+        assert "a scheduler of instance 1 ended with ActorDiedError" in two.output
 
 
 def test_one_instance_serves(serve, reference, cluster):

@@ -36,7 +36,12 @@ def pool_of(kind, dtype=torch.float32, scales=None):
 class Broken:
     """A buffer on a device that fails."""
 
+    device = "cpu"
+
     def __getitem__(self, _):
+        raise RuntimeError("the device is gone")
+
+    def __setitem__(self, _, value):
         raise RuntimeError("the device is gone")
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.copies import HostCopy
 from pascal_sglang.engine.governor import Governor
-from pascal_sglang.engine.ladder import HostCopy
 from pascal_sglang.engine.members import remaining_of, why_not_pausable
 from pascal_sglang.policy.member import Member, Place
 from pascal_sglang.policy.pacer import Pacer
@@ -161,7 +161,7 @@ def test_a_resume_the_pool_refuses_leaves_the_request_paused(governor, rows):
     ladder.scheduler = ladder.pool.scheduler = pool
     request, copy = paused(), HostCopy(tokens=10, shared=0, prefix=None, own=object())
     ladder.host[request] = copy
-    assert ladder.resume(request) is None
+    assert ladder.resume(request, SimpleNamespace(reqs=[])) is None
     assert ladder.host == {request: copy}
     assert pool.req_to_token_pool.freed == ([request] if rows else [])
 

@@ -70,6 +70,18 @@ def test_every_plan_can_be_read(kind, name):
     assert ("cpu" in plan.flags) == (kind == "cpu")
 
 
+@pytest.mark.parametrize(("costs", "known"), [(AT_REST["costs"], ["ours"]), ({}, [])])
+def test_an_order_that_measures_no_costs_has_none(monkeypatch, tmp_path, costs, known):
+    """Our `fcfs`, which stands for SGLang's order where instances share a device."""
+    plan = load_plan(check.HERE / "cpu-two.toml")
+    timed = check.Timed(plan, tmp_path / "two.json", deadline=0.0, least_s=40.0)
+    monkeypatch.setattr(check.Comparison, "run_once", lambda *_: None)
+    monkeypatch.setattr(check.remote, "instances", lambda url: [AT_REST | {"costs": costs}] * 2)
+    arm, server = SimpleNamespace(name="ours", command="pascal"), SimpleNamespace(base_url="")
+    timed.run_once(arm, plan.rates[0], 0, server, None, None)
+    assert list(timed.costs) == known
+
+
 def test_an_arm_is_not_begun_without_time_for_it(tmp_path):
     plan = load_plan(check.HERE / "cpu-one.toml")
     timed = check.Timed(plan, tmp_path / "one.json", deadline=0.0, least_s=40.0)

@@ -32,8 +32,9 @@ def kinds():
 
 def write(kind, address, offset):
     peer = transport.make(kind, 4096, len(PATTERN))
-    peer.staging(len(PATTERN))[:] = PATTERN
+    peer.room(address, offset, len(PATTERN))[:] = PATTERN
     peer.put(address, offset, len(PATTERN))
+    peer.room(address, offset + len(PATTERN), 256)[:] = PATTERN[:256]
     peer.put(address, offset + len(PATTERN), 256)
 
 
@@ -54,26 +55,47 @@ def test_another_process_writes_into_the_landing(kind):
 
 @pytest.mark.parametrize("kind", kinds())
 def test_what_cannot_be_written_is_an_error(kind):
-    here, peer = transport.make(kind, 8192, 4096), transport.make(kind, 4096, 8192)
-    with pytest.raises(TransportError, match="staging"):
-        here.staging(4097)
+    here, peer = transport.make(kind, 8192, 4096), transport.make(kind, 4096, 4096)
     for offset, size in ((4097, 4096), (-1, 10), (8192, 1)):
-        peer.staging(size)
         with pytest.raises(TransportError, match="outside"):
-            peer.put(here.address, offset, size)
+            peer.room(here.address, offset, size)
     for address in ("", "/etc/passwd", "/proc/1/fd/../../etc/passwd", "host/1"):
         with pytest.raises(TransportError, match="address"):
-            peer.put(address, 0, 16)
+            peer.room(address, 0, 16)
+    if not peer.direct:
+        with pytest.raises(TransportError, match="staging"):
+            peer.room(here.address, 0, 4097)
     assert not any(here.landing)
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_all_that_a_device_touches_is_pinned_once(kind):
+    here, pinned = transport.make(kind, 8192, 4096), []
+    peer = transport.make(kind, 4096, 2048, pinned.append)
+    assert pinned[0] is peer.landing
+    room = [peer.room(here.address, at, 16) for at in (0, 64)]
+    assert len(pinned) == 2
+    assert [memory.nbytes for memory in pinned] == [4096, 8192 if peer.direct else 2048]
+    room[0][:] = bytes(range(16))
+    pinned[1][64:80] = bytes(range(16))
+    assert all(memory == bytes(range(16)) for memory in (room[0], room[1 if peer.direct else 0]))
+
+
+def test_landings_of_more_peers_than_there_can_be_are_refused(monkeypatch):
+    monkeypatch.setattr("pascal_sglang.cluster.transport.shm.PEERS", 1)
+    first, second, peer = (transport.make("shm", 4096, 4096) for _ in range(3))
+    peer.room(first.address, 0, 16)
+    with pytest.raises(TransportError, match="more than 1 landings"):
+        peer.room(second.address, 0, 16)
+    peer.room(first.address, 16, 16)
 
 
 def test_a_landing_that_is_gone_is_an_error():
     here, peer = (transport.make("shm", 4096, 4096) for _ in range(2))
     address = here.address
     here.close()
-    peer.staging(16)
     with pytest.raises(TransportError, match="landing"):
-        peer.put(address, 0, 16)
+        peer.room(address, 0, 16)
 
 
 def test_an_unknown_kind_names_the_known_ones():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 KINDS = ("shm", "mooncake")
 
@@ -21,21 +22,24 @@ class Transport(ABC):
     """One rank's landing, and the way to the landings of others.
 
     landing: its memory, read by this rank once a peer says that it wrote.
-    address: what a peer's `put` takes. Calls block for the time of the copy alone.
+    address: what a peer's `room` and `put` take.
+    direct: `room` is the peer's landing itself; otherwise every call gives the same memory again.
     """
 
     kind: str
     address: str
     landing: memoryview
+    direct: bool
 
     @abstractmethod
-    def staging(self, size: int) -> memoryview:
-        """`size` bytes of this rank's memory from which `put` copies; valid until the next call.
-        Raises: `TransportError` for more than there is."""
+    def room(self, address: str, offset: int, size: int) -> memoryview:
+        """Where to write the `size` bytes that `put` then brings to `offset` of a peer's landing.
+
+        Raises: `TransportError` if there is no such landing, or less room in it."""
 
     @abstractmethod
     def put(self, address: str, offset: int, size: int) -> None:
-        """Write the first `size` bytes of `staging` at `offset` of a peer's landing.
+        """Bring what was written to `room` there; blocks for the time of that.
 
         Raises: `TransportError`; the peer's memory may then hold part of it."""
 
@@ -44,17 +48,23 @@ class Transport(ABC):
         """Give all memory back."""
 
 
-def make(kind: str, landing: int, staging: int) -> Transport:
-    """A transport of a kind; `landing` and `staging` are bytes of memory. `auto` is `shm`: all
-    instances of one controller run on its host. Raises: `TransportError`."""
+def make(
+    kind: str,
+    landing: int,
+    staging: int,
+    pin: Callable[[memoryview], None] = lambda memory: None,
+) -> Transport:
+    """A transport of a kind; `landing` is its bytes of memory, `staging` of what one `put` brings.
+    `auto` is `shm`: all instances of one controller run on its host. `pin` is given all memory that
+    a device reads or writes, once. Raises: `TransportError`."""
     if kind in ("auto", "shm"):
         from pascal_sglang.cluster.transport.shm import SharedMemory
 
-        return SharedMemory(landing, staging)
+        return SharedMemory(landing, pin)
     if kind == "mooncake":
         from pascal_sglang.cluster.transport.mooncake import Mooncake
 
-        return Mooncake(landing, staging)
+        return Mooncake(landing, staging, pin)
     raise TransportError(f"KV transport must be one of auto, {', '.join(KINDS)}, not {kind!r}")
 
 

@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 from pascal_sglang.cluster.transport import Transport, TransportError
@@ -21,8 +22,9 @@ _ADDRESS = re.compile(r"([^/\s]{1,255})/([0-9]{1,20})\+([0-9]{1,20})")
 
 class Mooncake(Transport):
     kind = "mooncake"
+    direct = False
 
-    def __init__(self, landing: int, staging: int) -> None:
+    def __init__(self, landing: int, staging: int, pin: Callable[[memoryview], None]) -> None:
         try:
             from mooncake.engine import TransferEngine
         except ImportError as error:
@@ -35,6 +37,8 @@ class Mooncake(Transport):
         self._landing, self._landing_at = self._registered(landing)
         self._staging, self._staging_at = self._registered(staging)
         self.landing = memoryview(self._landing)
+        pin(self.landing)
+        pin(memoryview(self._staging))
         session = f"{host}:{self._engine.get_rpc_port()}"
         self.address = f"{session}/{self._landing_at}+{landing}"
 
@@ -46,18 +50,24 @@ class Mooncake(Transport):
             raise TransportError(f"the Mooncake Transfer Engine does not take {size} bytes")
         return memory, at
 
-    def staging(self, size: int) -> memoryview:
+    def room(self, address: str, offset: int, size: int) -> memoryview:
+        self._place(address, offset, size)
         if size > len(self._staging):
             raise TransportError(f"{size} bytes do not fit {len(self._staging)} bytes of staging")
         return memoryview(self._staging)[:size]
 
-    def put(self, address: str, offset: int, size: int) -> None:
+    def _place(self, address: str, offset: int, size: int) -> tuple[str, int]:
+        """The peer's session, and where its landing begins."""
         found = _ADDRESS.fullmatch(address)
         if not found:
             raise TransportError("not the address of a landing")
         session, at, room = found[1], int(found[2]), int(found[3])
         if offset < 0 or offset + size > room:
             raise TransportError(f"{offset}+{size} is outside a landing of {room} bytes")
+        return session, at
+
+    def put(self, address: str, offset: int, size: int) -> None:
+        session, at = self._place(address, offset, size)
         if self._engine.transfer_sync_write(session, self._staging_at, at + offset, size):
             raise TransportError(f"a write of {size} bytes to {session} failed")
 
