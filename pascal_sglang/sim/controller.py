@@ -68,7 +68,7 @@ class Controller:
             return
         self._heard[index] = self.clock.now
         instance.catch_up()
-        thinking, tokens = instance.waiting()
+        thinking, others, tokens = instance.waiting()
         memory = instance.memory
         if self.arm.on_pace or self.arm.migration != "off":
             view.on_pace = not self.arm.on_pace or instance.readers.on_pace(self.clock.now)
@@ -78,7 +78,7 @@ class Controller:
         view.fresh = len(instance.fresh)
         view.waiting = tokens
         view.capacity = memory.capacity
-        view.load = len(instance.batch) + instance.others
+        view.load = len(instance.batch) + others
         view.pass_us = round(1e6 * instance.passes.mean_s)
         view.batch = round(instance.passes.mean_batch)
         view.prefill_ns = round(1e9 * instance.prefill_token_s)

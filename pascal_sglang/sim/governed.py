@@ -254,15 +254,12 @@ class Governed(Instance):
             assert isinstance(member, Job)
             self.pause(member, None)
 
-    def waiting(self) -> tuple[int, int]:
+    def waiting(self) -> tuple[int, int, int]:
         counts, lane = self.planner.line.counts, self.planner.order.thinking_lane
         thinking = sum(n for (lane_of, _), n in counts.items() if lane_of == lane)
         arrived = sum(job.prompt for job in self.inbox)
-        return thinking + len(self.inbox), self._waiting_tokens + arrived
-
-    @property
-    def others(self) -> int:
-        return sum(self.planner.line.counts.values()) + len(self.inbox) + len(self.filling)
+        everybody = sum(counts.values()) + len(self.inbox) + len(self.filling)
+        return thinking + len(self.inbox), everybody, self._waiting_tokens + arrived
 
     def takes_over(self, job: Job) -> None:
         """A request has moved here with its KV; where that does not fit any more it waits in host

@@ -33,8 +33,7 @@ class Instance(ABC):
     """What every scheduler shares. Decisions are taken between two passes, in `decide`.
 
     stirred: something has changed since the last decision. look: the step after which to decide
-    even so. step_by_step: decide in every pass,
-    which jumping must not differ from.
+    even so. step_by_step: decide in every pass, which jumping must not differ from.
     """
 
     def __init__(
@@ -95,13 +94,8 @@ class Instance(ABC):
         """The decode step after which a decision is due even if nothing happens."""
 
     @abstractmethod
-    def waiting(self) -> tuple[int, int]:
-        """Requests that think and do not run, and prompt tokens of those not begun."""
-
-    @property
-    @abstractmethod
-    def others(self) -> int:
-        """Requests here that do not run."""
+    def waiting(self) -> tuple[int, int, int]:
+        """Requests that do not run: those that think, all, and prompt tokens of those not begun."""
 
     @property
     def prefill_token_s(self) -> float:

@@ -63,13 +63,10 @@ class Stock(Instance):
             return NEVER
         return self.batch.steps + max(1, int(self._lacks / shrinks))
 
-    def waiting(self) -> tuple[int, int]:
+    def waiting(self) -> tuple[int, int, int]:
         waiting = [*self.queue, *self.inbox]
-        return len(waiting), sum(job.prompt for job in waiting)
-
-    @property
-    def others(self) -> int:
-        return len(self.queue) + len(self.inbox) + len(self.filling)
+        everybody = len(waiting) + len(self.filling)
+        return len(waiting), everybody, sum(job.prompt for job in waiting)
 
     def _wait(self, job: Job) -> None:
         job.place = Place.WAITING
