@@ -1,0 +1,163 @@
+"""A stage for one move: two instances at rest, a neighbour on each, and a request whose move is
+held where `held_moves` is told to hold it."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+import uuid
+
+from tests.engine.test_migration import at_rest, nothing_left, total
+from tests.requests import generate
+
+PROMPT = "A question whose answer moves when its thinking is over: "
+THINK, LONG = 6, 400
+
+# How to hold a move in a state: what is held, and the states of source and target meanwhile; None
+# where no move is under way, or no longer.
+STATES = {
+    "asking": ("Ask", "asking", None),
+    "asking, granted": ("Granted", "asking", "receiving"),
+    "copying, not read": ("Chunk", "copying", "receiving"),
+    "copying, not confirmed": ("Got", "copying", "receiving"),
+    "stopping": ("still", "stopping", "receiving"),
+    "handed": ("Handover", "handed", "receiving"),
+    "owned": ("Mine", "handed", None),
+}
+
+
+class Hold:
+    """The folder that `held_moves` looks into."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def say(self, name, text=""):
+        (self.folder / name).write_text(text)
+
+    def wait_for(self, name, there=True):
+        deadline = time.monotonic() + 30
+        while (self.folder / name).exists() is not there:
+            assert time.monotonic() < deadline, (name, there)
+            time.sleep(0.005)
+
+    def clear(self):
+        for file in self.folder.iterdir():
+            file.unlink(missing_ok=True)
+
+
+class Reader(threading.Thread):
+    """Reads one stream, sees that it only grows and ends once, and can hang up."""
+
+    def __init__(self, server, body):
+        super().__init__(daemon=True)
+        self.rid = body["rid"]
+        self.ids, self.ends, self.error = [], [], None
+        self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        self._connection.request(
+            "POST",
+            "/generate",
+            json.dumps({**body, "stream": True}),
+            {"Content-Type": "application/json"},
+        )
+        self._socket = self._connection.sock
+        self._hung_up = False
+        self.start()
+
+    def run(self):
+        try:
+            for line in self._connection.getresponse():
+                if line.startswith(b"data: {"):
+                    self._take(json.loads(line[6:]))
+        except (OSError, http.client.HTTPException) as error:
+            if not self._hung_up:
+                self.error = error
+
+    def _take(self, event):
+        if event["output_ids"][: len(self.ids)] != self.ids:
+            self.error = "a stream took back a token"
+        self.ids = event["output_ids"]
+        if event["meta_info"]["finish_reason"]:
+            self.ends.append(event["meta_info"]["finish_reason"]["type"])
+
+    def hang_up(self):
+        self._hung_up = True
+        self._socket.shutdown(socket.SHUT_RDWR)
+
+    def end(self):
+        """Its tokens and how it ended, in a list; empty after hanging up."""
+        self.join(60)
+        assert not self.is_alive()
+        assert self.error is None
+        return self.ids, self.ends
+
+
+def mover(**more):
+    body = generate(PROMPT, THINK, LONG, rid=uuid.uuid4().hex, routed_dp_rank=0)
+    body["sampling_params"].update(more)
+    return body
+
+
+def neighbour(instance):
+    """Somebody who does not think, and so does not move."""
+    text = f"Neighbour on {instance}, who goes on as if nothing happened: "
+    return generate(text, None, 150, rid=uuid.uuid4().hex, routed_dp_rank=instance)
+
+
+class Scene:
+    """The server at rest, with a neighbour on each instance; who was counted there before."""
+
+    def __init__(self, server, hold, alone):
+        self.server, self.hold, self.alone = server, hold, alone
+        self.before = at_rest(server)
+        self.neighbours = [Reader(server, neighbour(i)) for i in (0, 1)]
+        self.movers = 0
+
+    def start(self, **more):
+        self.movers += 1
+        return Reader(self.server, mover(**more))
+
+    def states(self, rid):
+        """Source's and target's state of a move under way; None without one."""
+        ways = [
+            [
+                m["state"]
+                for i in self.server.instances()
+                for m in i["migrations"][way]
+                if m["rid"] == rid
+            ]
+            for way in ("out", "in")
+        ]
+        return tuple(found[0] if found else None for found in ways)
+
+    def gained(self, way, outcome):
+        return total(self.server.instances(), way, outcome) - total(self.before, way, outcome)
+
+    def wait_for(self, way, outcome, count=1):
+        deadline = time.monotonic() + 30
+        while self.gained(way, outcome) < count:
+            assert time.monotonic() < deadline, self.server.instances()
+            time.sleep(0.02)
+
+    def over(self):
+        """Everything may go on: what is there at rest."""
+        self.hold.clear()
+        for instance, reader in enumerate(self.neighbours):
+            assert reader.end() == (self.alone[instance], ["length"])
+        after = at_rest(self.server)
+        nothing_left(after)
+        ended = [sum(sum(i["ended"].values()) for i in s) for s in (self.before, after)]
+        assert ended[1] - ended[0] == self.movers + len(self.neighbours)
+        assert all(i["migrations"]["rejected"] == {} for i in after)
+        shown = self.server.get("/pascal/status")["controller"]
+        assert (shown["rejected"], shown["dead"]) == ({}, [])
+
+
+def held_in(scene, state, **more):
+    """A mover whose move stands in that state."""
+    what, source, target = STATES[state]
+    scene.hold.say(f"hold-{what}")
+    reader = scene.start(**more)
+    scene.hold.wait_for(f"held-{what}")
+    return reader, (source, target)

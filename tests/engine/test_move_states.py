@@ -1,0 +1,234 @@
+"""What can happen to a request, in every state of its move, on running engines.
+
+A move is held in one state (`held_moves`), something happens to its request, and then the move may
+go on. Whatever it was: the request ends once, with the tokens that it has without moves or the
+beginning of them; the others do not notice; nothing is left under way or in memory.
+"""
+
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.engine.load import abort
+from tests.engine.stage import (
+    LONG,
+    PROMPT,
+    STATES,
+    THINK,
+    Hold,
+    Reader,
+    Scene,
+    held_in,
+    mover,
+    neighbour,
+)
+from tests.requests import generate
+
+HELD = (sys.executable, str(Path(__file__).with_name("held_moves.py")), "serve")
+# Far enough that the move stands still by then.
+ENDS_AT = 120
+WINDOWS = 8
+
+DECODING = [name for name in STATES if name not in ("stopping", "handed")]
+ENDINGS = ("length", "stop string", "stop token")
+
+
+@pytest.fixture(scope="module")
+def alone(stock_server):
+    """What everybody gets without us: the mover, and the neighbour of each instance."""
+
+    def ask(body):
+        return stock_server.post("/generate", {**body, "routed_dp_rank": None})
+
+    whole = ask(mover())
+    return {
+        "mover": whole["output_ids"],
+        "text": whole["text"],
+        0: ask(neighbour(0))["output_ids"],
+        1: ask(neighbour(1))["output_ids"],
+        "ask": ask,
+    }
+
+
+@pytest.fixture(scope="module")
+def endings(alone):
+    """Sampling parameters that end the mover around `ENDS_AT`, and what it gets with them."""
+    ids, text = alone["mover"], alone["text"]
+    begin = next(i for i in range(ENDS_AT, LONG) if text.index(text[i : i + 4]) == i)
+    # Of all tokens the one that is new latest; most of them come soon.
+    token = max(set(ids[: 2 * ENDS_AT]), key=ids.index)
+    asked = {
+        "length": {"max_new_tokens": ENDS_AT},
+        "stop string": {"stop": [text[begin : begin + 4]]},
+        "stop token": {"stop_token_ids": [token], "ignore_eos": False},
+    }
+    found = {}
+    for name, params in asked.items():
+        reply = alone["ask"](mover(**params))
+        reason = "length" if name == "length" else "stop"
+        assert reply["meta_info"]["finish_reason"]["type"] == reason, asked
+        assert THINK + 40 < len(reply["output_ids"]) < LONG
+        found[name] = (params, (reply["output_ids"], [reason]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hold")
+
+
+@pytest.fixture(scope="module")
+def held(serve, folder):
+    """Two instances; everybody moves when its thinking ends, and never again."""
+    binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "HOLD_FOLDER": str(folder)}
+    flags = ["--dp-size", "2", "--max-total-tokens", "3000"]
+    with serve({"flood": 1e-12}, flags, HELD, **binding) as server:
+        yield server
+
+
+@pytest.fixture
+def scene(held, folder, alone):
+    hold = Hold(folder)
+    made = Scene(held, hold, alone)
+    yield made
+    hold.clear()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_what_was_held_goes_on(state, scene):
+    reader, states = held_in(scene, state)
+    assert scene.states(reader.rid) == states
+    scene.hold.clear()
+    assert reader.end() == (scene.alone["mover"], ["length"])
+    scene.over()
+    assert scene.gained("departures", "moved") == scene.gained("arrivals", "taken") == 1
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("how", ["abort", "hang up"])
+def test_who_gives_up(how, state, scene):
+    reader, states = held_in(scene, state)
+    assert scene.states(reader.rid) == states
+    if how == "abort":
+        abort(scene.server, reader.rid)
+    else:
+        reader.hang_up()
+    ids, ends = reader.end()
+    # The move is held all the while: nothing of it is needed to end the request.
+    assert scene.server.recent(reader.rid)["outcome"] == "aborted"
+    assert ends == (["abort"] if how == "abort" else [])
+    assert ids == scene.alone["mover"][: len(ids)]
+    scene.over()
+    moved = state == "owned"
+    assert scene.gained("departures", "moved" if moved else "kept:aborted") == 1
+    assert scene.gained("arrivals", "taken") == moved
+
+
+@pytest.mark.parametrize("state", DECODING)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_who_ends(ending, state, scene, endings):
+    params, expected = endings[ending]
+    reader, _ = held_in(scene, state, **params)
+    assert reader.end() == expected
+    scene.over()
+    moved = state == "owned"
+    assert scene.gained("departures", "moved" if moved else "kept:ended") == 1
+    assert scene.gained("arrivals", "taken") == moved
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_who_ends_around_the_stop(ending, scene, endings):
+    """Told to leave the batch shortly before its end, at its end and after it: its last token may
+    be under way when it leaves."""
+    params, expected = endings[ending]
+    last = len(PROMPT) + len(expected[0])
+    for stop_at in range(last - 4, last + 1):
+        scene.hold.say("stop-at", str(stop_at))
+        assert scene.start(**params).end() == expected
+    scene.over()
+    ended = scene.gained("departures", "kept:ended")
+    assert ended + scene.gained("departures", "moved") == scene.movers
+    assert 0 < ended < scene.movers
+
+
+@pytest.mark.parametrize("lost", ["Ask", "Granted", "Chunk", "Got"])
+def test_a_lost_message_is_not_waited_for(lost, scene):
+    scene.hold.say(f"lose-{lost}")
+    reader = scene.start()
+    scene.hold.wait_for(f"lose-{lost}", there=False)
+    scene.hold.say("later")
+    scene.wait_for("departures", "kept:timeout")
+    scene.hold.clear()
+    assert reader.end() == (scene.alone["mover"], ["length"])
+    scene.over()
+    assert scene.gained("arrivals", "taken") == 0
+
+
+@pytest.mark.parametrize("lost", ["Handover", "Mine"])
+def test_a_lost_decision_is_said_again(lost, scene):
+    scene.hold.say(f"lose-{lost}")
+    reader = scene.start()
+    scene.hold.wait_for(f"lose-{lost}", there=False)
+    assert reader.end() == (scene.alone["mover"], ["length"])
+    scene.over()
+    assert scene.gained("departures", "moved") == 1
+
+
+def test_a_lost_cancellation_is_not_waited_for(scene, endings):
+    params, expected = endings["length"]
+    reader, _ = held_in(scene, "copying, not confirmed", **params)
+    scene.hold.say("lose-Cancelled")
+    assert reader.end() == expected
+    scene.hold.wait_for("lose-Cancelled", there=False)
+    assert scene.states(reader.rid) == (None, "receiving")
+    scene.hold.say("later")
+    scene.wait_for("arrivals", "timeout")
+    scene.over()
+    assert scene.gained("departures", "kept:ended") == 1
+
+
+@pytest.mark.parametrize("state", ["asking", "asking, granted", "copying, not read", "stopping"])
+def test_a_slow_target_is_not_waited_for(state, scene):
+    """The request goes on where it is, and what comes too late changes nothing."""
+    reader, _ = held_in(scene, state)
+    scene.hold.say("later")
+    scene.wait_for("departures", "kept:timeout")
+    scene.hold.clear()
+    assert reader.end() == (scene.alone["mover"], ["length"])
+    scene.over()
+    assert scene.gained("arrivals", "taken") == 0
+
+
+def test_a_full_target_refuses(scene):
+    text = "much to read " * 200
+    filler = generate(text, None, 390, rid=uuid.uuid4().hex, routed_dp_rank=1)
+    scene.movers += 1
+    filling = Reader(scene.server, filler)
+    deadline = time.monotonic() + 30
+    while not filling.ids:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    reader = scene.start()
+    scene.wait_for("arrivals", "full")
+    assert not filling.ends
+    filling.hang_up()
+    assert reader.end() == (scene.alone["mover"], ["length"])
+    scene.over()
+    assert scene.gained("departures", "kept:full") == 1
+    assert scene.gained("arrivals", "taken") == 0
+
+
+def test_a_busy_target_refuses(scene):
+    """As many as have windows come; one more stays."""
+    scene.hold.say("hold-Chunk")
+    readers = [scene.start(max_new_tokens=200) for _ in range(WINDOWS + 1)]
+    scene.wait_for("arrivals", "busy")
+    scene.hold.clear()
+    for reader in readers:
+        assert reader.end() == (scene.alone["mover"][:200], ["length"])
+    scene.over()
+    assert scene.gained("departures", "kept:busy") == 1
+    assert scene.gained("departures", "moved") == WINDOWS
