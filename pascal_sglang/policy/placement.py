@@ -246,12 +246,13 @@ def _pass_us(instance: Instance, usual: tuple[float, float]) -> float:
     """How long a pass takes there with everybody who is there or on the way.
 
     What an instance has measured lags behind a burst, and one long pass marks it for some time. It
-    counts as far as it was measured with as many requests as there are now; else their number does.
+    counts as far as it was measured with as many requests as there are now, and not at all with less
+    than half or more than twice as many; else their number does.
     """
     pass_us, batch = usual
     by_load = pass_us * (1 + GROWING_SHARE * (instance.load - batch) / max(1.0, batch))
     if not instance.pass_us:
         return by_load
     fewer, more = sorted((instance.load, instance.batch))
-    trust = fewer / max(1, more)
+    trust = max(0.0, 2 * fewer / max(1, more) - 1)
     return trust * instance.pass_us + (1 - trust) * by_load
