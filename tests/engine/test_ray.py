@@ -4,6 +4,7 @@ Ray's GPUs are a number that its node declares, so a CPU has them too.
 """
 
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def test_two_instances_serve_and_move(serve, reference, cluster):
         controller(server, moved)
         metrics = server.get("/metrics")
         schedulers = [p for p in server.tree() if "scheduler" in " ".join(p.cmdline()).lower()]
+        server.stop(signal.SIGTERM)
     assert differences(whole, reference) == []
     nothing_left(instances)
     assert [i["dp_rank"] for i in instances] == [0, 1]
@@ -83,6 +85,7 @@ def test_one_instance_serves(serve, reference, cluster):
     with serve({}, ["--use-ray"], RAY_ADDRESS=cluster) as server:
         whole, _ = run(server, COUNT)
         instance = settled(server)
+        server.stop(signal.SIGTERM)
     assert differences(whole, reference) == []
     assert instance["policy"] == "pascal"
 
