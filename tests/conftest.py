@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def pascal_server(tiny_model: Path) -> Iterator[Server]:
     }
     with Server(PASCAL, ["--model-path", str(tiny_model), *TINY_FLAGS], strict) as server:
         yield server
+        server.stop(signal.SIGTERM)
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +37,4 @@ def stock_server(tiny_model: Path) -> Iterator[Server]:
     platform = {"SGLANG_PLATFORM": "pascal_cpu"}
     with Server(STOCK, ["--model-path", str(tiny_model), *TINY_FLAGS], platform) as server:
         yield server
+        server.stop(signal.SIGTERM)

@@ -106,8 +106,10 @@ class Server:
                 time.sleep(0.5)
         raise TimeoutError(f"server not ready:\n{self.output[-4000:]}")
 
-    def stop(self, how: int = signal.SIGTERM) -> None:
-        """Ask the server to end and insist that nothing of it stays behind."""
+    def stop(self, how: int = signal.SIGINT) -> None:
+        """Ask the server to end and insist that nothing of it stays behind.
+
+        SGLang looks for a SIGTERM every five seconds only."""
         self.tree()
         if self.process.poll() is None:
             self.process.send_signal(how)

@@ -246,8 +246,8 @@ def _pass_us(instance: Instance, usual: tuple[float, float]) -> float:
     """How long a pass takes there with everybody who is there or on the way.
 
     What an instance has measured lags behind a burst, and one long pass marks it for some time. It
-    counts as far as it was measured with as many requests as there are now, and not at all with less
-    than half or more than twice as many; else their number does.
+    counts as far as it was measured with as many requests as there are now, not at all with half or
+    twice as many; else their number does.
     """
     pass_us, batch = usual
     by_load = pass_us * (1 + GROWING_SHARE * (instance.load - batch) / max(1.0, batch))

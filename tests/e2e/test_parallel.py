@@ -5,6 +5,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import sglang as sgl
 
 from tests.harness import PASCAL, TINY_FLAGS, Server
 from tests.requests import generate
@@ -71,18 +72,48 @@ def test_the_controller_sleeps_while_nothing_happens(two_instances):
     assert used < 0.25 * took, "stock keeps a core busy"
 
 
-def test_sglangs_own_balancing_on_request(tiny_model):
-    flags = ["--model-path", str(tiny_model), *TINY_FLAGS, "--dp-size", "2"]
-    with Server(PASCAL, [*flags, "--load-balance-method", "round_robin"]) as server:
-        assert "placement=sglang" in server.output
-        before = answered(server)
-        for turn in range(6):
-            server.post("/generate", generate("once upon a time " * 60 + str(turn), 3, 8))
-        assert [b - a for a, b in zip(before, answered(server), strict=True)] == [3, 3]
+@pytest.fixture(scope="module")
+def balanced_by_sglang(tiny_model):
+    """Two instances of two ranks; requests that do not say whether they think do."""
+    flags = ["--dp-size", "2", "--tp-size", "2", "--load-balance-method", "round_robin"]
+    model = ["--model-path", str(tiny_model), *TINY_FLAGS]
+    with Server(PASCAL, [*model, *flags, "--pascal-assume-reasoning"]) as server:
+        yield server
 
 
-def test_two_tensor_parallel_ranks(pascal_server, tiny_model):
-    flags = ["--model-path", str(tiny_model), *TINY_FLAGS, "--tp-size", "2"]
-    with Server(PASCAL, flags) as server:
-        assert ids(server) == ids(pascal_server)
-        assert len(server.instances()) == 1
+def test_sglangs_own_balancing_on_request(balanced_by_sglang):
+    server = balanced_by_sglang
+    assert "placement=sglang" in server.output
+    before = answered(server)
+    for turn in range(6):
+        server.post("/generate", generate("once upon a time " * 60 + str(turn), 3, 8))
+    assert [b - a for a, b in zip(before, answered(server), strict=True)] == [3, 3]
+
+
+def test_two_tensor_parallel_ranks(pascal_server, balanced_by_sglang):
+    assert ids(balanced_by_sglang) == ids(pascal_server)
+    assert len(balanced_by_sglang.instances()) == 2, "whatever their ranks"
+
+
+def test_who_does_not_say_thinks(balanced_by_sglang):
+    said_no = generate("Once", think=None, total=6, rid=uuid.uuid4().hex)
+    balanced_by_sglang.post("/generate", {**said_no, "require_reasoning": False})
+    assert balanced_by_sglang.recent(said_no["rid"])["answer_tokens"] == 6
+
+    silent = generate("Once", think=None, total=6, rid=uuid.uuid4().hex)
+    balanced_by_sglang.post("/generate", silent)
+    assert balanced_by_sglang.recent(silent["rid"])["reasoning_tokens"] == 6
+
+
+@sgl.function
+def one_call(s, question):
+    s += question + sgl.gen("answer", max_tokens=10, temperature=0)
+
+
+def test_calls_of_a_frontend_program_think(balanced_by_sglang):
+    before = {r["rid"] for i in balanced_by_sglang.instances() for r in i["recent"]}
+    state = one_call.run("Well?", backend=sgl.RuntimeEndpoint(balanced_by_sglang.base_url))
+    assert state["answer"]
+    recent = [r for i in balanced_by_sglang.instances() for r in i["recent"]]
+    (call,) = (r for r in recent if r["rid"] not in before)
+    assert call["reasoning_tokens"] == 10

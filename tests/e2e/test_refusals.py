@@ -1,11 +1,14 @@
 """What cannot be served is refused with one clear line, and nothing stays behind."""
 
+import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import psutil
@@ -39,15 +42,20 @@ def run(command, flags, env=None):
     try:
         output, _ = process.communicate(timeout=180)
     finally:
-        left = [
-            p
-            for p in psutil.process_iter()
-            if _session(p) == process.pid and p.status() != psutil.STATUS_ZOMBIE
-        ]
-        for p in left:
-            p.kill()
-    assert left == []
+        nothing_left(process.pid)
     return process.returncode, output
+
+
+def nothing_left(session):
+    """Fails if a process of that session still lives; it does not afterwards."""
+    left = [
+        p
+        for p in psutil.process_iter()
+        if _session(p) == session and p.status() != psutil.STATUS_ZOMBIE
+    ]
+    for p in left:
+        p.kill()
+    assert left == []
 
 
 def _session(process):
@@ -59,6 +67,41 @@ def _session(process):
 
 def our_lines(output):
     return [line for line in output.splitlines() if line.startswith("pascal_sglang")]
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    """Runs our launcher to the end, in a process that need not import SGLang first; (exit code,
+    output). Fails as `run` does."""
+    output = tmp_path_factory.mktemp("warm") / "output"
+    warm = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("warm_launcher.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment({"SGLANG_PLATFORM": "pascal_cpu", "PYTHONPATH": str(ROOT)}),
+        cwd=tempfile.gettempdir(),
+    )
+    assert warm.stdin is not None
+    assert warm.stdout is not None
+
+    def launch(flags):
+        print(json.dumps([flags, tempfile.gettempdir(), str(output)]), file=warm.stdin, flush=True)
+        process = int(warm.stdout.readline())
+        hung = threading.Timer(180, os.kill, (process, signal.SIGKILL))
+        hung.start()
+        try:
+            code = int(warm.stdout.readline())
+        finally:
+            hung.cancel()
+            nothing_left(process)
+        return code, output.read_text()
+
+    try:
+        yield launch
+    finally:
+        warm.stdin.close()
+        warm.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +163,9 @@ def broken_model(tmp_path):
         (["--pascal-pace-stream", "--tokenizer-worker-num", "2"], "--tokenizer-worker-num"),
     ],
 )
-def test_what_would_not_work_here_ends_in_one_line(tiny_model, asked, says):
+def test_what_would_not_work_here_ends_in_one_line(launcher, tiny_model, asked, says):
     flags = ["--model-path", str(tiny_model), "--device", "cpu", *asked]
-    code, output = run(PASCAL, flags)
+    code, output = launcher(flags)
     assert code == 2
     (line,) = our_lines(output)
     assert says in line
@@ -134,42 +177,51 @@ def test_what_would_not_work_here_ends_in_one_line(tiny_model, asked, says):
         (["--model-path", "/no/such/model"], "does not exist"),
         (["--model-path", tempfile.gettempdir()], "config.json"),
         (["--model-path", ".", "--no-such-flag"], "--no-such-flag"),
-        (["--port", "many"], "--port"),
         ([], "--model-path"),
         (["--demo", "--model-path", "x"], "--demo"),
-        (["--pascal-policy", "best"], "best"),
     ],
 )
-def test_bad_flags_end_in_one_line(flags, says):
+def test_bad_flags_end_in_one_line(launcher, flags, says):
+    code, output = launcher([*flags, "--device", "cpu"])
+    assert code == 2
+    assert output.count("\n") == 1, output
+    assert says in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"), [(["--port", "many"], "--port"), (["--pascal-policy", "best"], "best")]
+)
+def test_so_they_do_from_a_shell(flags, says):
+    """Before SGLang is imported, and after it."""
     code, output = run(PASCAL, [*flags, "--device", "cpu"])
     assert code == 2
     assert output.count("\n") == 1, output
     assert says in output
 
 
-def test_an_unreadable_model_config_ends_in_one_line(tmp_path):
+def test_an_unreadable_model_config_ends_in_one_line(launcher, tmp_path):
     flags = ["--model-path", str(broken_model(tmp_path)), "--device", "cpu"]
-    code, output = run(PASCAL, flags)
+    code, output = launcher(flags)
     assert code == 2
     assert output.count("\n") == 1, output
     assert "config.json" in output
 
 
-def test_a_model_nobody_knows_ends_in_one_line():
+def test_a_model_nobody_knows_ends_in_one_line(launcher):
     flags = ["--model-path", "nobody/knows-this-model", "--device", "cpu"]
-    code, output = run(PASCAL, flags)
+    code, output = launcher(flags)
     assert code == 2
     assert "nobody/knows-this-model" in our_lines(output)[-1]
     assert "Traceback" not in output
 
 
-def test_a_busy_port_ends_in_one_line(tiny_model):
+def test_a_busy_port_ends_in_one_line(launcher, tiny_model):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         flags = ["--model-path", str(tiny_model), "--device", "cpu", "--port", port]
-        code, output = run(PASCAL, flags)
+        code, output = launcher(flags)
     assert code == 2
     assert f"port {port}" in our_lines(output)[-1]
     assert "Traceback" not in output

@@ -27,11 +27,6 @@ ARMS = {
         ["--disable-overlap-schedule", "--page-size", "16"],
         {"kv_transport": "mooncake"},
     ),
-    "stop and copy, pauses, little memory": (
-        60,
-        ["--max-total-tokens", "2500", "--chunked-prefill-size", "64"],
-        {"live_migration": False, "chaos": 0.02, "quantum_tokens": 50, "answer_tpot_ms": 40.0},
-    ),
 }
 
 
@@ -150,6 +145,7 @@ def flooded(serve):
     binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
     with serve({"flood": 0.05}, ["--dp-size", "3"], **binding) as server:
         yield server
+        server.stop(signal.SIGTERM)
 
 
 def test_a_flood_of_moves_among_three_is_invisible(flooded, reference):

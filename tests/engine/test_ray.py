@@ -89,6 +89,7 @@ class TestTwoInstances:
     def two(self, serve, cluster):
         with serve(FLOOD, ["--use-ray", "--dp-size", "2"], RAY_ADDRESS=cluster) as server:
             yield server
+            server.stop(signal.SIGTERM)
 
     def test_they_serve_and_move(self, two, reference):
         whole, _ = run(two, COUNT)
@@ -114,6 +115,7 @@ def test_one_instance_serves(serve, reference, cluster):
     with serve({}, ["--use-ray"], RAY_ADDRESS=cluster) as server:
         whole, _ = run(server, COUNT)
         instance = settled(server)
+        server.stop(signal.SIGTERM)
     assert differences(whole, reference) == []
     assert instance["policy"] == "pascal"
 

@@ -63,7 +63,7 @@ def decide(policy, running, others, room):
 
 
 @given(policies, situation())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_never_beyond_memory_or_slots(policy, case):
     running, others, room = case
     _, plan = decide(policy, running, others, room)
@@ -83,7 +83,7 @@ def needs(m):
 
 
 @given(policies, situation())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_kv_leaves_the_device_only_for_memory(policy, case):
     """Nobody's KV is copied away while what is free covers all that starts and grows."""
     running, others, room = case
@@ -115,7 +115,7 @@ def test_a_pause_for_a_slot_leaves_the_kv_where_it_is():
 
 
 @given(policies, situation())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_nobody_is_paused_for_nothing(policy, case):
     running, others, room = case
     _, plan = decide(policy, running, others, room)
@@ -126,7 +126,7 @@ def test_nobody_is_paused_for_nothing(policy, case):
 
 
 @given(policies, situation())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_only_a_strictly_better_rank_displaces(policy, case):
     running, others, room = case
     short = room.free_tokens + room.releasing_tokens < GROWTH * len(running)
@@ -150,7 +150,7 @@ def test_the_same_view_gives_the_same_plan(policy, case):
 
 
 @given(policies, situation())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_the_line_is_in_the_order_of_the_one_key(policy, case):
     _, others, _ = case
     planner = planner_with(policy, others)
@@ -172,7 +172,7 @@ def place_in(planner):
 
 
 @given(situation())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_no_thinker_waits_behind_an_answer_with_slack(case):
     """Under `pascal`, the first thinker in line starts if pausing answers with slack makes room."""
     running, others, room = case
@@ -190,7 +190,7 @@ def test_no_thinker_waits_behind_an_answer_with_slack(case):
 
 
 @given(situation())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_an_answer_about_to_run_dry_comes_back_if_any_order_allows(case):
     running, others, room = case
     planner, plan = decide("pascal", running, others, room)

@@ -1,19 +1,33 @@
-"""Every series that the dashboard asks for, with every label it uses, is on `/metrics`."""
+"""Two instances with little memory that pause requests and move them by stop-and-copy.
+
+Nothing of that shows, and every series that the dashboard asks for, with every label it uses, is on
+`/metrics`.
+"""
 
 import json
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from launch.monitoring.dashboard import OUT
-from tests.engine.load import run
-from tests.engine.test_migration import at_rest
+from tests.engine.test_migration import FLOOD, flood
 from tests.promql import parsed, queries
 from tests.requests import generate
 
-BUSY = {"flood": 0.02, "chaos": 0.02, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
+CROWDED = {"live_migration": False, "chaos": 0.02, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
 TIGHT = ["--max-total-tokens", "2500", "--chunked-prefill-size", "64", "--dp-size", "2"]
 # Prometheus adds these to what it scrapes.
 TARGET = {"instance", "job"}
+
+
+@pytest.fixture(scope="module")
+def crowded(serve):
+    with serve({**FLOOD, **CROWDED}, TIGHT, SGLANG_CPU_OMP_THREADS_BIND="0|1|0|1") as server:
+        yield server
+
+
+def test_a_flood_of_moves_and_pauses_is_invisible(crowded, reference):
+    flood(crowded, 60, reference)
 
 
 def exported(text):
@@ -25,15 +39,12 @@ def exported(text):
     return labels
 
 
-def test_every_query_names_what_is_exported(serve):
-    """Two instances that pause and move, and one request that can do neither."""
-    with serve(BUSY, TIGHT) as server:
-        fixed = generate("Stay", think=5, total=20)
-        fixed["sampling_params"]["frequency_penalty"] = 0.5
-        server.post("/generate", fixed)
-        run(server, 60)
-        at_rest(server)
-        found = exported(server.get("/metrics"))
+def test_every_query_names_what_is_exported(crowded):
+    """After a flood of those who pause and move, and one request that can do neither."""
+    fixed = generate("Stay", think=5, total=20)
+    fixed["sampling_params"]["frequency_penalty"] = 0.5
+    crowded.post("/generate", fixed)
+    found = exported(crowded.get("/metrics"))
     names = {name for name in found if name.startswith("pascal:")}
     assert len(names) > 30
     for query in queries(json.loads(OUT.read_text())):
