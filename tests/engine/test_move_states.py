@@ -222,7 +222,8 @@ def test_a_full_target_refuses(scene):
 
 
 def test_a_busy_target_refuses(scene):
-    """As many as have windows come; one more stays."""
+    """As many as have windows come; who is more stays. A window may still be held back for the source
+    of a move before."""
     scene.hold.say("hold-Chunk")
     readers = [scene.start(max_new_tokens=200) for _ in range(WINDOWS + 1)]
     scene.wait_for("arrivals", "busy")
@@ -230,5 +231,6 @@ def test_a_busy_target_refuses(scene):
     for reader in readers:
         assert reader.end() == (scene.alone["mover"][:200], ["length"])
     scene.over()
-    assert scene.gained("departures", "kept:busy") == 1
-    assert scene.gained("departures", "moved") == WINDOWS
+    busy = scene.gained("departures", "kept:busy")
+    assert busy >= 1
+    assert scene.gained("departures", "moved") == WINDOWS + 1 - busy
