@@ -30,7 +30,6 @@ from tests.requests import generate
 HELD = (sys.executable, str(Path(__file__).with_name("held_moves.py")), "serve")
 # Far enough that the move stands still by then.
 ENDS_AT = 120
-WINDOWS = 8
 
 DECODING = [name for name in STATES if name not in ("stopping", "handed")]
 ENDINGS = ("length", "stop string", "stop token")
@@ -219,18 +218,3 @@ def test_a_full_target_refuses(scene):
     scene.over()
     assert scene.gained("departures", "kept:full") == 1
     assert scene.gained("arrivals", "taken") == 0
-
-
-def test_a_busy_target_refuses(scene):
-    """As many as have windows come; who is more stays. A window may still be held back for the source
-    of a move before."""
-    scene.hold.say("hold-Chunk")
-    readers = [scene.start(max_new_tokens=200) for _ in range(WINDOWS + 1)]
-    scene.wait_for("arrivals", "busy")
-    scene.hold.clear()
-    for reader in readers:
-        assert reader.end() == (scene.alone["mover"][:200], ["length"])
-    scene.over()
-    busy = scene.gained("departures", "kept:busy")
-    assert busy >= 1
-    assert scene.gained("departures", "moved") == WINDOWS + 1 - busy
