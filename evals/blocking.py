@@ -9,28 +9,20 @@ time between two tokens in the same run: what any reader waits for anyway.
 from __future__ import annotations
 
 import argparse
-import signal
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from evals import arms, remote
-from evals.arms import TINY, Arm, Plan, Rate, Server
+from evals import pair, remote
+from evals.arms import Arm, Plan, Server
 from evals.client import replay
-from evals.compare import CACHE, target_of
+from evals.compare import target_of
 from evals.items import Item
 from evals.metrics import intervals
 
-FLAGS = (
-    *("--model-path", "{model}", "--device", "cpu", "--dtype", "float32", "--dp-size", "2"),
-    *("--reasoning-parser", "qwen3", "--enable-custom-logit-processor", "--random-seed", "1"),
-    *("--incremental-streaming-output", "--stream-interval", "1", "--log-level", "warning"),
-    *("--max-total-tokens", "{kv_tokens}", "--max-running-requests", "64"),
-)
+FLAGS = ("--stream-interval", "1", "--max-running-requests", "64")
 PASCAL_FLAGS = ("--pascal-policy", "paper", "--pascal-migration", "always")
-ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 def blocked_s(base_url: str) -> tuple[list[float], int]:
@@ -58,12 +50,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--rate", type=float, default=4.0, help="requests per second (%(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=3000)
-    parser.add_argument("--model", type=Path, help="folder that the tiny model is built in")
-    options = parser.parse_args()
-    # Leaving by an exception takes the running server along.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    model = arms.model_folder(TINY, options.model or CACHE)
-    processor = arms.logit_processor(TINY)
+    options, model, processor = pair.parse(parser)
     items = [
         Item(number / options.rate, options.prompt_tokens, 10 + number % 30, 120)
         for number in range(options.requests)
@@ -74,20 +61,9 @@ def main() -> None:
     for transport in ("shm", "mooncake"):
         for live in ("--pascal-live-migration", "--no-pascal-live-migration"):
             name = f"{transport} {'stop-and-copy' if live.startswith('--no') else 'live'}"
-            flags = ("--pascal-kv-transport", transport, live)
+            flags = (*PASCAL_FLAGS, "--pascal-kv-transport", transport, live)
             arm = Arm(name=name, command="pascal", role="candidate", flags=flags)
-            plan = Plan(
-                preset="",
-                requests=options.requests,
-                seeds=1,
-                kv_tokens=131072,
-                target_tpot_ms=25.0,
-                flags=FLAGS,
-                arms=(arm,),
-                rates=(Rate("one", options.rate),),
-                pascal_flags=PASCAL_FLAGS,
-                env=ENV,
-            )
+            plan = pair.plan((arm,), options.requests, FLAGS)
             print(run(arm, plan, items, model, processor), flush=True)
 
 

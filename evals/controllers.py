@@ -9,28 +9,20 @@ the server are while nobody asks anything, in per cent of one core.
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 import time
 from pathlib import Path
 
 import psutil
 
-from evals import arms
-from evals.arms import TINY, Arm, Plan, Rate, Server
+from evals import pair
+from evals.arms import Arm, Plan, Server
 from evals.client import replay
-from evals.compare import CACHE, target_of
+from evals.compare import target_of
 from evals.items import Item
 from evals.throughput import throughput
 from evals.verdict import Spread
 
-FLAGS = (
-    *("--model-path", "{model}", "--device", "cpu", "--dtype", "float32", "--dp-size", "2"),
-    *("--reasoning-parser", "qwen3", "--enable-custom-logit-processor", "--random-seed", "1"),
-    *("--incremental-streaming-output", "--sleep-on-idle", "--log-level", "warning"),
-    *("--max-total-tokens", "{kv_tokens}", "--max-running-requests", "256"),
-)
-ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+FLAGS = ("--sleep-on-idle", "--max-running-requests", "256", "--stream-interval")
 TURNS = ("--load-balance-method", "round_robin")
 ARMS = (
     Arm(name="stock", command="stock", role="stock", flags=TURNS),
@@ -71,25 +63,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=500, help="each answers (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="of all arms (%(default)s)")
     parser.add_argument("--stream-interval", type=int, default=1)
-    parser.add_argument("--model", type=Path, help="folder that the tiny model is built in")
-    options = parser.parse_args()
-    # Leaving by an exception takes the running server along.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    model = arms.model_folder(TINY, options.model or CACHE)
-    processor = arms.logit_processor(TINY)
+    options, model, processor = pair.parse(parser)
     thinking = options.tokens // 2
     items = [Item(0.0, 20, thinking, options.tokens - thinking)] * options.requests
-    plan = Plan(
-        preset="",
-        requests=options.requests,
-        seeds=1,
-        kv_tokens=131072,
-        target_tpot_ms=100.0,
-        flags=(*FLAGS, "--stream-interval", str(options.stream_interval)),
-        arms=ARMS,
-        rates=(Rate("burst", 1.0),),
-        env=ENV,
-    )
+    flags = (*FLAGS, str(options.stream_interval))
+    plan = pair.plan(ARMS, options.requests, flags)
     print(f"{'arm':<10}{'round':>6}{'tok/s of each burst':>40}{'idle %':>10}")
     seen: dict[str, list[float]] = {arm.name: [] for arm in ARMS}
     for number in range(options.rounds):
