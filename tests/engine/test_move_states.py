@@ -33,6 +33,7 @@ ENDS_AT = 120
 
 DECODING = [name for name in STATES if name not in ("stopping", "handed")]
 ENDINGS = ("length", "stop string", "stop token")
+WINDOWS = 8
 
 
 @pytest.fixture(scope="module")
@@ -153,11 +154,35 @@ def test_who_ends_around_the_stop(ending, scene, endings):
     assert 0 < ended < scene.movers
 
 
+def test_a_busy_target_refuses(scene):
+    """As many as have windows come; one more stays. All ask before anybody is heard."""
+    scene.hold.say("hold-Ask")
+    readers = [scene.start(max_new_tokens=200) for _ in range(WINDOWS + 1)]
+    deadline = time.monotonic() + 30
+    while any(scene.states(reader.rid) != ("asking", None) for reader in readers):
+        assert time.monotonic() < deadline
+    scene.hold.say("hold-Chunk")
+    (scene.hold.folder / "hold-Ask").unlink()
+    scene.wait_for("arrivals", "busy")
+    scene.hold.clear()
+    for reader in readers:
+        assert reader.end() == (scene.alone["mover"][:200], ["length"])
+    scene.over()
+    assert scene.gained("departures", "kept:busy") == 1
+    assert scene.gained("departures", "moved") == WINDOWS
+
+
+def start_and_lose(scene, kind):
+    """A mover of whose messages the first of that kind is lost."""
+    scene.hold.say(f"lose-{kind}")
+    reader = scene.start()
+    scene.hold.wait_for(f"lose-{kind}", there=False)
+    return reader
+
+
 @pytest.mark.parametrize("lost", ["Ask", "Granted", "Chunk", "Got"])
 def test_a_lost_message_is_not_waited_for(lost, scene):
-    scene.hold.say(f"lose-{lost}")
-    reader = scene.start()
-    scene.hold.wait_for(f"lose-{lost}", there=False)
+    reader = start_and_lose(scene, lost)
     scene.hold.say("later")
     scene.wait_for("departures", "kept:timeout")
     scene.hold.clear()
@@ -168,9 +193,7 @@ def test_a_lost_message_is_not_waited_for(lost, scene):
 
 @pytest.mark.parametrize("lost", ["Handover", "Mine"])
 def test_a_lost_decision_is_said_again(lost, scene):
-    scene.hold.say(f"lose-{lost}")
-    reader = scene.start()
-    scene.hold.wait_for(f"lose-{lost}", there=False)
+    reader = start_and_lose(scene, lost)
     assert reader.end() == (scene.alone["mover"], ["length"])
     scene.over()
     assert scene.gained("departures", "moved") == 1
