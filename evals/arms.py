@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -277,12 +278,13 @@ class Server:
         return text.splitlines()[-1] if text else "(no output)"
 
     def _stop(self) -> None:
-        """Ask, wait, then kill whatever of the tree is left."""
+        """Ask, wait, then kill whatever of the tree is left. SGLang looks for a SIGTERM every five
+        seconds only."""
         try:
             tree = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             tree = []
-        self.process.terminate()
+        self.process.send_signal(signal.SIGINT)
         try:
             self.process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:

@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster import messages, orders
@@ -15,6 +15,7 @@ from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.post import CONTROLLER
 from pascal_sglang.cluster.source import Terms
 from pascal_sglang.cluster.target import Target, TargetState
+from pascal_sglang.engine.clearance import LANDING_PASSES, Clearance
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.incoming import Incoming, Landing
 from pascal_sglang.engine.letters import Voice
@@ -26,8 +27,6 @@ from pascal_sglang.policy.member import Place
 
 logger = logging.getLogger(__name__)
 
-# A request that stops elsewhere is here this many passes later, and has produced a token.
-LANDING_PASSES = 8
 # Ended moves whose last word may have to be said again.
 REMEMBERED = 4096
 
@@ -44,10 +43,12 @@ class Arrivals:
         landing: Landing,
         landings: list[str],
         voice: Voice,
+        clearance: Clearance,
     ) -> None:
         """landings: addresses of this instance's landings, by TP rank."""
         self.scheduler, self.governor, self.terms = scheduler, governor, terms
         self.landing, self.landings, self.voice = landing, landings, voice
+        self.clearance = clearance
         self.under_way: dict[str, Incoming] = {}
         self.counts: Counter[str] = Counter()
         self.arrived: dict[Req, float] = {}
@@ -55,14 +56,10 @@ class Arrivals:
         self._past: OrderedDict[str, Incoming] = OrderedDict()
         self._tombstones = Tombstones()
         self._dp_rank = get_parallel().dp_rank or 0
-        self._clear_until = self._clear_again = 0
 
-    @property
-    def wants_decoding(self) -> bool:
-        """Somebody's reader is waiting for it to go on here: no prefill now. Holds for so many
-        passes, and for as many after them not again, so that prefills have their turn."""
-        waits = self.arrived or self.under_way
-        return bool(waits) and self.governor.moment.pass_no < self._clear_until
+    def came_with(self, batch: ScheduleBatch) -> bool:
+        """Whether somebody's first token here is among those of this step."""
+        return bool(self.arrived) and any(req in self.arrived for req in batch.reqs)
 
     @property
     def is_idle(self) -> bool:
@@ -127,7 +124,7 @@ class Arrivals:
         restore_member(req, state)
         self.governor.ladder.adopt(req, locations)
         self.governor.stopped(req, Place.RESIDENT)
-        self.arrived[req] = state["stopped_at"]
+        self.arrived[req] = state["blocked_since"]
 
     def _settle(self, move: str) -> None:
         incoming = self.under_way.get(move)
@@ -164,10 +161,8 @@ class Arrivals:
             self.voice.say(sender, said)
         if isinstance(message, messages.Cancelled):
             self.landing.through(incoming)
-        pass_no = self.governor.moment.pass_no
-        if isinstance(message, messages.Chunk) and message.last and pass_no >= self._clear_again:
-            self._clear_until = pass_no + LANDING_PASSES
-            self._clear_again = self._clear_until + LANDING_PASSES
+        if isinstance(message, messages.Chunk) and message.last:
+            self.clearance.ask(self.governor.moment.pass_no, LANDING_PASSES)
         self._settle(message.move)
 
     def step(self, now: float) -> None:

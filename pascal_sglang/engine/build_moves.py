@@ -13,6 +13,7 @@ from pascal_sglang.cluster.source import Terms
 from pascal_sglang.cluster.transport import TransportError, make
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.arrivals import Arrivals
+from pascal_sglang.engine.clearance import Clearance
 from pascal_sglang.engine.departures import Departures
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.incoming import Landing, landing_bytes, window_tokens
@@ -64,6 +65,8 @@ def build_moves(scheduler: Any, governor: Governor | None, config: PascalConfig)
     terms = Terms(live=config.live_migration)
     landing = Landing(governor.pool, kv, transport.landing)
     landings = from_every_rank(scheduler, transport.address)
-    departures = Departures(scheduler, governor, terms, transport, kv, landing.window, voice)
-    arrivals = Arrivals(scheduler, governor, terms, landing, landings, voice)
+    clearance = Clearance()
+    window = landing.window
+    departures = Departures(scheduler, governor, terms, transport, kv, window, voice, clearance)
+    arrivals = Arrivals(scheduler, governor, terms, landing, landings, voice, clearance)
     return Moves(governor, departures, arrivals, voice, config.flood)

@@ -15,6 +15,7 @@ from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.post import CONTROLLER
 from pascal_sglang.cluster.source import OPEN, OVER, Source, SourceState, Terms
 from pascal_sglang.cluster.transport import Transport
+from pascal_sglang.engine.clearance import Clearance
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.kv_bytes import KvBytes
 from pascal_sglang.engine.letters import Voice
@@ -45,11 +46,12 @@ class Departures:
         kv: KvBytes,
         window: int,
         voice: Voice,
+        clearance: Clearance,
     ) -> None:
         """window: KV entries that go between two decode steps."""
         self.scheduler, self.governor, self.ladder = scheduler, governor, governor.ladder
         self.terms, self.transport, self.kv, self.window = terms, transport, kv, window
-        self.voice = voice
+        self.voice, self.clearance = voice, clearance
         self.under_way: dict[str, Outgoing] = {}
         self.counts: Counter[str] = Counter()
         self.bytes_sent = 0
@@ -75,7 +77,7 @@ class Departures:
             self.terms,
             reserve,
             stop=lambda: self._stop(out),
-            snapshot=lambda: export_state(req, out.stopped_at),
+            snapshot=lambda: export_state(req, out.blocked_since),
             resume=lambda: self._resume(out),
             release=out.let_go,
             lose=lambda: self._lose(out),
@@ -171,6 +173,9 @@ class Departures:
 
     def _stop(self, out: Outgoing) -> None:
         assert self._running is not None
+        if self.terms.live:
+            # What it has produced last is told after the step that begins now.
+            self.clearance.ask(self.governor.moment.pass_no, 1)
         out.stopped_at = self.governor.moment.now
         timeline_of(out.req).stopped("moved", out.stopped_at)
         out.take_out(self._running, lambda req: self.governor.planner.left(member_of(req)))

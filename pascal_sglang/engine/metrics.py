@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pascal_sglang.policy.plan import LACKS
 from pascal_sglang.policy.rung import Rung
 from pascal_sglang.policy.timeline import PhaseTimeline
 
@@ -129,8 +130,11 @@ class DecisionMetrics:
             multiprocess_mode="mostrecent",
         )
         self._reported: dict[str, float] = dict.fromkeys(self._totals, 0.0)
+        # Shown from the start: none so far is an answer too.
         for series in self._totals.values():
-            series.labels(**self._labels)  # Shown from the start: none so far is an answer too.
+            series.labels(**self._labels)
+        for lacks in LACKS:
+            self._blocked.labels(**self._labels, lacks=lacks)
         self._shown: dict[tuple[str, str], int] = {}
 
     def paused(self, name: str, why: str) -> None:

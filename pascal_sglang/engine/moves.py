@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +72,13 @@ class Moves:
 
     def is_empty(self) -> bool:
         return not self.departures.under_way and self.arrivals.is_idle
+
+    def defers_prefill(self, prefill_waits: bool) -> bool:
+        """Whether the prefill of this pass, if there is one, stands back for a move."""
+        arrivals = self.arrivals
+        moving = bool(self.departures.under_way or arrivals.under_way or arrivals.arrived)
+        pass_no = self.governor.moment.pass_no
+        return arrivals.clearance.defers(pass_no, prefill_waits=prefill_waits, moving=moving)
 
     def hear(self, letters: Letters) -> None:
         """Take in what has come since the last pass."""
@@ -145,9 +153,9 @@ class Moves:
 
     def observe(self, req: Req) -> None:
         """The request may have produced a token."""
-        stopped_at = self.arrivals.arrived.pop(req, None) if self.arrivals.arrived else None
-        if stopped_at is not None:
-            blocked_s = max(0.0, self.governor.moment.now - stopped_at)
+        since = self.arrivals.arrived.pop(req, None) if self.arrivals.arrived else None
+        if since is not None:
+            blocked_s = max(0.0, time.perf_counter() - since)
             self.blocked_s.append(blocked_s)
             if self.metrics is not None:
                 self.metrics.blocked(blocked_s)

@@ -15,6 +15,7 @@ from pascal_sglang.cluster.transport import Transport, TransportError
 from pascal_sglang.engine.copies import HostKV
 from pascal_sglang.engine.kv_bytes import KvBytes
 from pascal_sglang.engine.ladder import Ladder
+from pascal_sglang.engine.phases import timeline_of
 from pascal_sglang.policy.member import Place
 from pascal_sglang.policy.rung import Rung
 
@@ -22,8 +23,8 @@ from pascal_sglang.policy.rung import Rung
 @dataclass(slots=True, eq=False)
 class Outgoing:
     """One move from here. target: the instance it goes to. aborted: its client gave it up after the
-    Handover. stopped_at: when its last token left, in seconds; 0 while it runs. unsaid: what is
-    said once the copy begun in the last pass is complete."""
+    Handover. stopped_at: when it was told to leave the batch, in seconds; 0 while it runs. unsaid:
+    what is said once the copy begun in the last pass is complete."""
 
     req: Req
     target: int
@@ -38,6 +39,12 @@ class Outgoing:
     _copy: HostKV | None = None
     _written: tuple[str, int, int] | None = None
     _problem: str | None = None
+
+    @property
+    def blocked_since(self) -> float:
+        """When its last token left; for one that was paused, when the move began to hold it."""
+        timeline = timeline_of(self.req)
+        return max(self.stopped_at, timeline.last_answer or timeline.reasoning_end or 0.0)
 
     def place(self, running: set[Req]) -> Place | None:
         """Where the request is; None while its KV cannot be read (it leaves or joins the batch)."""

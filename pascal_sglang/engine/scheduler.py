@@ -225,7 +225,17 @@ class PascalScheduler(Scheduler):
 
     def _should_defer_prefill(self, running_batch: ScheduleBatch) -> bool:
         deferred: bool = super()._should_defer_prefill(running_batch)
-        return deferred or (self.moves is not None and self.moves.arrivals.wants_decoding)
+        waits = bool(self.waiting_queue) or self.chunked_req is not None
+        return deferred or (self.moves is not None and self.moves.defers_prefill(waits))
+
+    def is_disable_overlap_for_batch(
+        self, batch: ScheduleBatch, last_batch: ScheduleBatch | None
+    ) -> bool:
+        """Whoever has just arrived gets its first token before the next step, not after it."""
+        disabled: bool = super().is_disable_overlap_for_batch(batch, last_batch=last_batch)
+        if disabled or self.moves is None or not last_batch:
+            return disabled
+        return self.moves.arrivals.came_with(self.result_queue[0][0])
 
     def abort_request(self, recv_req: AbortReq) -> None:
         def matches(rid: str) -> bool:

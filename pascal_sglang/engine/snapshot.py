@@ -94,7 +94,7 @@ KEYS = frozenset(
         "timeline",
         "pacer",
         "member",
-        "stopped_at",
+        "blocked_since",
     }
 )
 
@@ -118,8 +118,8 @@ def why_not_movable(req: Req) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def export_state(req: Req, stopped_at: float) -> dict[str, Any]:
-    """The state of a request that stands still; `stopped_at` is when its last token left.
+def export_state(req: Req, blocked_since: float) -> dict[str, Any]:
+    """The state of a request that stands still; its reader has been kept waiting since then.
 
     Raises: TypeError for a value that JSON does not have.
     """
@@ -150,7 +150,7 @@ def export_state(req: Req, stopped_at: float) -> dict[str, Any]:
             "total_tokens": member.total_tokens,
             "credit": member.credit,
         },
-        "stopped_at": stopped_at,
+        "blocked_since": blocked_since,
     }
 
 

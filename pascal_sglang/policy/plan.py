@@ -55,6 +55,7 @@ class Plan:
 
 
 NOTHING = Plan()
+LACKS = ("memory", "slots", "rank")
 
 
 class Planner:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tests.requests import generate
 
-REQUESTS = 240
+REQUESTS = 160
 ABORTED = frozenset(range(5, REQUESTS, 16))
 
 
@@ -68,9 +68,9 @@ def run(server, count=REQUESTS):
 
     jobs = list(enumerate(bodies(count)))
     with ThreadPoolExecutor(32) as pool, ThreadPoolExecutor(4) as aborters:
-        cut = list(aborters.map(aborted, [job for job in jobs if job[0] in ABORTED]))
-        whole = list(pool.map(one, jobs))
-    return whole, cut
+        cut = aborters.map(aborted, [job for job in jobs if job[0] in ABORTED])
+        whole = pool.map(one, jobs)
+        return list(whole), list(cut)
 
 
 def abort(server, rid):

@@ -54,6 +54,7 @@ class Reader(threading.Thread):
         super().__init__(daemon=True)
         self.rid = body["rid"]
         self.ids, self.ends, self.error = [], [], None
+        self.began = threading.Event()
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         self._connection.request(
             "POST",
@@ -78,6 +79,7 @@ class Reader(threading.Thread):
         if event["output_ids"][: len(self.ids)] != self.ids:
             self.error = "a stream took back a token"
         self.ids = event["output_ids"]
+        self.began.set()
         if event["meta_info"]["finish_reason"]:
             self.ends.append(event["meta_info"]["finish_reason"]["type"])
 
@@ -112,6 +114,9 @@ class Scene:
         self.server, self.hold, self.alone = server, hold, alone
         self.before = at_rest(server)
         self.neighbours = [Reader(server, neighbour(i)) for i in (0, 1)]
+        # Whoever has decoded has read the last letters about the move before: none is held for it.
+        for reader in self.neighbours:
+            reader.began.wait(30)
         self.movers = 0
 
     def start(self, **more):

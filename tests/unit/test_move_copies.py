@@ -12,6 +12,7 @@ from pascal_sglang.cluster import messages, transport
 from pascal_sglang.cluster.orders import Order
 from pascal_sglang.cluster.source import Terms
 from pascal_sglang.engine.arrivals import Arrivals
+from pascal_sglang.engine.clearance import Clearance
 from pascal_sglang.engine.copies import Copies, HostKV
 from pascal_sglang.engine.departures import Departures
 from pascal_sglang.engine.incoming import LINGER_S, WINDOWS, Landing, landing_bytes
@@ -105,9 +106,10 @@ class Instance:
         )
         voice = SimpleNamespace(say=lambda to, said: self.said.extend(said))
         sides = (self.scheduler, self.governor, Terms())
-        self.departures = Departures(*sides, self.transport, self.kv, self.landing.window, voice)
+        way = (self.transport, self.kv, self.landing.window, voice, Clearance())
+        self.departures = Departures(*sides, *way)
         landings = [self.transport.address]
-        self.arrivals = Arrivals(*sides, self.landing, landings, voice)
+        self.arrivals = Arrivals(*sides, self.landing, landings, voice, Clearance())
 
     def take(self, kind):
         """What it has said of a kind."""
@@ -135,8 +137,8 @@ def sides(monkeypatch):
     monkeypatch.setattr(f"{there}.departures.remaining_of", lambda req, member: 20)
     timeline = SimpleNamespace(stopped=lambda why, now: None)
     monkeypatch.setattr(f"{there}.departures.timeline_of", lambda req: timeline)
-    state = {"stopped_at": 1.0}
-    monkeypatch.setattr(f"{there}.departures.export_state", lambda req, stopped_at: state)
+    state = {"blocked_since": 1.0}
+    monkeypatch.setattr(f"{there}.departures.export_state", lambda req, since: state)
     monkeypatch.setattr(f"{there}.arrivals.problem_with", lambda *_: None)
     monkeypatch.setattr(f"{there}.arrivals.import_state", lambda *_: Request())
     monkeypatch.setattr(f"{there}.arrivals.restore_member", lambda *_: None)
