@@ -57,6 +57,10 @@ class Holder:
         text = chunk.get("text")
         meta = chunk.get("meta_info")
         lengths, meta_lengths = _lengths(chunk), _lengths(meta) if isinstance(meta, dict) else {}
+        count = meta.get("completion_tokens") if isinstance(meta, dict) else None
+        if isinstance(count, int) and lengths.get("output_ids", 0) > count:
+            # A prompt's chunk lies about in SGLang while others of its batch have their turn.
+            lengths["output_ids"] = count
         if not isinstance(text, str):
             return Held(chunk, None, 0, lengths, meta_lengths)
         if not self._text.grows_to(text):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.load import run, settled
+from tests.engine.load import ABORTED, run, settled
 
 COUNT = 60
 BROKEN = (sys.executable, str(Path(__file__).with_name("broken_policy.py")))
@@ -51,7 +51,9 @@ def test_without_slots_kv_stays_on_the_device(serve, reference):
     assert len(kinds["pause"]) == paused
     assert {w["rung"] for w in kinds["rung"]} == {"resident"}
     assert {w["why"] for w in kinds["pause"]} == {"displaced"}
-    assert len(kinds["start"]) >= COUNT + len(kinds["rung"])
+    # Some are aborted where they wait.
+    lost = sum(i < COUNT for i in ABORTED)
+    assert len(kinds["start"]) >= COUNT + len(kinds["rung"]) - lost
     assert {w["lacks"] for w in kinds["blocked"]} <= {"slots", "rank"}
     for series in (
         'pascal:wait_seconds_count{class="all"',

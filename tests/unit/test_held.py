@@ -37,6 +37,11 @@ def test_an_incremental_stream(pieces):
     assert [h.as_it_was() for h in held] == chunks
 
 
+def test_ids_that_came_before_the_chunk_could_be_held_are_not_its_own():
+    chunk = {"text": "ab", "output_ids": [1, 2, 3], "meta_info": {"completion_tokens": 2}}
+    assert Holder().hold(chunk).as_it_was()["output_ids"] == [1, 2]
+
+
 def test_the_text_of_a_cumulative_stream_is_kept_once():
     holder = Holder()
     held = [holder.hold(c) for c in cumulative(["word "] * 100)]
