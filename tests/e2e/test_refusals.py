@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
-from tests.harness import PASCAL, STOCK, environment
+from tests.harness import PASCAL, STOCK, TINY_FLAGS, environment
 
 ROOT = Path(__file__).parents[2]
 SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
@@ -144,9 +144,8 @@ def test_a_process_without_the_plugin_is_refused(tiny_model):
     script = tiny_model.parent / "whitelist.py"
     script.write_text(code)
     env = {"SGLANG_PLATFORM": "pascal_cpu"}
-    status, output = run(
-        (sys.executable, str(script)), ["--model-path", str(tiny_model), "--device", "cpu"], env
-    )
+    flags = ["--model-path", str(tiny_model), *TINY_FLAGS]
+    status, output = run((sys.executable, str(script)), flags, env)
     assert status == 2
     assert any("runs without the plugin" in line for line in our_lines(output))
 
@@ -250,6 +249,6 @@ def test_an_unwritable_cache_ends_in_one_line(tmp_path):
 def test_sglangs_own_entry_point_refuses_the_same(tiny_model, config, flags, says):
     """No launcher of ours is there to say it early; the server must not start all the same."""
     env = {**ASKED, CONFIG_ENV: config.to_json()}
-    code, output = run(SERVE, ["--model-path", str(tiny_model), "--device", "cpu", *flags], env)
+    code, output = run(SERVE, ["--model-path", str(tiny_model), *TINY_FLAGS, *flags], env)
     assert code != 0
     assert f"does not work with {says}" in output
