@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 KINDS = ("subclass", "override", "wrap", "use")
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class SeamError(RuntimeError):
@@ -107,12 +108,13 @@ def _package_root(package: str) -> Path:
 
 
 @lru_cache(maxsize=64)
-def _parse(path: Path) -> tuple[str, ast.Module] | None:
+def _parse(path: Path) -> tuple[list[str], ast.Module] | None:
+    """The lines of a source file and its tree; None if there is no such file."""
     try:
         source = path.read_text(encoding="utf-8")
     except OSError:
         return None
-    return source, ast.parse(source)
+    return source.split("\n"), ast.parse(source)
 
 
 def source_digest(module: str, qualname: str) -> str | None:
@@ -122,25 +124,31 @@ def source_digest(module: str, qualname: str) -> str | None:
     parsed = _parse(base.with_suffix(".py")) or _parse(base / "__init__.py")
     if parsed is None:
         return None
-    source, tree = parsed
+    lines, tree = parsed
     node: ast.AST = tree
     for name in qualname.split("."):
         found = _child(node, name)
         if found is None:
             return None
         node = found
-    segment = ast.get_source_segment(source, node)
-    assert segment is not None
-    decorators = [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
-    return hashlib.sha256("\n".join([*decorators, segment]).encode()).hexdigest()[:16]
+    assert isinstance(node, Definition)
+    decorators = [ast.unparse(d) for d in node.decorator_list]
+    text = "\n".join([*decorators, _segment(lines, node)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _child(node: ast.AST, name: str) -> ast.AST | None:
+def _segment(lines: list[str], node: Definition) -> str:
+    """The source of a definition, as `ast.get_source_segment` gives it; that one splits the whole
+    file into lines anew for every symbol, which takes seconds at every start of every process."""
+    assert node.end_lineno is not None
+    *before, last = lines[node.lineno - 1 : node.end_lineno]
+    segment = "\n".join([*before, last.encode()[: node.end_col_offset].decode()])
+    return segment.encode()[node.col_offset :].decode()
+
+
+def _child(node: ast.AST, name: str) -> Definition | None:
     for child in getattr(node, "body", []):
-        if (
-            isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            and child.name == name
-        ):
+        if isinstance(child, Definition) and child.name == name:
             return child
     return None
 
