@@ -26,7 +26,8 @@ def pascal_server(tiny_model: Path) -> Iterator[Server]:
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
         "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
     }
-    with Server(PASCAL, ["--model-path", str(tiny_model), *TINY_FLAGS], strict) as server:
+    flags = ["--model-path", str(tiny_model), *TINY_FLAGS]
+    with Server(PASCAL, flags, strict, warm=True) as server:
         yield server
         server.stop(signal.SIGTERM)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -41,8 +44,67 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**env, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(extra or {})}
 
 
+class Fork:
+    """A server that `warm_servers` started; what of `subprocess.Popen` is used here."""
+
+    def __init__(self, pid: int, code: Path) -> None:
+        self.pid = pid
+        self._code = code
+
+    def poll(self) -> int | None:
+        try:
+            return int(self._code.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a forked server", timeout)
+            time.sleep(0.05)
+        return code
+
+    def send_signal(self, how: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, how)
+
+
+# A socket of `warm_servers` that is kept between test runs.
+WARM_ENV = "TEST_WARM_SERVERS"
+
+
+@functools.cache
+def warm_servers() -> str:
+    """The socket of the process that forks servers; it ends with this one unless it was given.
+
+    Its environment is that of a server with a policy: SGLang reads some of it on import.
+    """
+    if kept := os.environ.get(WARM_ENV):
+        return kept
+    path = os.path.join(tempfile.mkdtemp(prefix="warm-"), "socket")
+    env = {"SGLANG_PLATFORM": "pascal_cpu", "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "4"}
+    warm = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("warm_servers.py")), path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment(env),
+    )
+    _kept.append(warm)
+    assert warm.stdout is not None
+    if warm.stdout.readline() != b"ready\n":
+        raise RuntimeError("the process that forks servers did not start")
+    return path
+
+
+_kept: list[subprocess.Popen[bytes]] = []
+
+
 class Server:
-    """A server process tree of our own, with its output in a file."""
+    """A server process tree of our own, with its output in a file.
+
+    warm: as a fork of `warm_servers`, for servers with a policy; otherwise as a shell starts it.
+    """
 
     def __init__(
         self,
@@ -50,21 +112,36 @@ class Server:
         flags: Sequence[str],
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        *,
+        warm: bool = False,
     ) -> None:
         self.port = free_port()
         self.base_url = f"http://127.0.0.1:{self.port}"
         descriptor, self._log = tempfile.mkstemp(prefix="server-", suffix=".log")
-        self.process = subprocess.Popen(
-            [*command, *flags, "--host", "127.0.0.1", "--port", str(self.port)],
-            stdout=descriptor,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment(env),
-            cwd=cwd,
-            start_new_session=True,
-        )
+        whole = [*command, *flags, "--host", "127.0.0.1", "--port", str(self.port)]
+        self.process: Fork | subprocess.Popen[bytes]
+        if warm:
+            self.process = self._fork(whole, environment(env), cwd or Path.cwd())
+        else:
+            self.process = subprocess.Popen(
+                whole,
+                stdout=descriptor,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment(env),
+                cwd=cwd,
+                start_new_session=True,
+            )
         os.close(descriptor)
         self._seen: dict[int, psutil.Process] = {}
+
+    def _fork(self, command: list[str], env: dict[str, str], cwd: Path) -> Fork:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(60)
+            connection.connect(warm_servers())
+            with connection.makefile("rw") as pipe:
+                print(json.dumps([command, env, str(cwd), self._log]), file=pipe, flush=True)
+                return Fork(int(pipe.readline()), Path(f"{self._log}.code"))
 
     def __enter__(self) -> Server:
         try:

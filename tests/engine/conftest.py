@@ -20,9 +20,11 @@ def reference(stock_server):
 
 @pytest.fixture(scope="session")
 def serve(tiny_model):
-    """Starts the tiny model under a configuration, with SGLang's strict memory checks on."""
+    """Starts the tiny model under a configuration, with SGLang's strict memory checks on.
 
-    def start(settings, flags, command=SERVE, **more):
+    warm: by a fork, unless what SGLang reads on import has to be set for it."""
+
+    def start(settings, flags, command=SERVE, *, warm=True, **more):
         env = {
             CONFIG_ENV: PascalConfig(**settings).to_json(),
             "SGLANG_PLATFORM": "pascal_cpu",
@@ -31,6 +33,7 @@ def serve(tiny_model):
             "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
             **more,
         }
-        return Server(command, ["--model-path", str(tiny_model), *TINY_FLAGS, *flags], env)
+        model = ["--model-path", str(tiny_model)]
+        return Server(command, [*model, *TINY_FLAGS, *flags], env, warm=warm)
 
     return start

@@ -86,7 +86,8 @@ def test_a_policy_that_fails_in_every_pass_loses_nobody(serve, reference, overla
 
 def test_a_retraction_of_sglangs_own_is_survived(serve, reference):
     """SGLang's test switch retracts running requests; they come back through our line."""
-    with serve({"quantum_tokens": 50}, [], SGLANG_TEST_RETRACT="1") as server:
+    settings = {"quantum_tokens": 50}
+    with serve(settings, [], warm=False, SGLANG_TEST_RETRACT="1") as server:
         whole, _ = run(server, COUNT)
         instance = settled(server)
         metrics = server.get("/metrics")

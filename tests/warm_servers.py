@@ -1,0 +1,140 @@
+"""Servers as forks of a process that has imported SGLang: what imports cost is paid once, not by
+every process of every server.
+
+    python tests/warm_servers.py SOCKET [keep]
+
+Takes one JSON list `[command, environment, folder, log]` per connection to that Unix socket and
+answers with the process id of a server that runs in a session of its own. Its exit code comes in
+the file `log + ".code"`. Ends with its standard input unless told to `keep` serving. Nothing of
+ours is imported before the fork, so one such process serves while the code changes.
+
+Worker processes are forks too. What SGLang reads from the environment on import is this process's:
+a server that needs other settings there has to be started from a shell, and so has one that must
+prove what a worker process imports by itself.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import select
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+IMPORTS = (
+    "sglang.cli.main",
+    "sglang.launch_server",
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.managers.data_parallel_controller",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.model_executor.model_runner",
+    "sglang.srt.models.qwen2",
+)
+
+
+def serve(command, environment, folder, log):
+    """In the fork: what `command` does in a shell. The exit code."""
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # Forks would draw the same ports.
+    random.seed()
+    # SGLang asks for workers that import everything anew.
+    multiprocessing.set_start_method("fork", force=True)
+    multiprocessing.set_start_method = lambda *_, **__: None
+    try:
+        _run(command)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _run(command):
+    """`python -m MODULE ...`, `python FILE ...` or `sglang ...`."""
+    if Path(command[0]).name == "sglang":
+        sys.argv[:] = command
+        sys.exit(sys.modules["sglang.cli.main"].main())
+    if command[1] == "-m":
+        sys.argv[:] = command[2:]
+        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = command[1:]
+        runpy.run_path(command[1], run_name="__main__")
+
+
+class Forks:
+    """Starts servers and writes down how each ended."""
+
+    def __init__(self):
+        self.logs = {}
+
+    def start(self, asked):
+        process = os.fork()
+        if not process:
+            code = serve(*asked)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        self.logs[process] = asked[-1]
+        return process
+
+    def reap(self):
+        while self.logs:
+            process, status = os.waitpid(-1, os.WNOHANG)
+            if not process:
+                return
+            code = os.waitstatus_to_exitcode(status)
+            Path(f"{self.logs.pop(process)}.code").write_text(str(code))
+
+
+def main(path, keep=False):
+    sys.path.pop(0)  # This folder, whose modules are named like others.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"sglang\.")
+    for name in IMPORTS:
+        importlib.import_module(name)
+    forks = Forks()
+    # A child's end interrupts the wait below.
+    waker, bell = socket.socketpair()
+    bell.setblocking(False)
+    signal.set_wakeup_fd(bell.fileno())
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        print("ready", flush=True)
+        while True:
+            watched = [listener, waker] if keep else [listener, waker, sys.stdin]
+            ready, _, _ = select.select(watched, [], [])
+            if waker in ready:
+                waker.recv(4096)
+                forks.reap()
+            if listener in ready:
+                connection, _ = listener.accept()
+                with connection, connection.makefile("rw") as pipe:
+                    print(forks.start(json.loads(pipe.readline())), file=pipe, flush=True)
+            if sys.stdin in ready and not os.read(0, 1):
+                return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], keep=sys.argv[2:] == ["keep"])
