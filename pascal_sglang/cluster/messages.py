@@ -19,6 +19,14 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Landings:
+    """Every instance to every other one, once, before it serves: the addresses of its landings, one
+    per TP rank. Opening and pinning one takes time that no request should wait for."""
+
+    landings: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Ask(Message):
     """Source to target: may a request come that will hold `tokens` KV entries at most when it
     does? `layout` names the format of a KV entry; both sides have to have the same."""

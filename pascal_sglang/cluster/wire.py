@@ -25,6 +25,7 @@ MAX_ITEMS = 4096
 KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
+        messages.Landings,
         messages.Ask,
         messages.Granted,
         messages.Refused,

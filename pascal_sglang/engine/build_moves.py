@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_parallel, get_serving
 
+from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.post import POST_ENV, Pen
 from pascal_sglang.cluster.source import Terms
 from pascal_sglang.cluster.transport import TransportError, make
@@ -65,6 +66,9 @@ def build_moves(scheduler: Any, governor: Governor | None, config: PascalConfig)
     terms = Terms(live=config.live_migration)
     landing = Landing(governor.pool, kv, transport.landing)
     landings = from_every_rank(scheduler, transport.address)
+    for other in range(get_parallel().dp_size):
+        if other != (get_parallel().dp_rank or 0):
+            voice.say(other, [messages.Landings(landings)])
     clearance = Clearance()
     window = landing.window
     departures = Departures(scheduler, governor, terms, transport, kv, window, voice, clearance)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang.srt.managers.utils import allocate_distinct_stream
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
+from pascal_sglang.engine.copy_stream import CopyStream, copy_stream_of
 from pascal_sglang.engine.pieces import Pieces
+from pascal_sglang.engine.pinning import pin
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,11 @@ class HostCopy:
     def halves(self) -> list[HostKV]:
         return [half for half in (self.prefix, self.own) if half is not None]
 
+    @property
+    def failed(self) -> bool:
+        """Whether the device did not copy all of it."""
+        return any(half.failed for half in self.halves())
+
 
 class Copies:
     """Host memory for KV entries of one device pool, and the copies there and back.
@@ -74,11 +79,9 @@ class Copies:
         self.buffers = _buffers_of(scheduler.token_to_kv_pool_allocator.get_kvcache())
         self._memory: list[torch.Tensor] = []
         self._pieces = Pieces(0)
-        self._stream = None
-        if self.buffers and str(scheduler.device).startswith("cuda"):
-            used = (scheduler.forward_stream, scheduler.schedule_stream)
-            self._stream = allocate_distinct_stream(torch.cuda, used)
-        self.deferred = self._stream is not None
+        self._stream = copy_stream_of(scheduler) if self.buffers else CopyStream()
+        self.deferred = self._stream.deferred
+        self._pins = str(scheduler.device).startswith("cuda")
         self._unpinned = False
 
     @property
@@ -103,7 +106,7 @@ class Copies:
         for buffer in self.buffers:
             block = torch.empty((tokens, *buffer.shape[1:]), dtype=buffer.dtype)
             # Not pin_memory=True: that rounds up to a power of two.
-            if self._stream is not None and block.nbytes and (failed := _pin(block)):
+            if self._pins and block.nbytes and (failed := pin(block.data_ptr(), block.nbytes)):
                 size = tokens * self.bytes_per_token / 2**30
                 raise RuntimeError(
                     f"cannot pin {size:.1f} GiB of host memory for paused KV "
@@ -115,9 +118,10 @@ class Copies:
     def pin(self, memory: memoryview) -> None:
         """Have the device read and write `memory` by itself; if it cannot be pinned, which is
         logged once, copies from and to there are waited for."""
-        if self._stream is None:
+        if not self._pins:
             return
-        failed = _pin(torch.frombuffer(memory, dtype=torch.uint8))
+        block = torch.frombuffer(memory, dtype=torch.uint8)
+        failed = pin(block.data_ptr(), block.nbytes)
         if failed and not self._unpinned:
             self._unpinned = True
             logger.warning(
@@ -125,17 +129,6 @@ class Copies:
                 memory.nbytes,
                 failed,
             )
-
-    @contextmanager
-    def _in_order(self) -> Iterator[None]:
-        """What is read from the pool inside sees every entry written by `to_device`, whose copies
-        the scheduler's own stream does not wait for."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield
 
     def to_host(self, locations: torch.Tensor) -> HostKV:
         """Begin to copy the entries at `locations`, shape (tokens,), at most `room` of them, which
@@ -151,30 +144,28 @@ class Copies:
     def read(self, locations: torch.Tensor, kv: HostKV) -> HostKV:
         """Begin to copy the entries at `locations`, as `to_host` does, into memory of the caller's
         choice."""
-        assert self.buffers is not None
-        try:
-            with self._in_order():
-                for buffer, part in zip(self.buffers, kv.parts, strict=True):
-                    for some in _chunks(len(locations)):
-                        part[some].copy_(buffer[locations[some]], non_blocking=True)
-                kv.done = self._mark(locations)
-        except RuntimeError:
-            self._failed(kv)
+        buffers = self.buffers
+        assert buffers is not None
+
+        def copy() -> None:
+            for buffer, part in zip(buffers, kv.parts, strict=True):
+                for some in _chunks(len(locations)):
+                    part[some].copy_(buffer[locations[some]], non_blocking=True)
+
+        self._begin(kv, copy, locations, after_steps=False)
         return kv
 
-    def _mark(self, locations: torch.Tensor) -> Any:
-        """The event after which the copies begun so far are complete. `locations` was made on
-        another stream and must not be reused before."""
-        if self._stream is None:
-            return None
-        locations.record_stream(self._stream)
-        done = torch.cuda.Event()
-        done.record(self._stream)
-        return done
+    def _begin(
+        self, kv: HostKV, copy: Callable[[], None], locations: torch.Tensor, *, after_steps: bool
+    ) -> None:
+        try:
+            kv.done = self._stream.run(copy, locations, after_steps=after_steps)
+        except RuntimeError:
+            self._failed(kv)
 
     def _failed(self, kv: HostKV) -> None:
         kv.failed = True
-        logger.exception("pascal_sglang: copying KV to the host failed")
+        logger.exception("pascal_sglang: copying KV between device and host failed")
 
     def wait(self, kv: HostKV) -> bool:
         """Until the copy is complete; False if the device failed, which is logged."""
@@ -188,36 +179,28 @@ class Copies:
 
     def to_device(self, kv: HostKV, locations: torch.Tensor) -> None:
         """Begin to write the entries to `locations`. Steps see them once `wait` has returned or
-        after `hold_steps`; until then the host memory is read."""
-        assert self.buffers is not None
-        scheduler = self._scheduler
-        if self._stream is not None:
-            # A step in flight may still write entries that have just been freed and given to us.
-            self._stream.wait_stream(scheduler.forward_stream)
-        with self._in_order():
-            for buffer, part in zip(self.buffers, kv.parts, strict=True):
+        after `hold_steps`; until then the host memory is read. If the device fails, `kv.failed` and
+        `wait` say so."""
+        buffers = self.buffers
+        assert buffers is not None
+
+        def copy() -> None:
+            for buffer, part in zip(buffers, kv.parts, strict=True):
                 for some in _chunks(kv.tokens):
                     buffer[locations[some]] = part[some].to(buffer.device, non_blocking=True)
-            kv.done = self._mark(locations)
+
+        # A step in flight may still write entries that have just been freed and given to us.
+        self._begin(kv, copy, locations, after_steps=True)
 
     def hold_steps(self, kv: HostKV) -> None:
         """Have steps launched from now on wait for the copy, if it is not complete by then."""
         if kv.done is not None:
-            # Not the scheduler's own stream under overlap, or the scheduler would wait for the copy
-            # as soon as it waits for anything.
-            overlap = self._scheduler.enable_overlap
-            reader = self._scheduler.forward_stream if overlap else torch.cuda.current_stream()
-            reader.wait_event(kv.done)
+            self._stream.hold_steps(kv.done)
 
     def free(self, kv: HostKV) -> None:
         """Give the host memory of a copy back, complete or not."""
         assert kv.start is not None
         self._pieces.give(kv.start, kv.tokens)
-
-
-def _pin(block: torch.Tensor) -> int:
-    """Pin a tensor's memory, as it is; CUDA's error, 0 for none."""
-    return int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
 
 
 def _chunks(tokens: int) -> Iterator[slice]:

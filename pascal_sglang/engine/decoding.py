@@ -36,5 +36,25 @@ def decoding(req: Req, scheduler: Any) -> ScheduleBatch:
     batch.forward_mode = ForwardMode.DECODE
     # Not a blocking copy: the scheduler would wait here for the step in flight.
     last = async_h2d([req.output_ids[-1]], dtype=torch.int64, device=batch.device)
-    scheduler.future_map.stash(batch.req_pool_indices, RelayPayload(bonus_tokens=last))
+    _relay(batch.req_pool_indices, last, scheduler)
     return batch
+
+
+def _relay(rows: torch.Tensor, last: torch.Tensor, scheduler: Any) -> None:
+    """Hand the last tokens to the next step, in the order of steps.
+
+    The step in flight writes its own tokens at its end, and one of its requests may have ended and
+    given its row to ours. The scheduler's stream waits for what a step reads, not for that.
+    """
+    payload = RelayPayload(bonus_tokens=last)
+    if not scheduler.enable_overlap:
+        scheduler.future_map.stash(rows, payload)
+        return
+    steps = scheduler.forward_stream
+    steps.wait_stream(torch.get_device_module(last.device).current_stream())
+    with scheduler.forward_stream_ctx:
+        scheduler.future_map.stash(rows, payload)
+    for tensor in (rows, last):
+        # Made on the scheduler's stream, which must not use their memory again before.
+        if tensor.device.type != "cpu":
+            tensor.record_stream(steps)

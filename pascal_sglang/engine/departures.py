@@ -59,6 +59,11 @@ class Departures:
         self._dp_rank, self._tp_rank = get_parallel().dp_rank or 0, get_parallel().tp_rank
         self._running: ScheduleBatch | None = None
 
+    def met(self, landings: Sequence[str]) -> None:
+        """Another instance's landings, by TP rank."""
+        if self._tp_rank < len(landings):
+            self.transport.meet(landings[self._tp_rank])
+
     def ordered(self, order: orders.Order, now: float) -> None:
         req = find(order.rid, self.scheduler, self.ladder)
         problem = "not here" if req is None else why_not_movable(req)

@@ -15,7 +15,7 @@ from pascal_sglang.engine.copies import Copies
 from pascal_sglang.engine.journal import Journal
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.members import Members, member_of, remaining_of
-from pascal_sglang.engine.ranks import agree, is_alone
+from pascal_sglang.engine.ranks import agree, attempt, is_alone
 from pascal_sglang.engine.view import View
 from pascal_sglang.policy.member import Member, Place
 from pascal_sglang.policy.order import ORDERS, PREFIX_HEAD_START, Moment, Tuning
@@ -75,28 +75,29 @@ class Governor:
         self._alone = is_alone(scheduler)
 
     def govern(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
-        """Begin a pass. An error of ours is logged and counted, and SGLang's order stands in."""
+        """Begin a pass. An error of ours is logged and counted, and SGLang's order stands in.
+        Raises: RanksDiverged if it is not the same on all TP ranks."""
         now = time.perf_counter()
         self._tick(now if self._alone else agree(self.scheduler, now), running, last)
         begin = time.perf_counter()
         self._running = running  # With all who come back: an error must not lose them.
-        try:
-            running = self._carry_out(running, last)
-        except Exception:
+        if (error := attempt(self.scheduler, lambda: self._carry_out(running, last))) is not None:
             self.errors += 1
-            if self.errors <= ERRORS_LOGGED:
-                logger.exception("pascal_sglang: the policy failed; SGLang's own order stands in")
-            running = self._stand_in(self._running)
+            self._log("the policy failed; SGLang's own order stands in", error)
+            if (error := attempt(self.scheduler, self._stand_in)) is not None:
+                self._log("bringing paused requests back failed", error)
+            self._admitted = list(self.scheduler.waiting_queue)
         self.policy_s += time.perf_counter() - begin
         if self.journal.metrics is not None and begin - self._reported >= REPORT_S:
             self._reported = begin
-            totals = {
-                "errors": self.errors,
-                "passes": self.moment.pass_no,
-                "seconds": self.policy_s,
-            }
+            passes, seconds = self.moment.pass_no, self.policy_s
+            totals = {"errors": self.errors, "passes": passes, "seconds": seconds}
             self.journal.metrics.update(totals, self.planner.line.lengths())
-        return running
+        return self._running
+
+    def _log(self, what: str, error: Exception) -> None:
+        if self.errors <= ERRORS_LOGGED:
+            logger.error("pascal_sglang: %s", what, exc_info=error)
 
     def _tick(self, now: float, running: ScheduleBatch, last: ScheduleBatch | None) -> None:
         """A new pass begins; `now` is TP rank 0's clock in seconds."""
@@ -118,8 +119,8 @@ class Governor:
             self.ladder.costs.prefilled(self._extended_before if lags else tokens, step)
         self._extended_before = tokens
 
-    def _carry_out(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
-        """Settle pauses, plan, pause and resume; the running batch to go on with."""
+    def _carry_out(self, running: ScheduleBatch, last: ScheduleBatch | None) -> None:
+        """Settle pauses, plan, pause and resume; `_running` is the batch to go on with."""
         moment = self.moment
         if self._chaos is not None:
             self.ladder.copies.deferred = self._chaos.defers()
@@ -131,7 +132,7 @@ class Governor:
             self._recount()
         self._admitted = []
         if self._chaos is None and self.planner.is_content(self.view.spare_tokens(running, last)):
-            return running
+            return
         going_on = [r for r in running.reqs if not r.finished()]
         # A request told to end does so in its next step; pausing it would only keep it.
         members = [member_of(r) for r in going_on if r.to_finish is None]
@@ -154,7 +155,6 @@ class Governor:
             if resumed is None:
                 break
             running = resumed
-        return running
 
     def settle(self) -> None:
         """Handle the KV of everybody who has left the batch and whose last token has arrived."""
@@ -196,11 +196,13 @@ class Governor:
         self.ladder.leave([m.handle for m in members], running, rung)
 
     def _spill(self, member: Member) -> None:
-        req: Req = member.handle
-        rung = self.ladder.spill(req)
+        self._fell(member.handle, self.ladder.spill(member.handle))
+
+    def _fell(self, req: Req, rung: Rung) -> None:
+        """A paused request's KV went down to that rung."""
         self._stands(req, PLACES[rung])
-        self.planner.spilled(member, PLACES[rung])
-        self.journal.left_device(member, rung, self.moment)
+        self.planner.spilled(member_of(req), PLACES[rung])
+        self.journal.left_device(member_of(req), rung, self.moment)
         if rung is Rung.RECOMPUTE:
             self.scheduler.waiting_queue.append(req)
 
@@ -213,24 +215,20 @@ class Governor:
             self._running = resumed
             self.journal.started(member_of(req), self.moment)
             self.planner.started(member_of(req), self.moment)
+        elif not self.ladder.holds(req):
+            self._fell(req, Rung.RECOMPUTE)
         return resumed
 
-    def _stand_in(self, running: ScheduleBatch) -> ScheduleBatch:
+    def _stand_in(self) -> None:
         """SGLang's order: everybody waiting may be admitted, and whoever is paused comes back in
         the order of arrival, before them."""
-        try:
-            self.settle()
-            running = self.ladder.arrive(running)
-            for req in sorted(self.ladder.paused(), key=lambda r: member_of(r).seq):
-                resumed = self._resume(req, running, joining=len(running.reqs))
-                if resumed is None:
-                    break
-                running = resumed
-        except Exception:
-            if self.errors <= ERRORS_LOGGED:
-                logger.exception("pascal_sglang: bringing paused requests back failed")
-        self._admitted = list(self.scheduler.waiting_queue)
-        return running
+        self.settle()
+        running = self._running = self.ladder.arrive(self._running)
+        for req in sorted(self.ladder.paused(), key=lambda r: member_of(r).seq):
+            resumed = self._resume(req, running, joining=len(running.reqs))
+            if resumed is None:
+                break
+            running = resumed
 
     def relieve(self, running: ScheduleBatch) -> None:
         """Before SGLang retracts because this very step does not fit: who is paused with its KV on

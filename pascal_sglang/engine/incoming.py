@@ -90,12 +90,12 @@ class Landing:
         at, size = self.offset(incoming), (end - begin) * self.kv.per_token
         if not size:
             return True
-        # Of every rank, whether its device fails or not: windows are free again in the same pass.
+        # Of every rank, whether it fails or not: windows are free again in the same pass.
         incoming.reading = HostKV([], failed=True)
         try:
             memory = self.memory[at : at + size]
             incoming.reading = self.kv.copy_in(incoming.locations[begin:end], memory)
-        except (RuntimeError, ValueError, IndexError):
+        except Exception:  # Whatever it is: the other ranks are told so, and wait for that.
             logger.exception("pascal_sglang: KV that arrived could not be written")
         if self.kv.copies.deferred:
             return not incoming.reading.failed

@@ -198,18 +198,23 @@ class Ladder:
         """Bring a paused request back; the running batch, in which it decodes without prefill in
         the next step, or in the one after that if it is `arriving` while others decode.
 
-        None, and the request stays paused, if the pool does not give what `can_resume` counted on.
+        None if the pool does not give what `can_resume` counted on, and the request stays paused,
+        or if a rank's device fails, and the request is to be recomputed: nothing `holds` it.
         """
         if req in self.resident:
             if self.pool.rows.alloc([req]) is None:
                 return None
             locations = self.resident.pop(req)
             self.pool.rows.write((req.kv.req_pool_idx, slice(0, len(locations))), locations)
-        elif self._to_device(req, copy := self.host[req]):
+        else:
+            copy = self.host[req]
+            if not self._to_device(req, copy):
+                return None
+            if not all_agree(self.scheduler, not copy.failed):
+                self._give_up(req, copy)
+                return None
             self._drop_copy(self.host, req)
             self.arriving[req] = copy
-        else:
-            return None
         self.counts["resumed"] += 1
         if req not in self.arriving:
             return joined(running, decoding(req, self.scheduler))
@@ -222,6 +227,20 @@ class Ladder:
             running = joined(running, decoding(req, self.scheduler))
             del self.arriving[req]
         return running
+
+    def holds(self, req: Req) -> bool:
+        """Whether the request is paused and has KV."""
+        return req in self.resident or req in self.host
+
+    def _give_up(self, req: Req, copy: HostCopy) -> None:
+        """Give back all that a request holds whose copy did not reach the device on every rank."""
+        for half in copy.halves():
+            self.copies.wait(half)  # Nothing may write there once it is given back.
+        self.pool.release(req)
+        self.counts["copy_failed"] += 1
+        self._drop_copy(self.host, req)
+        req.reset_for_retract()
+        self._count(Rung.RECOMPUTE, copy.tokens)
 
     def _hold_steps(self, copy: HostCopy) -> None:
         for half in copy.halves():

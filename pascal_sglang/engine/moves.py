@@ -12,6 +12,7 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -26,6 +27,7 @@ from pascal_sglang.engine.governor import ERRORS_LOGGED, Governor
 from pascal_sglang.engine.letters import Letters, Voice
 from pascal_sglang.engine.members import member_of, remaining_of
 from pascal_sglang.engine.move_metrics import MoveMetrics
+from pascal_sglang.engine.ranks import attempt
 from pascal_sglang.engine.snapshot import why_not_movable
 from pascal_sglang.policy.timeline import Phase
 
@@ -88,12 +90,13 @@ class Moves:
             except BadMessage as error:
                 self._reject(str(error))
                 continue
-            try:
-                self._take_in(sender, message, letters.now)
-            except Exception:
+            error = attempt(
+                self.governor.scheduler, partial(self._take_in, sender, message, letters.now)
+            )
+            if error is not None:
                 self._reject("failed")
                 if self.rejected["failed"] <= ERRORS_LOGGED:
-                    logger.exception("pascal_sglang: a message about a move failed")
+                    logger.error("pascal_sglang: a message about a move failed", exc_info=error)
 
     def _take_in(self, sender: int, message: Any, now: float) -> None:
         if isinstance(message, orders.Order):
@@ -103,6 +106,8 @@ class Moves:
             self.arrivals.died(message.dp_rank)
         elif isinstance(message, messages.Ask):
             self.arrivals.asked(sender, message, now)
+        elif isinstance(message, messages.Landings):
+            self.departures.met(message.landings)
         elif isinstance(message, TO_SOURCE):
             self.departures.hear(sender, message, now)
         elif isinstance(message, TO_TARGET):

@@ -86,7 +86,7 @@ class Outgoing:
             self._written = there
         except TransportError as error:
             self._problem = str(error)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:  # Whatever it is: the other ranks wait to be told so.
             self._problem = f"reading KV failed: {error}"
 
     def written(self, transport: Transport, kv: KvBytes) -> str | None:
@@ -97,7 +97,7 @@ class Outgoing:
             try:
                 transport.put(*self._written)
                 self.bytes_sent += self._written[2]
-            except TransportError as error:
+            except Exception as error:  # As above.
                 self._problem = str(error)
         self._copy = self._written = None
         return self._problem

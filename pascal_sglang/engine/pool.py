@@ -14,7 +14,6 @@ from sglang.srt.mem_cache.common import (
     free_kv_row_segments,
     release_kv_cache,
 )
-from sglang.srt.platforms import current_platform
 
 from pascal_sglang.engine.copies import Copies
 from pascal_sglang.policy.rung import Costs
@@ -131,9 +130,10 @@ def measure_costs(scheduler: Any, copies: Copies) -> Costs:
         for _ in range(PROBES):
             begin = time.perf_counter()
             kv = copies.to_host(locations)
-            copies.wait(kv)
+            copies.wait(kv)  # As a pause does.
             copies.to_device(kv, locations)
-            current_platform.synchronize()
+            if not copies.wait(kv):
+                raise RuntimeError("KV cannot be copied between the device and host memory")
             copies.free(kv)
             took.append((time.perf_counter() - begin) / 2)
         return min(took)

@@ -7,14 +7,18 @@ import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+from pascal_sglang.demo.tiny import LETTER_IDS
 from tests.requests import generate
 
 REQUESTS = 160
+LETTERS = range(LETTER_IDS[0], LETTER_IDS[1] + 1)
 ABORTED = frozenset(range(5, REQUESTS, 16))
 
 
 def bodies(count):
-    """The first `count` requests: thinking or not, stop strings, shared beginnings."""
+    """The first `count` requests: thinking or not, shared beginnings, and a third that end by a
+    stop token or string when the model happens to write it, which the scheduler learns a step late.
+    """
     dice = random.Random(5)
     made = []
     for i in range(count):
@@ -27,7 +31,12 @@ def bodies(count):
             total=dice.randint(60, 160),
             rid=f"{i}-{uuid.uuid4().hex}",
         )
-        if i % 5 == 1:
+        if i % 3 == 1:
+            # Each of 64 characters is as likely as the others, and none is written in thinking
+            # alone: one of two comes within some 30 tokens.
+            body["sampling_params"].pop("ignore_eos")
+            body["sampling_params"]["stop_token_ids"] = dice.sample(LETTERS, 2)
+        elif i % 15 == 2:
             body["sampling_params"]["stop"] = [dice.choice("abcdefgh") + dice.choice("ijklmnop")]
         made.append(body)
     return made

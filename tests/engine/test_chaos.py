@@ -1,33 +1,68 @@
 """Random pauses of running requests change no token, lose none, and leave nothing behind."""
 
+import sys
+import time
+import urllib.error
+from pathlib import Path
+
 import pytest
 
+from tests.engine.conftest import LATE, SAME_ROW, SERVE
 from tests.engine.load import REQUESTS, run, settled
+from tests.requests import generate
 
 CHAOS = {"chaos": 0.02, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
 TIGHT = ["--max-total-tokens", "2500", "--chunked-prefill-size", "64"]
+FAILING = (sys.executable, str(Path(__file__).with_name("failing_rank.py")), "serve")
 
 ARMS = {
-    "overlap": ([], {}),
-    "two ranks": (["--tp-size", "2"], {}),
-    "no overlap, pages of 16": (["--disable-overlap-schedule", "--page-size", "16"], {}),
-    "paper, recompute": ([], {"policy": "paper", "host_kv_gb": 0.0}),
+    "a late device": (LATE, [], {}),
+    "no overlap, pages of 16": (SERVE, ["--disable-overlap-schedule", "--page-size", "16"], {}),
+    "paper, recompute": (SERVE, [], {"policy": "paper", "host_kv_gb": 0.0}),
 }
+
+
+def chaos(server, reference, *rungs):
+    """The load under chaos: nothing of that shows in what comes back, nor afterwards."""
+    whole, _ = run(server)
+    assert [i for i, (a, b) in enumerate(zip(whole, reference, strict=True)) if a != b] == []
+    instance = settled(server)
+    assert instance["policy_errors"] == 0
+    assert sum(instance["ended"].values()) >= REQUESTS
+    metrics = server.get("/metrics")
+    for rung in rungs:
+        assert instance["pauses"][rung] > 50
+        assert f'rung="{rung}"' in metrics
+    kv = instance["kv_tokens"]
+    assert (kv["free"] + kv["evictable"], kv["host"]) == (kv["capacity"], 0)
+    assert instance["requests"] == []
+    return instance
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_chaos_is_invisible(arm, serve, reference):
-    flags, settings = ARMS[arm]
-    with serve({**CHAOS, **settings}, [*TIGHT, *flags]) as server:
-        whole, _ = run(server)
-        assert [i for i, (a, b) in enumerate(zip(whole, reference, strict=True)) if a != b] == []
-        instance = settled(server)
-        assert instance["policy_errors"] == 0
-        assert sum(instance["ended"].values()) >= REQUESTS
-        metrics = server.get("/metrics")
-        for rung in ("resident", "recompute", *([] if "recompute" in arm else ["host"])):
-            assert instance["pauses"][rung] > 50
-            assert f'rung="{rung}"' in metrics
-        kv = instance["kv_tokens"]
-        assert (kv["free"] + kv["evictable"], kv["host"]) == (kv["capacity"], 0)
-        assert instance["requests"] == []
+    command, flags, settings = ARMS[arm]
+    with serve({**CHAOS, **settings}, [*TIGHT, *flags], command) as server:
+        chaos(server, reference, "resident", "recompute", *([] if "recompute" in arm else ["host"]))
+        if command is LATE:
+            assert SAME_ROW in server.output, "the device was never late where it matters"
+
+
+def test_a_rank_whose_copies_fail_is_followed_by_the_other_one(serve, reference, tmp_path):
+    """And where it fails in a way that the other cannot follow, the instance ends and says why."""
+    switch = tmp_path / "break"
+    more = {"BREAK_FILE": str(switch)}
+    with serve(CHAOS, [*TIGHT, "--tp-size", "2"], FAILING, **more) as server:
+        instance = chaos(server, reference, "resident", "recompute", "host")
+        assert instance["pauses"]["copy_failed"] > 10
+        assert SAME_ROW in server.output
+        switch.touch()
+        with pytest.raises((urllib.error.URLError, OSError)):
+            server.post("/generate", generate("one more", think=None, total=20), timeout=60)
+        deadline = time.monotonic() + 30
+        while server.process.poll() is None:
+            assert time.monotonic() < deadline, "ranks that went different ways still serve"
+            time.sleep(0.1)
+        output = server.output
+    assert "a TP rank failed alone (here: ZeroDivisionError: alone, on purpose)" in output
+    assert "a TP rank failed alone (not here)" in output

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.conftest import LATE, SERVE
 from tests.engine.load import run
 from tests.requests import generate
 
@@ -21,9 +22,15 @@ FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_moves.py")), "ser
 
 ARMS = {
     # With chaos, half of the copies count as begun in one pass and complete in the next.
-    "two ranks each, pauses": (40, ["--tp-size", "2"], {"chaos": 0.02, "quantum_tokens": 50}),
+    "two ranks each, pauses, a late device": (
+        40,
+        LATE,
+        ["--tp-size", "2"],
+        {"chaos": 0.02, "quantum_tokens": 50},
+    ),
     "mooncake, no overlap, pages of 16": (
         60,
+        SERVE,
         ["--disable-overlap-schedule", "--page-size", "16"],
         {"kv_transport": "mooncake"},
     ),
@@ -99,11 +106,11 @@ def flood(server, count, reference):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_flood_of_moves_is_invisible(arm, serve, reference):
-    count, flags, settings = ARMS[arm]
+    count, command, flags, settings = ARMS[arm]
     if settings.get("kv_transport") == "mooncake":
         pytest.importorskip("mooncake.engine", exc_type=ImportError)
     binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0|1"}
-    with serve({**FLOOD, **settings}, ["--dp-size", "2", *flags], **binding) as server:
+    with serve({**FLOOD, **settings}, ["--dp-size", "2", *flags], command, **binding) as server:
         flood(server, count, reference)
 
 
@@ -144,7 +151,7 @@ def disconnect(server, body, tokens):
 def flooded(serve):
     binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
     # Its instances die: forks would hold the pipes by which each other's death is seen.
-    with serve({"flood": 0.05}, ["--dp-size", "3"], warm=False, **binding) as server:
+    with serve({"flood": 0.05}, ["--dp-size", "3"], LATE, warm=False, **binding) as server:
         yield server
         server.stop(signal.SIGTERM)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.conftest import LATE, SAME_ROW
 from tests.engine.load import ABORTED, run, settled
 
 COUNT = 60
@@ -23,10 +24,10 @@ def nothing_left(instance):
 
 
 def test_without_slots_kv_stays_on_the_device(serve, reference):
-    """Eight slots, memory to spare: who is paused gives up its slot alone; every decision is
-    written down."""
+    """Eight slots, memory to spare, and a late device: who is paused gives up its slot alone; every
+    decision is written down."""
     settings = {"policy": "rr", "quantum_tokens": 20, "log_decisions": True}
-    with serve(settings, ["--max-running-requests", "8"]) as server:
+    with serve(settings, ["--max-running-requests", "8"], LATE) as server:
         whole, _ = run(server, COUNT)
         instance = settled(server)
         metrics = server.get("/metrics")
@@ -35,8 +36,10 @@ def test_without_slots_kv_stays_on_the_device(serve, reference):
             for line in server.output.splitlines()
             if '{"decision"' in line
         ]
+        output = server.output
     assert differences(whole, reference) == []
     nothing_left(instance)
+    assert SAME_ROW in output, "the device was never late where it matters"
     assert instance["pauses"]["resident"] > 20
     assert "host" not in instance["pauses"]
     assert "recompute" not in instance["pauses"]

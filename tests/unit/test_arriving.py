@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import pytest
 
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.engine.copies import HostCopy
+from pascal_sglang.engine.copies import HostCopy, HostKV
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.outgoing import Outgoing, find
+from pascal_sglang.policy.member import Place
 from pascal_sglang.policy.rung import Costs
 from tests.unit.test_governor import FailingCopies, paused, scheduler
+
+OWN = HostKV([])
 
 
 class Batch(SimpleNamespace):
@@ -32,7 +35,7 @@ class Copies(FailingCopies):
         self.held.append(half)
 
     def free(self, half):
-        assert half == "own"
+        assert half is OWN
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def in_host_memory(governor):
     request = paused()
     request.finished = lambda: False
     request.kv.holds_kv = True
-    governor.ladder.host[request] = HostCopy(10, 0, None, "own")
+    governor.ladder.host[request] = HostCopy(10, 0, None, OWN)
     governor.ladder.host_tokens = 10
     return request
 
@@ -63,7 +66,7 @@ def test_it_joins_a_pass_later_while_others_decode(governor):
     assert ladder.arrive(running) is running
     assert running.reqs == ["other", request]
     assert not running.batch_is_full
-    assert ladder.copies.held == ["own"]
+    assert ladder.copies.held == [OWN]
     assert ladder.is_empty()
 
 
@@ -73,7 +76,7 @@ def test_it_joins_at_once_if_nobody_decodes_or_copies_do_not_run_beside(governor
     ladder.copies.deferred = alone
     running = Batch(reqs=[] if alone else ["other"])
     assert request in ladder.resume(request, running).reqs
-    assert ladder.copies.held == ["own"]
+    assert ladder.copies.held == [OWN]
     assert ladder.is_empty()
 
 
@@ -83,7 +86,7 @@ def test_an_abort_finds_it_and_whoever_gets_its_memory_waits_for_the_copy(govern
     ladder.resume(request, Batch(reqs=["other"]))
     assert ladder.forget(lambda req: True) == [request]
     assert released == [request]
-    assert ladder.copies.held == ["own"]
+    assert ladder.copies.held == [OWN]
     assert ladder.is_empty()
 
 
@@ -108,3 +111,24 @@ def test_a_policy_that_fails_right_after_loses_nobody(governor, monkeypatch):
     running = governor.govern(Batch(reqs=[]), None)
     assert running.reqs == [request]
     assert governor.errors == 1
+
+
+def test_one_whose_copy_fails_on_any_rank_gives_all_back_and_is_prefilled_again(
+    governor, monkeypatch
+):
+    ladder, request, done = governor.ladder, in_host_memory(governor), []
+    request.kv.kv_committed_len, request.reset_for_retract = 10, lambda: done.append("reset")
+    request.sampling_params = SimpleNamespace(max_new_tokens=20, custom_params=None)
+    monkeypatch.setattr(ladder.copies, "wait", lambda half: done.append(half), raising=False)
+    monkeypatch.setattr(ladder.pool, "release", done.append)
+    monkeypatch.setattr(ladder, "can_resume", lambda *_: True)
+    monkeypatch.setattr(governor.view, "promised_tokens", lambda: 0)
+    governor.stopped(request, Place.HOST)
+    monkeypatch.setattr("pascal_sglang.engine.ladder.all_agree", lambda _, holds: False)
+    monkeypatch.setattr(governor.journal, "left_device", lambda *_: None)
+    assert governor._resume(request, Batch(reqs=["other"]), 0) is None
+    assert done == [OWN, request, "reset"], "its memory is free once nothing is written there"
+    assert governor.scheduler.waiting_queue == [request]
+    assert request.pascal_member.place is Place.WAITING
+    assert (ladder.host_tokens, ladder.is_empty()) == (0, True)
+    assert ladder.counts["copy_failed"] == 1

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pascal_sglang.cluster.messages import Ask, Cancelled, Chunk, Got, Granted, Handover, Mine
+from pascal_sglang.cluster.messages import (
+    Ask,
+    Cancelled,
+    Chunk,
+    Got,
+    Granted,
+    Handover,
+    Landings,
+    Mine,
+)
 from pascal_sglang.cluster.orders import Boundary, Died, Gone, Order, Over
 from pascal_sglang.cluster.post import CONTROLLER, Box, Pen
 from pascal_sglang.cluster.status import Status
@@ -35,6 +44,7 @@ STATUS = Status(
     prefill_ns=11,
 )
 ALL = [
+    Landings(["a", "b"]),
     Ask("m", "r", 70, "layout"),
     Granted("m", ["a", "b"], 4096, 512),
     Chunk("m", 0, 40),

@@ -31,6 +31,11 @@ class Transport(ABC):
     landing: memoryview
     direct: bool
 
+    def meet(self, address: str) -> None:
+        """A peer has a landing there: make ready for it. Does nothing if that fails; `room` will
+        say so."""
+        return
+
     @abstractmethod
     def room(self, address: str, offset: int, size: int) -> memoryview:
         """Where to write the `size` bytes that `put` then brings to `offset` of a peer's landing.

@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 
 from pascal_sglang.cluster.transport import Transport, TransportError
 
@@ -38,6 +39,10 @@ class SharedMemory(Transport):
         self._peers: dict[str, memoryview] = {}
         self._pin = pin
         pin(self.landing)
+
+    def meet(self, address: str) -> None:
+        with suppress(TransportError):
+            self._peer(address)
 
     def room(self, address: str, offset: int, size: int) -> memoryview:
         peer = self._peer(address)

@@ -1,0 +1,35 @@
+"""Host memory that a CUDA device reads and writes by itself."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+
+
+def pin(at: int, size: int) -> int:
+    """Pin `size` bytes at address `at`, as they are. Returns CUDA's error, 0 for none; it is not
+    seen by any later call."""
+    error = int(torch.cuda.cudart().cudaHostRegister(at, size, 0))
+    if error:
+        clear_error()
+    return error
+
+
+def clear_error() -> None:
+    """Have CUDA forget this thread's last error, which the next kernel launch would report as its
+    own. PyTorch's own binding of the runtime has no call for that."""
+    for runtime in _runtimes():
+        runtime.cudaGetLastError()
+
+
+@cache
+def _runtimes() -> list[ctypes.CDLL]:
+    """The CUDA runtimes loaded into this process; none if PyTorch brings its own inside."""
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "/libcudart" in line}
+        return [ctypes.CDLL(path) for path in sorted(paths)]
+    except OSError:
+        return []

@@ -1,0 +1,123 @@
+"""A tensor-parallel rank that fails alone ends the instance; one that fails like all others does
+not. Two ranks meet here as two threads."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pascal_sglang.engine.moves import Moves
+from pascal_sglang.engine.ranks import RanksDiverged, agree, all_agree, attempt
+
+here = threading.local()
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """Runs something on two ranks at a time: a function of rank and scheduler."""
+    met, told, meeting = threading.Barrier(2), threading.Barrier(2), {}
+
+    def all_reduce(tensor, op, group):
+        meeting[here.rank] = tensor.clone()
+        met.wait(10)
+        tensor.copy_(torch.minimum(meeting[0], meeting[1]))
+        told.wait(10)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: here.rank)
+
+    def run(work):
+        def rank(number):
+            here.rank = number
+            scheduler = SimpleNamespace(
+                tp_cpu_group=SimpleNamespace(size=lambda: 2),
+                token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 7),
+            )
+            try:
+                return work(number, scheduler)
+            except RanksDiverged as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(rank, range(2)))
+
+    return run
+
+
+def test_ranks_hear_the_first_one_and_agree_if_all_do(both):
+    def work(rank, scheduler):
+        return (
+            agree(scheduler, 5.0 + rank),
+            agree(scheduler, 1.5 - rank, 2.0),
+            all_agree(scheduler, rank == 0),
+        )
+
+    assert both(work) == [(5.0, [1.5, 2.0], False)] * 2
+
+
+def broken(number):
+    raise torch.OutOfMemoryError(f"not on device {number}")
+
+
+def test_an_error_that_all_ranks_have_is_theirs_to_go_on_with(both):
+    def work(rank, scheduler):
+        error = attempt(scheduler, lambda: broken(rank))
+        return type(error), agree(scheduler, 3.0)
+
+    assert both(work) == [(torch.OutOfMemoryError, 3.0)] * 2
+
+
+def test_a_rank_that_fails_alone_ends_the_instance_and_says_why(both):
+    def work(rank, scheduler):
+        return attempt(scheduler, lambda: broken(rank) if rank else None)
+
+    first, second = both(work)
+    assert "failed alone (not here)" in str(first)
+    assert "failed alone (here: OutOfMemoryError: not on device 1)" in str(second)
+
+
+@pytest.mark.parametrize("meets", [agree, all_agree])
+def test_wherever_the_others_are_by_then(both, meets):
+    """The one rank has gone on to the end of its pass, the other one asks something on the way."""
+
+    def work(rank, scheduler):
+        return attempt(scheduler, lambda: broken(rank) if rank else meets(scheduler, True))
+
+    assert [type(found) for found in both(work)] == [RanksDiverged] * 2
+
+
+def test_an_error_in_the_same_place_for_another_request_is_another_one(both):
+    def work(rank, scheduler):
+        scheduler.token_to_kv_pool_allocator.available_size = lambda: rank
+        return attempt(scheduler, lambda: broken(0))
+
+    assert [type(found) for found in both(work)] == [RanksDiverged] * 2
+
+
+def test_alone_an_error_is_returned_and_nobody_is_met():
+    scheduler = SimpleNamespace(tp_cpu_group=SimpleNamespace(size=lambda: 1))
+    assert isinstance(attempt(scheduler, lambda: broken(0)), torch.OutOfMemoryError)
+    assert attempt(scheduler, lambda: None) is None
+    assert agree(scheduler, 4.0) == 4.0
+
+
+def test_a_message_that_fails_on_one_rank_only_ends_the_instance(both, monkeypatch):
+    module = "pascal_sglang.engine.moves"
+    parallel = SimpleNamespace(dp_rank=0, dp_size=2)
+    monkeypatch.setattr(f"{module}.get_parallel", lambda: parallel)
+    monkeypatch.setattr(f"{module}.unpack", lambda letter, instances: (1, letter))
+
+    def work(rank, scheduler):
+        moves = Moves(SimpleNamespace(scheduler=scheduler), None, None, None, 0.0)
+        moves._take_in = lambda sender, message, now: broken(0) if rank in message else None
+        moves.hear(SimpleNamespace(letters=[(), (0, 1)], now=1.0))
+        rejected = dict(moves.rejected)
+        try:
+            moves.hear(SimpleNamespace(letters=[(1,), ()], now=1.0))
+        except RanksDiverged:
+            return rejected
+        return None
+
+    assert both(work) == [{"failed": 1}] * 2
