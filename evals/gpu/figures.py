@@ -18,6 +18,7 @@ def identity_lines(found: Identity) -> list[str]:
     return [
         _line("requests with other tokens", f"{len(found.different)} of {found.requests}"),
         _line("tokens compared", str(found.tokens)),
+        _line("ended by a stop token", str(found.stopped)),
         _line("pauses forced", pauses),
         _line("moves forced", moves or "none"),
         _line("passes that failed, KV that stayed behind", f"{found.errors}, {found.left}"),

@@ -1,7 +1,8 @@
 """Whether pauses and moves change a token: the same greedy requests to two servers.
 
 The second pauses and moves requests at random, whatever its policy says (`chaos` and `flood` of its
-configuration), so that a few seconds of load meet every path.
+configuration), so that a few seconds of load meet every path. A third of the requests end by a stop
+token: a scheduler learns of that a step late, when the next step already runs.
 """
 
 from __future__ import annotations
@@ -25,19 +26,23 @@ REST_TIMEOUT_S = 30.0
 # Every request is moved at the end of its thinking; pauses and more moves come by chance per step.
 FORCED = {"policy": "pascal", "quantum_tokens": 50, "chaos": 0.02, "flood": 0.02}
 INSTANCES = 2
+# Token ids of letters, as the tiny model writes them: each is as likely as 63 others.
+LETTERS = range(64, 90)
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What came of it.
 
-    different: places of requests whose tokens differ. pauses: by rung. moves: ended, by outcome.
-    errors: passes in which the policy failed. costs: of copies and prefills as each instance
-    measured them, in seconds. left: KV entries that did not come back.
+    stopped: requests that ended by a stop token. different: places of requests whose tokens differ.
+    pauses: by rung. moves: ended, by outcome. errors: passes in which the policy failed. costs: of
+    copies and prefills as each instance measured them, in seconds. left: KV entries that did not
+    come back.
     """
 
     requests: int
     tokens: int
+    stopped: int
     different: list[int]
     pauses: dict[str, int]
     moves: dict[str, int]
@@ -47,13 +52,16 @@ class Identity:
 
     @property
     def holds(self) -> bool:
-        """No token differs, nothing stayed behind, and pauses and moves really happened."""
-        happened = self.pauses.get("host", 0) and self.moves.get("moved", 0)
+        """No token differs, nothing stayed behind, and pauses on the device and to the host, moves
+        and early ends really happened."""
+        paused = self.pauses.get("resident", 0) and self.pauses.get("host", 0)
+        happened = paused and self.moves.get("moved", 0) and self.stopped
         return bool(happened) and not (self.different or self.errors or self.left)
 
 
 def bodies(count: int, processor: str) -> list[dict[str, Any]]:
-    """Requests that think for 3 to 80 tokens, some with a beginning in common."""
+    """Requests that think for 3 to 80 tokens, some with a beginning in common, some with stop
+    tokens."""
     dice = random.Random(5)
     made = []
     for i in range(count):
@@ -64,6 +72,9 @@ def bodies(count: int, processor: str) -> list[dict[str, Any]]:
             "max_new_tokens": dice.randint(90, 160),
             "custom_params": {"thinking_budget": dice.randint(3, 80)},
         }
+        if i % 3 == 1:
+            # SGLang looks for stop tokens only where the end of a turn counts too.
+            sampling |= {"ignore_eos": False, "stop_token_ids": dice.sample(LETTERS, 2)}
         made.append(
             {
                 "text": prompt,
@@ -120,13 +131,16 @@ def check(plan: Plan, model: Path, processor: str, count: int) -> Identity:
     with Server(forced(plan), plan, model) as server:
         seen = ask(server.base_url, requests)
         found = at_rest(server.base_url)
-    return compare(expected, seen, found)
+    longest = [body["sampling_params"]["max_new_tokens"] for body in requests]
+    stopped = sum(len(ids) < most for ids, most in zip(expected, longest, strict=True))
+    return compare(expected, seen, found, stopped)
 
 
 def compare(
-    expected: list[list[int]], seen: list[list[int]], found: list[dict[str, Any]]
+    expected: list[list[int]], seen: list[list[int]], found: list[dict[str, Any]], stopped: int
 ) -> Identity:
-    """`found`: the forced server's instances at rest."""
+    """`found`: the forced server's instances at rest. stopped: requests that ended before they were
+    as long as they might be."""
 
     def added(counts: list[Mapping[str, int]], *names: str) -> dict[str, int]:
         keys = names or sorted({name for each in counts for name in each})
@@ -136,6 +150,7 @@ def compare(
     return Identity(
         requests=len(expected),
         tokens=sum(map(len, expected)),
+        stopped=stopped,
         different=[i for i, (a, b) in enumerate(zip(expected, seen, strict=True)) if a != b],
         pauses=added([i["pauses"] for i in found], "resident", "host", "recompute"),
         moves=added([i["migrations"]["departures"] for i in found]),

@@ -17,8 +17,9 @@ AT_REST = {
 }
 
 
-def found(**changes):
-    return identity.compare([[1, 2], [3]], [[1, 2], [3]], [AT_REST | changes, AT_REST])
+def found(stopped=1, **changes):
+    rest = [AT_REST | changes, AT_REST | changes]
+    return identity.compare([[1, 2], [3]], [[1, 2], [3]], rest, stopped)
 
 
 def test_identity_holds_when_pauses_and_moves_changed_nothing():
@@ -41,13 +42,19 @@ def test_identity_does_not_hold_if_something_went_wrong(changes):
 
 
 def test_identity_does_not_hold_for_other_tokens_or_if_nothing_happened():
-    other = identity.compare([[1, 2]], [[1, 3]], [AT_REST])
+    other = identity.compare([[1, 2]], [[1, 3]], [AT_REST], 1)
     assert other.different == [0]
     assert not other.holds
-    assert not identity.compare([[1]], [[1]], [AT_REST | {"pauses": {"resident": 5}}]).holds
-    assert not identity.compare(
-        [[1]], [[1]], [AT_REST | {"migrations": {"departures": {"kept:timeout": 9}}}]
-    ).holds
+    for pauses in ({"resident": 5}, {"host": 5}):
+        assert not found(pauses=pauses).holds
+    assert not found(migrations={"departures": {"kept:timeout": 9}}).holds
+    assert not found(stopped=0).holds
+
+
+def test_a_third_of_the_requests_may_end_by_a_stop_token():
+    made = [body["sampling_params"] for body in identity.bodies(30, "processor")]
+    assert sum("stop_token_ids" in params for params in made) == 10
+    assert all(params["ignore_eos"] == ("stop_token_ids" not in params) for params in made)
 
 
 def test_overhead_is_per_pass_and_per_scheduler():
