@@ -52,7 +52,7 @@ class CudaCopyStream(CopyStream):
             locations.record_stream(stream)
             done = torch.cuda.Event()
             done.record(stream)
-        except RuntimeError:
+        except Exception:
             with suppress(RuntimeError):
                 stream.synchronize()
             raise

@@ -101,6 +101,24 @@ def test_a_device_that_fails_says_so_and_keeps_its_memory_until_it_is_freed(capl
     assert copies.room == ENTRIES
 
 
+def test_a_device_that_fails_on_the_way_back_says_so_too(caplog):
+    copies, _ = copies_of(pool_of(MHATokenToKVPool))
+    kv = copies.to_host(torch.arange(5))
+    assert copies.wait(kv)
+    copies.buffers[1] = Broken()
+    copies.to_device(kv, torch.arange(5))
+    assert kv.failed
+    assert not copies.wait(kv)
+    assert "the device is gone" in caplog.text
+
+
+def test_a_device_that_copies_nothing_is_no_device_to_serve_on():
+    copies, scheduler = copies_of(pool_of(MHATokenToKVPool))
+    copies.buffers[1] = Broken()
+    with pytest.raises(RuntimeError, match="cannot be copied"):
+        measure_costs(scheduler, copies)
+
+
 def test_measuring_changes_nothing_and_keeps_nothing():
     copies, scheduler = copies_of(pool_of(MLATokenToKVPool))
     before = [buffer.clone() for buffer in copies.buffers]

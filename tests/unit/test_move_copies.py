@@ -17,6 +17,7 @@ from pascal_sglang.engine.copies import Copies, HostKV
 from pascal_sglang.engine.departures import Departures
 from pascal_sglang.engine.incoming import LINGER_S, WINDOWS, Landing, landing_bytes
 from pascal_sglang.engine.kv_bytes import KvBytes
+from pascal_sglang.policy.member import Place
 from tests.unit.test_copies import Broken, pool_of
 
 TOKENS = 40
@@ -254,6 +255,23 @@ def test_a_target_whose_device_fails_refuses(sides, monkeypatch):
     assert target.take(messages.Got) == []
     assert target.take(messages.Refused) == [messages.Refused("m", "transport")]
     assert len(target.landing._free) == WINDOWS - 1
+
+
+def no_memory(*_):
+    raise MemoryError("on purpose")
+
+
+def test_whatever_fails_on_a_rank_is_told_to_the_others(sides, monkeypatch, caplog):
+    """They wait for its word."""
+    source, target = sides
+    source.step()
+    monkeypatch.setattr(target.kv, "copy_in", no_memory)
+    target.arrivals.hear(0, *source.take(messages.Chunk), 1.0)
+    assert target.take(messages.Refused) == [messages.Refused("m", "transport")]
+    out = next(iter(source.departures.under_way.values()))
+    monkeypatch.setattr(source.transport, "room", no_memory)
+    out.write(0, 5, Place.RUNNING, source.transport, source.kv, 0)
+    assert out.written(source.transport, source.kv) == "reading KV failed: on purpose"
 
 
 def cancelled(target):

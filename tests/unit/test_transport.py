@@ -111,3 +111,14 @@ def test_a_transport_that_is_not_installed_stops_the_start(monkeypatch):
     check_moves(PascalConfig(kv_transport="mooncake", migration="off"), several)
     with pytest.raises(LaunchError, match=r"not installed: pip install pascal_sglang\[mooncake\]"):
         check_moves(PascalConfig(kv_transport="mooncake"), several)
+
+
+def test_a_peer_that_is_met_is_pinned_before_anything_is_written_to_it():
+    pinned = []
+    here = transport.make("shm", 4096, 0)
+    peer = transport.make("shm", 4096, 0, lambda memory: pinned.append(len(memory)))
+    peer.meet("/proc/1/fd/no landing")
+    peer.meet(here.address)
+    assert pinned == [4096, 4096]
+    peer.room(here.address, 0, 16)
+    assert pinned == [4096, 4096]
