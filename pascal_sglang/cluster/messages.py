@@ -20,8 +20,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Landings:
-    """Every instance to every other one, once, before it serves: the addresses of its landings, one
-    per TP rank. Opening and pinning one takes time that no request should wait for."""
+    """Instance to every other instance, once, at its start: the addresses of its landings, one per
+    TP rank. Opening and pinning a landing takes time that no request should wait for."""
 
     landings: list[str]
 

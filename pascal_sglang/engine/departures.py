@@ -59,10 +59,10 @@ class Departures:
         self._dp_rank, self._tp_rank = get_parallel().dp_rank or 0, get_parallel().tp_rank
         self._running: ScheduleBatch | None = None
 
-    def met(self, landings: Sequence[str]) -> None:
-        """Another instance's landings, by TP rank."""
+    def open_peer(self, landings: Sequence[str]) -> None:
+        """Open and pin another instance's landing; `landings` are addresses, by TP rank."""
         if self._tp_rank < len(landings):
-            self.transport.meet(landings[self._tp_rank])
+            self.transport.open_peer(landings[self._tp_rank])
 
     def ordered(self, order: orders.Order, now: float) -> None:
         req = find(order.rid, self.scheduler, self.ladder)

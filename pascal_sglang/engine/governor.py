@@ -15,7 +15,7 @@ from pascal_sglang.engine.copies import Copies
 from pascal_sglang.engine.journal import Journal
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.members import Members, member_of, remaining_of
-from pascal_sglang.engine.ranks import agree, attempt, is_alone
+from pascal_sglang.engine.ranks import agree, catch_on_all_ranks, is_alone
 from pascal_sglang.engine.view import View
 from pascal_sglang.policy.member import Member, Place
 from pascal_sglang.policy.order import ORDERS, PREFIX_HEAD_START, Moment, Tuning
@@ -81,10 +81,11 @@ class Governor:
         self._tick(now if self._alone else agree(self.scheduler, now), running, last)
         begin = time.perf_counter()
         self._running = running  # With all who come back: an error must not lose them.
-        if (error := attempt(self.scheduler, lambda: self._carry_out(running, last))) is not None:
+        error = catch_on_all_ranks(self.scheduler, lambda: self._carry_out(running, last))
+        if error is not None:
             self.errors += 1
             self._log("the policy failed; SGLang's own order stands in", error)
-            if (error := attempt(self.scheduler, self._stand_in)) is not None:
+            if (error := catch_on_all_ranks(self.scheduler, self._stand_in)) is not None:
                 self._log("bringing paused requests back failed", error)
             self._admitted = list(self.scheduler.waiting_queue)
         self.policy_s += time.perf_counter() - begin

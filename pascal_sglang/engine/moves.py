@@ -27,7 +27,7 @@ from pascal_sglang.engine.governor import ERRORS_LOGGED, Governor
 from pascal_sglang.engine.letters import Letters, Voice
 from pascal_sglang.engine.members import member_of, remaining_of
 from pascal_sglang.engine.move_metrics import MoveMetrics
-from pascal_sglang.engine.ranks import attempt
+from pascal_sglang.engine.ranks import catch_on_all_ranks
 from pascal_sglang.engine.snapshot import why_not_movable
 from pascal_sglang.policy.timeline import Phase
 
@@ -90,7 +90,7 @@ class Moves:
             except BadMessage as error:
                 self._reject(str(error))
                 continue
-            error = attempt(
+            error = catch_on_all_ranks(
                 self.governor.scheduler, partial(self._take_in, sender, message, letters.now)
             )
             if error is not None:
@@ -107,7 +107,7 @@ class Moves:
         elif isinstance(message, messages.Ask):
             self.arrivals.asked(sender, message, now)
         elif isinstance(message, messages.Landings):
-            self.departures.met(message.landings)
+            self.departures.open_peer(message.landings)
         elif isinstance(message, TO_SOURCE):
             self.departures.hear(sender, message, now)
         elif isinstance(message, TO_TARGET):

@@ -1,9 +1,9 @@
-"""What differs between tensor-parallel ranks must not reach a decision.
+"""Agreement among the tensor-parallel ranks of an instance.
 
-Ranks meet: every rank says something, and all hear the same. Whoever meets says along where it is
-and what of ours has failed on it so far, so that a rank that failed alone is seen at the next
-meeting, which ends the instance: its ranks hold different requests by then, and would wait for one
-another in the next step for ever.
+What differs between ranks must not reach a decision. Every agreement is the same small collective,
+and carries a checksum of how many a rank has taken part in and of the failures of ours on it. The
+next agreement, in the same pass, notices a rank that failed alone, and the instance ends: its ranks
+hold different requests by then, and the next step would wait for ever.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ import torch
 
 
 class RanksDiverged(Exception):
-    """The TP ranks of this instance no longer do the same. Nothing but its end is left."""
+    """The TP ranks of this instance no longer do the same; the instance has to end."""
 
 
 @dataclass(slots=True)
-class Course:
-    """What a rank has done: how often it met the others, and a checksum of what failed on it."""
+class RankState:
+    """What an agreement compares, for one rank."""
 
-    meetings: int = 0
+    # Agreements that the rank has taken part in.
+    agreements: int = 0
+    # A checksum of the failures of ours on the rank: where, after how many agreements.
     failures: int = 0
-    last: str = ""
+    # The failure since the last agreement, for the error text.
+    failed: str = ""
 
 
 def is_alone(scheduler: Any) -> bool:
@@ -43,18 +46,18 @@ def agree(scheduler: Any, *values: float) -> Any:
     if is_alone(scheduler):
         return list(values) if len(values) > 1 else values[0]
     leads = torch.distributed.get_rank(scheduler.tp_cpu_group) == 0
-    shared = [_meet(scheduler, "value", value if leads else math.inf) for value in values]
+    shared = [_least(scheduler, "value", value if leads else math.inf) for value in values]
     return shared if len(values) > 1 else shared[0]
 
 
 def all_agree(scheduler: Any, holds: bool) -> bool:
     """Whether something holds on every TP rank. Raises: RanksDiverged."""
-    return holds if is_alone(scheduler) else bool(_meet(scheduler, "holds", float(holds)))
+    return holds if is_alone(scheduler) else bool(_least(scheduler, "holds", float(holds)))
 
 
-def attempt(scheduler: Any, work: Callable[[], None]) -> Exception | None:
-    """Do something of ours; the error if it fails, which is then the same on all TP ranks. Raises:
-    RanksDiverged if it is not."""
+def catch_on_all_ranks(scheduler: Any, work: Callable[[], None]) -> Exception | None:
+    """Do some work of ours, and return its error if it failed. The error is the same on all ranks
+    then. Raises: RanksDiverged if it is not."""
     failed: Exception | None = None
     try:
         work()
@@ -66,44 +69,48 @@ def attempt(scheduler: Any, work: Callable[[], None]) -> Exception | None:
         return failed
     if failed is not None:
         _note(scheduler, failed)
-    _meet(scheduler, "attempt", 0.0)
+    try:
+        _least(scheduler, "outcome", 0.0)
+    except RanksDiverged as diverged:
+        raise diverged from failed
     return failed
 
 
 def _note(scheduler: Any, error: Exception) -> None:
-    """This rank has failed, and where. Not what the text says, which may name a device."""
-    course = _course(scheduler)
+    """Remember a failure on this rank by its place: the text may name a device."""
+    state = _state_of(scheduler)
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{os.path.basename(f.filename)}:{f.lineno}" for f in frames]
     free = scheduler.token_to_kv_pool_allocator.available_size()
-    where = f"{course.meetings} {type(error).__name__} {places} {free}"
-    course.failures = zlib.crc32(where.encode(), course.failures)
-    course.last = f"{type(error).__name__}: {error}"
+    where = f"{state.agreements} {type(error).__name__} {places} {free}"
+    state.failures = zlib.crc32(where.encode(), state.failures)
+    state.failed = f"{type(error).__name__}: {error}"
 
 
-def _course(scheduler: Any) -> Course:
-    course: Course | None = getattr(scheduler, "pascal_course", None)
-    if course is None:
-        course = scheduler.pascal_course = Course()
-    return course
+def _state_of(scheduler: Any) -> RankState:
+    state: RankState | None = getattr(scheduler, "pascal_rank_state", None)
+    if state is None:
+        state = scheduler.pascal_rank_state = RankState()
+    return state
 
 
-def _meet(scheduler: Any, what: str, value: float) -> float:
-    """The least `value` of all ranks. One kind of collective for everything, so that ranks that are
-    at different places meet all the same."""
-    course = _course(scheduler)
-    course.meetings += 1
-    mark = zlib.crc32(f"{course.meetings} {what}".encode(), course.failures)
-    tensor = torch.tensor([value, mark, -mark], dtype=torch.float64)
+def _least(scheduler: Any, what: str, value: float) -> float:
+    """The least `value` of all ranks. One collective for everything that ranks agree on, so that
+    ranks at different places of a pass take part in the same one, and notice."""
+    state = _state_of(scheduler)
+    state.agreements += 1
+    checksum = zlib.crc32(f"{state.agreements} {what}".encode(), state.failures)
+    tensor = torch.tensor([value, checksum, -checksum], dtype=torch.float64)
     op = torch.distributed.ReduceOp.MIN
     torch.distributed.all_reduce(tensor, op=op, group=scheduler.tp_cpu_group)
-    least, first, last = tensor.tolist()
-    if first != -last:
-        here = f"here: {course.last}" if course.last else "not here"
+    least, low, high = tensor.tolist()
+    if low != -high:
+        here = f"here: {state.failed}" if state.failed else "not here"
         raise RanksDiverged(
             f"pascal_sglang: a TP rank failed alone ({here}); the ranks of this instance no longer "
             "do the same, and it ends"
         )
+    state.failed = ""
     return float(least)
 
 

@@ -32,8 +32,8 @@ def bodies(count):
             rid=f"{i}-{uuid.uuid4().hex}",
         )
         if i % 3 == 1:
-            # Each of 64 characters is as likely as the others, and none is written in thinking
-            # alone: one of two comes within some 30 tokens.
+            # SGLang looks for stop tokens only where the end of a turn counts too. The model writes
+            # 64 characters, each as likely as the others: one of two comes after some 32 tokens.
             body["sampling_params"].pop("ignore_eos")
             body["sampling_params"]["stop_token_ids"] = dice.sample(LETTERS, 2)
         elif i % 15 == 2:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pascal_sglang.engine.moves import Moves
-from pascal_sglang.engine.ranks import RanksDiverged, agree, all_agree, attempt
+from pascal_sglang.engine.ranks import RanksDiverged, agree, all_agree, catch_on_all_ranks
 
 here = threading.local()
 
@@ -63,7 +63,7 @@ def broken(number):
 
 def test_an_error_that_all_ranks_have_is_theirs_to_go_on_with(both):
     def work(rank, scheduler):
-        error = attempt(scheduler, lambda: broken(rank))
+        error = catch_on_all_ranks(scheduler, lambda: broken(rank))
         return type(error), agree(scheduler, 3.0)
 
     assert both(work) == [(torch.OutOfMemoryError, 3.0)] * 2
@@ -71,7 +71,7 @@ def test_an_error_that_all_ranks_have_is_theirs_to_go_on_with(both):
 
 def test_a_rank_that_fails_alone_ends_the_instance_and_says_why(both):
     def work(rank, scheduler):
-        return attempt(scheduler, lambda: broken(rank) if rank else None)
+        return catch_on_all_ranks(scheduler, lambda: broken(rank) if rank else None)
 
     first, second = both(work)
     assert "failed alone (not here)" in str(first)
@@ -83,7 +83,9 @@ def test_wherever_the_others_are_by_then(both, meets):
     """The one rank has gone on to the end of its pass, the other one asks something on the way."""
 
     def work(rank, scheduler):
-        return attempt(scheduler, lambda: broken(rank) if rank else meets(scheduler, True))
+        return catch_on_all_ranks(
+            scheduler, lambda: broken(rank) if rank else meets(scheduler, True)
+        )
 
     assert [type(found) for found in both(work)] == [RanksDiverged] * 2
 
@@ -91,15 +93,15 @@ def test_wherever_the_others_are_by_then(both, meets):
 def test_an_error_in_the_same_place_for_another_request_is_another_one(both):
     def work(rank, scheduler):
         scheduler.token_to_kv_pool_allocator.available_size = lambda: rank
-        return attempt(scheduler, lambda: broken(0))
+        return catch_on_all_ranks(scheduler, lambda: broken(0))
 
     assert [type(found) for found in both(work)] == [RanksDiverged] * 2
 
 
 def test_alone_an_error_is_returned_and_nobody_is_met():
     scheduler = SimpleNamespace(tp_cpu_group=SimpleNamespace(size=lambda: 1))
-    assert isinstance(attempt(scheduler, lambda: broken(0)), torch.OutOfMemoryError)
-    assert attempt(scheduler, lambda: None) is None
+    assert isinstance(catch_on_all_ranks(scheduler, lambda: broken(0)), torch.OutOfMemoryError)
+    assert catch_on_all_ranks(scheduler, lambda: None) is None
     assert agree(scheduler, 4.0) == 4.0
 
 

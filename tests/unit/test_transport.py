@@ -113,12 +113,12 @@ def test_a_transport_that_is_not_installed_stops_the_start(monkeypatch):
         check_moves(PascalConfig(kv_transport="mooncake"), several)
 
 
-def test_a_peer_that_is_met_is_pinned_before_anything_is_written_to_it():
+def test_a_peer_that_is_opened_is_pinned_before_anything_is_written_to_it():
     pinned = []
     here = transport.make("shm", 4096, 0)
     peer = transport.make("shm", 4096, 0, lambda memory: pinned.append(len(memory)))
-    peer.meet("/proc/1/fd/no landing")
-    peer.meet(here.address)
+    peer.open_peer("/proc/1/fd/no landing")
+    peer.open_peer(here.address)
     assert pinned == [4096, 4096]
     peer.room(here.address, 0, 16)
     assert pinned == [4096, 4096]

@@ -31,9 +31,8 @@ class Transport(ABC):
     landing: memoryview
     direct: bool
 
-    def meet(self, address: str) -> None:
-        """A peer has a landing there: make ready for it. Does nothing if that fails; `room` will
-        say so."""
+    def open_peer(self, address: str) -> None:
+        """Prepare a peer's landing for writes. A failure is silent here; `room` raises it."""
         return
 
     @abstractmethod

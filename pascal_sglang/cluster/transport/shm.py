@@ -40,7 +40,7 @@ class SharedMemory(Transport):
         self._pin = pin
         pin(self.landing)
 
-    def meet(self, address: str) -> None:
+    def open_peer(self, address: str) -> None:
         with suppress(TransportError):
             self._peer(address)
 
