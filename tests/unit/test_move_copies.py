@@ -17,7 +17,6 @@ from pascal_sglang.engine.copies import Copies, HostKV
 from pascal_sglang.engine.departures import Departures
 from pascal_sglang.engine.incoming import LINGER_S, WINDOWS, Landing, landing_bytes
 from pascal_sglang.engine.kv_bytes import KvBytes
-from pascal_sglang.policy.member import Place
 from tests.unit.test_copies import Broken, pool_of
 
 TOKENS = 40
@@ -51,8 +50,7 @@ class LateCopies(Copies):
 
 class Request:
     rid, origin_input_ids, output_ids = "r", [1] * TOKENS, []
-    to_finish = None
-    over = False
+    to_finish, over = None, False
 
     def __init__(self):
         self.kv = SimpleNamespace(kv_committed_len=TOKENS)
@@ -213,8 +211,7 @@ def refuse(source, target):
 
 
 def drop(source, target):
-    """It lost its KV, and waits to be prefilled again."""
-    source.scheduler.running_batch.reqs.clear()
+    source.scheduler.running_batch.reqs.clear()  # To be prefilled again: it has lost its KV.
     source.step()
 
 
@@ -264,7 +261,7 @@ def test_whatever_fails_on_a_rank_is_told_to_the_others_who_wait_for_its_word(si
     target.arrivals.hear(0, *source.take(messages.Chunk), 1.0)
     assert target.take(messages.Refused) == [messages.Refused("m", "transport")]
     out = source.departures.under_way["m"]
-    out.write(0, 5, Place.RUNNING, source.transport, source.kv, 0)
+    out.write(0, 5, None, source.transport, source.kv, 0)
     assert "reading KV failed" in out.written(source.transport, source.kv)
 
 
