@@ -8,10 +8,12 @@ import random
 import sys
 
 import torch
-from late_device import LateCopies
 from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.policy.plan import Planner
+
+sys.path.insert(0, os.path.dirname(__file__))
+from late_device import LateCopies  # noqa: E402
 
 # Copies that are made to measure what one costs.
 MEASURED = 12
