@@ -13,7 +13,7 @@ from sglang.srt.runtime_context import get_parallel
 from pascal_sglang.policy.plan import Planner
 
 sys.path.insert(0, os.path.dirname(__file__))
-from late_device import LateCopies  # noqa: E402
+from late_device import LateCopies
 
 # Copies that are made to measure what one costs.
 MEASURED = 12
