@@ -95,10 +95,20 @@ def check_policy(policy: str, server_args: Any) -> None:
 
 
 def check_moves(config: PascalConfig, server_args: Any) -> None:
-    """Refuse a KV transport that was asked for and is not there."""
+    """Refuse a KV transport that was asked for and is not there, and an address of another host."""
+    if not config.moves or server_args.dp_size <= 1:
+        return
     problem = problem_with(config.kv_transport)
-    if config.moves and server_args.dp_size > 1 and problem is not None:
+    if problem is not None:
         raise LaunchError(f"--pascal-kv-transport {config.kv_transport}: {problem}")
+    if config.kv_listen is not None:
+        with socket.socket() as probe:
+            try:
+                probe.bind((config.kv_listen, 0))
+            except OSError as error:
+                raise LaunchError(
+                    f"--pascal-kv-listen {config.kv_listen}: {error.strerror}"
+                ) from None
 
 
 def check_frontend(config: PascalConfig, server_args: Any) -> None:
