@@ -125,6 +125,12 @@ HOOKS = (
         only_main=True,
     ),
     Hook(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.get_internal_state",
+        "around",
+        _frontend("withhold_status"),
+        only_main=True,
+    ),
+    Hook(
         "sglang.srt.entrypoints.http_server.serve_generate_request",
         "around",
         _frontend("assume_reasoning"),

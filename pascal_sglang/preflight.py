@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -109,6 +110,18 @@ def check_moves(config: PascalConfig, server_args: Any) -> None:
                 raise LaunchError(
                     f"--pascal-kv-listen {config.kv_listen}: {error.strerror}"
                 ) from None
+
+
+def open_to_others() -> str | None:
+    """What the umask lets other users of this host do, as one line; None if it is nothing."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    if not 0o022 & ~umask:
+        return None
+    return (
+        f"umask {umask:04o} lets other users write to SGLang's sockets in {tempfile.gettempdir()}, "
+        "and SGLang runs what it is sent there; start it with umask 0022"
+    )
 
 
 def check_frontend(config: PascalConfig, server_args: Any) -> None:
