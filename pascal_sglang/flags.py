@@ -84,8 +84,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--pascal-kv-listen",
         metavar="ADDRESS",
         default=defaults.kv_listen,
-        help="open mooncake at this IPv4 address: all who reach it can read and write KV that moves "
-        "(default: 127.0.0.1)",
+        help="open mooncake at this IPv4 address of this host: all who reach it can read and write "
+        "KV that moves (default: 127.0.0.1)",
     )
     group.add_argument(
         "--pascal-gpus",

@@ -20,8 +20,8 @@ JOIN = timedelta(seconds=60)
 
 
 def meet_on_loopback(port: int) -> TCPStore | None:
-    """Let this instance's process group, made later, meet at `port` of 127.0.0.1. On its first rank
-    the store listens from here on, and torch finds it by its port for as long as the result is kept.
+    """Let this instance's process group, made later, meet at `port` of 127.0.0.1. On its first
+    rank the store listens from here on; torch finds it by its port while the result is kept.
 
     Nothing changes where the operator, or SGLang under Ray, says where to meet.
     """

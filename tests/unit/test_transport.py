@@ -154,10 +154,11 @@ def test_mooncake_is_out_of_reach_of_other_hosts():
 def test_who_came_before_the_door_was_shut_stops_the_start():
     before = listening()
     with socket.create_server(("0.0.0.0", 0)) as door:
-        port = door.getsockname()[1]
-        with socket.create_connection(("127.0.0.2", port)):
-            with pytest.raises(OSError, match=r"127\.0\.0\.2 came before"):
-                keep_to("127.0.0.1", before)
+        with (
+            socket.create_connection(("127.0.0.2", door.getsockname()[1])),
+            pytest.raises(OSError, match=r"127\.0\.0\.2 came before"),
+        ):
+            keep_to("127.0.0.1", before)
         door.accept()[0].close()
 
 

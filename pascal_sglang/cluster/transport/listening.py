@@ -1,7 +1,7 @@
 """Listening sockets that a library opens for every address of the host, kept to one of them.
 
-The Mooncake Transfer Engine binds to all interfaces and has no option for it. A socket filter, which
-needs no privilege, makes the kernel drop a packet for any other address before there is a
+The Mooncake Transfer Engine binds to all interfaces and has no option for it. A socket filter,
+which needs no privilege, makes the kernel drop a packet for any other address before there is a
 connection, as if the socket were bound to that one.
 """
 

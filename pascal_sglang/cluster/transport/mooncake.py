@@ -1,9 +1,9 @@
 """KV through the Mooncake Transfer Engine: TCP here; RDMA or NVLink where the engine has them.
 
-`MC_*` variables configure the engine, and `PASCAL_SGLANG_MOONCAKE` may name protocol and device, for
-example `rdma:mlx5_0`. The engine asks nobody for a name or a key: who reaches its ports can read and
-write the memory that is registered with it. So this is no more than the landing and the staging, and
-the ports hear one address alone, by default 127.0.0.1.
+`MC_*` variables configure the engine, and `PASCAL_SGLANG_MOONCAKE` may name protocol and device,
+for example `rdma:mlx5_0`. The engine asks nobody for a name or a key: a process that reaches its
+ports can read and write the memory that is registered with it. So this is no more than the landing
+and the staging, and the ports hear one address alone, by default 127.0.0.1.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """KV through shared memory, for instances on one host.
 
 A source writes into its target's landing, which both have mapped: nothing lies in between. The
-landing is an anonymous shared memory file (`memfd_create`): peers of the same user, and nobody else,
-open it by the process that holds it. It has no name that a killed process could leave behind, and
-does not count against the few MiB that containers give to named segments.
+landing is an anonymous shared memory file (`memfd_create`): peers of the same user, and nobody
+else, open it by the process that holds it. It has no name that a killed process could leave behind,
+and does not count against the few MiB that containers give to named segments.
 """
 
 from __future__ import annotations
