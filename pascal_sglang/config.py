@@ -53,6 +53,8 @@ class PascalConfig:
     log_decisions: log every scheduling decision as one line of JSON.
     default_thinking_budget: thinking tokens after which a request without a logit processor of its
         own is made to close its thinking; None leaves requests alone. Set by `--demo`.
+    client_processors: whether clients may send logit processors, which are code, where SGLang's
+        flag is given. `--demo`, which gives it for its own ones, says no.
     chaos: for tests: the chance per pass that a running request is paused, or a paused one resumed,
         whatever the policy says.
     flood: for tests: every request moves at the end of its thinking, and with this chance per pass
@@ -76,6 +78,7 @@ class PascalConfig:
     assume_reasoning: bool = False
     log_decisions: bool = False
     default_thinking_budget: int | None = None
+    client_processors: bool = True
     chaos: float = 0.0
     flood: float = 0.0
 
@@ -90,7 +93,13 @@ class PascalConfig:
         ):
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        for name in ("pace_stream", "live_migration", "assume_reasoning", "log_decisions"):
+        for name in (
+            "pace_stream",
+            "live_migration",
+            "assume_reasoning",
+            "log_decisions",
+            "client_processors",
+        ):
             _require(isinstance(getattr(self, name), bool), f"{name} must be true or false")
         if self.kv_listen is not None:
             self._require_one_address()

@@ -77,6 +77,12 @@ def _pace_stream() -> Any:
     return generate_request
 
 
+def _client_code() -> Any:
+    from pascal_sglang.client_code import refuse
+
+    return refuse
+
+
 def _frontend(name: str) -> Callable[[], Any]:
     def load() -> Any:
         from pascal_sglang import frontend
@@ -140,6 +146,12 @@ HOOKS = (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
         "around",
         _pace_stream,
+        only_main=True,
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        "before",
+        _client_code,
         only_main=True,
     ),
     Hook(
