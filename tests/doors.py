@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from tests.harness import Server
-from tests.strangers import NOBODY, another_host, attempts
+from tests.strangers import NOBODY, NoOtherHost, another_host, attempts
 
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = ("0.0.0.0", "::")
@@ -82,9 +83,12 @@ def check(server: Server) -> set[str]:
         outcome = attempts([how for how, _ in tried], user=NOBODY)
         for (how, row), error in zip(tried, outcome, strict=True):
             assert (error is None) == row.user, f"{row.name}, {how}: {error}"
-        with another_host() as (there, ours):
-            ports = [("tcp", ours, how[2]) for how, _ in tried if how[0] == "tcp"]
-            assert None not in attempts(ports, there), ports
+        ports = [how[2] for how, _ in tried if how[0] == "tcp"]
+        try:
+            with another_host() as (there, ours):
+                assert None not in attempts([("tcp", ours, port) for port in ports], there), ports
+        except NoOtherHost as reason:
+            warnings.warn(f"nothing was tried from another host: {reason}", stacklevel=2)
     return {row.name for _, row in known}
 
 

@@ -18,6 +18,11 @@ NOBODY = 65534
 ATTEMPT_S = 0.3
 _names = count()
 
+
+class NoOtherHost(Exception):
+    """Nobody can be on another host here; the text says why."""
+
+
 _TRY = """
 import json, os, socket, sys
 from contextlib import ExitStack
@@ -67,9 +72,9 @@ def attempts(
 @contextmanager
 def another_host() -> Iterator[tuple[tuple[str, ...], str]]:
     """A network of two: the prefix that runs a command on the other side, and our address there.
-    Skips the test where that is not possible."""
+    Raises: `NoOtherHost` where that cannot be had."""
     if os.geteuid():
-        pytest.skip("only root can make a network namespace")
+        raise NoOtherHost("only root can make a network namespace")
     number = next(_names)
     name = f"pascal{os.getpid()}n{number}"
     ours, theirs = f"psc{os.getpid() % 10**7}a{number}", f"psc{os.getpid() % 10**7}b{number}"
@@ -81,7 +86,7 @@ def another_host() -> Iterator[tuple[tuple[str, ...], str]]:
     try:
         ip("netns", "add", name)
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', error)}")
+        raise NoOtherHost(f"no network namespaces: {getattr(error, 'stderr', error)}") from error
     try:
         ip("link", "add", ours, "type", "veth", "peer", "name", theirs, "netns", name)
         ip("address", "add", f"{subnet}.{2 * number + 1}/31", "dev", ours)
