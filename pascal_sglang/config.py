@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import json
 import math
 import os
@@ -44,12 +45,16 @@ class PascalConfig:
         override); or `off`. Only with several instances that are placed by phase.
     live_migration: KV is copied while the request still decodes; otherwise it stops first.
     kv_transport: how KV gets from one instance to another; `auto` is `shm` inside a host.
+    kv_listen: an IPv4 address of this host at which peers on a network reach the `mooncake`
+        transport; None: 127.0.0.1, this host alone.
     gpus: how many GPUs the instances share, one beside the other; None: each has its own. To try
         several instances on one GPU; `mem_fraction_static` has to leave room.
     assume_reasoning: `/generate` requests that do not say `require_reasoning` count as reasoning.
     log_decisions: log every scheduling decision as one line of JSON.
     default_thinking_budget: thinking tokens after which a request without a logit processor of its
         own is made to close its thinking; None leaves requests alone. Set by `--demo`.
+    client_processors: whether clients may send logit processors, which are code, where SGLang's
+        flag is given. `--demo`, which gives it for its own ones, says no.
     chaos: for tests: the chance per pass that a running request is paused, or a paused one resumed,
         whatever the policy says.
     flood: for tests: every request moves at the end of its thinking, and with this chance per pass
@@ -68,10 +73,12 @@ class PascalConfig:
     migration: str = "adaptive"
     live_migration: bool = True
     kv_transport: str = "auto"
+    kv_listen: str | None = None
     gpus: int | None = None
     assume_reasoning: bool = False
     log_decisions: bool = False
     default_thinking_budget: int | None = None
+    client_processors: bool = True
     chaos: float = 0.0
     flood: float = 0.0
 
@@ -86,8 +93,16 @@ class PascalConfig:
         ):
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        for name in ("pace_stream", "live_migration", "assume_reasoning", "log_decisions"):
+        for name in (
+            "pace_stream",
+            "live_migration",
+            "assume_reasoning",
+            "log_decisions",
+            "client_processors",
+        ):
             _require(isinstance(getattr(self, name), bool), f"{name} must be true or false")
+        if self.kv_listen is not None:
+            self._require_one_address()
         self._require_whole("quantum_tokens", at_least=1)
         self._require_whole("demote_tokens", at_least=1)
         self._require_whole("default_thinking_budget", at_least=0, optional=True)
@@ -99,6 +114,18 @@ class PascalConfig:
         self._require_number("chaos", above=-1e-9)
         self._require_number("flood", above=-1e-9)
         _require(max(self.chaos, self.flood) <= 1, "chaos and flood are probabilities")
+
+    def _require_one_address(self) -> None:
+        try:
+            address = ipaddress.IPv4Address(str(self.kv_listen))
+        except ValueError:
+            address = ipaddress.IPv4Address(0)
+        one = not (address.is_unspecified or address.is_multicast or address.is_reserved)
+        _require(one, f"kv_listen must be one IPv4 address, not {self.kv_listen!r}")
+        _require(
+            self.kv_transport == "mooncake",
+            f"kv_listen is for the mooncake transport; {self.kv_transport} listens nowhere",
+        )
 
     def _require_whole(self, name: str, at_least: int, optional: bool = False) -> None:
         value = getattr(self, name)

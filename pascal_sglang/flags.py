@@ -81,6 +81,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="how KV moves; auto: shm, inside a host; mooncake: Mooncake Transfer Engine",
     )
     group.add_argument(
+        "--pascal-kv-listen",
+        metavar="ADDRESS",
+        default=defaults.kv_listen,
+        help="open mooncake at this IPv4 address of this host: all who reach it can read and write "
+        "KV that moves (default: 127.0.0.1)",
+    )
+    group.add_argument(
         "--pascal-gpus",
         type=int,
         default=defaults.gpus,
@@ -122,6 +129,7 @@ def from_flags(options: argparse.Namespace) -> PascalConfig:
         migration=options.pascal_migration,
         live_migration=options.pascal_live_migration,
         kv_transport=options.pascal_kv_transport,
+        kv_listen=options.pascal_kv_listen,
         gpus=options.pascal_gpus,
         assume_reasoning=options.pascal_assume_reasoning,
     )

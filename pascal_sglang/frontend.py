@@ -49,16 +49,20 @@ def add_status_route(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
     """
     from fastapi import HTTPException
     from sglang.srt.entrypoints import http_server
+    from sglang.srt.utils.auth import AuthLevel, auth_level
 
     config = PascalConfig.from_env()
     assert config is not None
     check_frontend(config, server_args)
 
+    # Ids of everybody's requests: for the operator, as SGLang's route that aborts by id.
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def status() -> dict[str, Any]:
         """Per instance: counts by phase, KV tokens, live and recent requests with their times."""
         manager = http_server.get_global_state().tokenizer_manager
+        whole = type(manager).get_internal_state.__wrapped__  # Around it is `withhold_status`.
         try:
-            states = await asyncio.wait_for(manager.get_internal_state(), STATUS_S)
+            states = await asyncio.wait_for(whole(manager), STATUS_S)
         except TimeoutError:
             raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer") from None
         instances = sorted((s[INIT_INFO_KEY] for s in states), key=lambda i: i["dp_rank"])
@@ -67,6 +71,15 @@ def add_status_route(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
 
     if STATUS_PATH not in {getattr(route, "path", None) for route in http_server.app.routes}:
         http_server.app.get(STATUS_PATH)(status)
+
+
+async def withhold_status(
+    original: Callable[[Any], Awaitable[list[dict[str, Any]]]], manager: Any
+) -> list[dict[str, Any]]:
+    """Around `TokenizerControlMixin.get_internal_state`, which `/server_info` shows to everybody
+    with the API key: what is for `STATUS_PATH` stays there."""
+    states = await original(manager)
+    return [{k: v for k, v in state.items() if k != INIT_INFO_KEY} for state in states]
 
 
 async def assume_reasoning(

@@ -26,6 +26,7 @@ from pascal_sglang.preflight import (
     check_moves,
     check_policy,
     one_line,
+    open_to_others,
 )
 
 PROG = "pascal_sglang"
@@ -95,6 +96,8 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     check_frontend(config, server_args)
     check_moves(config, server_args)
     print(config.banner(), file=sys.stderr, flush=True)
+    if (warning := open_to_others()) is not None:
+        print(f"{PROG}: warning: {warning}", file=sys.stderr, flush=True)
     try:
         run_server(server_args)
         return 0

@@ -77,6 +77,12 @@ def _pace_stream() -> Any:
     return generate_request
 
 
+def _client_code() -> Any:
+    from pascal_sglang.client_code import refuse
+
+    return refuse
+
+
 def _frontend(name: str) -> Callable[[], Any]:
     def load() -> Any:
         from pascal_sglang import frontend
@@ -125,6 +131,12 @@ HOOKS = (
         only_main=True,
     ),
     Hook(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.get_internal_state",
+        "around",
+        _frontend("withhold_status"),
+        only_main=True,
+    ),
+    Hook(
         "sglang.srt.entrypoints.http_server.serve_generate_request",
         "around",
         _frontend("assume_reasoning"),
@@ -134,6 +146,12 @@ HOOKS = (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
         "around",
         _pace_stream,
+        only_main=True,
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        "before",
+        _client_code,
         only_main=True,
     ),
     Hook(

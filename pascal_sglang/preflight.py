@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -95,10 +96,32 @@ def check_policy(policy: str, server_args: Any) -> None:
 
 
 def check_moves(config: PascalConfig, server_args: Any) -> None:
-    """Refuse a KV transport that was asked for and is not there."""
+    """Refuse a KV transport that was asked for and is not there, and an address of another host."""
+    if not config.moves or server_args.dp_size <= 1:
+        return
     problem = problem_with(config.kv_transport)
-    if config.moves and server_args.dp_size > 1 and problem is not None:
+    if problem is not None:
         raise LaunchError(f"--pascal-kv-transport {config.kv_transport}: {problem}")
+    if config.kv_listen is not None:
+        with socket.socket() as probe:
+            try:
+                probe.bind((config.kv_listen, 0))
+            except OSError as error:
+                raise LaunchError(
+                    f"--pascal-kv-listen {config.kv_listen}: {error.strerror}"
+                ) from None
+
+
+def open_to_others() -> str | None:
+    """What the umask lets other users of this host do, as one line; None if it is nothing."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    if not 0o022 & ~umask:
+        return None
+    return (
+        f"umask {umask:04o} lets other users write to SGLang's sockets in {tempfile.gettempdir()}, "
+        "and SGLang runs what it is sent there; start it with umask 0022"
+    )
 
 
 def check_frontend(config: PascalConfig, server_args: Any) -> None:

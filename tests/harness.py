@@ -104,6 +104,7 @@ class Server:
     """A server process tree of our own, with its output in a file.
 
     warm: as a fork of `warm_servers`, for servers with a policy; otherwise as a shell starts it.
+    headers: what `get` sends along.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Server:
         warm: bool = False,
     ) -> None:
         self.port = free_port()
+        self.headers: dict[str, str] = {}
         self.base_url = f"http://127.0.0.1:{self.port}"
         descriptor, self._log = tempfile.mkstemp(prefix="server-", suffix=".log")
         whole = [*command, *flags, "--host", "127.0.0.1", "--port", str(self.port)]
@@ -211,7 +213,8 @@ class Server:
         self.process.wait(STOP_TIMEOUT_S)
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"{self.base_url}{path}", timeout=30) as reply:
+        request = urllib.request.Request(f"{self.base_url}{path}", headers=self.headers)
+        with urllib.request.urlopen(request, timeout=30) as reply:
             body = reply.read().decode()
         return json.loads(body) if reply.headers.get_content_subtype() == "json" else body
 

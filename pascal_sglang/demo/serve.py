@@ -43,6 +43,8 @@ def demo_arguments(config: PascalConfig, argv: list[str]) -> tuple[PascalConfig,
     for flag, value in _DEFAULTS.items():
         if flag not in given:
             arguments += [flag] if value is None else [flag, value]
+    if "--enable-custom-logit-processor" not in given:
+        config = dataclasses.replace(config, client_processors=False)
     budget = config.default_thinking_budget
     if budget is None:
         config = dataclasses.replace(config, default_thinking_budget=THINKING_BUDGET_TOKENS)

@@ -51,7 +51,8 @@ def build_moves(scheduler: Any, governor: Governor | None, config: PascalConfig)
     if problem is None and not isinstance(kv, str):
         try:
             piece = window_tokens(kv) * kv.per_token
-            transport = make(config.kv_transport, landing_bytes(kv), piece, kv.copies.pin)
+            size = landing_bytes(kv)
+            transport = make(config.kv_transport, size, piece, kv.copies.pin, config.kv_listen)
         except TransportError as error:
             if config.kv_transport != "auto":
                 raise RuntimeError(f"KV transport {config.kv_transport}: {error}") from error

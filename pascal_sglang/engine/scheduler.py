@@ -35,6 +35,7 @@ from pascal_sglang.engine.metrics import DecisionMetrics, PhaseMetrics
 from pascal_sglang.engine.move_metrics import MoveMetrics
 from pascal_sglang.engine.moves import Moves
 from pascal_sglang.engine.phases import PhaseTracker, by_class, count_phases, describe
+from pascal_sglang.engine.rendezvous import meet_on_loopback
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
 from pascal_sglang.preflight import check_policy
 
@@ -87,6 +88,7 @@ class PascalScheduler(Scheduler):
         # Our launcher has said this in one line; SGLang's own entry points come here.
         check_policy(config.policy, server_args)
         self.pascal_config = config
+        self._meeting = meet_on_loopback(port_args.nccl_port)
         super().__init__(server_args, port_args)
 
     def init_output_streamer(self) -> None:

@@ -2,8 +2,10 @@
 
 import signal
 
-from openai import OpenAI
+import pytest
+from openai import BadRequestError, OpenAI
 
+from pascal_sglang.demo.budget import DemoThinkingBudget
 from tests.harness import PASCAL, Server
 
 
@@ -25,6 +27,12 @@ def test_the_demo_thinks_and_answers_and_ctrl_c_ends_it():
         assert "Paris" in message.reasoning_content
         assert message.content
         assert "</think>" not in message.reasoning_content + message.content
+        with pytest.raises(BadRequestError, match="no logit processors from clients"):
+            client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": "Hello"}],
+                extra_body={"custom_logit_processor": DemoThinkingBudget.to_str()},
+            )
         assert server.instances()[0]["recent"][-1]["outcome"] == "answered"
         banners = [x for x in server.output.splitlines() if x.startswith("pascal_sglang: policy=")]
         assert len(banners) == 1

@@ -1,15 +1,20 @@
 """Two instances, and two tensor-parallel ranks, on two cores."""
 
+import json
 import time
+import urllib.error
+import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sglang as sgl
 
+from tests.doors import check
 from tests.harness import PASCAL, TINY_FLAGS, Server
 from tests.requests import generate
 
+OPERATOR = "operator"
 PROMPTS = [f"Item {i}:" + " and" * (i % 9) for i in range(12)]
 
 
@@ -31,7 +36,8 @@ def answered(server):
 @pytest.fixture(scope="module")
 def two_instances(tiny_model):
     flags = ["--model-path", str(tiny_model), *TINY_FLAGS, "--dp-size", "2"]
-    with Server(PASCAL, flags) as server:
+    with Server(PASCAL, [*flags, "--admin-api-key", OPERATOR]) as server:
+        server.headers = {"Authorization": f"Bearer {OPERATOR}"}
         yield server
 
 
@@ -70,6 +76,25 @@ def test_the_controller_sleeps_while_nothing_happens(two_instances):
     after, took = controllers[0].cpu_times(), time.monotonic() - began
     used = after.user + after.system - before.user - before.system
     assert used < 0.25 * took, "stock keeps a core busy"
+
+
+def test_every_way_in_is_known_and_no_wider_than_the_docs_say(two_instances):
+    seen = check(two_instances)
+    assert seen >= {"HTTP", "Control messages", "SGLang's messages", "KV landing", "Metrics"}
+
+
+def test_the_status_is_the_operators(two_instances):
+    """As SGLang's routes for the operator; and nothing of it is on those for everybody."""
+    for header in ({}, {"Authorization": "Bearer somebody"}):
+        request = urllib.request.Request(f"{two_instances.base_url}/pascal/status", headers=header)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=30)
+        assert refused.value.code == 401
+    with urllib.request.urlopen(f"{two_instances.base_url}/server_info", timeout=30) as reply:
+        states = json.load(reply)["internal_states"]
+    assert len(states) == 2
+    assert [state for state in states if "pascal" in state] == []
+    assert len(two_instances.instances()) == 2
 
 
 @pytest.fixture(scope="module")

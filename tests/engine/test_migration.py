@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.doors import check
 from tests.engine.conftest import LATE, SERVE
 from tests.engine.load import run
 from tests.requests import generate
@@ -112,6 +113,7 @@ def test_a_flood_of_moves_is_invisible(arm, serve, reference):
     binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0|1"}
     with serve({**FLOOD, **settings}, ["--dp-size", "2", *flags], command, **binding) as server:
         flood(server, count, reference)
+        assert ("Mooncake" in check(server)) == (settings.get("kv_transport") == "mooncake")
 
 
 def test_lost_late_and_repeated_messages_and_a_slow_pipe(serve, reference):

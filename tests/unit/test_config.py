@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import os
 
 import pytest
 
 from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
 from pascal_sglang.launch_server import main, parse
-from pascal_sglang.preflight import LaunchError
+from pascal_sglang.preflight import LaunchError, open_to_others
 
 
 def test_survives_the_trip_to_a_child_process():
@@ -34,6 +35,19 @@ def test_is_frozen():
         ('{"policy": "best"}', "best"),
         ('{"policy": 3}', "policy"),
         ('{"assume_reasoning": "yes"}', "assume_reasoning"),
+        *(
+            (f'{{"kv_transport": "mooncake", "kv_listen": {bad}}}', "kv_listen must be one IPv4")
+            for bad in (
+                '"0.0.0.0"',
+                '"255.255.255.255"',
+                '"224.0.0.1"',
+                '"::1"',
+                '"here"',
+                '""',
+                "5",
+            )
+        ),
+        ('{"kv_listen": "127.0.0.1"}', "auto listens nowhere"),
         ('{"default_thinking_budget": -1}', "default_thinking_budget"),
         ('{"default_thinking_budget": true}', "default_thinking_budget"),
         ('{"default_thinking_budget": 1.5}', "default_thinking_budget"),
@@ -85,3 +99,16 @@ def test_bad_flag_value_is_one_line_and_exit_code_2(capsys):
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert "best" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("umask", "warns"), [(0o022, False), (0o077, False), (0o002, True), (0, True), (0o020, True)]
+)
+def test_a_umask_that_opens_sglangs_sockets_is_named(umask, warns):
+    before = os.umask(umask)
+    try:
+        warning = open_to_others()
+        assert os.umask(before) == umask, "it stays what it was"
+    finally:
+        os.umask(before)
+    assert (f"umask {umask:04o} lets other users" in (warning or "")) == warns

@@ -1,18 +1,23 @@
 """KV transports: bytes arrive where they were put, and nowhere else."""
 
+import functools
 import multiprocessing
+import socket
 import types
 
 import pytest
 
 from pascal_sglang.cluster import transport
 from pascal_sglang.cluster.transport import TransportError
+from pascal_sglang.cluster.transport.listening import keep_to, listening
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.preflight import LaunchError, check_moves
+from tests.strangers import NOBODY, NoOtherHost, another_host, attempts
 
 PATTERN = bytes(range(256)) * 16
 
 
+@functools.cache
 def loads(kind):
     try:
         transport.make(kind, 4096, 4096).close()
@@ -28,6 +33,15 @@ def kinds():
         )
         for kind in transport.KINDS
     ]
+
+
+def mooncake(listen=None):
+    """Mooncake's transport, and the ports that it listens at; skips where it does not load."""
+    if problem := loads("mooncake"):
+        pytest.skip(problem)
+    before = listening()
+    made = transport.make("mooncake", 8192, 4096, listen=listen)
+    return made, sorted(port for _, port in listening() - before)
 
 
 def write(kind, address, offset):
@@ -122,3 +136,62 @@ def test_a_peer_that_is_opened_is_pinned_before_anything_is_written_to_it():
     assert pinned == [4096, 4096]
     peer.room(here.address, 0, 16)
     assert pinned == [4096, 4096]
+
+
+NOT_HERE = (("tcp", "127.0.0.2"), ("tcp6", "::1"))
+
+
+def test_mooncake_hears_one_address_alone(caplog):
+    _, ports = mooncake()
+    assert len(ports) == 2, "metadata and data"
+    assert "every user of this host can read and write" in caplog.text
+    elsewhere = [(kind, host, p) for p in ports for kind, host in NOT_HERE]
+    assert attempts([("tcp", "127.0.0.1", port) for port in ports]) == [None, None]
+    assert None not in attempts(elsewhere)
+
+
+@pytest.fixture
+def network():
+    """What `another_host` gives; skips where there can be none."""
+    try:
+        with another_host() as both:
+            yield both
+    except NoOtherHost as reason:
+        pytest.skip(str(reason))
+
+
+def test_mooncake_is_out_of_reach_of_other_hosts(network):
+    there, our_address = network
+    _, ports = mooncake()
+    wanted = [("tcp", our_address, port) for port in ports]
+    assert attempts(wanted, there) == ["timed out", "timed out"]
+    # The same network reaches what was opened on purpose, there and nowhere else.
+    _, ports = mooncake(our_address)
+    wanted = [("tcp", our_address, port) for port in ports]
+    assert attempts(wanted, there) == [None, None]
+    assert attempts([("tcp", "127.0.0.1", ports[0])]) == ["timed out"]
+
+
+def test_who_came_before_the_door_was_shut_stops_the_start():
+    before = listening()
+    with socket.create_server(("0.0.0.0", 0)) as door:
+        with (
+            socket.create_connection(("127.0.0.2", door.getsockname()[1])),
+            pytest.raises(OSError, match=r"127\.0\.0\.2 came before"),
+        ):
+            keep_to("127.0.0.1", before)
+        door.accept()[0].close()
+
+
+def test_a_landing_in_shared_memory_is_its_users_alone():
+    here = transport.make("shm", 4096, 4096)
+    assert attempts([("open", here.address)]) == [None]
+    assert attempts([("open", here.address)], user=NOBODY) == ["Permission denied"]
+
+
+def test_an_address_of_another_host_stops_the_start(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    config = PascalConfig(kv_transport="mooncake", kv_listen="198.51.100.7")
+    check_moves(config, types.SimpleNamespace(dp_size=1))
+    with pytest.raises(LaunchError, match=r"--pascal-kv-listen 198\.51\.100\.7: "):
+        check_moves(config, types.SimpleNamespace(dp_size=2))

@@ -57,10 +57,12 @@ def make(
     landing: int,
     staging: int,
     pin: Callable[[memoryview], None] = lambda memory: None,
+    listen: str | None = None,
 ) -> Transport:
     """A transport of a kind; `landing` is its bytes of memory, `staging` of what one `put` brings.
     `auto` is `shm`: all instances of one controller run on its host. `pin` is given all memory that
-    a device reads or writes, once. Raises: `TransportError`."""
+    a device reads or writes, once. `listen` is the address at which peers on a network reach this
+    one, none by default. Raises: `TransportError`."""
     if kind in ("auto", "shm"):
         from pascal_sglang.cluster.transport.shm import SharedMemory
 
@@ -68,7 +70,7 @@ def make(
     if kind == "mooncake":
         from pascal_sglang.cluster.transport.mooncake import Mooncake
 
-        return Mooncake(landing, staging, pin)
+        return Mooncake(landing, staging, pin, listen)
     raise TransportError(f"KV transport must be one of auto, {', '.join(KINDS)}, not {kind!r}")
 
 

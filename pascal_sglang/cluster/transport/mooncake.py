@@ -1,12 +1,16 @@
 """KV through the Mooncake Transfer Engine: TCP here; RDMA or NVLink where the engine has them.
 
-`MC_*` variables configure the engine; `PASCAL_SGLANG_MOONCAKE` may name protocol and device, for
-example `rdma:mlx5_0`, and `PASCAL_SGLANG_MOONCAKE_HOST` the host that peers reach this one by.
+`MC_*` variables configure the engine, and `PASCAL_SGLANG_MOONCAKE` may name protocol and device,
+for example `rdma:mlx5_0`. The engine asks nobody for a name or a key: a process that reaches its
+ports can read and write the memory that is registered with it. So this is no more than the landing
+and the staging, and the ports hear one address alone, by default 127.0.0.1.
 """
 
 from __future__ import annotations
 
 import ctypes
+import ipaddress
+import logging
 import mmap
 import os
 import re
@@ -14,9 +18,12 @@ from collections.abc import Callable
 from typing import Any
 
 from pascal_sglang.cluster.transport import Transport, TransportError
+from pascal_sglang.cluster.transport.listening import keep_to, listening
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL_ENV = "PASCAL_SGLANG_MOONCAKE"
-HOST_ENV = "PASCAL_SGLANG_MOONCAKE_HOST"
+LOOPBACK = "127.0.0.1"
 _ADDRESS = re.compile(r"([^/\s]{1,255})/([0-9]{1,20})\+([0-9]{1,20})")
 
 
@@ -24,16 +31,35 @@ class Mooncake(Transport):
     kind = "mooncake"
     direct = False
 
-    def __init__(self, landing: int, staging: int, pin: Callable[[memoryview], None]) -> None:
+    def __init__(
+        self,
+        landing: int,
+        staging: int,
+        pin: Callable[[memoryview], None],
+        listen: str | None = None,
+    ) -> None:
         try:
             from mooncake.engine import TransferEngine
         except ImportError as error:
             raise TransportError(f"the Mooncake Transfer Engine does not load: {error}") from error
         protocol, _, device = os.environ.get(PROTOCOL_ENV, "tcp").partition(":")
-        host = os.environ.get(HOST_ENV, "127.0.0.1")
+        host = listen or LOOPBACK
+        before = listening()
         self._engine: Any = TransferEngine()
         if self._engine.initialize(host, "P2PHANDSHAKE", protocol, device):
             raise TransportError(f"the Mooncake Transfer Engine does not start with {protocol}")
+        try:
+            ports = keep_to(host, before)  # Before there is any memory to reach.
+        except OSError as error:
+            raise TransportError(f"cannot keep Mooncake's ports to {host}: {error}") from error
+        local = ipaddress.ip_address(host).is_loopback
+        logger.warning(
+            "pascal_sglang: Mooncake listens on %s, ports %s: %s can read and write the KV of "
+            "requests that move",
+            host,
+            " and ".join(map(str, ports)),
+            "every user of this host" if local else "everybody who reaches that address",
+        )
         self._landing, self._landing_at = self._registered(landing)
         self._staging, self._staging_at = self._registered(staging)
         self.landing = memoryview(self._landing)

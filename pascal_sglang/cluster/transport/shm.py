@@ -1,9 +1,9 @@
 """KV through shared memory, for instances on one host.
 
 A source writes into its target's landing, which both have mapped: nothing lies in between. The
-landing is an anonymous shared memory file (`memfd_create`): peers of the same user open it by
-the process that holds it. It has no name that a killed process could leave behind, and does not
-count against the few MiB that containers give to named segments.
+landing is an anonymous shared memory file (`memfd_create`): peers of the same user, and nobody
+else, open it by the process that holds it. It has no name that a killed process could leave behind,
+and does not count against the few MiB that containers give to named segments.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class SharedMemory(Transport):
     def __init__(self, landing: int, pin: Callable[[memoryview], None]) -> None:
         try:
             self._file = os.memfd_create("pascal-landing")
+            os.fchmod(self._file, 0o600)
             os.ftruncate(self._file, landing)
             self._memory = mmap.mmap(self._file, landing)
         except (OSError, ValueError) as error:
