@@ -189,7 +189,7 @@ class Departures:
             return
         if out.aborted:
             out.let_go()
-            self.scheduler.end_held(out.req)
+            self.scheduler.end_early(out.req, None)
         elif place is Place.WAITING:
             wait_again(self.governor, out.req)
         else:
@@ -197,7 +197,7 @@ class Departures:
 
     def _lose(self, out: Outgoing) -> None:
         out.let_go()
-        self.scheduler.end_lost(out.req, "The instance that the request moved to has died.")
+        self.scheduler.end_early(out.req, "The instance that the request moved to has died.")
 
     def _settle(self, move: str) -> None:
         out = self.under_way[move]

@@ -266,7 +266,11 @@ class Ladder:
 
     def held(self) -> set[Req]:
         """Every request here, and those handed over to another instance that may come back."""
-        return {*self.leaving, *self.arriving, *self.resident, *self.host, *self.moving}
+        return {*self._places(), *self.moving}
+
+    def _places(self) -> tuple[Req, ...]:
+        """Every request here, in an order that all ranks share."""
+        return (*self.resident, *self.host, *self.arriving, *self.leaving)
 
     def let_go(self, req: Req) -> None:
         """Give back what a request holds. Its step must not be in flight."""
@@ -291,22 +295,17 @@ class Ladder:
         self.resident[req] = locations
 
     def forget(self, matches: Callable[[Req], bool]) -> list[Req]:
-        """Let go of requests being aborted; returns them, with everything they held given back.
-
-        A request in flight stays: its result is due and ends it, as for one that runs.
-        """
-        in_flight = self._in_flight()
-        places = (*self.resident, *self.host, *self.arriving, *self.leaving)
-        return self._clear(
-            r for r in places if matches(r) and r not in self.moving and r not in in_flight
-        )
+        """Let go of requests being aborted; returns them. One in flight stays: its result, which
+        is due, ends it."""
+        stays = self._in_flight() | self.moving
+        return self._clear(r for r in self._places() if matches(r) and r not in stays)
 
     def drop(self) -> list[Req]:
         """Drop all KV, because it is no longer valid; returns whose it was. No step is in flight.
 
         A request handed over to another instance stays in `moving`, without KV.
         """
-        dropped = self._clear((*self.resident, *self.host, *self.arriving, *self.leaving))
+        dropped = self._clear(self._places())
         for req in dropped:
             req.reset_for_retract()
         self.counts["retracted"] += len(dropped)
@@ -314,7 +313,6 @@ class Ladder:
 
     def _clear(self, reqs: Iterable[Req]) -> list[Req]:
         """Let go of them; returns those that have not ended with their last token."""
-        going = list(reqs)
-        for req in going:
+        for req in (going := list(reqs)):
             self.let_go(req)
         return [req for req in going if not req.finished()]

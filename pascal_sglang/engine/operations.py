@@ -98,19 +98,15 @@ class OperationsScheduler(Scheduler):
             self.herald.gone(req)
         super().send_abort_output(abort_req, req)
 
-    def end_held(self, req: Req) -> None:
-        """End a request that its client has aborted and that holds no KV any more."""
+    def end_early(self, req: Req, problem: str | None) -> None:
+        """End a request that holds no KV any more: aborted by its client, or for a problem, after
+        which not all of its tokens are known here."""
         self._release_aborted_request(req)
-        self.send_abort_output(_make_abort_req(req), req)
-
-    def end_lost(self, req: Req, problem: str) -> None:
-        """End a request whose tokens are not all known here, with an error."""
-        reason = {
-            "type": "abort",
-            "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
-            "message": problem,
-        }
-        self._release_aborted_request(req)
+        if problem is None:
+            self.send_abort_output(_make_abort_req(req), req)
+            return
         if self.governor is not None:
             self.governor.gone(req)
+        status = HTTPStatus.SERVICE_UNAVAILABLE
+        reason: Any = {"type": "abort", "status_code": status, "message": problem}
         self._send_abort_alone(_make_abort_req(req, finished_reason=reason), req)

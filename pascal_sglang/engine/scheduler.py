@@ -235,7 +235,7 @@ class PascalScheduler(OperationsScheduler):
         if self.governor is None:
             return
         for req in self.governor.ladder.forget(lambda r: matches(r.rid)):
-            self.end_held(req)
+            self.end_early(req, None)
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> Any:
         output = super().get_internal_state(recv_req)

@@ -50,9 +50,9 @@ def operate(server, path, **body):
 
 
 def tokens_made(instances):
-    """Tokens that each live request has, by its name without the random part."""
+    """Tokens that each live request has, by its number."""
     return {
-        r["rid"].partition("-")[0]: r["reasoning_tokens"] + r["answer_tokens"]
+        int(r["rid"].partition("-")[0]): r["reasoning_tokens"] + r["answer_tokens"]
         for i in instances
         for r in i["requests"]
     }
