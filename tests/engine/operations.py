@@ -7,7 +7,7 @@ import urllib.request
 import uuid
 
 from pascal_sglang.demo.tiny import LETTER_IDS
-from tests.requests import generate
+from tests.requests import chat, generate
 
 CROWD = 24
 TOTAL = 260
@@ -18,15 +18,27 @@ def prompt_of(i):
     return [FIRST_LETTER + (7 * i + 3 * k) % LETTERS for k in range(20 + i)]
 
 
-def body_of(i, made=(), total=TOTAL):
-    """Request `i`; with the tokens in `made` as part of its prompt, its continuation. A third of
-    them do not think."""
-    think = None if i % 3 == 0 else 6 + 2 * i
-    body = generate("", think, total - len(made))
+def thinking_of(i):
+    """Thinking tokens of request `i`; a third of them do not think."""
+    return None if i % 3 == 0 else 6 + 2 * i
+
+
+def name_of(i):
+    return f"{i}-{uuid.uuid4().hex}"
+
+
+def chat_of(i):
+    return chat(f"question {i} " * 3, thinking_of(i), TOTAL, rid=name_of(i))
+
+
+def body_of(i, made=()):
+    """Request `i`; with the tokens in `made` as part of its prompt, its continuation."""
+    think = thinking_of(i)
+    body = generate("", think, TOTAL - len(made))
     del body["text"]
     if think is not None:
         body["sampling_params"]["custom_params"] = {"thinking_budget": think - len(made)}
-    return {**body, "input_ids": prompt_of(i) + list(made), "rid": f"{i}-{uuid.uuid4().hex}"}
+    return {**body, "input_ids": prompt_of(i) + list(made), "rid": name_of(i)}
 
 
 def call(server, path, body=None, timeout=60):
