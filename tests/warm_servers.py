@@ -5,8 +5,8 @@ every process of every server.
 
 Takes one JSON list `[command, environment, folder, log]` per connection to that Unix socket and
 answers with the process id of a server that runs in a session of its own. Its exit code comes in
-the file `log + ".code"`. Ends with its standard input unless told to `keep` serving. Nothing of
-ours is imported before the fork, so one such process serves while the code changes.
+the file `log + ".code"`. Ends with its standard input unless told to `keep` serving. A fork imports
+everything of ours from its own folder, so one such process serves while the code changes.
 
 Worker processes are forks too. What SGLang reads from the environment on import is this process's:
 a server that needs other settings there has to be started from a shell, and so has one that must
@@ -47,6 +47,9 @@ def serve(command, environment, folder, log):
     os.environ.update(environment)
     os.chdir(folder)
     sys.path.insert(0, folder)
+    # SGLang imports its platform, which is ours, and with it the package of another folder or day.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pascal_sglang"]:
+        del sys.modules[name]
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)

@@ -93,7 +93,9 @@ class Arrivals:
 
     def _why_not(self, ask: messages.Ask, now: float) -> str | None:
         if ask.layout != self.landing.kv.layout:
-            return "another KV layout"
+            return "another KV layout or other weights"
+        if self.scheduler._engine_paused:
+            return "generation paused"
         if self._tombstones.covers(ask.rid, now):
             return "aborted"
         if not self.landing.has_window:
@@ -178,6 +180,13 @@ class Arrivals:
                 self.voice.say(incoming.sender, said)
             self.voice.say(incoming.sender, incoming.target.tick(now))
             self._settle(move)
+
+    def give_up(self, why: str) -> None:
+        """What has come so far is dropped; the requests stay where they are."""
+        for move, incoming in list(self.under_way.items()):
+            if incoming.target is not None:
+                self.voice.say(incoming.sender, incoming.target.give_up(why))
+                self._settle(move)
 
     def aborted(self, rid: str, matches: Callable[[str], bool], now: float) -> None:
         """Requests are being aborted, whose names are or begin with `rid`; one of them may be on

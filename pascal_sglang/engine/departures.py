@@ -24,6 +24,7 @@ from pascal_sglang.engine.move_metrics import MoveMetrics
 from pascal_sglang.engine.outgoing import Outgoing, find
 from pascal_sglang.engine.phases import timeline_of
 from pascal_sglang.engine.ranks import all_agree
+from pascal_sglang.engine.retraction import wait_again
 from pascal_sglang.engine.snapshot import export_state, why_not_movable
 from pascal_sglang.policy.member import Place
 
@@ -67,6 +68,8 @@ class Departures:
     def ordered(self, order: orders.Order, now: float) -> None:
         req = find(order.rid, self.scheduler, self.ladder)
         problem = "not here" if req is None else why_not_movable(req)
+        if self.scheduler._engine_paused:
+            problem = "generation paused"
         if req is not None and any(out.req is req for out in self.under_way.values()):
             problem = "moves already"
         if req is None or problem is not None or order.target == self._dp_rank:
@@ -192,6 +195,8 @@ class Departures:
         if out.aborted:
             out.let_go()
             self.scheduler.end_early(out.req, None)
+        elif place is Place.WAITING:
+            wait_again(self.governor, out.req)
         else:
             self.governor.stopped(out.req, place)
 
@@ -216,6 +221,13 @@ class Departures:
 
     def _report(self, move: str, done: bool, why: str) -> None:
         self.voice.say(CONTROLLER, [orders.Over(self._dp_rank, move, done, why)])
+
+    def give_up(self, why: str) -> None:
+        """Every request that is not handed over stays."""
+        for move, out in list(self.under_way.items()):
+            if out.source is not None:
+                self._say(out, out.source.keep(why))
+                self._settle(move)
 
     def aborted(self, matches: Callable[[str], bool]) -> None:
         """Requests are being aborted. One that was handed over is the target's to end, unless it

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_serving
 
 from pascal_sglang.engine.copies import Copies, HostKV
 
@@ -14,16 +14,29 @@ from pascal_sglang.engine.copies import Copies, HostKV
 class KvBytes:
     """Reads and writes KV entries of one rank's pool.
 
-    per_token: bytes of one entry. layout: a name for what they mean; equal names, equal bytes.
+    per_token: bytes of one entry.
     """
 
-    def __init__(self, copies: Copies, buffers: Sequence[torch.Tensor], model: str) -> None:
-        """buffers: the pool's, whose first dimension is the KV entry."""
+    def __init__(
+        self,
+        copies: Copies,
+        buffers: Sequence[torch.Tensor],
+        model: str,
+        weights: Callable[[], str],
+    ) -> None:
+        """buffers: the pool's, whose first dimension is the KV entry. weights: the version of the
+        model's weights, which may change."""
         self.copies, self._buffers = copies, buffers
         self.per_token = sum(b[0].nbytes for b in buffers)
         shapes = sorted({f"{b.dtype}{tuple(b.shape[1:])}" for b in buffers})
         ranks = get_parallel().tp_size
-        self.layout = f"{len(buffers)}x{'+'.join(shapes)} tp{ranks} {model}"[-1000:]
+        self._weights = weights
+        self._layout = f"{len(buffers)}x{'+'.join(shapes)} tp{ranks} {model}"
+
+    @property
+    def layout(self) -> str:
+        """A name for what the bytes mean now: equal names, equal bytes for equal tokens."""
+        return f"{self._layout} weights {self._weights()}"[-1000:]
 
     def copy_out(self, locations: torch.Tensor, memory: memoryview) -> HostKV:
         """Begin to write the entries at `locations`, shape (tokens,), to `memory`; they are there
@@ -61,4 +74,5 @@ def kv_bytes_of(scheduler: Any, copies: Copies) -> KvBytes | str:
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     if copies.buffers is None:
         return f"KV in a {type(pool).__name__} of this layout does not travel yet"
-    return KvBytes(copies, copies.buffers, str(scheduler.server_args.model_path))
+    model = str(scheduler.server_args.model_path)
+    return KvBytes(copies, copies.buffers, model, lambda: str(get_serving().weight_version))

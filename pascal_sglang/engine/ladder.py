@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.copies import Copies, HostCopy
 from pascal_sglang.engine.decoding import decoding, joined
@@ -283,10 +283,27 @@ class Ladder:
         req.host_hit_length = 0
         req.refresh_fill_ids()
 
+    def held(self) -> set[Req]:
+        """Every request here, and those handed over to another instance that may come back."""
+        return {*self._places(), *self.moving}
+
+    def _places(self) -> tuple[Req, ...]:
+        """Every request here, in an order that all ranks share."""
+        return (*self.resident, *self.host, *self.arriving, *self.leaving)
+
     def let_go(self, req: Req) -> None:
-        """Give back what a paused request holds."""
+        """Give back what a request holds. Its step must not be in flight."""
         if req in self.resident:
             self.pool.release_rowless(req, self.resident.pop(req))
+        elif req in self.arriving:
+            # Who gets its memory next writes there after the copy.
+            self._hold_steps(self.arriving.pop(req))
+            self.pool.release(req)
+        elif req in self.leaving:
+            del self.leaving[req]
+            self._drop_copy(self.copying, req)
+            if not req.finished() and req.kv.holds_kv:
+                self.pool.release(req)
         else:
             self._drop_copy(self.host, req)
 
@@ -297,23 +314,24 @@ class Ladder:
         self.resident[req] = locations
 
     def forget(self, matches: Callable[[Req], bool]) -> list[Req]:
-        """Let go of requests being aborted; returns them, with everything they held given back."""
-        gone = [req for req in self.paused() if matches(req)]
-        for req in gone:
+        """Let go of requests being aborted; returns them. One in flight stays: its result, which
+        is due, ends it."""
+        stays = self._in_flight() | self.moving
+        return self._clear(r for r in self._places() if matches(r) and r not in stays)
+
+    def drop(self) -> list[Req]:
+        """Drop all KV, because it is no longer valid; returns whose it was. No step is in flight.
+
+        A request handed over to another instance stays in `moving`, without KV.
+        """
+        dropped = self._clear(self._places())
+        for req in dropped:
+            req.reset_for_retract()
+        self.counts["retracted"] += len(dropped)
+        return dropped
+
+    def _clear(self, reqs: Iterable[Req]) -> list[Req]:
+        """Let go of them; returns those that have not ended with their last token."""
+        for req in (going := list(reqs)):
             self.let_go(req)
-        for req in [r for r in self.arriving if matches(r)]:
-            # Who gets its memory next writes there after the copy.
-            self._hold_steps(self.arriving.pop(req))
-            self.pool.release(req)
-            gone.append(req)
-        in_flight = self._in_flight()
-        for req in [r for r in self.leaving if matches(r)]:
-            if req in in_flight:
-                req.to_finish = FINISH_ABORT()  # Its result is due and ends it, as for who runs.
-                continue
-            del self.leaving[req]
-            self._drop_copy(self.copying, req)
-            if not req.finished():
-                self.pool.release(req)
-                gone.append(req)
-        return gone
+        return [req for req in going if not req.finished()]

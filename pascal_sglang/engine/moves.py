@@ -75,6 +75,15 @@ class Moves:
     def is_empty(self) -> bool:
         return not self.departures.under_way and self.arrivals.is_idle
 
+    def holds_no_kv(self) -> bool:
+        """Whether all KV may be dropped; that of requests on their way out is the ladder's."""
+        return not self.arrivals.under_way
+
+    def give_up(self, why: str) -> None:
+        """End every move that can still be ended: the request stays at its source."""
+        self.departures.give_up(why)
+        self.arrivals.give_up(why)
+
     def defers_prefill(self, prefill_waits: bool) -> bool:
         """Whether the prefill of this pass, if there is one, stands back for a move."""
         arrivals = self.arrivals

@@ -119,11 +119,16 @@ class Outgoing:
 
     def put_back(self) -> Place | None:
         """It stays. Returns where it waits to be brought back; None if it is still leaving the
-        batch, or has ended."""
+        batch, waits to be prefilled already, or has ended."""
+        held = self.req in self.ladder.moving
         self.ladder.moving.discard(self.req)
         if self.req in self.ladder.resident:
             return Place.RESIDENT
-        return Place.HOST if self.req in self.ladder.host else None
+        if self.req in self.ladder.host:
+            return Place.HOST
+        # Its KV was dropped after the Handover.
+        dropped = held and self.req not in self.ladder.leaving and not self.req.finished()
+        return Place.WAITING if dropped else None
 
     def let_go(self) -> None:
         """Give back everything it holds here."""

@@ -6,13 +6,12 @@ import dataclasses
 import logging
 import os
 import time
-from http import HTTPStatus
 from typing import Any
 
 import zmq
 from sglang.srt.managers.io_struct import AbortReq, GetInternalStateReq, TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.managers.scheduler import Scheduler, _make_abort_req
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.invariant_checker import (
     SchedulerInvariantChecker,
 )
@@ -27,13 +26,13 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.budget import with_default_budget
 from pascal_sglang.engine.build import build_governor
 from pascal_sglang.engine.build_moves import build_moves, moves_here
-from pascal_sglang.engine.governor import Governor
-from pascal_sglang.engine.herald import Herald, build_herald, figures
+from pascal_sglang.engine.herald import build_herald, figures
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.letters import Letters, PascalRequestReceiver
 from pascal_sglang.engine.metrics import DecisionMetrics, PhaseMetrics
 from pascal_sglang.engine.move_metrics import MoveMetrics
 from pascal_sglang.engine.moves import Moves
+from pascal_sglang.engine.operations import OperationsScheduler
 from pascal_sglang.engine.phases import PhaseTracker, by_class, count_phases, describe
 from pascal_sglang.engine.rendezvous import meet_on_loopback
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
@@ -74,12 +73,8 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
         return full + rowless + reserved, swa
 
 
-class PascalScheduler(Scheduler):
+class PascalScheduler(OperationsScheduler):
     """SGLang's scheduler under the policy of `PascalConfig`; `fcfs` only observes."""
-
-    governor: Governor | None = None
-    herald: Herald | None = None
-    moves: Moves | None = None
 
     def __init__(self, server_args: Any, port_args: Any) -> None:
         config = PascalConfig.from_env()
@@ -159,14 +154,6 @@ class PascalScheduler(Scheduler):
             self.governor.members.arrived(req)
         return req
 
-    def send_abort_output(self, abort_req: AbortReq, req: Req) -> None:
-        self.phase_tracker.ended(req, time.perf_counter(), aborted=True)
-        if self.governor is not None:
-            self.governor.gone(req)
-        if self.herald is not None:
-            self.herald.gone(req)
-        super().send_abort_output(abort_req, req)
-
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
         super()._add_request_to_queue(req, is_retracted=is_retracted)
         if self.governor is not None and self.waiting_queue and self.waiting_queue[-1] is req:
@@ -245,27 +232,12 @@ class PascalScheduler(Scheduler):
 
         if self.moves is not None:
             self.moves.aborted("" if recv_req.abort_all else recv_req.rid, matches)
+        # Marks those that run, and those that we hold, with the reason.
         super().abort_request(recv_req)
         if self.governor is None:
             return
         for req in self.governor.ladder.forget(lambda r: matches(r.rid)):
-            self._release_aborted_request(req)
-            abort = _make_abort_req(req, finished_reason=recv_req.finished_reason)
-            self.send_abort_output(abort, req)
-
-    def end_early(self, req: Req, problem: str | None) -> None:
-        """End a request that holds nothing any more: aborted by its client, or for a problem."""
-        reason: Any = None
-        if problem is not None:
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-            reason = {"type": "abort", "status_code": status, "message": problem}
-        self._release_aborted_request(req)
-        self.send_abort_output(_make_abort_req(req, finished_reason=reason), req)
-
-    def is_fully_idle(self, *args: Any, **kwargs: Any) -> bool:
-        idle = super().is_fully_idle(*args, **kwargs)
-        still = self.governor is None or self.governor.ladder.is_empty()
-        return idle and still and (self.moves is None or self.moves.is_empty())
+            self.end_early(req, None)
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> Any:
         output = super().get_internal_state(recv_req)
@@ -274,7 +246,7 @@ class PascalScheduler(Scheduler):
 
     def pascal_status(self) -> dict[str, Any]:
         """This instance for `GET /pascal/status`: counts by phase, KV tokens, requests."""
-        live = [req for req in self.collect_inflight_reqs() if not req.finished()]
+        live = [req for req in Scheduler.collect_inflight_reqs(self) if not req.finished()]
         governor = self.governor
         ladder = None if governor is None else governor.ladder
         paused = [] if ladder is None else [*ladder.leaving, *ladder.paused()]

@@ -53,7 +53,7 @@ class Reader(threading.Thread):
     def __init__(self, server, body):
         super().__init__(daemon=True)
         self.rid = body["rid"]
-        self.ids, self.ends, self.error = [], [], None
+        self.ids, self.ends, self.error, self.meta = [], [], None, {}
         self.began = threading.Event()
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         self._connection.request(
@@ -78,7 +78,7 @@ class Reader(threading.Thread):
     def _take(self, event):
         if event["output_ids"][: len(self.ids)] != self.ids:
             self.error = "a stream took back a token"
-        self.ids = event["output_ids"]
+        self.ids, self.meta = event["output_ids"], event["meta_info"]
         self.began.set()
         if event["meta_info"]["finish_reason"]:
             self.ends.append(event["meta_info"]["finish_reason"]["type"])

@@ -78,9 +78,10 @@ class Instance:
             enable_overlap=False,
             tp_cpu_group=SimpleNamespace(size=lambda: 1),
             max_req_len=500,
+            _engine_paused=False,
         )
         self.copies = LateCopies(self.scheduler)
-        self.kv = KvBytes(self.copies, self.copies.buffers, "model")
+        self.kv = KvBytes(self.copies, self.copies.buffers, "model", lambda: "default")
         self.transport = transport.make("shm", landing_bytes(self.kv), 0)
         self.pool = SimpleNamespace(
             in_pages=lambda tokens: tokens,

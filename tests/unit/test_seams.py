@@ -73,6 +73,7 @@ def test_what_we_override_and_wrap_is_on_the_list():
     from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
     from pascal_sglang.cluster.controller import PascalController
+    from pascal_sglang.engine.operations import OperationsScheduler
     from pascal_sglang.engine.scheduler import (
         PascalInvariantChecker,
         PascalOutputStreamer,
@@ -82,6 +83,7 @@ def test_what_we_override_and_wrap_is_on_the_list():
     listed = {seam.symbol for seam in load_seams()}
     for ours, stock in (
         (PascalScheduler, PascalScheduler.__mro__[1]),
+        (OperationsScheduler, OperationsScheduler.__mro__[1]),
         (PascalOutputStreamer, SchedulerOutputStreamer),
         (PascalInvariantChecker, PascalInvariantChecker.__mro__[1]),
         (PascalController, PascalController.__mro__[1]),

@@ -1,0 +1,112 @@
+"""SGLang's operations on requests that run or wait, extended to the requests that we hold.
+
+Paused requests, and those that a migration holds, are in no batch and no queue of SGLang. An
+operation that walks batches and queues, or drops KV, would pass them by. `docs/operations.md` lists
+these operations.
+"""
+
+from __future__ import annotations
+
+import time
+from http import HTTPStatus
+from typing import Any
+
+from sglang.srt.managers.io_struct import AbortReq, PauseGenerationReqInput
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+from sglang.srt.managers.scheduler import Scheduler, _make_abort_req
+from sglang.srt.runtime_context import get_serving
+
+from pascal_sglang.engine.governor import Governor
+from pascal_sglang.engine.herald import Herald
+from pascal_sglang.engine.moves import Moves
+from pascal_sglang.engine.phases import PhaseTracker
+from pascal_sglang.engine.retraction import retract_held
+
+
+class OperationsScheduler(Scheduler):
+    """SGLang's scheduler, whose operations reach the requests that we hold."""
+
+    governor: Governor | None = None
+    herald: Herald | None = None
+    moves: Moves | None = None
+    phase_tracker: PhaseTracker
+
+    def collect_inflight_reqs(self) -> set[Req]:
+        """Every request that has begun and is not in the waiting queue."""
+        inflight: set[Req] = super().collect_inflight_reqs()
+        return inflight if self.governor is None else inflight | self.governor.ladder.held()
+
+    def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
+        """Held requests count as running. With `ignore_waiting`, which SGLang asks for before it
+        drops all KV while generation is paused, a migration counts only if it holds KV here."""
+        idle: bool = super().is_fully_idle(for_health_check, ignore_waiting)
+        if self.governor is not None:
+            idle = idle and self.governor.ladder.is_empty()
+        if self.moves is not None:
+            idle = idle and (self.moves.holds_no_kv() if ignore_waiting else self.moves.is_empty())
+        return idle
+
+    def pause_generation(self, recv_req: PauseGenerationReqInput) -> None:
+        """`retract` sends every held request back to the waiting queue, as SGLang does with those
+        that run, and their KV is dropped. `in_place` leaves all as it is: there are no passes
+        meanwhile, and so no pause, no resume and no step of a migration."""
+        super().pause_generation(recv_req)
+        if self.governor is not None and recv_req.mode == "retract":
+            if self.moves is not None:
+                self.moves.give_up("generation paused")
+            retract_held(self.governor)
+
+    def record_weight_version_change(self, new_version: str | None) -> None:
+        """Which weights made which token is kept where a request is: it does not travel."""
+        changes = new_version is not None and new_version != get_serving().weight_version
+        if self.moves is not None and changes:
+            self.moves.give_up("weights changed")
+        super().record_weight_version_change(new_version)
+
+    def _record_scheduler_state_for_paused_engine(self) -> None:
+        """An instance whose generation is paused still reports to the controller."""
+        super()._record_scheduler_state_for_paused_engine()
+        if self.herald is not None:
+            self.herald.tell(None)
+
+    def send_abort_output(self, abort_req: AbortReq, req: Req) -> None:
+        """End a request outside of a batch.
+
+        SGLang's message for this carries no tokens: right for a request that has not begun. One
+        that has ends like a running one, with a last output, so that no token is lost.
+        """
+        if self.governor is not None:
+            self.governor.gone(req)
+            if req.output_ids and req.beam_group is None:
+                self._send_last_output(abort_req.finished_reason, req)
+                return
+        self._send_abort_alone(abort_req, req)
+
+    def _send_last_output(self, reason: dict[str, Any] | None, req: Req) -> None:
+        if not req.finished():
+            if req.to_finish is None:
+                given = {} if reason is None else reason
+                known = ("message", "status_code", "err_type")
+                req.to_finish = FINISH_ABORT(*(given.get(name) for name in known))
+            req.update_finish_state()
+        req.time_stats.set_completion_time()
+        self.output_streamer.stream_output([req], req.return_logprob)
+
+    def _send_abort_alone(self, abort_req: AbortReq, req: Req) -> None:
+        self.phase_tracker.ended(req, time.perf_counter(), aborted=True)
+        if self.herald is not None:
+            self.herald.gone(req)
+        super().send_abort_output(abort_req, req)
+
+    def end_early(self, req: Req, problem: str | None) -> None:
+        """End a request that holds no KV any more: aborted by its client, or for a problem, after
+        which not all of its tokens are known here."""
+        self._release_aborted_request(req)
+        if problem is None:
+            self.send_abort_output(_make_abort_req(req), req)
+            return
+        if self.governor is not None:
+            self.governor.gone(req)
+        status = HTTPStatus.SERVICE_UNAVAILABLE
+        reason: Any = {"type": "abort", "status_code": status, "message": problem}
+        self._send_abort_alone(_make_abort_req(req, finished_reason=reason), req)

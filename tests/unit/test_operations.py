@@ -1,0 +1,105 @@
+"""Ends of held requests, and the list of SGLang's operations in the docs."""
+
+import ast
+import inspect
+import re
+import textwrap
+from array import array
+from http import HTTPStatus
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
+
+from pascal_sglang.engine.operations import OperationsScheduler
+from tests.unit.test_snapshot import request
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = {
+    "type": "abort",
+    "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
+    "message": "Request waiting timeout reached.",
+}
+
+
+class Ending(SimpleNamespace):
+    """A scheduler that only ends requests; notes what it sends."""
+
+    _send_last_output = OperationsScheduler._send_last_output
+
+    def __init__(self, *, governed=True):
+        self.gone, self.outputs, self.alone = [], [], []
+        self.governor = SimpleNamespace(gone=self.gone.append) if governed else None
+        self.output_streamer = SimpleNamespace(
+            stream_output=lambda reqs, logprobs: self.outputs.append((reqs, logprobs))
+        )
+
+    def _send_abort_alone(self, abort, req):
+        self.alone.append(req)
+
+    def end(self, req, reason=None):
+        OperationsScheduler.send_abort_output(self, AbortReq(rid="r", finished_reason=reason), req)
+
+
+@pytest.mark.parametrize(
+    ("reason", "marked", "expected"),
+    [
+        (None, None, FINISH_ABORT()),
+        (TIMEOUT, None, FINISH_ABORT(TIMEOUT["message"], HTTPStatus.SERVICE_UNAVAILABLE)),
+        (None, FINISH_ABORT("out of memory", 500), FINISH_ABORT("out of memory", 500)),
+    ],
+)
+def test_an_abort_keeps_its_reason(reason, marked, expected):
+    """The abort's own, or the one that the request was marked with."""
+    scheduler, req = Ending(), request()
+    req.to_finish = marked
+    scheduler.end(req, reason)
+    assert scheduler.outputs == [([req], True)]
+    assert req.finished_reason.to_json() == expected.to_json()
+    assert (scheduler.gone, scheduler.alone) == ([req], [])
+    assert req.time_stats.completion_time > 0
+
+
+def test_a_prefill_that_sglang_has_aborted_already_is_not_ended_twice():
+    scheduler, req = Ending(), request()
+    req.finished_reason = ended = FINISH_ABORT("failed")
+    scheduler.end(req)
+    assert req.finished_reason is ended
+    assert scheduler.outputs
+
+
+@pytest.mark.parametrize("governed", [True, False])
+def test_who_has_not_begun_ends_as_in_sglang(governed):
+    """So does everybody under `fcfs`."""
+    scheduler, req = Ending(governed=governed), request()
+    if governed:
+        req.output_ids = array("q")
+    scheduler.end(req)
+    assert (scheduler.alone, scheduler.outputs) == ([req], [])
+
+
+def test_every_update_of_weights_ends_in_the_same_flush():
+    for source in ("disk", "distributed", "tensor", "ipc"):
+        text = inspect.getsource(
+            getattr(SchedulerWeightUpdaterManager, f"update_weights_from_{source}")
+        )
+        for step in ("record_weight_version_after_update(", "flush_cache_after_weight_update("):
+            assert step in text, source
+
+
+def test_every_message_of_the_scheduler_is_listed():
+    docs = (ROOT / "docs" / "operations.md").read_text()
+    dispatcher = textwrap.dedent(inspect.getsource(Scheduler.init_request_dispatcher))
+    pairs = [node for node in ast.walk(ast.parse(dispatcher)) if isinstance(node, ast.Tuple)]
+    messages = {pair.elts[0].id for pair in pairs}
+    assert len(messages) > 40
+    assert {message for message in messages if f"`{message}`" not in docs} == set()
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", docs))
+    assert {name for name in named if f"def {name}(" not in tests} == set()
+    for row in re.findall(r"^\| (?!Operation|-)(.*)\|$", docs, re.MULTILINE):
+        assert re.search(r"`test_\w+`", row), row
