@@ -1,0 +1,96 @@
+"""What SGLang's prefill step may take, and the policy's queue kept the same as SGLang's.
+
+SGLang puts requests into its waiting queue inside its prefill step too: one whose grammar has been
+compiled, one that a higher priority preempts. The step sees only what the plan admits, so these
+join the others, and the plan of the next pass decides on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import Req
+
+from pascal_sglang.engine.ladder import Ladder
+from pascal_sglang.engine.members import member_of
+from pascal_sglang.policy.member import Place
+from pascal_sglang.policy.plan import Planner
+
+
+class Admission:
+    """Splits SGLang's waiting queue for the length of a prefill step.
+
+    plan: waiting requests that the plan of this pass admits, best first.
+    """
+
+    def __init__(self, scheduler: Any, ladder: Ladder, planner: Planner) -> None:
+        self.scheduler = scheduler
+        self.ladder = ladder
+        self.planner = planner
+        self.plan: list[Req] = []
+        # Waiting requests that the prefill step does not see; None outside of it.
+        self._withheld: list[Req] | None = None
+
+    @contextmanager
+    def only_planned(self, started: Callable[[Req], None]) -> Iterator[None]:
+        """The waiting queue holds nothing but the plan, in its order. `started` is told of each
+        request that the step took."""
+        scheduler = self.scheduler
+        waiting = scheduler.waiting_queue
+        present = set(waiting) if self.plan else set()
+        shown = [req for req in self.plan if req in present]
+        taken = set(shown)
+        self._withheld = [req for req in waiting if req not in taken] if taken else waiting
+        scheduler.waiting_queue = list(shown)
+        try:
+            yield
+        finally:
+            left = set(scheduler.waiting_queue)
+            scheduler.waiting_queue = scheduler.waiting_queue + self._withheld
+            self._withheld = None
+            for req in shown:
+                # A request that was aborted meanwhile has left the policy's queue already.
+                if req not in left and self.planner.line.holds(member_of(req)):
+                    started(req)
+
+    @contextmanager
+    def everybody(self) -> Iterator[None]:
+        """The waiting queue is whole, also inside the prefill step; who is added to it there is
+        withheld from the step. `--max-queued-requests` counts all, and may remove any."""
+        if self._withheld is None:
+            yield
+            return
+        scheduler = self.scheduler
+        shown = scheduler.waiting_queue
+        scheduler.waiting_queue = shown + self._withheld
+        try:
+            yield
+        finally:
+            now, seen = set(scheduler.waiting_queue), set(shown)
+            self._withheld = [req for req in scheduler.waiting_queue if req not in seen]
+            scheduler.waiting_queue = [req for req in shown if req in now]
+
+    def is_true(self, *, thorough: bool) -> bool:
+        """Whether the policy's queue is SGLang's waiting queue and the paused requests: their
+        number, or `thorough`, each of them in its place."""
+        line, waiting, ladder = self.planner.line, self.scheduler.waiting_queue, self.ladder
+        moving = sum(req in ladder.resident or req in ladder.host for req in ladder.moving)
+        if len(line) != len(waiting) + len(ladder.resident) + len(ladder.host) - moving:
+            return False
+        if not thorough:
+            return True
+        places = dict.fromkeys(waiting, Place.WAITING)
+        places |= dict.fromkeys(ladder.resident, Place.RESIDENT)
+        places |= dict.fromkeys(ladder.host, Place.HOST)
+        return all(
+            line.holds(member_of(req)) and member_of(req).place is place
+            for req, place in places.items()
+            if req not in ladder.moving
+        )
+
+    def recount(self) -> None:
+        """Make the policy's queue anew from those who truly wait or are paused."""
+        waiting = (*self.scheduler.waiting_queue, *self.ladder.paused())
+        self.planner.recount([member_of(req) for req in waiting])
