@@ -18,8 +18,9 @@ logger = logging.getLogger("pascal_sglang.decisions")
 
 
 class Journal:
-    """Takes note of every decision about a user's request. `metrics` is None on ranks that do not report.
+    """Takes note of every decision about a user's request.
 
+    metrics: None on ranks that do not report.
     counts: decisions by kind and class, for the status route.
     """
 

@@ -1,4 +1,4 @@
-"""SGLang's load figures, queue metrics and time-outs, for which a paused request is a queued one."""
+"""SGLang's load figures, queue metrics and time-outs: a paused request is a queued one there."""
 
 from __future__ import annotations
 

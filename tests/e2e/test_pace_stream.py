@@ -176,7 +176,7 @@ def test_a_bad_request_gets_its_error(paced_server):
     assert json.loads(caught.value.read())["message"]
 
 
-@pytest.mark.parametrize("tpot", [TPOT, 60])
+@pytest.mark.parametrize("tpot", [TPOT, 10])
 def test_a_client_that_leaves_ends_its_request(paced_server, tpot):
     rid = f"gone {tpot}"
     with opened(

@@ -1,4 +1,7 @@
-"""A mixed load for the tiny model, and what came back of it."""
+"""A mixed load for the tiny model, and what came back of it.
+
+Some ask for a grammar of their own: SGLang compiles it meanwhile and queues them on its own.
+"""
 
 import json
 import random
@@ -14,7 +17,7 @@ ABORTED = frozenset(range(5, REQUESTS, 16))
 
 
 def bodies(count):
-    """The first `count` requests: thinking or not, stop strings, shared beginnings."""
+    """The first `count` requests: thinking or not, stop strings, shared beginnings, grammars."""
     dice = random.Random(5)
     made = []
     for i in range(count):
@@ -29,6 +32,8 @@ def bodies(count):
         )
         if i % 5 == 1:
             body["sampling_params"]["stop"] = [dice.choice("abcdefgh") + dice.choice("ijklmnop")]
+        if i % 14 == 7:  # Some of those that do not think.
+            body["sampling_params"] |= {"regex": f"[a-f]{{40,80}} {i}", "ignore_eos": False}
         made.append(body)
     return made
 

@@ -23,6 +23,7 @@ def test_chaos_is_invisible(arm, serve, reference):
         assert [i for i, (a, b) in enumerate(zip(whole, reference, strict=True)) if a != b] == []
         instance = settled(server)
         assert instance["policy_errors"] == 0
+        assert instance["queue_errors"] == 0, "the policy's queue was not SGLang's"
         assert sum(instance["ended"].values()) >= REQUESTS
         metrics = server.get("/metrics")
         for rung in ("resident", "recompute", *([] if "recompute" in arm else ["host"])):

@@ -5,6 +5,7 @@ Nothing of that shows, and every series that the dashboard asks for, with every 
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -28,6 +29,20 @@ def crowded(serve):
 
 def test_a_flood_of_moves_and_pauses_is_invisible(crowded, reference):
     flood(crowded, 60, reference)
+
+
+def test_health_probes_go_past_the_figures(crowded):
+    """A busy instance drops them and says nothing, so nothing may be remembered of them."""
+
+    def counted():
+        status = crowded.get("/pascal/status")
+        starts = sum(sum(i["decisions"].values()) for i in status["instances"])
+        return status["controller"]["placed"], status["controller"]["residents"], starts
+
+    before = counted()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(crowded.get, ["/health_generate"] * 4))
+    assert counted() == before
 
 
 def exported(text):
