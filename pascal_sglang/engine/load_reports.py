@@ -17,7 +17,7 @@ from sglang.srt.managers.scheduler_components.load_inquirer import SchedulerLoad
 from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 
 from pascal_sglang.engine.ladder import Ladder
-from pascal_sglang.engine.queue_times import waiting_timeouts
+from pascal_sglang.engine.queue_times import with_paused
 
 if TYPE_CHECKING:
     from pascal_sglang.engine.governor import Governor
@@ -37,10 +37,16 @@ class PascalMetricsReporter(SchedulerMetricsReporter):
             super().report_prefill_stats(*args, **kwargs)
 
     def report_decode_stats(self, *args: Any, **kwargs: Any) -> None:
+        # Between two reports it only counts tokens, in every step.
+        if self.forward_ct_decode % self.decode_log_interval:
+            super().report_decode_stats(*args, **kwargs)
+            return
         with self._paused_queued():
             super().report_decode_stats(*args, **kwargs)
 
     def _emit_forward_pass_metrics(self, *args: Any, **kwargs: Any) -> None:
+        if not self.scheduler.enable_fpm:
+            return
         with self._paused_queued():
             super()._emit_forward_pass_metrics(*args, **kwargs)
 
@@ -112,6 +118,6 @@ class ReportingScheduler(Scheduler):
 
     def _poll_timeout_aborts(self) -> list[AbortReq]:
         aborts: list[AbortReq] = super()._poll_timeout_aborts()
-        if self.governor is not None:
-            aborts += waiting_timeouts(self.governor.ladder.paused())
-        return aborts
+        if self.governor is None:
+            return aborts
+        return with_paused(aborts, self.waiting_queue, self.governor.ladder.paused())

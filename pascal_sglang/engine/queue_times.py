@@ -3,6 +3,9 @@
 A paused request counts as one that SGLang has retracted: it is back in the queue, its wait there is
 queue time, and its waiting time-out runs from the pause on. The running time-out counts from its
 first forward pass and is looked at while it runs.
+
+An answer is paused because its reader still has something to read. Nobody waits for it yet, so its
+waiting time-out runs from when the reader has caught up.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from http import HTTPStatus
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import Req
+
+from pascal_sglang.engine.members import member_of
 
 # SGLang's own words, which clients may look for.
 MESSAGE = "Request waiting timeout reached."
@@ -30,19 +35,31 @@ def left_queue(req: Req) -> None:
     req.time_stats.set_forward_entry_time()
 
 
-def waiting_timeouts(paused: Iterable[Req]) -> list[AbortReq]:
-    """An abort for each paused request that has waited for longer than SGLang's time-out."""
+def waiting_since(req: Req) -> float:
+    """When somebody began to wait for the request, in seconds of `time.perf_counter`."""
+    entered: float = req.time_stats.wait_queue_entry_time
+    pacer = member_of(req).pacer
+    return max(entered, pacer.shown) if pacer.delivered else entered
+
+
+def with_paused(
+    aborts: list[AbortReq], waiting: Iterable[Req], paused: Iterable[Req]
+) -> list[AbortReq]:
+    """SGLang's time-outs, which know the waiting queue alone, as they should be.
+
+    Added are those of paused requests; dropped those of answers whose reader has not caught up.
+    """
     timeout_s = envs.SGLANG_REQ_WAITING_TIMEOUT.get()
     if timeout_s <= 0:
-        return []
+        return aborts
     deadline = time.perf_counter() - timeout_s
+    if any(abort.abort_message == MESSAGE for abort in aborts):
+        ahead = {req.rid for req in waiting if waiting_since(req) >= deadline}
+        aborts = [a for a in aborts if a.abort_message != MESSAGE or a.rid not in ahead]
     reason = {
         "type": "abort",
         "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
         "message": MESSAGE,
     }
-    return [
-        AbortReq(rid=req.rid, abort_message=MESSAGE, finished_reason=reason)
-        for req in paused
-        if 0 < req.time_stats.wait_queue_entry_time < deadline
-    ]
+    late = [req.rid for req in paused if waiting_since(req) < deadline]
+    return aborts + [AbortReq(rid=r, abort_message=MESSAGE, finished_reason=reason) for r in late]

@@ -11,7 +11,6 @@ from tests.engine.load import settled
 from tests.engine.stage import Reader
 from tests.requests import generate
 
-
 TIMEOUT_S, QUANTUM = 3, 2000
 MESSAGE = "Request waiting timeout reached."
 FLAGS = "--max-running-requests 1 --decode-log-interval 1".split()

@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 
-from pascal_sglang.engine import queue_times
-from pascal_sglang.engine.queue_times import MESSAGE, entered_queue, left_queue, waiting_timeouts
+from pascal_sglang.engine.queue_times import MESSAGE, entered_queue, left_queue, with_paused
+from pascal_sglang.policy.member import Member
+from pascal_sglang.policy.pacer import Pacer
 
 
 class Clock:
@@ -36,7 +38,7 @@ def running(clock):
     clock.now += 2
     stats.set_forward_entry_time()
     clock.now += 3
-    return SimpleNamespace(rid="r", time_stats=stats)
+    return SimpleNamespace(rid="r", time_stats=stats, pascal_member=Member(0, Pacer(0.1)))
 
 
 def test_a_pause_is_queue_time(clock, running):
@@ -58,14 +60,47 @@ def test_a_wait_that_goes_on_elsewhere_is_one_wait(clock, running):
     assert running.time_stats.get_queueing_time() == pytest.approx(2 + 6)
 
 
-def test_the_waiting_time_out_runs_from_the_pause_on(clock, running, monkeypatch):
-    assert waiting_timeouts([running]) == [], "no time-out is set"
+@pytest.fixture
+def four_seconds(monkeypatch):
     monkeypatch.setenv("SGLANG_REQ_WAITING_TIMEOUT", "4")
+
+
+def timed_out(aborts):
+    assert {(a.abort_message, a.finished_reason["status_code"]) for a in aborts} <= {(MESSAGE, 503)}
+    return [a.rid for a in aborts]
+
+
+def test_the_waiting_time_out_runs_from_the_pause_on(clock, running, four_seconds):
     entered_queue(running)
     clock.now += 3.9
-    assert waiting_timeouts([running]) == []
+    assert with_paused([], [], [running]) == []
     clock.now += 0.2
-    (abort,) = waiting_timeouts([running])
-    assert (abort.rid, abort.abort_message) == ("r", MESSAGE)
-    assert abort.finished_reason["status_code"] == 503
-    assert queue_times.envs.SGLANG_REQ_WAITING_TIMEOUT.get() == 4
+    assert timed_out(with_paused([], [], [running])) == ["r"]
+
+
+def test_without_a_time_out_nobody_is_looked_at(clock, running):
+    entered_queue(running)
+    clock.now += 1e6
+    assert with_paused([], [], [running]) == []
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_answer_waits_once_its_reader_has_caught_up(clock, running, four_seconds, kept):
+    """Ten seconds of reading, paused with its KV, or without it in SGLang's waiting queue."""
+    running.pascal_member.pacer.deliver(clock.now, 101)
+    entered_queue(running)
+    other = AbortReq(rid="o", abort_message=MESSAGE, finished_reason={"status_code": 503})
+
+    def aborts():
+        sglangs = [other]
+        if not kept and clock.now - running.time_stats.wait_queue_entry_time > 4:
+            sglangs.append(
+                AbortReq(rid="r", abort_message=MESSAGE, finished_reason=other.finished_reason)
+            )
+        queues = ([], [running]) if kept else ([running], [])
+        return timed_out(with_paused(sglangs, *queues))
+
+    clock.now += 13.9
+    assert aborts() == ["o"]
+    clock.now += 0.2
+    assert aborts() == ["o", "r"]
