@@ -7,6 +7,7 @@ join the others, and the plan of the next pass decides on them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +19,16 @@ from pascal_sglang.engine.members import member_of
 from pascal_sglang.policy.member import Place
 from pascal_sglang.policy.plan import Planner
 
+logger = logging.getLogger(__name__)
+
+ERRORS_LOGGED = 5
+
 
 class Admission:
     """Splits SGLang's waiting queue for the length of a prefill step.
 
     plan: waiting requests that the plan of this pass admits, best first.
+    errors: passes in which the policy's queue was not SGLang's.
     """
 
     def __init__(self, scheduler: Any, ladder: Ladder, planner: Planner) -> None:
@@ -30,6 +36,7 @@ class Admission:
         self.ladder = ladder
         self.planner = planner
         self.plan: list[Req] = []
+        self.errors = 0
         # Waiting requests that the prefill step does not see; None outside of it.
         self._withheld: list[Req] | None = None
 
@@ -90,7 +97,13 @@ class Admission:
             if req not in ladder.moving
         )
 
-    def recount(self) -> None:
-        """Make the policy's queue anew from those who truly wait or are paused."""
+    def check(self, *, thorough: bool) -> None:
+        """The policy plans for exactly those who wait or are paused. Its queue is made anew where
+        it does not: a request that is gone would be planned first, and a missing one never."""
+        if self.is_true(thorough=thorough):
+            return
+        self.errors += 1
+        if self.errors <= ERRORS_LOGGED:
+            logger.error("pascal_sglang: the policy's queue was not SGLang's and is made anew")
         waiting = (*self.scheduler.waiting_queue, *self.ladder.paused())
         self.planner.recount([member_of(req) for req in waiting])

@@ -68,8 +68,6 @@ class Governor:
         # Mean number of running requests over the passes of `moment.pass_s`.
         self.batch = 0.0
         self.errors = 0
-        # Passes in which the policy's queue was not SGLang's, and was made anew.
-        self.queue_errors = 0
         self.policy_s = 0.0
         self.moves: Moves | None = None
         self._chaos = Chaos(config.chaos) if config.chaos else None
@@ -130,7 +128,7 @@ class Governor:
         running = self._running = self.ladder.arrive(running)
         if self.moves is not None:
             self.moves.step(running)
-        self._check_queue()
+        self.admission.check(thorough=self._chaos is not None)
         self.admission.plan = []
         if self._chaos is None and self.planner.is_content(self.view.spare_tokens(running, last)):
             return running
@@ -294,16 +292,6 @@ class Governor:
     def gone(self, req: Req) -> None:
         """The request ended outside the running batch."""
         self.planner.left(member_of(req))
-
-    def _check_queue(self) -> None:
-        """The policy plans for exactly those who wait or are paused. It is mended where it does
-        not: a request that is gone would be planned first, and one that is missing never."""
-        if self.admission.is_true(thorough=self._chaos is not None):
-            return
-        self.queue_errors += 1
-        if self.queue_errors <= ERRORS_LOGGED:
-            logger.error("pascal_sglang: the policy's queue was not SGLang's; it is made anew")
-        self.admission.recount()
 
     def prefilled(self, req: Req) -> None:
         """The engine took the request into a prefill batch."""

@@ -297,7 +297,7 @@ class PascalScheduler(ReportingScheduler):
             "migrations": None if self.moves is None else self.moves.describe(),
             "unpausable": {} if governor is None else dict(governor.members.unpausable),
             "policy_errors": 0 if governor is None else governor.errors,
-            "queue_errors": 0 if governor is None else governor.queue_errors,
+            "queue_errors": 0 if governor is None else governor.admission.errors,
             "requests": [describe(req) for req in [*live, *self.waiting_queue]],
             "recent": list(self.phase_tracker.recent),
         }

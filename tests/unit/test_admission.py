@@ -120,8 +120,10 @@ def test_a_ghost_and_a_stranger_are_seen_and_mended(world):
     world.scheduler.waiting_queue.append(stranger)
     assert world.admission.is_true(thorough=False), "one too many and one too few"
     assert not world.admission.is_true(thorough=True)
-    world.admission.recount()
-    assert world.is_true
+    world.admission.check(thorough=False)
+    assert (world.admission.errors, world.is_true) == (0, False)
+    world.admission.check(thorough=True)
+    assert (world.admission.errors, world.is_true) == (1, True)
 
 
 def test_paused_requests_are_in_the_policys_queue_alone(world):
