@@ -16,7 +16,7 @@ from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.members import member_of
-from pascal_sglang.policy.member import Place
+from pascal_sglang.policy.member import Member, Place
 from pascal_sglang.policy.plan import Planner
 
 logger = logging.getLogger(__name__)
@@ -86,16 +86,19 @@ class Admission:
         moving = sum(req in ladder.resident or req in ladder.host for req in ladder.moving)
         if len(line) != len(waiting) + len(ladder.resident) + len(ladder.host) - moving:
             return False
-        if not thorough:
-            return True
-        places = dict.fromkeys(waiting, Place.WAITING)
-        places |= dict.fromkeys(ladder.resident, Place.RESIDENT)
-        places |= dict.fromkeys(ladder.host, Place.HOST)
-        return all(
-            line.holds(member_of(req)) and member_of(req).place is place
-            for req, place in places.items()
-            if req not in ladder.moving
+        return not thorough or all(
+            line.holds(member) and member.place is place for member, place in self._places()
         )
+
+    def _places(self) -> Iterator[tuple[Member, Place]]:
+        """Those who wait or are paused, each with its place."""
+        ladder = self.ladder
+        for place, reqs in (
+            (Place.WAITING, self.scheduler.waiting_queue),
+            (Place.RESIDENT, ladder.resident),
+            (Place.HOST, ladder.host),
+        ):
+            yield from ((member_of(req), place) for req in reqs if req not in ladder.moving)
 
     def check(self, *, thorough: bool) -> None:
         """The policy plans for exactly those who wait or are paused. Its queue is made anew where
@@ -105,5 +108,8 @@ class Admission:
         self.errors += 1
         if self.errors <= ERRORS_LOGGED:
             logger.error("pascal_sglang: the policy's queue was not SGLang's and is made anew")
-        waiting = (*self.scheduler.waiting_queue, *self.ladder.paused())
-        self.planner.recount([member_of(req) for req in waiting])
+        self.planner.recount([])
+        places = dict(self._places())
+        for member, place in places.items():
+            member.place = place
+        self.planner.recount([*places])

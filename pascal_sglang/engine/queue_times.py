@@ -61,5 +61,5 @@ def with_paused(
         "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
         "message": MESSAGE,
     }
-    late = [req.rid for req in paused if waiting_since(req) < deadline]
+    late = [req.rid for req in paused if 0 < waiting_since(req) < deadline]
     return aborts + [AbortReq(rid=r, abort_message=MESSAGE, finished_reason=reason) for r in late]

@@ -23,7 +23,7 @@ class World:
 
     def __init__(self):
         self.scheduler = SimpleNamespace(waiting_queue=[])
-        self.ladder = SimpleNamespace(resident={}, host={}, moving=set(), paused=lambda: ())
+        self.ladder = SimpleNamespace(resident={}, host={}, moving=set())
         self.planner = Planner(ORDERS["pascal"], Tuning())
         self.admission = Admission(self.scheduler, self.ladder, self.planner)
         self.started = []
@@ -133,5 +133,10 @@ def test_paused_requests_are_in_the_policys_queue_alone(world):
     assert not world.admission.is_true(thorough=False)
     world.planner.stopped(member_of(paused), Place.HOST, MOMENT)
     assert world.is_true
-    member_of(paused).place = Place.RESIDENT
-    assert not world.admission.is_true(thorough=True)
+    world.ladder.host, world.ladder.resident = {leaving: None}, {paused: None}
+    assert world.admission.is_true(thorough=False)
+    assert not world.admission.is_true(thorough=True), "its KV is elsewhere"
+    world.admission.check(thorough=True)
+    assert world.is_true
+    assert member_of(paused).place is Place.RESIDENT
+    assert sum(world.planner.line.counts.values()) == 5
