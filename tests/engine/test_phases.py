@@ -156,19 +156,6 @@ def test_a_pace_nobody_reads_at_is_refused_on_every_route(pascal_server, streame
     assert len(pascal_server.post("/generate", pace(alone, 10_000, chats=False))["output_ids"]) == 4
 
 
-def test_a_pace_that_cannot_be_delivered_does_not_mark_its_instance(pascal_server):
-    body = pace(generate("Hurry", None, 1500, rid=rid()), 1, chats=False)
-    caller = threading.Thread(target=pascal_server.post, args=("/generate", body))
-    caller.start()
-    on_pace = []
-    while caller.is_alive():
-        (instance,) = pascal_server.instances()
-        if any(r["rid"] == body["rid"] and r["answer_tokens"] for r in instance["requests"]):
-            on_pace.append(instance["monitor"]["on_pace"])
-        caller.join(0.02)
-    assert any(on_pace)
-
-
 def test_tool_call_after_thinking(pascal_server):
     tool = {
         "type": "function",
