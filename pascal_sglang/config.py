@@ -7,9 +7,10 @@ import ipaddress
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from pascal_sglang.request_checks import ASKED_TPOT_MS, asked_tpot_ms, is_number
 
 CONFIG_ENV = "PASCAL_SGLANG_CONFIG"
 
@@ -164,13 +165,19 @@ class PascalConfig:
         return cls.from_json(text) if text else None
 
     def answer_tpot_ms_of(self, custom_params: object) -> float:
-        """The pace of one request's reader: its own, in `custom_params`, or everybody's."""
-        own = custom_params.get("pascal") if isinstance(custom_params, dict) else None
-        asked = own.get("answer_tpot_ms") if isinstance(own, dict) else None
-        if isinstance(asked, bool) or not isinstance(asked, int | float):
+        """The pace of one request's reader: its own, in `custom_params`, or everybody's. What HTTP
+        should have refused (`request_checks`) becomes the nearest that may be asked for."""
+        asked = asked_tpot_ms(custom_params)
+        if not is_number(asked):
             return self.answer_tpot_ms
-        # Not infinity: JSON's whole numbers may be larger than any float.
-        return float(asked) if 0 < asked <= sys.float_info.max else self.answer_tpot_ms
+        low, high = ASKED_TPOT_MS
+        # Clamped as whole numbers are, which may be larger than any float.
+        return float(min(max(asked, low), high))
+
+    @property
+    def paces(self) -> bool:
+        """Whether anything here goes by the pace of a request's reader."""
+        return self.policy != "fcfs" or self.pace_stream
 
     @property
     def places(self) -> bool:

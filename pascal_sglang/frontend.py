@@ -11,6 +11,7 @@ from pascal_sglang.cluster import board
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.handshake import BOARD_KEY, INIT_INFO_KEY, require_same_config
 from pascal_sglang.preflight import check_frontend
+from pascal_sglang.request_checks import problem_with
 
 STATUS_PATH = "/pascal/status"
 STATUS_S = 20.0
@@ -85,8 +86,15 @@ async def withhold_status(
 async def assume_reasoning(
     original: Callable[[Any, Any], Awaitable[Any]], obj: Any, request: Any
 ) -> Any:
-    """Around `http_server.serve_generate_request`: the default of `--pascal-assume-reasoning`."""
+    """Around `http_server.serve_generate_request`: the default of `--pascal-assume-reasoning`.
+
+    A stream too is refused with a 400 here: later, SGLang puts the error into the stream.
+    """
+    from sglang.srt.entrypoints.http_server import _create_error_response
+
     config = PascalConfig.from_env()
+    if config is not None and config.paces and (problem := problem_with(obj.sampling_params)):
+        return _create_error_response(ValueError(problem))
     if config is not None and config.assume_reasoning:
         body = await request.json()  # Parsed once and cached by Starlette.
         if "require_reasoning" not in body:

@@ -15,6 +15,7 @@ from typing import Any
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.held import Chunk
 from pascal_sglang.pacing import Pacing
+from pascal_sglang.request_checks import problem_with
 
 # How long, in seconds, a wait may go without looking whether the server wants to stop.
 LOOK_UP_S = 1.0
@@ -84,9 +85,15 @@ def generate_request(
     *args: Any,
     **kwargs: Any,
 ) -> AsyncGenerator[Chunk, None]:
-    """Around `TokenizerManager.generate_request`: streams are paced, everything else is left be."""
-    stream = original(manager, obj, *args, **kwargs)
+    """Around `TokenizerManager.generate_request`: streams are paced, everything else is left be.
+
+    Raises: ValueError, for which every route answers 400, for a pace that may not be asked for.
+    """
     config = PascalConfig.from_env()
+    problem = problem_with(getattr(obj, "sampling_params", None))
+    if problem is not None and config is not None and config.paces:
+        raise ValueError(problem)
+    stream = original(manager, obj, *args, **kwargs)
     if config is None or not config.pace_stream or not getattr(obj, "stream", False):
         return stream
 

@@ -22,6 +22,7 @@ from sglang.srt.managers.io_struct import (
     AbortReq,
     GetInternalStateReq,
     GetInternalStateReqOutput,
+    TokenizedGenerateReqInput,
     sock_recv,
     sock_send,
 )
@@ -29,6 +30,7 @@ from sglang.srt.runtime_context import get_observability
 from sglang.srt.utils.network import get_zmq_socket
 
 from pascal_sglang.cluster.board import Board
+from pascal_sglang.cluster.internal_requests import is_health_probe, is_internal
 from pascal_sglang.cluster.metrics import ControllerMetrics
 from pascal_sglang.cluster.monitor import Monitor
 from pascal_sglang.cluster.mover import Mover
@@ -76,6 +78,7 @@ class PascalController(DataParallelController):
         self._active: list[Instance] = []
         self._active_at = -math.inf
         self.placed: Counter[str] = Counter()
+        self._probes = 0
         self.residents = Residents()
         self.undertaker = Undertaker(self.residents, self.mover, self._fail)
         self.processes = Processes(self.schedulers() if config.places else [], homes)
@@ -138,8 +141,14 @@ class PascalController(DataParallelController):
         return self._active
 
     def place(self, req: Any) -> None:
-        """Send a new request to the instance that Algorithm 1 chooses."""
+        """Send a new request to the instance that Algorithm 1 chooses; a health probe to each in
+        turn, uncounted, because a busy instance drops it and says nothing."""
         self.hear_all()
+        if is_health_probe(req):
+            active = self.active()
+            self._probes += 1
+            sock_send(self.workers[active[self._probes % len(active)].index], req)
+            return
         blocks = list(block_names(req.input_ids or (), getattr(req, "extra_key", None)))
         if self.maybe_external_dp_rank_routing(req):
             self._note(req, req.routed_dp_rank, blocks)
@@ -153,7 +162,8 @@ class PascalController(DataParallelController):
     def _note(self, req: Any, index: int, blocks: list[int]) -> None:
         self.monitor.sent(index, len(req.input_ids or ()))
         self.prefixes.sent(index, blocks)
-        self.placed[str(index)] += 1
+        if not (isinstance(req, TokenizedGenerateReqInput) and is_internal(req)):
+            self.placed[str(index)] += 1
         self.residents.lives(req.rid, index)
 
     def _fail(self, rid: str) -> None:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.admission import Admission
 from pascal_sglang.engine.chaos import Chaos
 from pascal_sglang.engine.copies import Copies
 from pascal_sglang.engine.journal import Journal
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.members import Members, member_of, remaining_of
+from pascal_sglang.engine.queue_times import entered_queue, left_queue
 from pascal_sglang.engine.ranks import agree, catch_on_all_ranks, is_alone
 from pascal_sglang.engine.view import View
 from pascal_sglang.policy.member import Member, Place
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECOUNT_PASSES = 512
 # Seconds between two updates of the metrics that every pass changes.
 REPORT_S = 0.1
 ERRORS_LOGGED = 5
@@ -61,6 +62,7 @@ class Governor:
             demote_on=config.demote_on,
         )
         self.planner = Planner(order, tuning, Worth(self.view.needs, self.view.gives))
+        self.admission = Admission(scheduler, self.ladder, self.planner)
         self.journal = Journal(order, tuning, log=config.log_decisions)
         self.moment = Moment(0, 0.0, 0.0)
         # Mean number of running requests over the passes of `moment.pass_s`.
@@ -69,7 +71,6 @@ class Governor:
         self.policy_s = 0.0
         self.moves: Moves | None = None
         self._chaos = Chaos(config.chaos) if config.chaos else None
-        self._admitted: list[Req] = []
         self._extended_before = 0
         self._reported = 0.0
         self._alone = is_alone(scheduler)
@@ -87,7 +88,7 @@ class Governor:
             self._log("the policy failed; SGLang's own order stands in", error)
             if (error := catch_on_all_ranks(self.scheduler, self._stand_in)) is not None:
                 self._log("bringing paused requests back failed", error)
-            self._admitted = list(self.scheduler.waiting_queue)
+            self.admission.plan = list(self.scheduler.waiting_queue)
         self.policy_s += time.perf_counter() - begin
         if self.journal.metrics is not None and begin - self._reported >= REPORT_S:
             self._reported = begin
@@ -129,9 +130,8 @@ class Governor:
         running = self._running = self.ladder.arrive(running)
         if self.moves is not None:
             self.moves.step(running)
-        if moment.pass_no % RECOUNT_PASSES == 0:
-            self._recount()
-        self._admitted = []
+        self.admission.check(thorough=self._chaos is not None)
+        self.admission.plan = []
         if self._chaos is None and self.planner.is_content(self.view.spare_tokens(running, last)):
             return
         going_on = [r for r in running.reqs if not r.finished()]
@@ -150,7 +150,7 @@ class Governor:
             if self._chaos is not None and self._chaos.strikes():
                 continue
             if member.place is Place.WAITING:
-                self._admitted.append(member.handle)
+                self.admission.plan.append(member.handle)
                 continue
             resumed = self._resume(member.handle, running, joining)
             if resumed is None:
@@ -214,6 +214,7 @@ class Governor:
         resumed = self.ladder.resume(req, running) if self.ladder.can_resume(req, keep) else None
         if resumed is not None:
             self._running = resumed
+            left_queue(req)
             self.journal.started(member_of(req), self.moment)
             self.planner.started(member_of(req), self.moment)
         elif not self.ladder.holds(req):
@@ -272,6 +273,7 @@ class Governor:
 
     def stopped(self, req: Req, place: Place) -> None:
         """The request waits, or is paused, from now on."""
+        entered_queue(req)
         self._stands(req, place)
         self.planner.stopped(member_of(req), place, self.moment)
 
@@ -290,27 +292,13 @@ class Governor:
         """The request ended outside the running batch."""
         self.planner.left(member_of(req))
 
-    def _recount(self) -> None:
-        """Make the line anew from the queues themselves, in case SGLang moved somebody past us."""
-        waiting = (*self.scheduler.waiting_queue, *self.ladder.paused())
-        self.planner.recount([member_of(req) for req in waiting])
-
-    def admitted(self, waiting: list[Req]) -> tuple[list[Req], list[Req]]:
-        """Split the waiting queue into who may be prefilled now, best first, and the rest."""
-        if not self._admitted:
-            return [], waiting
-        queued = set(waiting)
-        chosen = [req for req in self._admitted if req in queued]
-        taken = set(chosen)
-        return chosen, [req for req in waiting if req not in taken]
-
     def prefilled(self, req: Req) -> None:
         """The engine took the request into a prefill batch."""
         self.journal.started(member_of(req), self.moment)
         self.planner.started(member_of(req), self.moment)
 
     def observe(self, req: Req) -> None:
-        crossed = self.members.observe(req, self.moment.now)
+        crossed = self.members.observe(req, self.moment)
         if self.moves is not None:
             self.moves.observe(req)
             if crossed:

@@ -71,7 +71,7 @@ def figures(scheduler: Any, governor: Governor, batch: ScheduleBatch | None) -> 
         present |= dict.fromkeys(batch.reqs)
     if scheduler.chunked_req is not None:
         present[scheduler.chunked_req] = None
-    running = [member_of(r) for r in present if not r.finished()]
+    running = [m for r in present if not (r.finished() or (m := member_of(r)).internal)]
     paused = [member_of(r) for r in governor.ladder.paused()]
     answering = [m for m in (*running, *paused) if m.phase is Phase.ANSWERING]
     lane = planner.order.thinking_lane
@@ -80,7 +80,9 @@ def figures(scheduler: Any, governor: Governor, batch: ScheduleBatch | None) -> 
         m.phase is Phase.REASONING and not is_demoted(m, planner.tuning) for m in running
     )
     if config.policy == "paper":
-        on_pace = all(m.pacer.qoe >= config.qoe_slo for m in answering)
+        readers = [m.pacer for m in answering]
+        # An answer at a pace that cannot be delivered says nothing about the instance.
+        on_pace = all(p.qoe >= config.qoe_slo for p in readers if p.pace <= p.tpot)
     else:
         # Nobody is starving now; a reader who once waited does not mark it for good.
         now = governor.moment.now

@@ -18,8 +18,9 @@ logger = logging.getLogger("pascal_sglang.decisions")
 
 
 class Journal:
-    """Takes note of every decision. `metrics` is None on ranks that do not report.
+    """Takes note of every decision about a user's request.
 
+    metrics: None on ranks that do not report.
     counts: decisions by kind and class, for the status route.
     """
 
@@ -40,6 +41,8 @@ class Journal:
         """`member` leaves the batch: `growth` (the next steps would not fit), `displaced` (for a
         better one), `memory` (SGLang found no KV for this very step) or `chaos` (a test)."""
         timeline_of(member.handle).stopped("paused", moment.now)
+        if member.internal:
+            return
         name = self.class_of(member, moment)
         self.counts[f"pause:{name}:{why}"] += 1
         if self.metrics is not None:
@@ -48,6 +51,8 @@ class Journal:
 
     def left_device(self, member: Member, rung: Rung, moment: Moment) -> None:
         """The KV of a paused request is now on `rung`."""
+        if member.internal:
+            return
         if self.metrics is not None:
             self.metrics.left_device(rung, member.kv_tokens)
         self._write("rung", member, moment, self.class_of(member, moment), rung=rung.value)
@@ -55,6 +60,8 @@ class Journal:
     def started(self, member: Member, moment: Moment) -> None:
         """`member`, still in its place of waiting, is admitted or resumed."""
         timeline_of(member.handle).went_on(moment.now)
+        if member.internal:
+            return
         name = self.class_of(member, moment)
         waited_s = max(0.0, moment.now - member.since) if member.since else 0.0
         self.counts[f"start:{name}:{member.place.value}"] += 1
@@ -72,7 +79,7 @@ class Journal:
 
     def blocked(self, member: Member | None, lacks: str, moment: Moment) -> None:
         """The best request in line could not start; written once per request and reason."""
-        if member is None:
+        if member is None or member.internal:
             return
         if self.metrics is not None:
             self.metrics.blocked(lacks)

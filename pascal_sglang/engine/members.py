@@ -8,9 +8,11 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 
+from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.phases import timeline_of
 from pascal_sglang.policy.member import Member
+from pascal_sglang.policy.order import Moment, fastest_pace
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Phase
 
@@ -34,7 +36,8 @@ class Members:
         """Make the request's member; its reader's pace may come with the request."""
         tpot_ms = self.config.answer_tpot_ms_of(req.sampling_params.custom_params)
         self._arrivals += 1
-        member = Member(seq=self._arrivals, pacer=Pacer(tpot_ms / 1000), handle=req)
+        pacer = Pacer(tpot_ms / 1000)
+        member = Member(self._arrivals, pacer, internal=is_internal(req), handle=req)
         reason = why_not_pausable(req)
         if reason:
             member.pausable = False
@@ -44,13 +47,14 @@ class Members:
         req.pascal_member = member
         return member
 
-    def observe(self, req: Req, now: float) -> bool:
+    def observe(self, req: Req, moment: Moment) -> bool:
         """The request may have produced tokens: bring its member up to date, tell its reader.
 
         True if it has just ended its thinking."""
         member, timeline = member_of(req), timeline_of(req)
         if new := timeline.answer_tokens - member.pacer.delivered:
-            member.pacer.deliver(now, new)
+            floor = fastest_pace(self.config.answer_tpot_ms / 1000, moment)
+            member.pacer.deliver(moment.now, new, floor=floor)
         answering = timeline.phase is Phase.ANSWERING
         crossed = answering and member.phase is Phase.REASONING
         if crossed:

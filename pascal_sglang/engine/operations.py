@@ -13,20 +13,19 @@ from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq, PauseGenerationReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
-from sglang.srt.managers.scheduler import Scheduler, _make_abort_req
+from sglang.srt.managers.scheduler import _make_abort_req
 from sglang.srt.runtime_context import get_serving
 
-from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.herald import Herald
+from pascal_sglang.engine.load_reports import ReportingScheduler
 from pascal_sglang.engine.moves import Moves
 from pascal_sglang.engine.phases import PhaseTracker
 from pascal_sglang.engine.retraction import retract_held
 
 
-class OperationsScheduler(Scheduler):
+class OperationsScheduler(ReportingScheduler):
     """SGLang's scheduler, whose operations reach the requests that we hold."""
 
-    governor: Governor | None = None
     herald: Herald | None = None
     moves: Moves | None = None
     phase_tracker: PhaseTracker

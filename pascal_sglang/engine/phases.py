@@ -7,9 +7,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
+from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.engine.metrics import PhaseMetrics
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline, Progress
 
@@ -76,7 +76,7 @@ class PhaseTracker:
         if timeline.finished is not None:
             return
         timeline.finish(now)
-        if _is_internal(req):
+        if is_internal(req):
             return
         if aborted or isinstance(req.finished_reason, FINISH_ABORT):
             outcome = "aborted"
@@ -86,11 +86,6 @@ class PhaseTracker:
         self.recent.append({**describe(req), "outcome": outcome})
         if self.metrics is not None:
             self.metrics.record(timeline, outcome, qoe_of(req))
-
-
-def _is_internal(req: Req) -> bool:
-    """Health checks, and the prompt pass SGLang runs ahead of parallel samples: no user waits."""
-    return req.rid.startswith(HEALTH_CHECK_RID_PREFIX) or req.sampling_params.max_new_tokens == 0
 
 
 def qoe_of(req: Req) -> float | None:

@@ -17,10 +17,10 @@ from sglang.srt.managers.scheduler_components.invariant_checker import (
 )
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
-from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
+from pascal_sglang.cluster.internal_requests import is_health_probe
 from pascal_sglang.cluster.post import POST_ENV, Box
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.budget import with_default_budget
@@ -155,9 +155,13 @@ class PascalScheduler(OperationsScheduler):
         return req
 
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
-        super()._add_request_to_queue(req, is_retracted=is_retracted)
-        if self.governor is not None and self.waiting_queue and self.waiting_queue[-1] is req:
-            self.governor.queued(req)
+        if self.governor is None:
+            super()._add_request_to_queue(req, is_retracted=is_retracted)
+            return
+        with self.governor.admission.everybody():
+            super()._add_request_to_queue(req, is_retracted=is_retracted)
+            if self.waiting_queue and self.waiting_queue[-1] is req:
+                self.governor.queued(req)
 
     def init_invariant_checker(self) -> None:
         """The pools exist by now: build the governor, and let SGLang's leak checks count the KV of
@@ -184,7 +188,7 @@ class PascalScheduler(OperationsScheduler):
         return plan
 
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> Any:
-        if self.herald is not None and not is_health_check_generate_req(recv_req):
+        if self.herald is not None and not is_health_probe(recv_req):
             self.herald.received += 1
         return super().handle_generate_request(recv_req, **kwargs)
 
@@ -202,15 +206,8 @@ class PascalScheduler(OperationsScheduler):
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> Any:
         if self.governor is None:
             return super().get_new_batch_prefill(running_batch)
-        chosen, rest = self.governor.admitted(self.waiting_queue)
-        self.waiting_queue = list(chosen)
-        plan = super().get_new_batch_prefill(running_batch)
-        left = set(self.waiting_queue)
-        for req in chosen:
-            if req not in left:
-                self.governor.prefilled(req)
-        self.waiting_queue = self.waiting_queue + rest
-        return plan
+        with self.governor.admission.only_planned(self.governor.prefilled):
+            return super().get_new_batch_prefill(running_batch)
 
     def _should_defer_prefill(self, running_batch: ScheduleBatch) -> bool:
         deferred: bool = super()._should_defer_prefill(running_batch)
@@ -275,6 +272,7 @@ class PascalScheduler(OperationsScheduler):
             "migrations": None if self.moves is None else self.moves.describe(),
             "unpausable": {} if governor is None else dict(governor.members.unpausable),
             "policy_errors": 0 if governor is None else governor.errors,
+            "queue_errors": 0 if governor is None else governor.admission.errors,
             "requests": [describe(req) for req in [*live, *self.waiting_queue]],
             "recent": list(self.phase_tracker.recent),
         }

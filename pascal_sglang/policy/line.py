@@ -20,7 +20,7 @@ class Line:
     lane. A removed member's entry stays behind with an outdated ticket until it surfaces. A
     member's place must not change while it is in line.
 
-    counts: members by (lane, place).
+    counts: members by (lane, place), without internal ones.
     """
 
     def __init__(self, order: Order, tuning: Tuning) -> None:
@@ -41,14 +41,14 @@ class Line:
         member.lane = self.order.lane(member, self.tuning)
         lane = self._lanes.setdefault(member.lane, [])
         heapq.heappush(lane, (key, member.seq, member.ticket, member))
-        self.counts[member.lane, member.place] += 1
+        self.counts[member.lane, member.place] += not member.internal
         self._size += 1
 
     def remove(self, member: Member) -> None:
         """Take a member out; nothing happens if it is not in line."""
         if self.holds(member):
             member.ticket += 1
-            self.counts[member.lane, member.place] -= 1
+            self.counts[member.lane, member.place] -= not member.internal
             self._size -= 1
 
     def clear(self) -> None:

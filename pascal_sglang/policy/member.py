@@ -35,6 +35,7 @@ class Member:
     since: the time (s) of that pass.
     head_start: passes it counts as having waited longer, for a prefix the device already holds.
     credit: quanta forgiven for having waited; lasts until it has run a quantum.
+    internal: no user waits for it; it is planned for like any other, and nowhere counted.
     handle: the adapter's own object.
     ticket: which of its entries in a `Line` is the true one.
     lane: the lane of that entry.
@@ -54,6 +55,7 @@ class Member:
     head_start: int = 0
     credit: int = 0
     ran_from: int = 0
+    internal: bool = False
     handle: Any = None
     ticket: int = 0
     lane: int = 0

@@ -23,6 +23,11 @@ URGENT_RANK, SETTLING_RANK, AHEAD_RANK = (URGENT, 0), (SETTLING, 0), (AHEAD, 0)
 # Passes between the decision to bring an answer back and its next token.
 REACTION_PASSES = 8
 
+# Passes per token of the fastest reader that scheduling goes by. An answer gets ahead of such a
+# reader while it runs, and can wait then. One that needs every pass never could, and would come
+# first for ever.
+PASSES_PER_TOKEN = 2
+
 # Passes that a request whose whole prompt the device holds counts as having waited longer.
 PREFIX_HEAD_START = 16
 
@@ -60,6 +65,12 @@ class Moment:
     pass_no: int
     now: float
     pass_s: float
+
+
+def fastest_pace(usual: float, moment: Moment) -> float:
+    """The fastest pace, in seconds per token, that a request can ask for with effect. usual: the
+    pace of requests that ask for none, which all are owed whether or not it can be delivered."""
+    return min(usual, PASSES_PER_TOKEN * moment.pass_s)
 
 
 def credit_of(member: Member, tuning: Tuning) -> int:
@@ -116,7 +127,7 @@ def pascal(member: Member, moment: Moment, tuning: Tuning) -> Rank:
 def is_urgent(member: Member, moment: Moment, tuning: Tuning) -> bool:
     """The SLO guard. A running answer stays urgent until it has a burst of lead, so that it does
     not come and go with every token; the first answering token is always urgent: TTFO waits."""
-    lead = tuning.burst * member.pacer.tpot if member.place is Place.RUNNING else 0.0
+    lead = tuning.burst * member.pacer.pace if member.place is Place.RUNNING else 0.0
     return urgent_at(member, tuning) - lead < moment.now + REACTION_PASSES * moment.pass_s
 
 
@@ -124,7 +135,7 @@ def is_settling(member: Member, moment: Moment, tuning: Tuning) -> bool:
     """A running answer that is not urgent any more, but whose pause would be over too soon."""
     if member.place is not Place.RUNNING:
         return False
-    lead = tuning.settle * tuning.quantum * member.pacer.tpot
+    lead = tuning.settle * tuning.quantum * member.pacer.pace
     return urgent_at(member, tuning) - lead < moment.now + REACTION_PASSES * moment.pass_s
 
 
@@ -133,7 +144,7 @@ def urgent_at(member: Member, tuning: Tuning) -> float:
     pacer = member.pacer
     if not pacer.delivered:
         return -math.inf
-    return pacer.last_shown + (1 - tuning.guard) * pacer.tpot
+    return pacer.shown + (1 - tuning.guard) * pacer.pace
 
 
 def paper(member: Member, moment: Moment, tuning: Tuning) -> Rank:

@@ -5,6 +5,7 @@ Source: PAPER.md, "token pacer" and "QoE" (Andes' metric computed from TPOT alon
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -13,6 +14,12 @@ class Pacer:
     """One answer's reader, who takes in a token every `tpot` seconds once the first has arrived.
 
     Token i is shown at `max(delivered_i, shown_{i-1} + tpot)`. Times are seconds of one clock.
+
+    Quality is measured at `tpot`. Scheduling goes by `pace`, which is slower where `tpot` is faster
+    than the engine delivers: a request that nobody could serve at its pace is served like others.
+
+    floor: seconds per token that `pace` is no faster than.
+    ahead: seconds between `last_shown` and when the last token would be shown at `pace`.
     """
 
     tpot: float
@@ -20,10 +27,31 @@ class Pacer:
     first_shown: float = 0.0
     last_shown: float = 0.0
     delay: float = 0.0
+    floor: float = 0.0
+    ahead: float = 0.0
 
-    def deliver(self, now: float, tokens: int, every: float = 0.0) -> None:
+    @property
+    def pace(self) -> float:
+        """Seconds per token that scheduling holds the answer to."""
+        return self.tpot if self.tpot > self.floor else self.floor
+
+    @property
+    def shown(self) -> float:
+        """When the last token would be shown at `pace`."""
+        return self.last_shown + self.ahead
+
+    def deliver(self, now: float, tokens: int, every: float = 0.0, floor: float = 0.0) -> None:
         """`tokens` more answering tokens reach the stream, the first at `now`, the others `every`
-        seconds apart; the cost does not depend on how many."""
+        seconds apart; the cost does not depend on how many. floor: the fastest pace that the engine
+        delivers now, in seconds per token."""
+        before = self.shown if self.delivered else -math.inf
+        self._show(now, tokens, every)
+        self.floor = floor
+        if tokens > 0 and (floor > self.tpot or self.ahead):
+            last = now + (tokens - 1) * max(every, self.pace)
+            self.ahead = max(0.0, max(last, before + tokens * self.pace) - self.last_shown)
+
+    def _show(self, now: float, tokens: int, every: float) -> None:
         if tokens > 0 and self.delivered == 0:
             self.first_shown = self.last_shown = now
             self.delivered = 1
@@ -51,8 +79,9 @@ class Pacer:
         return self.first_shown + index * self.tpot
 
     def slack(self, now: float) -> float:
-        """Seconds until the reader misses a token; negative once one is missed or none has come."""
-        return self.last_shown + self.tpot - now if self.delivered else -self.tpot
+        """Seconds until a reader at `pace` misses a token; negative once one is missed or none has
+        come."""
+        return self.shown + self.pace - now if self.delivered else -self.pace
 
     @property
     def qoe(self) -> float:

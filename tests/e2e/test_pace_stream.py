@@ -96,7 +96,7 @@ def test_thinking_is_not_paced(paced_server):
 
 
 def test_a_reply_that_is_not_streamed_is_not_held_back(paced_server):
-    body = at_pace(60, generate("Now?", None, 30))
+    body = at_pace(10, generate("Now?", None, 30))
     assert len(paced_server.post("/generate", body, timeout=100)["output_ids"]) == 30
 
 
@@ -108,7 +108,7 @@ def test_a_request_may_be_faster_than_the_server(paced_server):
 def test_more_than_the_buffer_holds_leaves_early_and_whole(paced_server):
     from pascal_sglang.pacing import BUFFER_TOKENS
 
-    body = at_pace(60, generate("Long?", None, BUFFER_TOKENS + 500))
+    body = at_pace(10, generate("Long?", None, BUFFER_TOKENS + 500))
     whole = paced_server.post("/generate", body)
     seen = []
     with opened(paced_server, "/generate", body) as reply:
@@ -157,7 +157,7 @@ def test_no_prompt_of_a_batch_holds_back_another(paced_server):
 
 
 def test_an_aborted_answer_ends_without_waiting_for_its_reader(paced_server):
-    body = at_pace(60, generate("Stop", None, 4000, rid="told to stop"))
+    body = at_pace(10, generate("Stop", None, 4000, rid="told to stop"))
     with opened(paced_server, "/generate", body) as reply:
         reply.readline()
         paced_server.post("/abort_request", {"rid": "told to stop"})
@@ -176,7 +176,7 @@ def test_a_bad_request_gets_its_error(paced_server):
     assert json.loads(caught.value.read())["message"]
 
 
-@pytest.mark.parametrize("tpot", [TPOT, 60])
+@pytest.mark.parametrize("tpot", [TPOT, 10])
 def test_a_client_that_leaves_ends_its_request(paced_server, tpot):
     rid = f"gone {tpot}"
     with opened(

@@ -1,4 +1,7 @@
-"""A mixed load for the tiny model, and what came back of it."""
+"""A mixed load for the tiny model, and what came back of it.
+
+Some ask for a grammar of their own: SGLang compiles it meanwhile and queues them on its own.
+"""
 
 import json
 import random
@@ -16,9 +19,8 @@ ABORTED = frozenset(range(5, REQUESTS, 16))
 
 
 def bodies(count):
-    """The first `count` requests: thinking or not, shared beginnings, and a third that end by a
-    stop token or string when the model happens to write it, which the scheduler learns a step late.
-    """
+    """The first `count` requests: thinking or not, shared beginnings, grammars. A third end by a stop
+    token when the model happens to write it, which the scheduler learns a step late."""
     dice = random.Random(5)
     made = []
     for i in range(count):
@@ -38,6 +40,8 @@ def bodies(count):
             body["sampling_params"]["stop_token_ids"] = dice.sample(LETTERS, 2)
         elif i % 15 == 2:
             body["sampling_params"]["stop"] = [dice.choice("abcdefgh") + dice.choice("ijklmnop")]
+        if i % 14 == 7:  # Some of those that do not think.
+            body["sampling_params"] |= {"regex": f"[a-f]{{40,80}} {i}", "ignore_eos": False}
         made.append(body)
     return made
 

@@ -28,6 +28,7 @@ def chaos(server, reference, *rungs):
     assert [i for i, (a, b) in enumerate(zip(whole, reference, strict=True)) if a != b] == []
     instance = settled(server)
     assert instance["policy_errors"] == 0
+    assert instance["queue_errors"] == 0, "the policy's queue was not SGLang's"
     assert sum(instance["ended"].values()) >= REQUESTS
     metrics = server.get("/metrics")
     for rung in rungs:

@@ -45,6 +45,28 @@ def test_a_flood_of_moves_and_pauses_is_invisible(crowded, reference):
     flood(crowded, 60, reference)
 
 
+def placed(server, expected=None):
+    """Requests placed so far, once the controller knows of none that runs."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        shown = server.get("/pascal/status")["controller"]
+        count = sum(shown["placed"].values())
+        if not shown["residents"] and expected in (None, count):
+            return count
+        time.sleep(0.2)
+    raise AssertionError(f"expected {expected}: {shown}")
+
+
+def test_health_probes_go_past_the_figures(crowded):
+    """A busy instance drops them and says nothing, so the controller remembers nothing of them."""
+    at_rest(crowded)
+    before = placed(crowded)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(crowded.get, ["/health_generate"] * 4))
+    crowded.post("/generate", generate("A user", None, 2))
+    placed(crowded, before + 1)
+
+
 def exported(text):
     """Names on `/metrics`, each with the labels of its samples."""
     labels = {}

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+import urllib.error
 import urllib.request
 import uuid
 
@@ -80,12 +81,20 @@ def test_a_length_stop_inside_thinking_never_answers(pascal_server):
     assert seen["ttfo_s"] is None
 
 
+def starts(instance):
+    return sum(n for name, n in instance["decisions"].items() if name.startswith("start:"))
+
+
 def test_parallel_samples_are_requests_of_their_own(pascal_server):
-    before = sum(pascal_server.instances()[0]["ended"].values())
+    """The prompt's own pass ahead of them is none."""
+    (instance,) = pascal_server.instances()
+    before, started = sum(instance["ended"].values()), starts(instance)
     body = generate("Once", think=4, total=8)
     body["sampling_params"] |= {"n": 3, "temperature": 1.0}
     assert len(pascal_server.post("/generate", body)) == 3
-    assert sum(pascal_server.instances()[0]["ended"].values()) == before + 3
+    (instance,) = pascal_server.instances()
+    assert sum(instance["ended"].values()) == before + 3
+    assert starts(instance) == started + 3
 
 
 SCHEMA = {
@@ -108,6 +117,43 @@ def test_structured_output_after_thinking(pascal_server):
     assert seen["answer_tokens"] > 0
     if choice["finish_reason"] == "stop":
         assert set(json.loads(choice["message"]["content"])) == {"ok"}
+
+
+def test_a_grammar_that_was_compiled_meanwhile_leaves_nobody_in_line(pascal_server):
+    """SGLang queues such a request inside its own prefill step."""
+    fresh = {**SCHEMA, "title": uuid.uuid4().hex}
+    body = generate("Is it so?", think=None, total=40)
+    body["sampling_params"] |= {"json_schema": json.dumps(fresh), "ignore_eos": False}
+    for event in pascal_server.stream("/generate", body):
+        assert event["meta_info"]["completion_tokens"] > 0
+    (instance,) = pascal_server.instances()
+    assert (instance["queued"], instance["waiting"], instance["queue_errors"]) == ({}, 0, 0)
+
+
+def pace(body, ms, chats):
+    params = body if chats else body["sampling_params"]
+    params["custom_params"] = {**params.get("custom_params", {}), "pascal": {"answer_tpot_ms": ms}}
+    return body
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_pace_nobody_reads_at_is_refused_on_every_route(pascal_server, streamed):
+    alone, batch = generate("Hm", None, 4), generate("Hm", None, 4)
+    batch |= {"text": ["Hm", "Hm"], "sampling_params": [alone["sampling_params"], {}]}
+    completion = {"model": "tiny", "prompt": "Hm", "max_tokens": 4}
+    for ms in (0.001, 1e308, "fast"):
+        pace(alone, ms, chats=False)  # The batch's first prompt shares its parameters.
+        for path, body in (
+            ("/generate", alone),
+            ("/generate", batch),
+            ("/v1/chat/completions", pace(chat("Hm", None, 4), ms, chats=True)),
+            ("/v1/completions", pace(dict(completion), ms, chats=True)),
+        ):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                pascal_server.post(path, {**body, "stream": streamed})
+            assert caught.value.code == 400
+            assert "from 1 to 10000" in caught.value.read().decode()
+    assert len(pascal_server.post("/generate", pace(alone, 10_000, chats=False))["output_ids"]) == 4
 
 
 def test_tool_call_after_thinking(pascal_server):
@@ -172,10 +218,19 @@ def test_metrics_carry_the_series(pascal_server):
 
 
 def test_health_checks_are_not_requests(pascal_server):
-    before = pascal_server.instances()[0]["ended"]
+    def counted():
+        (instance,) = pascal_server.instances()
+        waits = [
+            line
+            for line in pascal_server.get("/metrics").splitlines()
+            if line.startswith(("pascal:starts_total", "pascal:wait_seconds_count"))
+        ]
+        return instance["ended"], instance["decisions"], waits
+
+    before = counted()
     pascal_server.get("/health_generate")
     time.sleep(0.5)
-    assert pascal_server.instances()[0]["ended"] == before
+    assert counted() == before
 
 
 def test_an_idle_instance_rests_and_holds_no_memory(pascal_server):

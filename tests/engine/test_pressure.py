@@ -18,6 +18,7 @@ def differences(whole, reference):
 
 
 def nothing_left(instance):
+    assert instance["queue_errors"] == 0
     kv = instance["kv_tokens"]
     assert (kv["free"] + kv["evictable"], kv["host"]) == (kv["capacity"], 0)
     assert instance["requests"] == []

@@ -64,9 +64,10 @@ def test_bad_values_name_the_culprit_on_one_line(text, says):
     ("custom_params", "pace"),
     [
         ({"pascal": {"answer_tpot_ms": 30}}, 30.0),
-        ({"pascal": {"answer_tpot_ms": 0.5}}, 0.5),
-        *(({"pascal": {"answer_tpot_ms": bad}}, 100.0) for bad in (0, -1, True, "9", None)),
-        *(({"pascal": {"answer_tpot_ms": bad}}, 100.0) for bad in (math.inf, math.nan, 10**400)),
+        ({"pascal": {"answer_tpot_ms": 1.5}}, 1.5),
+        *(({"pascal": {"answer_tpot_ms": low}}, 1.0) for low in (0.5, 0, -1, -math.inf)),
+        *(({"pascal": {"answer_tpot_ms": high}}, 10_000.0) for high in (10_001, math.inf, 10**400)),
+        *(({"pascal": {"answer_tpot_ms": bad}}, 100.0) for bad in (True, "9", None, math.nan)),
         *((bad, 100.0) for bad in (None, {}, {"pascal": None}, {"pascal": {}}, [1], "x")),
     ],
 )

@@ -122,7 +122,7 @@ def test_a_failing_policy_is_counted_and_everybody_admitted(governor, monkeypatc
     running = SimpleNamespace(reqs=[])
     assert governor.govern(running, None) is running
     assert governor.errors == 1
-    assert governor._admitted == ["waiting"]
+    assert governor.admission.plan == ["waiting"]
 
 
 @pytest.mark.parametrize(("device", "passes"), [("cpu", 1), ("cuda", 2)])

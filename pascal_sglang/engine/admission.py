@@ -1,0 +1,115 @@
+"""What SGLang's prefill step may take, and the policy's queue kept the same as SGLang's.
+
+SGLang puts requests into its waiting queue inside its prefill step too: one whose grammar has been
+compiled, one that a higher priority preempts. The step sees only what the plan admits, so these
+join the others, and the plan of the next pass decides on them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import Req
+
+from pascal_sglang.engine.ladder import Ladder
+from pascal_sglang.engine.members import member_of
+from pascal_sglang.policy.member import Member, Place
+from pascal_sglang.policy.plan import Planner
+
+logger = logging.getLogger(__name__)
+
+ERRORS_LOGGED = 5
+
+
+class Admission:
+    """Splits SGLang's waiting queue for the length of a prefill step.
+
+    plan: waiting requests that the plan of this pass admits, best first.
+    errors: passes in which the policy's queue was not SGLang's.
+    """
+
+    def __init__(self, scheduler: Any, ladder: Ladder, planner: Planner) -> None:
+        self.scheduler = scheduler
+        self.ladder = ladder
+        self.planner = planner
+        self.plan: list[Req] = []
+        self.errors = 0
+        # Waiting requests that the prefill step does not see; None outside of it.
+        self._withheld: list[Req] | None = None
+
+    @contextmanager
+    def only_planned(self, started: Callable[[Req], None]) -> Iterator[None]:
+        """The waiting queue holds nothing but the plan, in its order. `started` is told of each
+        request that the step took."""
+        scheduler = self.scheduler
+        waiting = scheduler.waiting_queue
+        present = set(waiting) if self.plan else set()
+        shown = [req for req in self.plan if req in present]
+        taken = set(shown)
+        self._withheld = [req for req in waiting if req not in taken] if taken else waiting
+        scheduler.waiting_queue = list(shown)
+        try:
+            yield
+        finally:
+            left = set(scheduler.waiting_queue)
+            scheduler.waiting_queue = scheduler.waiting_queue + self._withheld
+            self._withheld = None
+            for req in shown:
+                # A request that was aborted meanwhile has left the policy's queue already.
+                if req not in left and self.planner.line.holds(member_of(req)):
+                    started(req)
+
+    @contextmanager
+    def everybody(self) -> Iterator[None]:
+        """The waiting queue is whole, also inside the prefill step; who is added to it there is
+        withheld from the step. `--max-queued-requests` counts all, and may remove any."""
+        if self._withheld is None:
+            yield
+            return
+        scheduler = self.scheduler
+        shown = scheduler.waiting_queue
+        scheduler.waiting_queue = shown + self._withheld
+        try:
+            yield
+        finally:
+            now, seen = set(scheduler.waiting_queue), set(shown)
+            self._withheld = [req for req in scheduler.waiting_queue if req not in seen]
+            scheduler.waiting_queue = [req for req in shown if req in now]
+
+    def is_true(self, *, thorough: bool) -> bool:
+        """Whether the policy's queue is SGLang's waiting queue and the paused requests: their
+        number, or `thorough`, each of them in its place."""
+        line, waiting, ladder = self.planner.line, self.scheduler.waiting_queue, self.ladder
+        moving = sum(req in ladder.resident or req in ladder.host for req in ladder.moving)
+        if len(line) != len(waiting) + len(ladder.resident) + len(ladder.host) - moving:
+            return False
+        return not thorough or all(
+            line.holds(member) and member.place is place for member, place in self._places()
+        )
+
+    def _places(self) -> Iterator[tuple[Member, Place]]:
+        """Those who wait or are paused, each with its place."""
+        ladder = self.ladder
+        for place, reqs in (
+            (Place.WAITING, self.scheduler.waiting_queue),
+            (Place.RESIDENT, ladder.resident),
+            (Place.HOST, ladder.host),
+        ):
+            yield from ((member_of(req), place) for req in reqs if req not in ladder.moving)
+
+    def check(self, *, thorough: bool) -> None:
+        """The policy plans for exactly those who wait or are paused. Its queue is made anew where
+        it does not: a request that is gone would be planned first, and a missing one never."""
+        if self.is_true(thorough=thorough):
+            return
+        self.errors += 1
+        if self.errors <= ERRORS_LOGGED:
+            logger.error("pascal_sglang: the policy's queue was not SGLang's and is made anew")
+        self.planner.recount([])
+        places = dict(self._places())
+        for member, place in places.items():
+            member.place = place
+        self.planner.recount([*places])

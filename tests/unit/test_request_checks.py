@@ -1,0 +1,90 @@
+"""What a request may ask for about its own scheduling, and what its asking is good for."""
+
+import math
+
+import pytest
+
+from pascal_sglang.policy.member import Member, Place
+from pascal_sglang.policy.order import ORDERS, URGENT, Moment, Tuning, fastest_pace
+from pascal_sglang.policy.pacer import Pacer
+from pascal_sglang.policy.timeline import Phase
+from pascal_sglang.request_checks import problem_with
+
+
+def asking(pace):
+    return {"custom_params": {"pascal": {"answer_tpot_ms": pace}}}
+
+
+@pytest.mark.parametrize("pace", [1, 1.0, 40, 10_000, None])
+def test_what_may_be_asked_for(pace):
+    assert problem_with(asking(pace)) is None
+
+
+@pytest.mark.parametrize(
+    "pace", [0.001, 0, -5, 10_001, 1e308, 10**400, math.inf, math.nan, True, "40", [40], {}]
+)
+def test_what_may_not_is_named_with_the_range(pace):
+    problem = problem_with(asking(pace))
+    assert "answer_tpot_ms" in problem
+    assert "from 1 to 10000" in problem
+    assert len(problem) < 200
+    assert problem_with([{}, asking(pace)]) == problem, "in a batch too"
+
+
+def test_parameters_that_are_not_ours_are_left_to_sglang():
+    for params in (None, {}, [], "x", [None, 3], {"custom_params": "x"}, {"custom_params": {}}):
+        assert problem_with(params) is None
+    assert "must be an object" in problem_with({"custom_params": {"pascal": 7}})
+
+
+def decode(tpot, passes, pass_s=0.02, usual=0.1):
+    """An answer that gets a token in every pass; its member, and the passes in which it was urgent
+    and in which it starved."""
+    pacer = Pacer(tpot)
+    member = Member(0, pacer, Place.RUNNING, Phase.ANSWERING)
+    urgent = starved = 0
+    for pass_no in range(passes):
+        moment = Moment(pass_no, pass_no * pass_s, pass_s)
+        urgent += ORDERS["pascal"].rank(member, moment, Tuning())[0] == URGENT
+        starved += bool(pacer.delivered) and pacer.slack(moment.now) < 0
+        pacer.deliver(moment.now, 1, floor=fastest_pace(usual, moment))
+    return member, urgent, starved
+
+
+@pytest.mark.parametrize("tpot", [0.001, 0.02, 0.039])
+def test_a_pace_that_cannot_be_delivered_is_not_urgent_for_ever(tpot):
+    member, urgent, starved = decode(tpot, 2000)
+    assert urgent < 100
+    assert starved == 0, "its instance is on pace"
+    perfect = member.pacer.qoe > 0.999
+    assert perfect == (tpot >= 0.02), "quality is measured at the pace asked for"
+
+
+def test_the_pace_of_everybody_is_owed_even_when_the_engine_is_slow():
+    _, urgent, starved = decode(0.1, 200, pass_s=0.2)
+    assert urgent == 200
+    assert starved > 100
+    _, hurried, _ = decode(0.001, 200, pass_s=0.2)
+    assert hurried == urgent, "and a hurried request is owed no more"
+
+
+def test_a_pace_that_can_be_delivered_is_taken_at_its_word():
+    member, urgent, _ = decode(0.1, 300)
+    own, own_urgent, _ = decode(0.1, 300, usual=1.0)
+    assert member.pacer == own.pacer
+    assert urgent == own_urgent
+    assert member.pacer.pace == member.pacer.tpot
+    assert member.pacer.ahead == 0.0
+
+
+def test_the_lead_survives_a_change_of_what_the_engine_delivers():
+    """A slower pass makes the reader slower, never the lead that it has got."""
+    pacer = Pacer(0.001)
+    for step in range(100):
+        pacer.deliver(step * 0.01, 1, floor=0.02)
+    assert pacer.shown == pytest.approx(99 * 0.02)
+    pacer.deliver(1.0, 1, floor=0.0)
+    assert pacer.shown == pytest.approx(99 * 0.02 + 0.001)
+    together = Pacer(0.001)
+    together.deliver(0.0, 100, every=0.01, floor=0.02)
+    assert together.shown == pytest.approx(99 * 0.02)
