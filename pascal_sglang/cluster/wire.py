@@ -19,6 +19,8 @@ VERSION = 2
 MAX_BYTES = 64 * 1024
 # A request's state holds its prompt and answer: seven digits and a comma per token at most.
 MAX_HANDOVER_BYTES = 32 * 1024 * 1024
+# The rest of a Handover is a few numbers and a name.
+MAX_STATE_BYTES = MAX_HANDOVER_BYTES - 64 * 1024
 MAX_TEXT = 1024
 MAX_ITEMS = 4096
 
