@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
+from pascal_sglang import request_ids
 from pascal_sglang.cluster import board
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.handshake import BOARD_KEY, INIT_INFO_KEY, require_same_config
@@ -72,8 +73,17 @@ def add_status_route(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
 async def assume_reasoning(
     original: Callable[[Any, Any], Awaitable[Any]], obj: Any, request: Any
 ) -> Any:
-    """Around `http_server.serve_generate_request`: the default of `--pascal-assume-reasoning`."""
+    """Around `http_server.serve_generate_request`: the default of `--pascal-assume-reasoning`.
+
+    A stream too is refused with a 400 here; later, SGLang puts the error into the stream.
+    """
+    from sglang.srt.entrypoints.http_server import _create_error_response
+
     config = PascalConfig.from_env()
+    if config is not None and config.policy != "fcfs":
+        for rid in (obj.rid, request.headers.get("x-override-rid")):
+            if (problem := request_ids.problem_with(rid)) is not None:
+                return _create_error_response(ValueError(problem))
     if config is not None and config.assume_reasoning:
         body = await request.json()  # Parsed once and cached by Starlette.
         if "require_reasoning" not in body:

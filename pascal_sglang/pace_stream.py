@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Hashable
 from typing import Any
 
+from pascal_sglang import request_ids
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.held import Chunk
 from pascal_sglang.pacing import Pacing
@@ -84,9 +85,17 @@ def generate_request(
     *args: Any,
     **kwargs: Any,
 ) -> AsyncGenerator[Chunk, None]:
-    """Around `TokenizerManager.generate_request`: streams are paced, everything else is left be."""
-    stream = original(manager, obj, *args, **kwargs)
+    """Around `TokenizerManager.generate_request`: streams are paced, everything else is left be.
+
+    Raises: ValueError, for which every route answers 400, for an id that control messages do not
+    take.
+    """
     config = PascalConfig.from_env()
+    if config is not None and config.policy != "fcfs":
+        problem = request_ids.problem_with(getattr(obj, "rid", None))
+        if problem is not None:
+            raise ValueError(problem)
+    stream = original(manager, obj, *args, **kwargs)
     if config is None or not config.pace_stream or not getattr(obj, "stream", False):
         return stream
 

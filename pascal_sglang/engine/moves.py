@@ -61,6 +61,8 @@ class Moves:
         # Tokens that an answer has here, on average; None before the first.
         self.answer_tokens: float | None = None
         self.metrics: MoveMetrics | None = None
+        # Answers the controller which requests live here.
+        self.locate: Callable[[orders.LocationQuery], None] = lambda query: None
         self._flood = flood
         self._dice = random.Random(0)
         self._dp_rank, self._instances = get_parallel().dp_rank or 0, get_parallel().dp_size
@@ -107,6 +109,8 @@ class Moves:
             self.departures.hear(sender, message, now)
         elif isinstance(message, TO_TARGET):
             self.arrivals.hear(sender, message, now)
+        elif isinstance(message, orders.LocationQuery):
+            self.locate(message)
         else:
             self._reject("not for an instance")
 
@@ -162,6 +166,10 @@ class Moves:
         if req.finished() and (spoke := member_of(req).pacer.delivered):
             before = self.answer_tokens
             self.answer_tokens = spoke if before is None else 0.9 * before + 0.1 * spoke
+
+    def gone(self, req: Req) -> None:
+        """The request has ended without another token."""
+        self.arrivals.arrived.pop(req, None)
 
     def aborted(self, rid: str, matches: Callable[[str], bool]) -> None:
         """An abort has come, before it is looked for among the requests here."""

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import time
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -24,9 +25,10 @@ from sglang.utils import TypeBasedDispatcher
 
 from pascal_sglang.cluster.post import POST_ENV, Box
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine import locations
 from pascal_sglang.engine.budget import with_default_budget
 from pascal_sglang.engine.build import build_governor
-from pascal_sglang.engine.build_moves import build_moves, moves_here
+from pascal_sglang.engine.build_moves import build_moves, letters_here
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.herald import Herald, build_herald, figures
 from pascal_sglang.engine.ladder import Ladder
@@ -111,7 +113,7 @@ class PascalScheduler(Scheduler):
     def init_request_receiver(self) -> None:
         """Control messages come in with the requests."""
         super().init_request_receiver()
-        folder = moves_here(self.pascal_config)
+        folder = letters_here(self.pascal_config)
         if folder is None:
             return
         self._request_dispatcher += TypeBasedDispatcher([(Letters, self.take_letters)])
@@ -128,6 +130,8 @@ class PascalScheduler(Scheduler):
     def take_letters(self, letters: Letters) -> None:
         if self.moves is not None:
             self.moves.hear(letters)
+        else:
+            locations.hear(self, letters)
 
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         return PascalOutputStreamer
@@ -161,6 +165,8 @@ class PascalScheduler(Scheduler):
         self.phase_tracker.ended(req, time.perf_counter(), aborted=True)
         if self.governor is not None:
             self.governor.gone(req)
+        if self.moves is not None:
+            self.moves.gone(req)
         if self.herald is not None:
             self.herald.gone(req)
         super().send_abort_output(abort_req, req)
@@ -183,6 +189,8 @@ class PascalScheduler(Scheduler):
             self.invariant_checker.ladder = self.governor.ladder
             self.moves = build_moves(self, self.governor, self.pascal_config)
             self.governor.moves = self.invariant_checker.moves = self.moves
+            if self.moves is not None:
+                self.moves.locate = partial(locations.reply, self)
 
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
@@ -198,6 +206,11 @@ class PascalScheduler(Scheduler):
         if self.herald is not None and not is_health_check_generate_req(recv_req):
             self.herald.received += 1
         return super().handle_generate_request(recv_req, **kwargs)
+
+    def handle_embedding_request(self, recv_req: Any, **kwargs: Any) -> Any:
+        if self.herald is not None:
+            self.herald.received += 1
+        return super().handle_embedding_request(recv_req, **kwargs)
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
         if self.governor is not None:
