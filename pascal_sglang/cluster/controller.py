@@ -22,6 +22,7 @@ from sglang.srt.managers.io_struct import (
     AbortReq,
     GetInternalStateReq,
     GetInternalStateReqOutput,
+    TokenizedGenerateReqInput,
     sock_recv,
     sock_send,
 )
@@ -153,7 +154,8 @@ class PascalController(DataParallelController):
         sock_send(self.workers[index], req)
 
     def _note(self, req: Any, index: int, blocks: list[int]) -> None:
-        self.monitor.sent(index, len(req.input_ids or ()))
+        if isinstance(req, TokenizedGenerateReqInput):  # Instances count those alone.
+            self.monitor.sent(index, len(req.input_ids or ()))
         self.prefixes.sent(index, blocks)
         self.placed[str(index)] += 1
         self.residents.lives(req.rid, index)

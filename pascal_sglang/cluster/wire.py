@@ -37,6 +37,7 @@ KINDS: dict[str, type] = {
         messages.Handover,
         messages.Mine,
         messages.Cancelled,
+        messages.WriteQuery,
         orders.Boundary,
         orders.Order,
         orders.Over,

@@ -59,6 +59,14 @@ class Departures:
         self._dp_rank, self._tp_rank = get_parallel().dp_rank or 0, get_parallel().tp_rank
         self._running: ScheduleBatch | None = None
 
+    @property
+    def holds_requests(self) -> bool:
+        """Whether a request that is under way may still be this instance's."""
+        return any(
+            out.source is not None and out.source.state is not SourceState.REVOKING
+            for out in self.under_way.values()
+        )
+
     def ordered(self, order: orders.Order, now: float) -> None:
         req = find(order.rid, self.scheduler, self.ladder)
         problem = "not here" if req is None else why_not_movable(req)
@@ -87,6 +95,9 @@ class Departures:
 
     def hear(self, sender: int, message: Message, now: float) -> None:
         out = self.under_way.get(message.move)
+        if out is None and isinstance(message, messages.WriteQuery):
+            # What was under way has been waited for before the move was forgotten.
+            self.voice.say(sender, [messages.Cancelled(message.move)])
         if out is None or out.target != sender or out.source is None:
             return
         if isinstance(message, messages.Granted):
@@ -192,7 +203,11 @@ class Departures:
 
     def _lose(self, out: Outgoing) -> None:
         out.let_go()
-        self.scheduler.end_early(out.req, "The instance that the request moved to has died.")
+        assert out.source is not None
+        died = out.source.state is SourceState.LOST
+        how = "has died" if died else "does not answer"
+        self.scheduler.end_early(out.req, f"The instance that the request moved to {how}.")
+        self._report(out.source.move, False, out.source.why)
 
     def _settle(self, move: str) -> None:
         out = self.under_way[move]

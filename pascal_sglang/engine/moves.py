@@ -31,7 +31,13 @@ from pascal_sglang.policy.timeline import Phase
 
 logger = logging.getLogger(__name__)
 
-TO_SOURCE = (messages.Granted, messages.Refused, messages.Got, messages.Mine)
+TO_SOURCE = (
+    messages.Granted,
+    messages.Refused,
+    messages.Got,
+    messages.Mine,
+    messages.WriteQuery,
+)
 TO_TARGET = (messages.Chunk, messages.Handover, messages.Cancelled)
 # Passes that a move takes besides one per window.
 PASSES = 4
@@ -73,7 +79,7 @@ class Moves:
         return self.arrivals.landing.reserved
 
     def is_empty(self) -> bool:
-        return not self.departures.under_way and self.arrivals.is_idle
+        return not self.departures.holds_requests and self.arrivals.is_idle
 
     def defers_prefill(self, prefill_waits: bool) -> bool:
         """Whether the prefill of this pass, if there is one, stands back for a move."""
@@ -127,7 +133,7 @@ class Moves:
         now = self.governor.moment.now
         if self.departures.under_way:
             self.departures.step(running, now)
-        if not self.arrivals.is_idle:
+        if not self.arrivals.is_idle or self.arrivals.landing.windows.in_doubt:
             self.arrivals.step(now)
         if self._flood:
             for req in running.reqs:
@@ -178,6 +184,7 @@ class Moves:
 
     def describe(self) -> dict[str, Any]:
         """For `GET /pascal/status`."""
+        windows = self.arrivals.landing.windows
         return {
             "out": [
                 {"rid": out.req.rid, "to": out.target, "state": out.source.state.value}
@@ -189,6 +196,7 @@ class Moves:
                 for incoming in self.arrivals.under_way.values()
                 if (target := incoming.target) is not None
             ],
+            "windows": {"free": windows.free, "in_doubt": windows.in_doubt},
             "departures": dict(self.departures.counts),
             "arrivals": dict(self.arrivals.counts),
             "stayed": dict(self.stayed),

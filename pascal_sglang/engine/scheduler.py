@@ -37,6 +37,7 @@ from pascal_sglang.engine.metrics import DecisionMetrics, PhaseMetrics
 from pascal_sglang.engine.move_metrics import MoveMetrics
 from pascal_sglang.engine.moves import Moves
 from pascal_sglang.engine.phases import PhaseTracker, by_class, count_phases, describe
+from pascal_sglang.engine.revoked import Revoked
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
 from pascal_sglang.preflight import check_policy
 
@@ -47,10 +48,13 @@ class PascalOutputStreamer(SchedulerOutputStreamer):
     """Sees every request that produced tokens in a pass, streamed or not, before they leave."""
 
     tracker: PhaseTracker
+    revoked: Revoked | None = None
 
     def stream_output(
         self, reqs: list[Req], return_logprob: bool, skip_req: Req | None = None
     ) -> None:
+        if self.revoked:
+            reqs = self.revoked.without(reqs)
         self.tracker.observe((r for r in reqs if r is not skip_req), time.perf_counter())
         SchedulerOutputStreamer.stream_output(self, reqs, return_logprob, skip_req)
 
@@ -103,6 +107,7 @@ class PascalScheduler(Scheduler):
         self.phase_tracker = PhaseTracker(metrics, None if self.governor is None else self._observe)
         super().init_output_streamer()
         self.output_streamer.tracker = self.phase_tracker
+        self.output_streamer.revoked = None if self.moves is None else self.moves.arrivals.revoked
 
     def _observe(self, req: Req) -> None:
         assert self.governor is not None
@@ -206,11 +211,6 @@ class PascalScheduler(Scheduler):
         if self.herald is not None and not is_health_check_generate_req(recv_req):
             self.herald.received += 1
         return super().handle_generate_request(recv_req, **kwargs)
-
-    def handle_embedding_request(self, recv_req: Any, **kwargs: Any) -> Any:
-        if self.herald is not None:
-            self.herald.received += 1
-        return super().handle_embedding_request(recv_req, **kwargs)
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
         if self.governor is not None:

@@ -5,8 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pascal_sglang.cluster.messages import Ask, Cancelled, Chunk, Got, Granted, Handover, Mine
 from pascal_sglang.cluster.location_check import MAX_ASKED, MAX_CHARACTERS
+from pascal_sglang.cluster.messages import (
+    Ask,
+    Cancelled,
+    Chunk,
+    Got,
+    Granted,
+    Handover,
+    Mine,
+    WriteQuery,
+)
 from pascal_sglang.cluster.orders import (
     Boundary,
     Died,
@@ -53,6 +62,7 @@ ALL = [
     Handover("m", 40, 50, {"output_ids": [1, 2], "deep": {"er": None}}),
     Mine("m"),
     Cancelled("m"),
+    WriteQuery("m"),
     Boundary(1, "r", 70, 200, 100, 4),
     Order("m", "r", 1),
     Over(1, "m", False, "full"),
