@@ -179,7 +179,7 @@ class Source:
 
     def _is_due(self, now: float, at_most: float) -> bool:
         """Whether it is time to say again what was said last."""
-        wait: float = self.terms.repeat_s * 2.0 ** max(0, self._times - 1)
+        wait: float = self.terms.repeat_s * 2.0 ** min(max(0, self._times - 1), 10)
         return now - self._said >= min(wait, at_most)
 
     def _say_again(self, now: float) -> None:

@@ -201,6 +201,7 @@ class Moves:
             "arrivals": dict(self.arrivals.counts),
             "stayed": dict(self.stayed),
             "rejected": dict(self.rejected),
+            "awaiting_token": len(self.arrivals.arrived),
             "bytes": self.departures.bytes_sent,
             "blocked_s": list(self.blocked_s),
         }

@@ -7,6 +7,9 @@ import orjson
 import pytest
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.scheduler_components.logprob_result_processor import (
+    SchedulerLogprobResultProcessor,
+)
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from pascal_sglang.cluster.wire import MAX_STATE_BYTES
@@ -135,6 +138,20 @@ def test_log_probabilities_of_the_prompt_travel_until_they_are_sent():
     silent = request()
     silent.return_logprob = False
     assert travelled(silent)["logprobs"] == {}
+
+
+def test_a_second_prefill_does_not_collect_log_probabilities_again(monkeypatch):
+    """SGLang asserts that there are as many as it wants of the prompt."""
+    monkeypatch.setattr(Req, "is_prefill_only", False)
+    req = request()
+    req.logprob_start_len = len(PROMPT)
+    new = import_state(SCHEDULER, travelled(req))
+    output = types.SimpleNamespace(
+        input_token_logprobs=(-0.5,) * 3, input_top_logprobs_val=[[]], input_top_logprobs_idx=[[]]
+    )
+    processor = SchedulerLogprobResultProcessor(model_config=None)
+    processor.add_input_logprob_return_values(0, new, output, 0, 3, last_prefill_chunk=True)
+    assert new.logprob.input_token_logprobs_val == []
 
 
 def test_a_state_that_no_message_takes_is_an_error():
