@@ -1,8 +1,9 @@
 """`sglang` with a bad network between instances, and a slow pipe behind one of them.
 
-Letters are lost, repeated and late; ends of requests are not told. What instance 0 sends to the detokenizer comes a while later,
-in order; the detokenizer writes down whenever it had to hold something back, and whenever it let
-something pass out of order. Worker processes import the main module, so this holds in all of them.
+Letters are lost, repeated and late; ends of requests are not told. What instance 0 sends to the
+detokenizer comes a while later, in order; the detokenizer writes down whenever it had to hold
+something back, and whenever it let something pass out of order. Worker processes import the main
+module, so this holds in all of them.
 """
 
 import pickle
