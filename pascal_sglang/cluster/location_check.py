@@ -50,7 +50,7 @@ class LocationCheck:
         moving, characters = self._moving(), 0
         for rid in islice(self.residents, MAX_ASKED):
             characters += len(rid)
-            if characters > MAX_CHARACTERS:
+            if characters > MAX_CHARACTERS and self._asked:
                 break
             home = self.residents.home(rid)
             if rid not in moving and home is not None:

@@ -206,7 +206,8 @@ class Departures:
         assert out.source is not None
         died = out.source.state is SourceState.LOST
         how = "has died" if died else "does not answer"
-        self.scheduler.end_early(out.req, f"The instance that the request moved to {how}.")
+        problem = f"The instance that the request moved to {how}."
+        self.scheduler.end_early(out.req, None if out.aborted else problem)
         self._report(out.source.move, False, out.source.why)
 
     def _settle(self, move: str) -> None:
