@@ -56,7 +56,7 @@ class Windows:
         return self._free.popleft()
 
     def give_back(self, window: int) -> None:
-        """Nobody writes into the window any more."""
+        """No source writes into the window any more."""
         self._free.append(window)
 
     def doubt(self, window: int, move: str, sender: int, now: float, *, dead: bool) -> None:

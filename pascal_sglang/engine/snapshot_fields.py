@@ -128,7 +128,7 @@ REBUILT: dict[str, tuple[str, ...]] = {
         "kv_rotation_base",
         "extend_batch_idx",
     ),
-    "lasts for one prefill, and nobody moves in one": (
+    "lasts for one prefill, and no request moves in one": (
         "inflight_middle_chunks",
         "input_token_logprobs",
         "temp_input_top_logprobs_val",
