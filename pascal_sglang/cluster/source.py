@@ -16,10 +16,10 @@ Refused leads to KEPT; the target's death ends the request (LOST).
 
 A target that does not answer `Terms.handovers` times, which takes ten seconds, is stopped. It may
 have taken over before, so the source must not go on. The request ends with an error, and the source
-says Cancelled until the target has heard that it must not go on either (REVOKING). No token can come twice: the source produces none after a Handover that
-was not refused, and what the target produces until it hears belongs to a request that has ended.
-How often the source said it counts, not how long ago: after a source was stopped itself, it hears
-what has come meanwhile before it says it again.
+says Cancelled until the target has heard that it must not go on either (REVOKING). No token can
+come twice: the source produces none after a Handover that was not refused, and what the target
+produces until it hears belongs to a request that has ended. The limit counts Handovers, not
+seconds: a source that was stopped itself hears what has come meanwhile before it says the next one.
 """
 
 from __future__ import annotations
