@@ -11,7 +11,7 @@ from pascal_sglang.cluster import board
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.handshake import BOARD_KEY, INIT_INFO_KEY, require_same_config
 from pascal_sglang.preflight import check_frontend
-from pascal_sglang.request_checks import problem_with
+from pascal_sglang.request_checks import problem_with_request
 
 STATUS_PATH = "/pascal/status"
 STATUS_S = 20.0
@@ -88,12 +88,13 @@ async def assume_reasoning(
 ) -> Any:
     """Around `http_server.serve_generate_request`: the default of `--pascal-assume-reasoning`.
 
-    A stream too is refused with a 400 here: later, SGLang puts the error into the stream.
+    A stream too is refused with a 400 here; later, SGLang puts the error into the stream.
     """
     from sglang.srt.entrypoints.http_server import _create_error_response
 
     config = PascalConfig.from_env()
-    if config is not None and config.paces and (problem := problem_with(obj.sampling_params)):
+    override = request.headers.get("x-override-rid")
+    if config is not None and (problem := problem_with_request(config, obj, override)):
         return _create_error_response(ValueError(problem))
     if config is not None and config.assume_reasoning:
         body = await request.json()  # Parsed once and cached by Starlette.

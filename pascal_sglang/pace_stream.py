@@ -15,7 +15,7 @@ from typing import Any
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.held import Chunk
 from pascal_sglang.pacing import Pacing
-from pascal_sglang.request_checks import problem_with
+from pascal_sglang.request_checks import problem_with_request
 
 # How long, in seconds, a wait may go without looking whether the server wants to stop.
 LOOK_UP_S = 1.0
@@ -87,11 +87,10 @@ def generate_request(
 ) -> AsyncGenerator[Chunk, None]:
     """Around `TokenizerManager.generate_request`: streams are paced, everything else is left be.
 
-    Raises: ValueError, for which every route answers 400, for a pace that may not be asked for.
+    Raises: ValueError, for which every route answers 400, for what `request_checks` refuses.
     """
     config = PascalConfig.from_env()
-    problem = problem_with(getattr(obj, "sampling_params", None))
-    if problem is not None and config is not None and config.paces:
+    if config is not None and (problem := problem_with_request(config, obj)):
         raise ValueError(problem)
     stream = original(manager, obj, *args, **kwargs)
     if config is None or not config.pace_stream or not getattr(obj, "stream", False):

@@ -31,10 +31,11 @@ from sglang.srt.utils.network import get_zmq_socket
 
 from pascal_sglang.cluster.board import Board
 from pascal_sglang.cluster.internal_requests import is_health_probe, is_internal
+from pascal_sglang.cluster.location_check import LocationCheck
 from pascal_sglang.cluster.metrics import ControllerMetrics
 from pascal_sglang.cluster.monitor import Monitor
 from pascal_sglang.cluster.mover import Mover
-from pascal_sglang.cluster.orders import Boundary, Died, Gone, Over
+from pascal_sglang.cluster.orders import Boundary, Died, Gone, LocationReply, Over
 from pascal_sglang.cluster.post import CONTROLLER, POST_ENV, Box, Pen
 from pascal_sglang.cluster.prefixes import Prefixes, block_names
 from pascal_sglang.cluster.processes import Processes
@@ -81,6 +82,7 @@ class PascalController(DataParallelController):
         self._probes = 0
         self.residents = Residents()
         self.undertaker = Undertaker(self.residents, self.mover, self._fail)
+        self.locations = LocationCheck(self.residents, self.pen.write, self.mover.moving)
         self.processes = Processes(self.schedulers() if config.places else [], homes)
         self.board = Board(self._folder.name)
         reports = get_observability().enable_metrics
@@ -160,7 +162,8 @@ class PascalController(DataParallelController):
         sock_send(self.workers[index], req)
 
     def _note(self, req: Any, index: int, blocks: list[int]) -> None:
-        self.monitor.sent(index, len(req.input_ids or ()))
+        if isinstance(req, TokenizedGenerateReqInput):  # Instances count those alone.
+            self.monitor.sent(index, len(req.input_ids or ()))
         self.prefixes.sent(index, blocks)
         if not (isinstance(req, TokenizedGenerateReqInput) and is_internal(req)):
             self.placed[str(index)] += 1
@@ -208,12 +211,15 @@ class PascalController(DataParallelController):
         elif isinstance(message, Gone):
             self.residents.gone(message.rid)
             self.prefixes.ended(message.dp_rank, message.blocks)
+        elif isinstance(message, LocationReply):
+            self.locations.hear(message)
         else:
             self.box.rejected["not for the controller"] += 1
 
     def _tick(self, now: float) -> None:
         self.mover.forget_old(now)
         self.undertaker.tick(now)
+        self.locations.tick(now, {i: self.monitor.dispatched(i) for i in self._active_workers})
         self.processes.tick(now)
         self.board.show(now, self.describe)
         if self.metrics is not None:
@@ -233,6 +239,7 @@ class PascalController(DataParallelController):
             "rejected": dict(self.box.rejected),
             "unsent": self.pen.dropped,
             "residents": len(self.residents),
+            "forgotten": self.locations.forgotten,
             "silent_s": [None if at is None else round(now - at, 3) for at in heard],
             "silent": [i for i in range(len(heard)) if self.monitor.is_silent(i, now)],
             "dead": sorted(self.undertaker.dead),

@@ -40,6 +40,8 @@ class InOrder(Generic[M]):
     """Lets messages pass in an order in which no request's tokens overtake earlier ones.
 
     held: how many messages had to wait. broken: rows that passed although something is missing.
+    Of `CAPACITY` requests it is known how far they are; beyond that, the one that has been silent
+    for the longest time is forgotten: an end that no row told, of an abort or a death.
     """
 
     def __init__(self) -> None:
@@ -88,6 +90,7 @@ class InOrder(Generic[M]):
             # A name that comes again begins anew; a row without tokens says nothing.
             anew = row.begin == 0 < row.end
             self._passed[row.rid] = row.end if anew else max(row.end, self._passed.get(row.rid, 0))
+            self._passed.move_to_end(row.rid)
         while len(self._passed) > CAPACITY:
             self._passed.popitem(last=False)
 

@@ -87,4 +87,11 @@ class Mine(Message):
 
 @dataclass(frozen=True, slots=True)
 class Cancelled(Message):
-    """Source to target: the request stays; drop what has come."""
+    """Source to target: it writes into the window no more, and the request is not the target's:
+    drop it, or what has come of it. Answered by Refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteQuery(Message):
+    """Target to source: for the target the move is over; may the source still write into its
+    window? Repeated until answered by Cancelled."""

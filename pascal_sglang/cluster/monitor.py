@@ -34,6 +34,10 @@ class Monitor:
         self._sent[index] += 1
         self._open[index].append((self._sent[index], tokens))
 
+    def dispatched(self, index: int) -> int:
+        """Requests that went to an instance so far."""
+        return self._sent[index]
+
     def is_silent(self, index: int, now: float) -> bool:
         """Whether the instance has reported before and has stopped to."""
         heard = self.heard[index]

@@ -65,6 +65,10 @@ class Mover:
                 self._end(move, done=False, why="unreachable")
         return decision
 
+    def moving(self) -> set[str]:
+        """Ids of the requests whose move is under way."""
+        return {going.rid for going in self.under_way.values()}
+
     def over(self, report: Over) -> UnderWay | None:
         """A move has ended; None if that was known already."""
         return self._end(report.move, done=report.done, why=report.why)

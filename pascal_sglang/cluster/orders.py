@@ -55,6 +55,25 @@ class Gone:
 
 
 @dataclass(frozen=True, slots=True)
+class LocationQuery:
+    """Controller to instances: which of these requests live there? `number` names the question."""
+
+    number: int
+    rids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class LocationReply:
+    """Instance to controller: these of the requests asked about live there. received: requests that
+    the instance had taken in by then (`Status.received`)."""
+
+    dp_rank: int
+    number: int
+    received: int
+    rids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Died:
     """Controller to instances: the instance is no more."""
 

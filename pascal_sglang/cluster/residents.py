@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 CAPACITY = 1 << 20
 
@@ -29,6 +30,14 @@ class Residents:
     def gone(self, rid: str) -> None:
         """The request has ended."""
         self._homes.pop(rid, None)
+
+    def __iter__(self) -> Iterator[str]:
+        """Every request, beginning with the one not asked about for the longest time."""
+        return iter(self._homes)
+
+    def asked_about(self, rid: str) -> None:
+        """The request is the last one to be asked about again (`cluster.location_check`)."""
+        self._homes.move_to_end(rid)
 
     def of(self, index: int) -> list[str]:
         """All requests on an instance."""

@@ -6,12 +6,20 @@
 | COPYING | decodes here, KV follows | little is left, or stop-and-copy | STOPPING |
 | STOPPING | leaves the batch; the rest is copied | it stands still, one window is left | HANDED |
 | HANDED | the target's, unless it refuses; KV kept | Mine | DONE: frees its KV |
+| REVOKING | has ended with an error | Refused | LOST |
 | KEPT | goes on here | | |
 
 Refused, a time-out, the end or abort of the request, or the target's death lead from the first
 three to KEPT. The Handover is the one decision of a move. After it the source waits for the
-target's word, Mine or Refused, and says it again until it hears one: silence may mean that the
-target decodes already. Refused leads to KEPT; the target's death ends the request (LOST).
+target's word, Mine or Refused, and says it again: silence may mean that the target decodes already.
+Refused leads to KEPT; the target's death ends the request (LOST).
+
+A target that does not answer `Terms.handovers` times, which takes ten seconds, is stopped. It may
+have taken over before, so the source must not go on. The request ends with an error, and the source
+says Cancelled until the target has heard that it must not go on either (REVOKING). No token can
+come twice: the source produces none after a Handover that was not refused, and what the target
+produces until it hears belongs to a request that has ended. The limit counts Handovers, not
+seconds: a source that was stopped itself hears what has come meanwhile before it says the next one.
 """
 
 from __future__ import annotations
@@ -31,6 +39,7 @@ from pascal_sglang.cluster.messages import (
     Message,
     Mine,
     Refused,
+    WriteQuery,
 )
 
 
@@ -39,6 +48,7 @@ class SourceState(Enum):
     COPYING = "copying"
     STOPPING = "stopping"
     HANDED = "handed"
+    REVOKING = "revoking"
     KEPT = "kept"
     LOST = "lost"
     DONE = "done"
@@ -53,14 +63,20 @@ class Terms:
     """How moves are made. Times in seconds, lengths in tokens.
 
     live: copy while decoding; otherwise stop first. tail: stop once this little is left to copy.
-    patience_s: without news before the Handover the request stays. repeat_s: between repetitions
-    of what must be answered.
+    patience_s: without news before the Handover the request stays. repeat_s: until what must be
+    answered is repeated for the first time; twice as long each time, up to repeat_at_most_s.
+    handovers: Handovers without an answer before the request ends. cancellations: those after it,
+    repeated like them up to revoke_at_most_s, before the source stops caring.
     """
 
     live: bool = True
     tail: int = 16
     patience_s: float = 2.0
     repeat_s: float = 0.25
+    repeat_at_most_s: float = 2.0
+    handovers: int = 7
+    revoke_at_most_s: float = 60.0
+    cancellations: int = 60
 
 
 @dataclass(slots=True)
@@ -69,7 +85,8 @@ class Source:
 
     reserve: KV entries asked for; the request must not outgrow them. stop: called once, when the
     request has to leave the batch. snapshot: called once, when it stands still. resume: it stays
-    after a stop. release: it is the target's now. lose: it was, and the target has died.
+    after a stop. release: it is the target's now. lose: it may be, and ends, because the target has
+    died or does not answer.
     """
 
     move: str
@@ -88,6 +105,7 @@ class Source:
     window: int = 0
     heard: float = 0.0
     _said: float = 0.0
+    _times: int = 0
     _handover: Handover | None = field(default=None)
 
     def begin(self, now: float, layout: str) -> list[Message]:
@@ -100,12 +118,10 @@ class Source:
             if self.state is SourceState.HANDED:
                 self.state = SourceState.DONE
                 self.release()
-            return []
-        if isinstance(message, Refused):
-            if self.state is SourceState.HANDED:
-                self._stay(message.why)
-                return []
-            return self.keep(message.why)
+            return [Cancelled(self.move)] if self.state is SourceState.REVOKING else []
+        if isinstance(message, Refused | WriteQuery):
+            why = message.why if isinstance(message, Refused) else "over"
+            return self._refused(why)
         if self.state not in OPEN:
             return []
         self.heard = now
@@ -145,11 +161,37 @@ class Source:
         """Time has passed: give up waiting, or say again what must be answered."""
         if self.state in OPEN and now - self.heard > self.terms.patience_s:
             return self.keep("timeout")
-        if self.state is SourceState.HANDED and now - self._said >= self.terms.repeat_s:
+        if self.state is SourceState.HANDED and self._is_due(now, self.terms.repeat_at_most_s):
             assert self._handover is not None
-            self._said = now
-            return [self._handover]
+            if self._times < self.terms.handovers:
+                self._say_again(now)
+                return [self._handover]
+            self.state, self.why = SourceState.REVOKING, "no answer"
+            self._handover, self._times = None, 0
+            self.lose()
+        if self.state is SourceState.REVOKING and self._is_due(now, self.terms.revoke_at_most_s):
+            if self._times < self.terms.cancellations:
+                self._say_again(now)
+                return [Cancelled(self.move)]
+            self.state = SourceState.LOST
         return []
+
+    def _is_due(self, now: float, at_most: float) -> bool:
+        """Whether it is time to say again what was said last."""
+        wait: float = self.terms.repeat_s * 2.0 ** min(max(0, self._times - 1), 10)
+        return now - self._said >= min(wait, at_most)
+
+    def _say_again(self, now: float) -> None:
+        self._said = now
+        self._times += 1
+
+    def _refused(self, why: str) -> list[Message]:
+        if self.state is SourceState.HANDED:
+            self._stay(why)
+            return [Cancelled(self.move)]
+        if self.state is SourceState.REVOKING:
+            self.state = SourceState.LOST
+        return self.keep(why)
 
     def keep(self, why: str) -> list[Message]:
         """The request stays, or has ended here; nothing happens once it is handed over."""
@@ -164,6 +206,8 @@ class Source:
         if self.state is SourceState.HANDED:
             self.state, self.why = SourceState.LOST, "target died"
             self.lose()
+        elif self.state is SourceState.REVOKING:
+            self.state = SourceState.LOST
         elif self.state in OPEN:
             self._stay("target died")
 
@@ -187,5 +231,6 @@ class Source:
 
     def _hand(self, now: float, kv_tokens: int) -> Handover:
         handover = Handover(self.move, self.sent, kv_tokens, self.snapshot())
-        self.state, self._said, self._handover = SourceState.HANDED, now, handover
+        self.state, self._handover = SourceState.HANDED, handover
+        self._say_again(now)
         return handover

@@ -4,11 +4,13 @@
 |---|---|---|---|
 | RECEIVING | reserved memory, KV as it comes | Handover, with all KV | OWNED: says Mine |
 | OWNED | the request | Handover | OWNED: says Mine again |
-| DROPPED | nothing | Chunk, Handover | DROPPED: says Refused |
+| OWNED | the request | Cancelled | REVOKED: drops the request |
+| DROPPED, REVOKED | nothing | Chunk, Handover, Cancelled | says Refused |
 
 Cancelled, a time-out, an abort, a state that cannot be continued, or the source's death lead from
-RECEIVING to DROPPED. Neither OWNED nor DROPPED is ever left, so that a repeated Handover is always
-told the same.
+RECEIVING to DROPPED. A Cancelled after the Handover says that the source waited in vain for Mine,
+and has ended the request: this instance was stopped meanwhile. Otherwise neither OWNED nor DROPPED
+is ever left, so that a repeated Handover is always told the same.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from pascal_sglang.cluster.source import Terms
 class TargetState(Enum):
     RECEIVING = "receiving"
     OWNED = "owned"
+    REVOKED = "revoked"
     DROPPED = "dropped"
 
 
@@ -42,7 +45,8 @@ class Target:
 
     tokens: KV entries reserved. fetch: take KV of the tokens from..to out of the landing window;
     whether that worked. take: everything is here and the request is ours. drop: give the reserved
-    memory back. valid: what is wrong with a state, None if it can be continued here.
+    memory back. revoke: end the request that was ours, without a word. valid: what is wrong with a
+    state, None if it can be continued here.
     """
 
     move: str
@@ -52,6 +56,7 @@ class Target:
     fetch: Callable[[int, int], bool]
     take: Callable[[dict[str, Any], int], None]
     drop: Callable[[], None]
+    revoke: Callable[[], None]
     valid: Callable[[dict[str, Any], int], str | None]
     state: TargetState = TargetState.RECEIVING
     why: str = ""
@@ -61,8 +66,8 @@ class Target:
     def hear(self, message: Message, now: float) -> list[Message]:
         """Take in the source's message, whatever its order."""
         if isinstance(message, Cancelled):
-            self.give_up("cancelled")
-            return []
+            self._cancelled()
+            return [Refused(self.move, self.why)]
         if self.state is TargetState.OWNED:
             return [Mine(self.move)] if isinstance(message, Handover) else []
         if isinstance(message, Chunk):
@@ -84,8 +89,14 @@ class Target:
         self.drop()
         return [Refused(self.move, why)]
 
+    def _cancelled(self) -> None:
+        if self.state is TargetState.OWNED:
+            self.state, self.why = TargetState.REVOKED, "cancelled"
+            self.revoke()
+        self.give_up("cancelled")
+
     def _chunk(self, chunk: Chunk, now: float) -> list[Message]:
-        if self.state is TargetState.DROPPED:
+        if self.state is not TargetState.RECEIVING:
             return [Refused(self.move, self.why)]
         self.heard = now
         # Only the next piece is in the window. An earlier one said again is there already, and a
@@ -95,7 +106,7 @@ class Target:
         return [Got(self.move, self.upto)]
 
     def _handover(self, handover: Handover, now: float) -> list[Message]:
-        if self.state is TargetState.DROPPED:
+        if self.state is not TargetState.RECEIVING:
             return [Refused(self.move, self.why)]
         self.heard = now
         if handover.begin != self.upto:

@@ -16,11 +16,15 @@ from pascal_sglang.cluster import messages, orders
 from pascal_sglang.cluster.status import Status
 
 VERSION = 2
-MAX_BYTES = 64 * 1024
 # A request's state holds its prompt and answer: seven digits and a comma per token at most.
 MAX_HANDOVER_BYTES = 32 * 1024 * 1024
+# The rest of a Handover is a few numbers and a name.
+MAX_STATE_BYTES = MAX_HANDOVER_BYTES - 64 * 1024
 MAX_TEXT = 1024
 MAX_ITEMS = 4096
+# Of any other message: each of a text's characters takes six bytes at most, a block's name fifteen
+# digits and a comma. The longest is a `Gone` with `MAX_ITEMS` blocks.
+MAX_BYTES = 16 * MAX_ITEMS + 12 * MAX_TEXT
 
 KINDS: dict[str, type] = {
     kind.__name__: kind
@@ -34,11 +38,14 @@ KINDS: dict[str, type] = {
         messages.Handover,
         messages.Mine,
         messages.Cancelled,
+        messages.WriteQuery,
         orders.Boundary,
         orders.Order,
         orders.Over,
         orders.Gone,
         orders.Died,
+        orders.LocationQuery,
+        orders.LocationReply,
         Status,
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from pascal_sglang.engine.incoming import Incoming, Landing
 from pascal_sglang.engine.letters import Voice
 from pascal_sglang.engine.move_metrics import MoveMetrics
 from pascal_sglang.engine.ranks import all_agree
+from pascal_sglang.engine.revoked import Revoked
 from pascal_sglang.engine.snapshot import import_state, problem_with, restore_member
 from pascal_sglang.engine.tombstones import Tombstones
 from pascal_sglang.policy.member import Place
@@ -55,6 +57,7 @@ class Arrivals:
         self.metrics: MoveMetrics | None = None
         self._past: OrderedDict[str, Incoming] = OrderedDict()
         self._tombstones = Tombstones()
+        self.revoked = Revoked(scheduler, governor)
         self._dp_rank = get_parallel().dp_rank or 0
 
     def came_with(self, batch: ScheduleBatch) -> bool:
@@ -68,7 +71,6 @@ class Arrivals:
     def asked(self, sender: int, ask: messages.Ask, now: float) -> None:
         if ask.move in self.under_way or ask.move in self._past:
             return
-        self.landing.expire(now)
         problem = self._why_not(ask, now)
         incoming = None if problem else self.landing.reserve(sender, ask.tokens)
         if incoming is None:
@@ -84,6 +86,7 @@ class Arrivals:
             fetch=lambda begin, end: self._fetch(incoming, begin, end),
             take=lambda state, tokens: self._take(incoming, state, tokens),
             drop=lambda: self.landing.drop(incoming, self.governor.moment.now),
+            revoke=lambda: self._revoke(incoming),
             valid=lambda state, tokens: self._problem(incoming, state, tokens),
             heard=now,
         )
@@ -98,7 +101,7 @@ class Arrivals:
             return "generation paused"
         if self._tombstones.covers(ask.rid, now):
             return "aborted"
-        if not self.landing.has_window:
+        if not self.landing.windows.free:
             return "busy"
         running = len(self.scheduler.running_batch.reqs) + len(self.governor.ladder.arriving)
         pool = self.landing.pool
@@ -121,12 +124,21 @@ class Arrivals:
 
     def _take(self, incoming: Incoming, state: dict[str, Any], tokens: int) -> None:
         req = incoming.req
-        locations = self.landing.keep(incoming, tokens)
+        locations = self.landing.keep(incoming, tokens, self.governor.moment.now)
         self.governor.members.arrived(req)
         restore_member(req, state)
         self.governor.ladder.adopt(req, locations)
         self.governor.stopped(req, Place.RESIDENT)
         self.arrived[req] = state["blocked_since"]
+        incoming.taken = weakref.ref(req)
+
+    def _revoke(self, incoming: Incoming) -> None:
+        """The request was ended by its source, which waited in vain for this instance."""
+        req = None if incoming.taken is None else incoming.taken()
+        if req is not None and not req.finished():
+            self._count("revoked")
+            self.arrived.pop(req, None)
+            self.revoked.add(req)
 
     def _settle(self, move: str) -> None:
         incoming = self.under_way.get(move)
@@ -152,6 +164,8 @@ class Arrivals:
 
     def hear(self, sender: int, message: Message, now: float) -> None:
         """A source's message about a move that is known here."""
+        if isinstance(message, messages.Cancelled):
+            self.landing.through(message.move, sender)
         incoming = self.under_way.get(message.move) or self._past.get(message.move)
         if incoming is None or incoming.sender != sender or incoming.target is None:
             return
@@ -161,8 +175,6 @@ class Arrivals:
             incoming.unsaid = said
         else:
             self.voice.say(sender, said)
-        if isinstance(message, messages.Cancelled):
-            self.landing.through(incoming)
         if isinstance(message, messages.Chunk) and message.last:
             self.clearance.ask(self.governor.moment.pass_no, LANDING_PASSES)
         self._settle(message.move)
@@ -171,7 +183,9 @@ class Arrivals:
         """Once per pass."""
         if self.landing.closing:
             # Before rank 0 grants one again, the other ranks must be done with it too.
-            all_agree(self.scheduler, self.landing.close())
+            all_agree(self.scheduler, self.landing.close(now))
+        for sender, move in self.landing.windows.tick(now):
+            self.voice.say(sender, [messages.WriteQuery(move)])
         for move, incoming in list(self.under_way.items()):
             assert incoming.target is not None
             if incoming.reading is not None:
@@ -204,5 +218,4 @@ class Arrivals:
             if incoming.sender == instance and incoming.target is not None:
                 incoming.target.give_up("source died")
                 self._settle(move)
-        for incoming in [i for i in self.landing.lingering if i.sender == instance]:
-            self.landing.through(incoming)
+        self.landing.died(instance, self.governor.moment.now)

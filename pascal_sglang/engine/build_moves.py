@@ -26,6 +26,12 @@ from pascal_sglang.engine.ranks import all_agree, from_every_rank
 logger = logging.getLogger(__name__)
 
 
+def letters_here(config: PascalConfig) -> str | None:
+    """The folder of the letter boxes where the controller places this process's requests; None
+    otherwise."""
+    return os.environ.get(POST_ENV) if config.places and get_parallel().dp_size > 1 else None
+
+
 def moves_here(config: PascalConfig) -> str | None:
     """The folder of the letter boxes where this process's requests may move; None otherwise."""
     return os.environ.get(POST_ENV) if config.moves and get_parallel().dp_size > 1 else None

@@ -65,6 +65,14 @@ class Departures:
         if self._tp_rank < len(landings):
             self.transport.open_peer(landings[self._tp_rank])
 
+    @property
+    def holds_requests(self) -> bool:
+        """Whether a request that is under way may still be this instance's."""
+        return any(
+            out.source is not None and out.source.state is not SourceState.REVOKING
+            for out in self.under_way.values()
+        )
+
     def ordered(self, order: orders.Order, now: float) -> None:
         req = find(order.rid, self.scheduler, self.ladder)
         problem = "not here" if req is None else why_not_movable(req)
@@ -95,6 +103,9 @@ class Departures:
 
     def hear(self, sender: int, message: Message, now: float) -> None:
         out = self.under_way.get(message.move)
+        if out is None and isinstance(message, messages.WriteQuery):
+            # What was under way has been waited for before the move was forgotten.
+            self.voice.say(sender, [messages.Cancelled(message.move)])
         if out is None or out.target != sender or out.source is None:
             return
         if isinstance(message, messages.Granted):
@@ -202,7 +213,12 @@ class Departures:
 
     def _lose(self, out: Outgoing) -> None:
         out.let_go()
-        self.scheduler.end_early(out.req, "The instance that the request moved to has died.")
+        assert out.source is not None
+        died = out.source.state is SourceState.LOST
+        how = "has died" if died else "does not answer"
+        problem = f"The instance that the request moved to {how}."
+        self.scheduler.end_early(out.req, None if out.aborted else problem)
+        self._report(out.source.move, False, out.source.why)
 
     def _settle(self, move: str) -> None:
         out = self.under_way[move]

@@ -10,7 +10,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
-from pascal_sglang.cluster.orders import Gone
+from pascal_sglang.cluster.orders import Gone, LocationQuery, LocationReply
 from pascal_sglang.cluster.post import CONTROLLER, POST_ENV, Pen
 from pascal_sglang.cluster.prefixes import block_names
 from pascal_sglang.cluster.status import Status
@@ -53,6 +53,12 @@ class Herald:
         ids = req.origin_input_ids + req.output_ids_through_stop
         blocks = list(islice(block_names(ids, req.extra_key), MAX_ITEMS))
         self.pen.write(CONTROLLER, Gone(self._dp_rank, req.rid, blocks))
+
+    def located(self, query: LocationQuery, alive: set[str]) -> None:
+        """Answer which of some requests live here. alive: the ids of all that do."""
+        here = [rid for rid in query.rids if rid in alive]
+        reply = LocationReply(self._dp_rank, query.number, self.received, here)
+        self.pen.write(CONTROLLER, reply)
 
     def status(self, batch: ScheduleBatch | None) -> Status:
         return Status(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.target import Target
+from pascal_sglang.cluster.windows import Windows
 from pascal_sglang.engine.copies import HostKV
 from pascal_sglang.engine.kv_bytes import KvBytes
 from pascal_sglang.engine.pool import Pool
@@ -22,10 +23,6 @@ logger = logging.getLogger(__name__)
 WINDOWS = 8
 WINDOW_BYTES = 4 << 20
 WINDOW_TOKENS = 512
-# How long a source that does not say that it is through may write into its window, in seconds.
-LINGER_S = 10.0
-# Why a move is over whose source is through.
-THROUGH = ("cancelled", "source died")
 
 
 def window_tokens(kv: KvBytes) -> int:
@@ -37,7 +34,8 @@ def window_tokens(kv: KvBytes) -> int:
 class Incoming:
     """One move to here. sender: the instance it comes from. locations: the KV entries reserved, in
     whole pages. req: made of its state, once that is here. reading: its window is read, since the
-    last pass; unsaid: what is said once that is over."""
+    last pass; unsaid: what is said once that is over. taken: the request, once it is this
+    instance's. through: the source writes into the window no more; dead: the source has died."""
 
     sender: int
     locations: torch.Tensor
@@ -46,14 +44,17 @@ class Incoming:
     req: Req | None = None
     reading: HostKV | None = None
     unsaid: Sequence[Message] = ()
+    taken: weakref.ref[Req] | None = None
+    through: bool = False
+    dead: bool = False
 
 
 class Landing:
     """Memory for KV on its way in: entries of the pool, and windows.
 
     reserved: KV entries held. A window is given to the next move when nothing uses it any more:
-    closing are moves that are over and whose windows are read, lingering those whose sources may
-    still write there, and until when.
+    closing are moves that are over and whose windows are read; `Windows` knows which of the others
+    a source may still write into.
     """
 
     def __init__(self, pool: Pool, kv: KvBytes, memory: memoryview) -> None:
@@ -63,12 +64,7 @@ class Landing:
         self.window = window_tokens(kv)
         self.reserved = 0
         self.closing: list[Incoming] = []
-        self.lingering: dict[Incoming, float] = {}
-        self._free = deque(range(WINDOWS))
-
-    @property
-    def has_window(self) -> bool:
-        return bool(self._free)
+        self.windows = Windows(WINDOWS)
 
     def reserve(self, sender: int, tokens: int) -> Incoming | None:
         """Memory for `tokens` KV entries and a window; None if there is none."""
@@ -76,7 +72,7 @@ class Landing:
         if locations is None:
             return None
         self.reserved += len(locations)
-        return Incoming(sender, locations, self._free.popleft())
+        return Incoming(sender, locations, self.windows.take())
 
     def offset(self, incoming: Incoming) -> int:
         """Where its window begins, in bytes."""
@@ -106,48 +102,59 @@ class Landing:
         reading, incoming.reading = incoming.reading, None
         return reading is None or self.kv.copies.wait(reading)
 
-    def close(self) -> bool:
+    def close(self, now: float) -> bool:
         """The same for the windows of moves that are over."""
         closed, self.closing = self.closing, []
         failed = [incoming for incoming in closed if not self.read(incoming)]
         for incoming in closed:
-            self._free_if_unused(incoming)
+            self._leave_window(incoming, now)
         return not failed
 
-    def through(self, incoming: Incoming) -> None:
-        """Its source writes no more."""
-        if self.lingering.pop(incoming, None) is not None:
-            self._free_if_unused(incoming)
+    def through(self, move: str, sender: int) -> None:
+        """The source of a move that is over writes no more."""
+        for incoming in self.closing:
+            assert incoming.target is not None
+            if incoming.target.move == move and incoming.sender == sender:
+                incoming.through = True
+        self.windows.confirmed(move, sender)
 
-    def expire(self, now: float) -> None:
-        """Sources that have said nothing for so long write no more."""
-        for incoming in [i for i, until in self.lingering.items() if now > until]:
-            self.through(incoming)
+    def died(self, sender: int, now: float) -> None:
+        """The instance is no more."""
+        for incoming in self.closing:
+            incoming.dead |= incoming.sender == sender
+        self.windows.died(sender, now)
 
-    def _free_if_unused(self, incoming: Incoming) -> None:
-        if incoming.reading is None and incoming not in self.lingering:
-            self._free.append(incoming.window)
+    def _leave_window(self, incoming: Incoming, now: float) -> None:
+        """Nothing reads the window any more."""
+        if incoming.through or incoming.target is None:
+            self.windows.give_back(incoming.window)
+        else:
+            move, sender = incoming.target.move, incoming.sender
+            self.windows.doubt(incoming.window, move, sender, now, dead=incoming.dead)
 
-    def keep(self, incoming: Incoming, tokens: int) -> torch.Tensor:
-        """The move is done: where its `tokens` KV entries are. The rest is given back."""
+    def keep(self, incoming: Incoming, tokens: int, now: float) -> torch.Tensor:
+        """The move is done: where its `tokens` KV entries are. The rest is given back. A source
+        writes nothing after its Handover."""
         used = self.pool.in_pages(tokens)
-        self._give_back(incoming, incoming.locations[used:])
+        incoming.through = True
+        self._give_back(incoming, incoming.locations[used:], now)
         return incoming.locations[:tokens]
 
     def drop(self, incoming: Incoming, now: float) -> None:
         """The move has failed: all is given back."""
         assert incoming.target is not None
-        if incoming.target.why not in THROUGH:
-            self.lingering[incoming] = now + LINGER_S
-        self._give_back(incoming, incoming.locations)
+        incoming.through = incoming.target.why == "cancelled"
+        incoming.dead = incoming.target.why == "source died"
+        self._give_back(incoming, incoming.locations, now)
 
-    def _give_back(self, incoming: Incoming, locations: torch.Tensor) -> None:
+    def _give_back(self, incoming: Incoming, locations: torch.Tensor, now: float) -> None:
         self.reserved -= len(incoming.locations)
         if incoming.reading is not None:
             # Steps that read this KV, or write where it is given back, come after the copy.
             self.kv.copies.hold_steps(incoming.reading)
             self.closing.append(incoming)
-        self._free_if_unused(incoming)
+        else:
+            self._leave_window(incoming, now)
         if len(locations):
             self.pool.allocator.free(locations)
 

@@ -33,7 +33,13 @@ from pascal_sglang.policy.timeline import Phase
 
 logger = logging.getLogger(__name__)
 
-TO_SOURCE = (messages.Granted, messages.Refused, messages.Got, messages.Mine)
+TO_SOURCE = (
+    messages.Granted,
+    messages.Refused,
+    messages.Got,
+    messages.Mine,
+    messages.WriteQuery,
+)
 TO_TARGET = (messages.Chunk, messages.Handover, messages.Cancelled)
 # Passes that a move takes besides one per window.
 PASSES = 4
@@ -63,6 +69,8 @@ class Moves:
         # Tokens that an answer has here, on average; None before the first.
         self.answer_tokens: float | None = None
         self.metrics: MoveMetrics | None = None
+        # Answers the controller which requests live here.
+        self.locate: Callable[[orders.LocationQuery], None] = lambda query: None
         self._flood = flood
         self._dice = random.Random(0)
         self._dp_rank, self._instances = get_parallel().dp_rank or 0, get_parallel().dp_size
@@ -73,7 +81,7 @@ class Moves:
         return self.arrivals.landing.reserved
 
     def is_empty(self) -> bool:
-        return not self.departures.under_way and self.arrivals.is_idle
+        return not self.departures.holds_requests and self.arrivals.is_idle
 
     def holds_no_kv(self) -> bool:
         """Whether all KV may be dropped; that of requests on their way out is the ladder's."""
@@ -121,6 +129,8 @@ class Moves:
             self.departures.hear(sender, message, now)
         elif isinstance(message, TO_TARGET):
             self.arrivals.hear(sender, message, now)
+        elif isinstance(message, orders.LocationQuery):
+            self.locate(message)
         else:
             self._reject("not for an instance")
 
@@ -137,7 +147,7 @@ class Moves:
         now = self.governor.moment.now
         if self.departures.under_way:
             self.departures.step(running, now)
-        if not self.arrivals.is_idle:
+        if not self.arrivals.is_idle or self.arrivals.landing.windows.in_doubt:
             self.arrivals.step(now)
         if self._flood:
             for req in running.reqs:
@@ -177,6 +187,10 @@ class Moves:
             before = self.answer_tokens
             self.answer_tokens = spoke if before is None else 0.9 * before + 0.1 * spoke
 
+    def gone(self, req: Req) -> None:
+        """The request has ended without another token."""
+        self.arrivals.arrived.pop(req, None)
+
     def aborted(self, rid: str, matches: Callable[[str], bool]) -> None:
         """An abort has come, before it is looked for among the requests here."""
         self.departures.aborted(matches)
@@ -184,6 +198,7 @@ class Moves:
 
     def describe(self) -> dict[str, Any]:
         """For `GET /pascal/status`."""
+        windows = self.arrivals.landing.windows
         return {
             "out": [
                 {"rid": out.req.rid, "to": out.target, "state": out.source.state.value}
@@ -195,10 +210,12 @@ class Moves:
                 for incoming in self.arrivals.under_way.values()
                 if (target := incoming.target) is not None
             ],
+            "windows": {"free": windows.free, "in_doubt": windows.in_doubt},
             "departures": dict(self.departures.counts),
             "arrivals": dict(self.arrivals.counts),
             "stayed": dict(self.stayed),
             "rejected": dict(self.rejected),
+            "awaiting_token": len(self.arrivals.arrived),
             "bytes": self.departures.bytes_sent,
             "blocked_s": list(self.blocked_s),
         }

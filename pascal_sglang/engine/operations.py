@@ -74,6 +74,8 @@ class OperationsScheduler(ReportingScheduler):
         SGLang's message for this carries no tokens: right for a request that has not begun. One
         that has ends like a running one, with a last output, so that no token is lost.
         """
+        if self.moves is not None:
+            self.moves.gone(req)
         if self.governor is not None:
             self.governor.gone(req)
             if req.output_ids and req.beam_group is None:

@@ -22,4 +22,3 @@ def wait_again(governor: Governor, req: Req) -> None:
     """The request, which holds no KV, waits to be prefilled again."""
     governor.stopped(req, Place.WAITING)
     governor.scheduler.waiting_queue.append(req)
-    req.time_stats.set_wait_queue_entry_time()

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import time
+from functools import partial
 from typing import Any
 
 import zmq
@@ -23,9 +24,10 @@ from sglang.utils import TypeBasedDispatcher
 from pascal_sglang.cluster.internal_requests import is_health_probe
 from pascal_sglang.cluster.post import POST_ENV, Box
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine import locations
 from pascal_sglang.engine.budget import with_default_budget
 from pascal_sglang.engine.build import build_governor
-from pascal_sglang.engine.build_moves import build_moves, moves_here
+from pascal_sglang.engine.build_moves import build_moves, letters_here
 from pascal_sglang.engine.herald import build_herald, figures
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.letters import Letters, PascalRequestReceiver
@@ -35,6 +37,7 @@ from pascal_sglang.engine.moves import Moves
 from pascal_sglang.engine.operations import OperationsScheduler
 from pascal_sglang.engine.phases import PhaseTracker, by_class, count_phases, describe
 from pascal_sglang.engine.rendezvous import meet_on_loopback
+from pascal_sglang.engine.revoked import Revoked
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
 from pascal_sglang.preflight import check_policy
 
@@ -45,10 +48,13 @@ class PascalOutputStreamer(SchedulerOutputStreamer):
     """Sees every request that produced tokens in a pass, streamed or not, before they leave."""
 
     tracker: PhaseTracker
+    revoked: Revoked | None = None
 
     def stream_output(
         self, reqs: list[Req], return_logprob: bool, skip_req: Req | None = None
     ) -> None:
+        if self.revoked:
+            reqs = self.revoked.without(reqs)
         self.tracker.observe((r for r in reqs if r is not skip_req), time.perf_counter())
         SchedulerOutputStreamer.stream_output(self, reqs, return_logprob, skip_req)
 
@@ -98,6 +104,7 @@ class PascalScheduler(OperationsScheduler):
         self.phase_tracker = PhaseTracker(metrics, None if self.governor is None else self._observe)
         super().init_output_streamer()
         self.output_streamer.tracker = self.phase_tracker
+        self.output_streamer.revoked = None if self.moves is None else self.moves.arrivals.revoked
 
     def _observe(self, req: Req) -> None:
         assert self.governor is not None
@@ -108,7 +115,7 @@ class PascalScheduler(OperationsScheduler):
     def init_request_receiver(self) -> None:
         """Control messages come in with the requests."""
         super().init_request_receiver()
-        folder = moves_here(self.pascal_config)
+        folder = letters_here(self.pascal_config)
         if folder is None:
             return
         self._request_dispatcher += TypeBasedDispatcher([(Letters, self.take_letters)])
@@ -125,6 +132,8 @@ class PascalScheduler(OperationsScheduler):
     def take_letters(self, letters: Letters) -> None:
         if self.moves is not None:
             self.moves.hear(letters)
+        else:
+            locations.hear(self, letters)
 
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         return PascalOutputStreamer
@@ -176,6 +185,8 @@ class PascalScheduler(OperationsScheduler):
             self.invariant_checker.ladder = self.governor.ladder
             self.moves = build_moves(self, self.governor, self.pascal_config)
             self.governor.moves = self.invariant_checker.moves = self.moves
+            if self.moves is not None:
+                self.moves.locate = partial(locations.reply, self)
 
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None

@@ -1,9 +1,9 @@
 """Everything about a running request but its KV, as plain JSON values, and the request made from it
 on another instance.
 
-Listed field by field: what is not listed here does not travel, and a request that has any of it
-stays (`why_not_movable`). The detokenizer's own state of a request stays where it is, in the one
-detokenizer all instances share; the cursors into it travel.
+What becomes of each field stands in `engine.snapshot_fields`; a request that has anything which
+does not travel stays (`why_not_movable`). The detokenizer's own state of a request stays where it
+is, in the one detokenizer all instances share; the cursors into it travel.
 """
 
 from __future__ import annotations
@@ -14,70 +14,25 @@ from array import array
 from typing import Any
 
 import msgspec
+import orjson
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from pascal_sglang.cluster.wire import MAX_STATE_BYTES
 from pascal_sglang.engine.members import member_of, why_not_pausable
 from pascal_sglang.engine.phases import timeline_of
+from pascal_sglang.engine.snapshot_fields import (
+    GIVEN,
+    OUTPUT_LOGPROBS,
+    PLAIN,
+    PROMPT_LOGPROBS,
+    TIMES,
+    refused_by,
+)
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Break, Phase, PhaseTimeline
 
-VERSION = 1
-
-# Attributes of `Req` that are plain values, set on the new request as they are.
-PLAIN = (
-    "_is_reasoning_over",
-    "reasoning_tokens",
-    "_think_end_match_len",
-    "_think_start_match_len",
-    "surr_offset",
-    "read_offset",
-    "decoded_text",
-    "send_token_offset",
-    "send_decode_id_offset",
-    "send_output_token_logprobs_offset",
-    "logprob_start_len",
-    "input_logprob_sent",
-    "is_retracted",
-    "retracted_stain",
-    "retraction_count",
-    "cached_tokens",
-    "already_computed",
-    "cached_tokens_device",
-    "cached_tokens_host",
-    "cached_tokens_storage",
-    "_cache_breakdown_computed",
-    "arrival_processed_tokens",
-)
-# Arguments of `Req` that are plain values and attributes of the same name.
-GIVEN = (
-    "rid",
-    "return_logprob",
-    "stream",
-    "custom_logit_processor",
-    "require_reasoning",
-    "priority",
-    "extra_key",
-    "cache_salt",
-    "routing_key",
-    "http_worker_ipc",
-    "return_flat_raw_top_logprobs",
-    "sampling_logprobs_mode",
-)
-# Log probabilities of returned tokens: lists, of lists for the top ones.
-LOGPROBS = (
-    "output_token_logprobs_val",
-    "output_token_logprobs_idx",
-    "output_top_logprobs_val",
-    "output_top_logprobs_idx",
-    "output_token_ids_logprobs_val",
-    "output_token_ids_logprobs_idx",
-)
-TIMES = (
-    *(name for name in SchedulerReqTimeStats.__dataclass_fields__ if name.endswith("_time")),
-    "queue_duration_s",
-)
+VERSION = 2
 
 KEYS = frozenset(
     {
@@ -101,27 +56,16 @@ KEYS = frozenset(
 
 def why_not_movable(req: Req) -> str | None:
     """What about the request cannot travel; None if all of it can."""
-    found = why_not_pausable(req)
-    if found is not None:
-        return found
-    reasons: dict[str, Any] = {
-        "prompt log probabilities": req.return_logprob and not req.input_logprob_sent,
-        "routed experts returned": req.return_routed_experts or req.return_indexer_topk,
-        "a sampling mask returned": req.return_sampling_mask,
-        "embedding overrides": req.positional_embed_overrides is not None,
-        "token types": req.token_type_ids is not None,
-        "customized output": req.customized_info is not None,
-        "a change of weights": bool(req.weight_version_events),
-        "cache hints": req.kv_hints is not None,
-        "a watermark": req.sampling_params.watermark is not None,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    found = why_not_pausable(req) or refused_by(req)
+    if found is None and req.sampling_params.watermark is not None:
+        found = "a watermark"
+    return found
 
 
 def export_state(req: Req, blocked_since: float) -> dict[str, Any]:
     """The state of a request that stands still; its reader has been kept waiting since then.
 
-    Raises: TypeError for a value that JSON does not have.
+    Raises: TypeError for a value that JSON does not have, ValueError for more than a message takes.
     """
     params = req.sampling_params
     custom = params.custom_params
@@ -130,12 +74,11 @@ def export_state(req: Req, blocked_since: float) -> dict[str, Any]:
             params, custom_params={k: v for k, v in custom.items() if k != "__req__"}
         )
     member = member_of(req)
-    logprobs = {} if not req.return_logprob else {n: getattr(req.logprob, n) for n in LOGPROBS}
-    return {
+    state = {
         "version": VERSION,
         "given": {name: getattr(req, name) for name in GIVEN},
         "plain": {name: getattr(req, name) for name in PLAIN},
-        "logprobs": _plain(logprobs),
+        "logprobs": _plain(_logprobs(req)) if req.return_logprob else {},
         "times": {name: getattr(req.time_stats, name) for name in TIMES},
         "prompt_ids": req.origin_input_ids.tolist(),
         "output_ids": req.output_ids.tolist(),
@@ -152,6 +95,24 @@ def export_state(req: Req, blocked_since: float) -> dict[str, Any]:
         },
         "blocked_since": blocked_since,
     }
+    if (size := len(orjson.dumps(state))) > MAX_STATE_BYTES:
+        raise ValueError(f"a state of {size} bytes, of at most {MAX_STATE_BYTES}")
+    return state
+
+
+def _logprobs(req: Req) -> dict[str, Any]:
+    """The lists that SGLang still reads. Of the prompt's, once they are sent, it reads only that
+    they are there: it would collect them again in a second prefill. Of each token's, those that are
+    not sent yet; how many stand before them."""
+    values: dict[str, Any] = {}
+    for name in PROMPT_LOGPROBS:
+        value = getattr(req.logprob, name)
+        values[name] = [] if req.input_logprob_sent and value is not None else value
+    for name in OUTPUT_LOGPROBS:
+        made = getattr(req.logprob, name)
+        sent = min(req.send_output_token_logprobs_offset, len(made))
+        values[name] = [sent, made[sent:]]
+    return values
 
 
 def problem_with(state: dict[str, Any], kv_tokens: int, longest: int) -> str | None:
@@ -166,7 +127,9 @@ def problem_with(state: dict[str, Any], kv_tokens: int, longest: int) -> str | N
         return "state without tokens"
     if kv_tokens != len(prompt) + len(output) - 1:
         return "state and KV of different lengths"
-    for name, keys in (("given", GIVEN), ("plain", PLAIN), ("times", TIMES)):
+    logprobs = (*PROMPT_LOGPROBS, *OUTPUT_LOGPROBS) if state["logprobs"] else ()
+    named = {"given": GIVEN, "plain": PLAIN, "times": TIMES, "logprobs": logprobs}
+    for name, keys in named.items():
         if not isinstance(state[name], dict) or state[name].keys() != set(keys):
             return f"state with other {name} fields"
     try:
@@ -204,6 +167,9 @@ def import_state(scheduler: Any, state: dict[str, Any]) -> Req:
     for name, value in state["times"].items():
         setattr(req.time_stats, name, value)
     for name, value in _floats(state["logprobs"]).items():
+        if name in OUTPUT_LOGPROBS:
+            sent, unsent = value
+            value = [None] * sent + unsent
         setattr(req.logprob, name, value)
     if req.surr_offset is not None:
         # As `Req.init_incremental_detokenize` leaves them.

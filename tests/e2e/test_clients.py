@@ -59,6 +59,33 @@ def test_a_frontend_program_runs_and_its_calls_are_tracked(pascal_server):
     assert pascal_server.instances()[0]["ended"]["answered"] >= before + 6
 
 
+def test_a_long_id_is_refused_on_every_route(pascal_server):
+    import urllib.error
+
+    from pascal_sglang.request_ids import MAX_ID
+    from tests.requests import chat
+
+    long = "x" * (MAX_ID + 1)
+    one = generate("Once", think=None, total=3, rid=long)
+    batch = {**one, "text": ["Once", "Twice"], "rid": ["short", long]}
+    talk = chat("Once", think=None, total=3, rid=long)
+    text = {"model": "tiny", "prompt": "Once", "max_tokens": 3, "rid": long}
+    answers = {"model": "tiny", "input": "Once", "max_output_tokens": 3, "request_id": long}
+    for path, body in (
+        ("/generate", one),
+        ("/generate", batch),
+        ("/v1/chat/completions", talk),
+        ("/v1/completions", text),
+        ("/v1/responses", answers),
+    ):
+        for more in ({}, {"stream": True}):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                pascal_server.post(path, {**body, **more})
+            assert (caught.value.code, path, more) == (400, path, more)
+            assert f"at most {MAX_ID} are allowed" in caught.value.read().decode()
+    pascal_server.post("/generate", {**one, "rid": long[:MAX_ID]})
+
+
 def test_bad_requests_get_clear_errors_and_break_nothing(pascal_server):
     import json
     import urllib.error

@@ -1,8 +1,9 @@
 """`sglang` with a bad network between instances, and a slow pipe behind one of them.
 
-Letters are lost, repeated and late. What instance 0 sends to the detokenizer comes a while later,
-in order; the detokenizer writes down whenever it had to hold something back, and whenever it let
-something pass out of order. Worker processes import the main module, so this holds in all of them.
+Letters are lost, repeated and late; ends of requests are not told. What instance 0 sends to the
+detokenizer comes a while later, in order; the detokenizer writes down whenever it had to hold
+something back, and whenever it let something pass out of order. Worker processes import the main
+module, so this holds in all of them.
 """
 
 import pickle
@@ -15,6 +16,7 @@ import time
 from pascal_sglang import detokenizer
 from pascal_sglang.cluster.in_order import InOrder
 from pascal_sglang.cluster.messages import Message
+from pascal_sglang.cluster.orders import Gone
 from pascal_sglang.cluster.post import Box, Pen
 from pascal_sglang.cluster.source import Terms
 
@@ -25,6 +27,8 @@ seen = {}
 
 
 def write(pen, to, message):
+    if isinstance(message, Gone) and dice.random() < 0.2:
+        return True
     if not isinstance(message, Message):
         return sound_write(pen, to, message)
     fate = dice.random()

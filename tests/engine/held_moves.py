@@ -4,8 +4,9 @@ The folder in `HOLD_FOLDER` says how, by the names of its files. `hold-KIND`: me
 and all that their sender says after them are not read until the file goes; `held-KIND` appears with
 the first one. `lose-KIND`: the next one is lost, and the file with it. `hold-still`: a request that
 leaves the batch is not said to stand still yet. `stop-at`: it is copied, and leaves, once it has so
-many KV entries. `later`: everybody's patience with the other side is over. Worker processes import
-the main module, so this holds in all of them.
+many KV entries. `later`: everybody's patience with the other side is over. `impatient`: what has no
+answer is said again in every pass. Worker processes import the main module, so this holds in all of
+them.
 """
 
 import os
@@ -23,6 +24,7 @@ LATER_S = 1000.0
 GROWTH = 2000
 sound_open, sound_letters = Box.__init__, Box.letters
 sound_copy, sound_far, ticks = Source.copy, Source._far_enough, (Source.tick, Target.tick)
+sound_due = Source._is_due
 
 
 def told(name):
@@ -73,15 +75,21 @@ def far_enough(source, kv_tokens, left):
     return told("stop-at") or sound_far(source, kv_tokens, left)
 
 
+def is_due(source, now, at_most):
+    return told("impatient") or sound_due(source, now, at_most)
+
+
 def late(tick):
     return lambda side, now: tick(side, now + LATER_S if told("later") else now)
 
 
 Box.__init__, Box.letters = open_box, letters
 Source.copy, Source._far_enough = copy, far_enough
-Source.tick, Target.tick = map(late, ticks)
+Source.tick, Target.tick, Source._is_due = *map(late, ticks), is_due
 # A test looks around while it holds something.
-Terms.__init__.__kwdefaults__["patience_s"] = 60.0
+Terms.__init__.__kwdefaults__["patience_s"] = Terms.__init__.__kwdefaults__["repeat_at_most_s"] = (
+    60.0
+)
 
 if __name__ == "__main__":
     from sglang.cli.main import main

@@ -19,8 +19,8 @@ ABORTED = frozenset(range(5, REQUESTS, 16))
 
 
 def bodies(count):
-    """The first `count` requests: thinking or not, shared beginnings, grammars. A third end by a stop
-    token when the model happens to write it, which the scheduler learns a step late."""
+    """The first `count` requests: thinking or not, shared beginnings, grammars. A third end by a
+    stop token when the model happens to write it, which the scheduler learns a step late."""
     dice = random.Random(5)
     made = []
     for i in range(count):

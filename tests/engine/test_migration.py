@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from pascal_sglang.engine.incoming import WINDOWS
+from pascal_sglang.request_ids import MAX_ID
 from tests.doors import check
 from tests.engine.conftest import LATE, SERVE
 from tests.engine.load import run
+from tests.engine.odds import assert_same, odds
 from tests.requests import generate
 
 FLOOD = {"flood": 0.02}
@@ -60,6 +63,8 @@ def at_rest(server):
 
 def nothing_left(instances):
     for instance in instances:
+        moves = instance["migrations"]
+        assert moves is None or moves["awaiting_token"] == 0
         kv = instance["kv_tokens"]
         assert (kv["free"] + kv["evictable"], kv["host"]) == (kv["capacity"], 0)
         assert (instance["policy_errors"], instance["queue_errors"]) == (0, 0)
@@ -74,6 +79,26 @@ def controller(server, moved):
             return shown
         time.sleep(0.2)
     raise AssertionError(f"the controller knows of something else than {moved} moves: {shown}")
+
+
+def wait_for(server, holds):
+    """Poll the status until what is looked for is there."""
+    deadline = time.monotonic() + 60
+    while not holds(shown := server.get("/pascal/status")):
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.2)
+    return shown
+
+
+def all_is_given_back(shown):
+    """No window may still be written into, and the controller knows of no request."""
+    windows = [i["migrations"]["windows"] for i in shown["instances"]]
+    in_doubt = sum(w["in_doubt"] for w in windows)
+    return (
+        not in_doubt
+        and all(w["free"] == WINDOWS for w in windows)
+        and not shown["controller"]["residents"]
+    )
 
 
 def total(instances, way, *outcomes):
@@ -106,7 +131,7 @@ def flood(server, count, reference):
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_flood_of_moves_is_invisible(arm, serve, reference):
+def test_a_flood_of_moves_is_invisible(arm, serve, reference, stock_server):
     count, command, flags, settings = ARMS[arm]
     if settings.get("kv_transport") == "mooncake":
         pytest.importorskip("mooncake.engine", exc_type=ImportError)
@@ -114,6 +139,10 @@ def test_a_flood_of_moves_is_invisible(arm, serve, reference):
     with serve({**FLOOD, **settings}, ["--dp-size", "2", *flags], command, **binding) as server:
         flood(server, count, reference)
         assert ("Mooncake" in check(server)) == (settings.get("kv_transport") == "mooncake")
+        if "chaos" in settings:
+            # Prefilled again where they went, and prompts' log probabilities not collected again.
+            assert_same(odds(server, 24), odds(stock_server, 24))
+            nothing_left(at_rest(server))
 
 
 def test_lost_late_and_repeated_messages_and_a_slow_pipe(serve, reference):
@@ -121,7 +150,9 @@ def test_lost_late_and_repeated_messages_and_a_slow_pipe(serve, reference):
     with serve(FLOOD, ["--dp-size", "2"], FAULTY) as server:
         whole, _ = run(server, 60)
         instances = at_rest(server)
+        shown = wait_for(server, all_is_given_back)
         output = server.output
+    assert shown["controller"]["forgotten"] > 0, "every end was heard of: this shows nothing"
     assert differences(whole, reference) == []
     nothing_left(instances)
     assert total(instances, "departures", "moved") > 20
@@ -183,6 +214,16 @@ def test_what_cannot_travel_stays_and_says_why(flooded):
     flooded.post("/generate", body)
     stayed = [i["migrations"]["stayed"] for i in at_rest(flooded)]
     assert {reason for counts in stayed for reason in counts} == {"penalties"}
+
+
+def test_an_id_of_any_allowed_length_travels(flooded):
+    before = total(at_rest(flooded), "departures", "moved")
+    rids = [uuid.uuid4().hex.ljust(MAX_ID, "\x01é"[i % 2]) for i in range(4)]
+    for rid in rids:
+        flooded.post("/generate", generate("a long name", think=4, total=120, rid=rid))
+    assert total(at_rest(flooded), "departures", "moved") > before
+    shown = wait_for(flooded, lambda shown: not shown["controller"]["residents"])
+    assert shown["controller"]["rejected"] == {}
 
 
 def test_log_probabilities_travel(flooded):

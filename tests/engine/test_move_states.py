@@ -7,7 +7,9 @@ beginning of them; the others do not notice; nothing is left under way or in mem
 
 import sys
 import time
+import urllib.error
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -222,6 +224,27 @@ def test_a_slow_target_is_not_waited_for(state, scene):
     assert reader.end() == (scene.alone["mover"], ["length"])
     scene.over()
     assert scene.gained("arrivals", "taken") == 0
+
+
+@pytest.mark.parametrize("state", ["handed", "owned"])
+def test_a_target_that_is_stopped_after_the_handover(state, scene):
+    """The request ends with an error, and the target drops it once it hears."""
+    what, _, _ = STATES[state]
+    scene.hold.say(f"hold-{what}")
+    scene.movers += 1
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(scene.server.post, "/generate", mover())
+        scene.hold.wait_for(f"held-{what}")
+        scene.hold.say("impatient")
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            reply.result()
+    assert caught.value.code == 503
+    assert "does not answer" in caught.value.read().decode()
+    scene.hold.clear()
+    scene.wait_for("departures", "kept:no answer")
+    scene.wait_for("arrivals", "revoked")
+    scene.over()
+    assert scene.gained("departures", "moved") == 0
 
 
 def test_a_full_target_refuses(scene):

@@ -37,9 +37,19 @@ class World:
             self.lose,
         )
         self.target = Target(
-            "m1", "r", terms, limit, self.fetch, self.take, self.drop, lambda state, tokens: None
+            "m1",
+            "r",
+            terms,
+            limit,
+            self.fetch,
+            self.take,
+            self.drop,
+            lambda: self.events.append("revoke"),
+            lambda state, tokens: None,
         )
         self.asked = False
+        # Sides that do nothing until they are continued, and what has come for them meanwhile.
+        self.stopped, self.inbox = set(), {"source": [], "target": []}
         self.to_target, self.to_source = [], []
         self.to_target += self.source.begin(self.now, "layout")
 
@@ -79,7 +89,23 @@ class World:
         self.events.append("drop")
 
     def deliver_to_target(self, at):
-        message = self.to_target[at]
+        self.inbox["target"].append(self.to_target[at])
+        self.read()
+
+    def deliver_to_source(self, at):
+        self.inbox["source"].append(self.to_source[at])
+        self.read()
+
+    def read(self):
+        """Each side that is not stopped hears what has come."""
+        for side, hear in (("source", self.hear_source), ("target", self.hear_target)):
+            while self.inbox[side] and side not in self.stopped:
+                hear(self.inbox[side].pop(0))
+
+    def hear_source(self, message):
+        self.to_target += self.source.hear(message, self.now)
+
+    def hear_target(self, message):
         if not self.asked:
             # Only an Ask reserves; before it the move is unknown here.
             if isinstance(message, Ask):
@@ -89,11 +115,15 @@ class World:
         elif not isinstance(message, Ask):
             self.to_source += self.target.hear(message, self.now)
 
-    def deliver_to_source(self, at):
-        self.to_target += self.source.hear(self.to_source[at], self.now)
-
     def step(self):
-        """A pass on both sides."""
+        """A pass on both sides that are not stopped."""
+        self.read()
+        if "source" not in self.stopped:
+            self._step_source()
+        if "target" not in self.stopped and self.asked:
+            self.to_source += self.target.tick(self.now)
+
+    def _step_source(self):
         if self.running:
             self.kv = min(self.limit - 1, self.kv + 1)
         for message in self.source.copy(self.now, self.kv, still=not self.running):
@@ -103,8 +133,6 @@ class World:
                 self.window = (message.begin, message.kv_tokens)
             self.to_target.append(message)
         self.to_target += self.source.tick(self.now)
-        if self.asked:
-            self.to_source += self.target.tick(self.now)
 
     def check(self):
         here = self.running
@@ -112,16 +140,17 @@ class World:
         assert not (here and there), "two owners"
         if "release" in self.events or "lose" in self.events:
             assert not here
-        for once in ("release", "lose", "take", "drop"):
+        for once in ("release", "lose", "take", "drop", "revoke"):
             assert self.events.count(once) <= 1
         if "release" in self.events:
             assert there, "nobody has it"
         return here, there
 
     def settle(self):
-        """From now on nothing is lost: the move comes to an end."""
-        for _ in range(80):
-            self.now += 0.2
+        """From now on nobody is stopped and nothing is lost: the move comes to an end."""
+        self.stopped = set()
+        for number in range(100):
+            self.now += 0.2 if number < 80 else 10.0
             self.step()
             while self.to_target or self.to_source:
                 if self.to_target:

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pascal_sglang.cluster.in_order import PATIENCE_S, InOrder, Row
+from pascal_sglang.cluster.in_order import CAPACITY, PATIENCE_S, InOrder, Row
 
 
 def test_what_is_early_waits_and_its_pipe_behind_it():
@@ -33,6 +33,17 @@ def test_what_never_comes_ends_the_request_it_is_missing_from():
     assert order.overdue(PATIENCE_S) == []
     assert order.overdue(PATIENCE_S + 1) == [("b", [1]), ("c", [])]
     assert (order.broken, len(order)) == (1, 0)
+
+
+def test_who_is_silent_for_the_longest_time_is_forgotten_first():
+    """Requests that were aborted while they waited leave no last row; they must not push out one
+    that is told of in between."""
+    order = InOrder()
+    order.admit(0, "a", [Row("r", 0, 1, False)], 0.0)
+    for number in range(1, 4):
+        rows = [Row(f"{number} {i}", 0, 1, False) for i in range(CAPACITY // 2)]
+        assert order.admit(0, "b", rows, 0.0) == ["b"]
+        assert order.admit(0, "c", [Row("r", number, number + 1, False)], 0.0) == ["c"]
 
 
 @given(st.data())

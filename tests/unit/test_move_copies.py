@@ -1,7 +1,6 @@
 """KV on its way between instances while both decode: nobody is told of bytes that are not there,
 and no window is written while it is read."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +10,12 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from pascal_sglang.cluster import messages, transport
 from pascal_sglang.cluster.orders import Order
 from pascal_sglang.cluster.source import Terms
+from pascal_sglang.cluster.windows import ASK_S, DEAD_S
 from pascal_sglang.engine.arrivals import Arrivals
 from pascal_sglang.engine.clearance import Clearance
 from pascal_sglang.engine.copies import Copies, HostKV
 from pascal_sglang.engine.departures import Departures
-from pascal_sglang.engine.incoming import LINGER_S, WINDOWS, Landing, landing_bytes
+from pascal_sglang.engine.incoming import WINDOWS, Landing, landing_bytes
 from pascal_sglang.engine.kv_bytes import KvBytes
 from tests.unit.test_copies import Broken, pool_of
 
@@ -187,10 +187,10 @@ def test_the_last_piece_is_said_at_once_and_its_window_kept_until_it_is_read(sid
     target.arrivals.hear(0, handover, 1.0)
     assert target.take(messages.Mine)
     assert target.copies.under_way == target.copies.held != [], "steps wait for it by themselves"
-    assert len(target.landing._free) == WINDOWS - 1
+    assert target.landing.windows.free == WINDOWS - 1
     assert not target.arrivals.is_idle
     target.step()
-    assert len(target.landing._free) == WINDOWS
+    assert target.landing.windows.free == WINDOWS
     assert target.arrivals.is_idle
     (locations,) = target.ladder.resident.values()
     expected = source.kv_at(source.ladder.resident[request])
@@ -252,7 +252,7 @@ def test_a_target_whose_device_fails_refuses(sides, monkeypatch):
     target.step()
     assert target.take(messages.Got) == []
     assert target.take(messages.Refused) == [messages.Refused("m", "transport")]
-    assert len(target.landing._free) == WINDOWS - 1
+    assert target.landing.windows.free == WINDOWS - 1
 
 
 def test_whatever_fails_on_a_rank_is_told_to_the_others_who_wait_for_its_word(sides):
@@ -274,14 +274,7 @@ def source_died(target):
     target.arrivals.died(0)
 
 
-def time_passes(target):
-    again = messages.Ask("n", "other", 9999, target.kv.layout)
-    target.arrivals.asked(0, again, 1.0 + LINGER_S)
-    assert len(target.landing._free) == WINDOWS - 1
-    target.arrivals.asked(0, replace(again, move="o"), 1.1 + LINGER_S)
-
-
-@pytest.mark.parametrize("way", [cancelled, source_died, time_passes])
+@pytest.mark.parametrize("way", [cancelled, source_died])
 @pytest.mark.parametrize("reads_first", [True, False])
 def test_a_window_given_up_is_kept_until_it_is_read_and_its_source_is_through(
     way, reads_first, sides
@@ -293,12 +286,27 @@ def test_a_window_given_up_is_kept_until_it_is_read_and_its_source_is_through(
     target.arrivals.aborted("r", lambda rid: rid == "r", 1.0)
     assert target.take(messages.Refused)
     assert target.copies.under_way == target.copies.held != [], "its KV entries are free already"
-    assert len(target.landing._free) == WINDOWS - 1
+    assert target.landing.windows.free == WINDOWS - 1
     steps = [target.step, lambda: way(target)]
     for step in steps if reads_first else steps[::-1]:
-        assert len(target.landing._free) == WINDOWS - 1
+        assert target.landing.windows.free == WINDOWS - 1
         step()
-    assert sorted(target.landing._free) == list(range(WINDOWS))
+    if way is source_died:
+        assert target.landing.windows.free == WINDOWS - 1
+        target.arrivals.step(1.0 + DEAD_S)
+    assert (target.landing.windows.free, target.landing.windows.in_doubt) == (WINDOWS, 0)
+
+
+def test_a_source_that_has_forgotten_the_move_says_that_it_does_not_write(sides):
+    source, target = sides
+    abort(source, target)
+    assert source.take(messages.Cancelled), "it is lost"
+    target.arrivals.aborted("r", lambda rid: rid == "r", 1.0)
+    target.arrivals.step(1.0 + ASK_S)
+    source.departures.hear(1, *target.take(messages.WriteQuery), 2.0)
+    assert target.landing.windows.free == WINDOWS - 1
+    target.arrivals.hear(0, *source.take(messages.Cancelled), 2.0)
+    assert target.landing.windows.free == WINDOWS
 
 
 def test_a_paused_request_is_read_from_both_halves_of_its_copy(sides):

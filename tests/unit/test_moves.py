@@ -11,10 +11,11 @@ from pascal_sglang.cluster.messages import (
     Handover,
     Mine,
     Refused,
+    WriteQuery,
 )
 from pascal_sglang.cluster.source import OVER, SourceState
 from pascal_sglang.cluster.target import TargetState
-from tests.unit.move_world import WINDOW, World, terms
+from tests.unit.move_world import TERMS, WINDOW, World, terms
 
 moves = st.lists(
     st.tuples(
@@ -30,6 +31,7 @@ moves = st.lists(
                 "again back",
                 "abort",
                 "end",
+                "stop",
             ]
         ),
         st.integers(0, 9),
@@ -47,6 +49,10 @@ def test_one_owner_whatever_the_network_does(script, live):
         there, back = world.to_target, world.to_source
         if what == "pass":
             world.step()
+        elif what == "stop":
+            # One side, both or none, until this comes again.
+            world.stopped = {side for side, bit in (("source", 1), ("target", 2)) if n & bit}
+            world.now += n
         elif what == "time":
             world.now += n / 5
         elif what in ("deliver", "again") and there:
@@ -70,8 +76,12 @@ def test_one_owner_whatever_the_network_does(script, live):
         world.check()
     world.settle()
     here, there = world.check()
-    assert here != there, "nobody has it"
+    lost = world.source.state is SourceState.LOST
+    assert [here, there, lost].count(True) == 1, "nobody has it, or two"
     assert world.source.state in OVER
+    if lost:
+        assert world.events.count("take") == world.events.count("revoke")
+        return
     if there:
         assert not ended
         assert world.source.state is SourceState.DONE
@@ -144,7 +154,7 @@ def test_a_handover_is_said_again_until_answered_and_never_taken_back():
     world, handover = handed()
     assert world.source.tick(0.3) == []
     assert world.source.tick(0.5) == [handover]
-    assert world.source.tick(99.0) == [handover], "no time-out: it may decode there already"
+    assert world.source.tick(99.0) == [handover], "it may decode there already"
     assert world.source.keep("abort") == []
     assert world.source.hear(Mine("m1"), 99.1) == []
     assert world.source.state is SourceState.DONE
@@ -152,9 +162,77 @@ def test_a_handover_is_said_again_until_answered_and_never_taken_back():
     assert world.events == ["stop", "release"]
 
 
+def times_out(world, now=0.2):
+    """Say it until the source gives up; what it said, and after how many seconds."""
+    began, said = now, []
+    while world.source.state is SourceState.HANDED:
+        now += 0.01
+        said += world.source.tick(now)
+    return said, now - began
+
+
+def test_a_target_that_never_answers_ends_the_request_and_is_told_until_it_hears():
+    """The target may have taken over before it was stopped: the source does not go on."""
+    world, handover = handed()
+    said, took = times_out(world)
+    assert said == [handover] * (TERMS.handovers - 1) + [Cancelled("m1")]
+    assert 9 < took < 11
+    assert (world.source.why, world.events) == ("no answer", ["stop", "lose"])
+    assert world.source.keep("abort") == []
+    assert world.source.tick(20.0) == world.source.hear(Mine("m1"), 20.1) == [Cancelled("m1")]
+    assert world.source.state is SourceState.REVOKING
+    assert world.source.hear(Refused("m1", "cancelled"), 20.2) == []
+    assert world.source.state is SourceState.LOST
+    assert world.source.tick(99.0) == []
+
+
+def test_a_target_that_never_answers_is_not_told_for_ever():
+    world, _ = handed()
+    times_out(world)
+    now, said = 10.0, []
+    while world.source.state is SourceState.REVOKING:
+        now += 1.0
+        said += world.source.tick(now)
+        assert now < 3600
+    assert len(said) == TERMS.cancellations - 1
+    world, _ = handed()
+    times_out(world)
+    world.source.target_died()
+    assert world.source.state is SourceState.LOST
+    assert world.events == ["stop", "lose"]
+
+
+def test_a_source_that_was_stopped_itself_hears_before_it_gives_up():
+    """An hour without a pass is one Handover without an answer."""
+    world, handover = handed()
+    assert world.source.tick(3600.0) == [handover]
+    assert world.source.hear(Mine("m1"), 3600.1) == []
+    assert world.events == ["stop", "release"]
+
+
+def test_a_target_that_took_over_drops_the_request_when_it_hears():
+    world = World(terms(live=False), kv=0)
+    world.received = 0
+    handover = Handover("m1", 0, 0, {"kv": 0})
+    assert world.target.hear(handover, 0.1) == [Mine("m1")]
+    for _ in range(2):
+        assert world.target.hear(Cancelled("m1"), 60.0) == [Refused("m1", "cancelled")]
+    assert world.target.hear(handover, 60.1) == [Refused("m1", "cancelled")]
+    assert world.events == ["take", "revoke"]
+
+
+def test_a_source_that_is_asked_whether_it_writes_stops_and_says_so():
+    world = World()
+    assert world.source.hear(WriteQuery("m1"), 0.1) == [Cancelled("m1")]
+    assert world.source.state is SourceState.KEPT
+    world, _ = handed()
+    assert world.source.hear(WriteQuery("m1"), 0.3) == [Cancelled("m1")]
+    assert world.events == ["stop", "resume"]
+
+
 def test_a_refused_handover_brings_the_request_back():
     world, _ = handed()
-    assert world.source.hear(Refused("m1", "timeout"), 0.5) == []
+    assert world.source.hear(Refused("m1", "timeout"), 0.5) == [Cancelled("m1")]
     assert world.events == ["stop", "resume"]
 
 

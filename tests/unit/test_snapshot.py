@@ -7,18 +7,26 @@ import orjson
 import pytest
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.scheduler_components.logprob_result_processor import (
+    SchedulerLogprobResultProcessor,
+)
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from pascal_sglang.cluster.wire import MAX_STATE_BYTES
 from pascal_sglang.engine.snapshot import (
-    GIVEN,
     KEYS,
-    PLAIN,
-    TIMES,
     export_state,
     import_state,
     problem_with,
     restore_member,
     why_not_movable,
+)
+from pascal_sglang.engine.snapshot_fields import (
+    GIVEN,
+    OUTPUT_LOGPROBS,
+    PLAIN,
+    PROMPT_LOGPROBS,
+    TIMES,
 )
 from pascal_sglang.policy.member import Member
 from pascal_sglang.policy.pacer import Pacer
@@ -61,7 +69,11 @@ def request(**more):
     req.send_decode_id_offset = len(PROMPT) + 2
     req.cached_tokens = 3
     req.time_stats.forward_entry_time = 12.5
-    req.logprob.output_token_logprobs_val = [-0.5, float("-inf"), -1.25]
+    req.logprob.input_token_logprobs_val = [None, -0.25, float("-inf"), -2.0]
+    req.logprob.input_token_logprobs_idx = PROMPT
+    req.logprob.input_top_logprobs_val = [None, [-0.25], [-1.0], [-2.0]]
+    req.logprob.input_top_logprobs_idx = [None, [6], [7], [8]]
+    req.logprob.output_token_logprobs_val = [-0.5, float("-inf"), float("-inf")]
     req.logprob.output_token_logprobs_idx = OUTPUT
     req.logprob.output_top_logprobs_val = [[-0.5], [None], [float("nan")]]
     req.logprob.output_top_logprobs_idx = [[9], [10], [11]]
@@ -95,8 +107,10 @@ def test_everything_listed_arrives():
     for name in ("max_new_tokens", "top_k", "stop_strs", "stop_token_ids", "stop_str_max_len"):
         assert getattr(new.sampling_params, name) == getattr(req.sampling_params, name), name
     assert new.logprob.top_logprobs_num == 1
-    for name in ("output_token_logprobs_val", "output_top_logprobs_val"):
-        assert repr(getattr(new.logprob, name)) == repr(getattr(req.logprob, name))
+    for name in OUTPUT_LOGPROBS:
+        made, there = getattr(req.logprob, name), getattr(new.logprob, name)
+        assert len(there) == len(made), name
+        assert repr(there[2:]) == repr(made[2:]), name
     assert new.pascal_timeline == req.pascal_timeline
     new.pascal_member = Member(seq=9, pacer=Pacer(0.1), handle=new)
     restore_member(new, state)
@@ -106,23 +120,58 @@ def test_everything_listed_arrives():
     assert new.pascal_member.seq == 9, "its place in line is that of its arrival here"
 
 
-def test_the_list_is_what_sglang_has():
+def test_a_state_has_the_keys_that_are_looked_for():
+    assert travelled(request()).keys() == KEYS
+
+
+def test_log_probabilities_of_the_prompt_travel_until_they_are_sent():
+    """Afterwards only that they are there: SGLang collects them anew where they are not."""
     req = request()
-    for name in (*GIVEN, *PLAIN):
-        assert hasattr(req, name), name
-    assert travelled(req).keys() == KEYS
+    sent = import_state(SCHEDULER, travelled(req))
+    assert sent.logprob.input_token_logprobs_val == sent.logprob.input_top_logprobs_val == []
+    req.input_logprob_sent = False
+    state = travelled(req)
+    assert problem_with(state, KV, LONGEST) is None
+    unsent = import_state(SCHEDULER, state)
+    for name in PROMPT_LOGPROBS:
+        assert repr(getattr(unsent.logprob, name)) == repr(getattr(req.logprob, name)), name
+    silent = request()
+    silent.return_logprob = False
+    assert travelled(silent)["logprobs"] == {}
+
+
+def test_a_second_prefill_does_not_collect_log_probabilities_again(monkeypatch):
+    """SGLang asserts that there are as many as it wants of the prompt."""
+    monkeypatch.setattr(Req, "is_prefill_only", False)
+    req = request()
+    req.logprob_start_len = len(PROMPT)
+    new = import_state(SCHEDULER, travelled(req))
+    output = types.SimpleNamespace(
+        input_token_logprobs=(-0.5,) * 3, input_top_logprobs_val=[[]], input_top_logprobs_idx=[[]]
+    )
+    processor = SchedulerLogprobResultProcessor(model_config=None)
+    processor.add_input_logprob_return_values(0, new, output, 0, 3, last_prefill_chunk=True)
+    assert new.logprob.input_token_logprobs_val == []
+
+
+def test_a_state_that_no_message_takes_is_an_error():
+    req = request()
+    req.decoded_text = "x" * MAX_STATE_BYTES
+    with pytest.raises(ValueError, match="bytes, of at most"):
+        export_state(req, 0.0)
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"version": 2}, "version 2"),
+        ({"version": 1}, "version 1"),
         ({"more": 1}, "unknown or missing"),
         ({"prompt_ids": []}, "without tokens"),
         ({"output_ids": ["1", 2, 3]}, "without tokens"),
         ({"output_ids": [1]}, "different lengths"),
         ({"plain": {}}, "other plain fields"),
         ({"given": {**dict.fromkeys(GIVEN), "lora": 1}}, "other given fields"),
+        ({"logprobs": {"input": 1}}, "other logprobs fields"),
         ({"sampling": ["much"]}, "does not read"),
         ({"timeline": {"arrival": 1, "bogus": 2}}, "does not read"),
         ({"member": {"phase": "sleeping"}}, "does not read"),
@@ -145,7 +194,8 @@ def test_what_is_not_listed_stays():
     assert why_not_movable(request()) is None
     for change, why in (
         ({"customized_info": {"a": []}}, "customized output"),
-        ({"input_logprob_sent": False}, "prompt log probabilities"),
+        ({"grammar": object()}, "a grammar"),
+        ({"to_finish": object()}, "its end"),
         ({"session_id": "s"}, "a session"),
         ({"weight_version_events": [1]}, "a change of weights"),
         ({"lora_id": "l"}, "a LoRA adapter"),
@@ -158,6 +208,6 @@ def test_what_is_not_listed_stays():
 
 def test_a_value_without_a_json_form_is_an_error():
     req = request()
-    req.logprob.output_token_logprobs_val = [object()]
+    req.logprob.output_token_logprobs_val = [None, None, object()]
     with pytest.raises(TypeError, match="object does not travel"):
         export_state(req, 0.0)

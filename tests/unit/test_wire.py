@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pascal_sglang.cluster.location_check import MAX_ASKED, MAX_CHARACTERS
 from pascal_sglang.cluster.messages import (
     Ask,
     Cancelled,
@@ -14,14 +15,25 @@ from pascal_sglang.cluster.messages import (
     Handover,
     Landings,
     Mine,
+    WriteQuery,
 )
-from pascal_sglang.cluster.orders import Boundary, Died, Gone, Order, Over
+from pascal_sglang.cluster.orders import (
+    Boundary,
+    Died,
+    Gone,
+    LocationQuery,
+    LocationReply,
+    Order,
+    Over,
+)
 from pascal_sglang.cluster.post import CONTROLLER, Box, Pen
+from pascal_sglang.cluster.prefixes import block_names
 from pascal_sglang.cluster.status import Status
 from pascal_sglang.cluster.wire import (
     KINDS,
     MAX_BYTES,
     MAX_HANDOVER_BYTES,
+    MAX_ITEMS,
     MAX_TEXT,
     BadMessage,
     pack,
@@ -52,11 +64,14 @@ ALL = [
     Handover("m", 40, 50, {"output_ids": [1, 2], "deep": {"er": None}}),
     Mine("m"),
     Cancelled("m"),
+    WriteQuery("m"),
     Boundary(1, "r", 70, 200, 100, 4),
     Order("m", "r", 1),
     Over(1, "m", False, "full"),
     Gone(1, "r", [1, 2**47]),
     Died(0),
+    LocationQuery(3, ["r", "s"]),
+    LocationReply(1, 3, 70, ["s"]),
     STATUS,
 ]
 
@@ -64,6 +79,32 @@ ALL = [
 @pytest.mark.parametrize("message", ALL, ids=lambda m: type(m).__name__)
 def test_a_message_survives_the_wire(message):
     assert unpack(pack(message, 1), 2) == (1, message)
+
+
+# The longest texts and numbers there are: each character takes six bytes.
+TEXT, NUMBER = "\x01" * MAX_TEXT, (1 << 53) - 1
+IDS = [TEXT[: MAX_CHARACTERS // MAX_ASKED]] * MAX_ASKED
+LONGEST = [
+    Ask("m" * 32, TEXT, NUMBER, TEXT),
+    Granted("m" * 32, ["x" * 300] * 64, NUMBER, NUMBER),
+    Boundary(1, TEXT, NUMBER, NUMBER, NUMBER, NUMBER),
+    Order("m" * 32, TEXT, 1),
+    Over(1, "m" * 32, False, TEXT),
+    Gone(1, TEXT, [(1 << 48) - 1] * MAX_ITEMS),
+    LocationQuery(NUMBER, IDS),
+    LocationReply(1, NUMBER, NUMBER, IDS),
+]
+
+
+@pytest.mark.parametrize("message", LONGEST, ids=lambda m: type(m).__name__)
+def test_the_longest_message_fits(message):
+    assert unpack(pack(message, 1), 2) == (1, message)
+
+
+def test_the_end_of_a_request_of_any_length_fits():
+    blocks = list(block_names(range(64 * MAX_ITEMS), None))
+    assert len(blocks) == MAX_ITEMS
+    assert unpack(pack(Gone(0, TEXT, blocks)), 1)[1].blocks == blocks
 
 
 def test_every_kind_is_among_those():

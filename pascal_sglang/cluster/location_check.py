@@ -1,0 +1,87 @@
+"""Finds requests that have ended without the controller hearing of it.
+
+An instance reports each end once, and a message can be lost: a full queue drops it. So the
+controller asks every instance now and then which of a few requests, those it has not asked about
+for the longest time, still live there. One that lives nowhere is forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import islice
+
+from pascal_sglang.cluster.orders import LocationQuery, LocationReply
+from pascal_sglang.cluster.residents import Residents
+
+# Seconds between two questions, and how long answers are waited for.
+EVERY_S = 5.0
+# Of one question: requests, and characters of their ids.
+MAX_ASKED = 64
+MAX_CHARACTERS = 8192
+
+
+class LocationCheck:
+    """One question at a time. ask: sends it to an instance. moving: ids of requests that change
+    instance at this moment, about which no instance can tell. forgotten: requests that lived
+    nowhere."""
+
+    def __init__(
+        self,
+        residents: Residents,
+        ask: Callable[[int, LocationQuery], bool],
+        moving: Callable[[], set[str]],
+    ) -> None:
+        self.residents, self._ask, self._moving = residents, ask, moving
+        self.forgotten = 0
+        self._number = 0
+        self._asked_at = float("-inf")
+        # Request -> its instance when the question was asked.
+        self._asked: dict[str, int] = {}
+        # Instance -> requests that were sent to it before the question.
+        self._sent: dict[int, int] = {}
+        self._replies: dict[int, LocationReply] = {}
+
+    def tick(self, now: float, sent: Mapping[int, int]) -> None:
+        """Once in a while. sent: the live instances, and how many requests went to each so far."""
+        if now - self._asked_at < EVERY_S:
+            return
+        self._conclude()
+        self._asked_at = now
+        moving, characters = self._moving(), 0
+        for rid in islice(self.residents, MAX_ASKED):
+            characters += len(rid)
+            if characters > MAX_CHARACTERS and self._asked:
+                break
+            home = self.residents.home(rid)
+            if rid not in moving and home is not None:
+                self._asked[rid] = home
+        for rid in self._asked:
+            self.residents.asked_about(rid)
+        if self._asked:
+            self._number += 1
+            self._sent = dict(sent)
+            for instance in sent:
+                self._ask(instance, LocationQuery(self._number, list(self._asked)))
+
+    def hear(self, reply: LocationReply) -> None:
+        """Take in an instance's answer; one to an earlier question is ignored."""
+        if reply.number == self._number and reply.dp_rank in self._sent:
+            self._replies[reply.dp_rank] = reply
+            if self._replies.keys() == self._sent.keys():
+                self._conclude()
+
+    def _conclude(self) -> None:
+        """Correct what is known by the answers that have come."""
+        alive = {rid: reply.dp_rank for reply in self._replies.values() for rid in reply.rids}
+        moving = self._moving()
+        for rid, home in self._asked.items():
+            if rid in moving or self.residents.home(rid) != home:
+                continue
+            reply = self._replies.get(home)
+            if rid in alive:
+                self.residents.lives(rid, alive[rid])
+            elif reply is not None and reply.received >= self._sent[home]:
+                # The instance has taken in all that was sent to it before, this one included.
+                self.residents.gone(rid)
+                self.forgotten += 1
+        self._asked, self._sent, self._replies = {}, {}, {}

@@ -1,0 +1,89 @@
+"""The windows of a landing, and which of them a source may still write into.
+
+| window | on | becomes |
+|---|---|---|
+| free | `take` | taken by a move |
+| taken | the move is over, and its source said that it writes no more | free |
+| taken | the move is over | in doubt |
+| in doubt | its source says so after all | free |
+| in doubt | its source has died, `DEAD_S` seconds ago | free |
+
+Time alone frees no window: a source that was stopped in the middle of a write goes on with it
+whenever it is continued. So the source of a window in doubt is asked again and again, and a landing
+with all its windows in doubt or taken grants nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+# Seconds until a source is asked for the first time; twice as many each time, up to the second.
+ASK_S = 1.0
+ASK_AT_MOST_S = 60.0
+# How long bytes of a source that has died may still be on their way, in seconds.
+DEAD_S = 10.0
+
+
+@dataclass(slots=True)
+class _Doubt:
+    """sender: the instance that may still write. ask_at, free_at: when, in seconds."""
+
+    window: int
+    sender: int
+    ask_at: float
+    wait: float = ASK_S
+    free_at: float = float("inf")
+
+
+class Windows:
+    """`count` windows, by number; a window in doubt goes by the name of its last move."""
+
+    def __init__(self, count: int) -> None:
+        self._free = deque(range(count))
+        self._in_doubt: dict[str, _Doubt] = {}
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def in_doubt(self) -> int:
+        return len(self._in_doubt)
+
+    def take(self) -> int:
+        """A free window. Raises: IndexError without one."""
+        return self._free.popleft()
+
+    def give_back(self, window: int) -> None:
+        """No source writes into the window any more."""
+        self._free.append(window)
+
+    def doubt(self, window: int, move: str, sender: int, now: float, *, dead: bool) -> None:
+        """The move is over, and its source may still write. dead: it has died."""
+        free_at = now + DEAD_S if dead else float("inf")
+        self._in_doubt[move] = _Doubt(window, sender, now + ASK_S, free_at=free_at)
+
+    def confirmed(self, move: str, sender: int) -> None:
+        """The move's source writes no more."""
+        doubt = self._in_doubt.get(move)
+        if doubt is not None and doubt.sender == sender:
+            del self._in_doubt[move]
+            self._free.append(doubt.window)
+
+    def died(self, sender: int, now: float) -> None:
+        """The instance is no more."""
+        for doubt in self._in_doubt.values():
+            if doubt.sender == sender:
+                doubt.free_at = min(doubt.free_at, now + DEAD_S)
+
+    def tick(self, now: float) -> list[tuple[int, str]]:
+        """Time has passed: the sources to ask now, each with its move."""
+        for move, doubt in list(self._in_doubt.items()):
+            if now >= doubt.free_at:
+                self.confirmed(move, doubt.sender)
+        due = [(move, doubt) for move, doubt in self._in_doubt.items() if now >= doubt.ask_at]
+        for _, doubt in due:
+            doubt.wait = min(2 * doubt.wait, ASK_AT_MOST_S)
+            doubt.ask_at = now + doubt.wait
+        return [(doubt.sender, move) for move, doubt in due]

@@ -1,0 +1,40 @@
+"""Tells the controller which requests live on this instance (`cluster.location_check`)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang.srt.runtime_context import get_parallel
+
+from pascal_sglang.cluster.orders import LocationQuery
+from pascal_sglang.cluster.wire import BadMessage, unpack
+from pascal_sglang.engine.letters import Letters
+
+logger = logging.getLogger(__name__)
+
+
+def hear(scheduler: Any, letters: Letters) -> None:
+    """Answer the controller where no requests move; nothing else is for such an instance."""
+    for letter in letters.letters:
+        try:
+            _, message = unpack(letter, get_parallel().dp_size)
+        except BadMessage as error:
+            logger.warning("pascal_sglang: a control message was none: %s", error)
+            continue
+        if isinstance(message, LocationQuery):
+            reply(scheduler, message)
+
+
+def reply(scheduler: Any, query: LocationQuery) -> None:
+    """Say which of some requests live here, those on their way out included."""
+    if scheduler.herald is None or scheduler.governor is None:
+        return
+    ladder = scheduler.governor.ladder
+    held = (ladder.leaving, ladder.arriving, ladder.resident, ladder.host, ladder.moving)
+    queues = (scheduler.waiting_queue, scheduler.grammar_manager.grammar_queue, *held)
+    alive = {req.rid for queue in queues for req in queue}
+    alive |= {req.rid for req in scheduler.collect_inflight_reqs()}
+    if scheduler.chunked_req is not None:
+        alive.add(scheduler.chunked_req.rid)
+    scheduler.herald.located(query, alive)

@@ -1,0 +1,40 @@
+"""Requests that were moved here and that their source has ended, because this instance was stopped
+and did not answer. They end here without a word: their client has been told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+
+from pascal_sglang.engine.governor import Governor
+
+
+class Revoked:
+    """True while some of them still run, until their next result."""
+
+    def __init__(self, scheduler: Any, governor: Governor) -> None:
+        self.scheduler, self.governor = scheduler, governor
+        self._running: set[Req] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._running)
+
+    def add(self, req: Req) -> None:
+        """Give back what the request holds, now or with its next result."""
+        waiting = self.scheduler.waiting_queue
+        if req in waiting:
+            waiting.remove(req)
+        elif req not in self.governor.ladder.forget(lambda held: held is req):
+            req.to_finish = FINISH_ABORT()
+            self._running.add(req)
+            return
+        self.scheduler._release_aborted_request(req)
+        self.governor.gone(req)
+
+    def without(self, reqs: list[Req]) -> list[Req]:
+        """Those of `reqs` whose tokens are to leave."""
+        for req in [r for r in self._running if r.finished()]:
+            req.finished_output = True  # SGLang passes over it where it comes again.
+            self._running.remove(req)
+        return [req for req in reqs if req not in self._running and not req.finished_output]

@@ -1,0 +1,242 @@
+"""A window is never given to a move while the source of an earlier one may still write into it,
+whatever is lost and whoever is stopped in the middle of a write for however long."""
+
+import random
+
+from pascal_sglang.cluster.messages import Ask, Cancelled, Chunk, Granted, Handover
+from pascal_sglang.cluster.messages import WriteQuery as Query
+from pascal_sglang.cluster.source import OVER, Source, SourceState, Terms
+from pascal_sglang.cluster.target import Target
+from pascal_sglang.cluster.windows import ASK_AT_MOST_S, ASK_S, DEAD_S, Windows
+
+COUNT, SENDERS, PIECE = 2, 3, 40
+# How often what happens that `played` chooses from.
+WEIGHTS = (25, 60, 6, 6, 3)
+
+
+def test_a_window_goes_to_the_next_move_once_its_source_is_through():
+    windows = Windows(1)
+    window = windows.take()
+    assert windows.free == 0
+    windows.give_back(window)
+    assert windows.take() == window
+    windows.doubt(window, "m", 3, 0.0, dead=False)
+    windows.confirmed("m", 4)
+    windows.confirmed("n", 3)
+    assert (windows.free, windows.in_doubt) == (0, 1)
+    windows.confirmed("m", 3)
+    windows.confirmed("m", 3)
+    assert (windows.free, windows.in_doubt) == (1, 0)
+
+
+def test_a_source_that_says_nothing_is_asked_for_ever_and_ever_less_often():
+    windows = Windows(1)
+    windows.doubt(windows.take(), "m", 3, 0.0, dead=False)
+    asked = [t for t in range(1000) if windows.tick(float(t)) == [(3, "m")]]
+    assert asked[:3] == [ASK_S, 3 * ASK_S, 7 * ASK_S]
+    assert asked[-1] - asked[-2] == ASK_AT_MOST_S
+    assert windows.free == 0
+
+
+def test_a_source_that_has_died_is_waited_for_once_more():
+    windows = Windows(2)
+    windows.doubt(windows.take(), "m", 3, 0.0, dead=False)
+    windows.doubt(windows.take(), "n", 4, 0.0, dead=True)
+    windows.died(3, 1.0)
+    windows.tick(DEAD_S - 0.1)
+    assert windows.free == 0
+    windows.tick(DEAD_S)
+    assert windows.free == 1
+    windows.tick(DEAD_S + 1.0)
+    assert (windows.free, windows.in_doubt) == (2, 0)
+
+
+class Move:
+    """One move of an endless request. writing: the piece whose write has begun and is not over."""
+
+    def __init__(self, world, sender, name):
+        self.world, self.sender, self.name = world, sender, name
+        self.source = Source(
+            name, "r", Terms(), 10_000, self.nothing, dict, self.nothing, self.nothing, self.nothing
+        )
+        self.target = self.window = self.at = self.writing = None
+        self.kv = 100
+
+    def nothing(self):
+        pass
+
+    def granted(self, window):
+        self.window = window
+        self.target = Target(
+            self.name,
+            "r",
+            Terms(),
+            10_000,
+            self.fetch,
+            self.take,
+            self.drop,
+            self.nothing,
+            lambda state, tokens: None,
+            heard=self.world.now,
+        )
+
+    def take(self, state, tokens):
+        self.world.taken += 1
+        self.world.windows.give_back(self.window)
+
+    def fetch(self, begin, end):
+        assert begin == end or self.world.memory[self.window] == (self.name, begin, end), "torn KV"
+        return True
+
+    def drop(self):
+        if self.target.why == "cancelled":
+            self.world.windows.give_back(self.window)
+        else:
+            now = self.world.now
+            self.world.windows.doubt(self.window, self.name, self.sender, now, dead=False)
+
+
+class World:
+    """A target with a few windows, and sources that may stop in the middle of a write."""
+
+    def __init__(self):
+        self.now, self.windows = 0.0, Windows(COUNT)
+        self.memory, self.moves, self.taken = {}, {}, 0
+        self.stopped, self.lose = set(), False
+        self.inbox = {who: [] for who in range(-1, SENDERS)}
+
+    def say(self, to, sender, messages):
+        if not self.lose:
+            self.inbox[to] += [(sender, message) for message in messages]
+
+    def hear_source(self, sender):
+        while self.inbox[sender]:
+            _, message = self.inbox[sender].pop(0)
+            move = self.moves[message.move]
+            known = move.source.state not in OVER
+            if known and isinstance(message, Granted):
+                move.at = message.offset
+            said = move.source.hear(message, self.now) if known else []
+            if not known and isinstance(message, Query):
+                said = [Cancelled(message.move)]
+            self.say(-1, sender, said)
+
+    def hear_target(self):
+        while self.inbox[-1]:
+            sender, message = self.inbox[-1].pop(0)
+            move = self.moves[message.move]
+            if isinstance(message, Ask):
+                if self.windows.free:
+                    move.granted(self.windows.take())
+                    there = Granted(message.move, ["here"], move.window, PIECE)
+                    self.say(sender, -1, [there])
+                continue
+            if isinstance(message, Cancelled):
+                self.windows.confirmed(message.move, sender)
+            if move.target is not None:
+                self.say(sender, -1, move.target.hear(message, self.now))
+
+    def pass_of_source(self, sender):
+        """One pass, up to the middle of a write if there is one; the next pass ends it first."""
+        for move in [m for m in self.moves.values() if m.sender == sender]:
+            if move.writing is not None:
+                self.end_write(move)
+        self.hear_source(sender)
+        for move in [m for m in self.moves.values() if m.sender == sender]:
+            if move.source.state in OVER:
+                continue
+            move.kv += move.source.state is SourceState.COPYING
+            for message in move.source.copy(self.now, move.kv, still=True):
+                if isinstance(message, Chunk | Handover):
+                    move.writing = message
+                else:
+                    self.say(-1, sender, [message])
+            if move.writing is None:
+                self.say(-1, sender, move.source.tick(self.now))
+
+    def end_write(self, move):
+        """Bytes land where the move was told to write, however long ago that was."""
+        message, move.writing = move.writing, None
+        end = message.kv_tokens if isinstance(message, Handover) else message.end
+        if message.begin < end:
+            holder = self.memory_holder(move.at)
+            assert holder in (None, move.name), f"{move.name} writes into the window of {holder}"
+            self.memory[move.at] = (move.name, message.begin, end)
+        self.say(-1, move.sender, [message])
+
+    def memory_holder(self, window):
+        """The move that the window is given to now."""
+        for move in self.moves.values():
+            receiving = move.target is not None and move.target.state.value == "receiving"
+            if receiving and move.window == window:
+                return move.name
+        return None
+
+    def pass_of_target(self):
+        self.hear_target()
+        for move in self.moves.values():
+            if move.target is not None:
+                self.say(move.sender, -1, move.target.tick(self.now))
+        for sender, name in self.windows.tick(self.now):
+            self.say(sender, -1, [Query(name)])
+
+    def pass_of_all(self):
+        self.now += 0.02
+        for sender in set(range(SENDERS)) - self.stopped:
+            self.pass_of_source(sender)
+        if -1 not in self.stopped:
+            self.pass_of_target()
+
+    def start(self, sender):
+        move = Move(self, sender, f"{sender}-{len(self.moves)}")
+        self.moves[move.name] = move
+        self.say(-1, sender, move.source.begin(self.now, "layout"))
+
+
+def played(seed):
+    """A world in which this happened at random: moves start, processes stop for a while, sources in
+    the middle of a write, time passes, messages are lost."""
+    dice, world = random.Random(seed), World()
+    until = {}
+    for step in range(200):
+        what = dice.choices(("start", "pass", "stop", "time", "lose"), WEIGHTS)[0]
+        world.stopped = {who for who, last in until.items() if step <= last}
+        if what == "start" and (ready := set(range(SENDERS)) - world.stopped):
+            world.start(dice.choice(sorted(ready)))
+        elif what == "stop":
+            writing = [m.sender for m in world.moves.values() if m.writing is not None]
+            until[dice.choice([-1, *writing])] = step + dice.randint(1, 30)
+        elif what == "time":
+            world.now += dice.choice((0.5, 3.0, 20.0))
+        elif what == "lose":
+            world.lose = dice.random() < 0.3
+        world.pass_of_all()
+    world.stopped, world.lose = set(), False
+    for _ in range(60):
+        world.now += 3.0
+        world.pass_of_all()
+    assert (world.windows.free, world.windows.in_doubt) == (COUNT, 0), "a window is lost"
+    return world
+
+
+def test_nobody_writes_into_the_window_of_another():
+    assert sum(played(seed).taken for seed in range(60)) > 90
+
+
+def test_a_source_stopped_inside_a_write_keeps_its_window():
+    world = World()
+    world.start(0)
+    while not any(move.writing for move in world.moves.values()):
+        world.pass_of_all()
+    world.stopped = {0}
+    for _ in range(3):
+        world.now += 1000.0
+        world.start(1)
+        for _ in range(60):
+            world.pass_of_all()
+    assert world.taken == 3, "the other windows go from move to move all the while"
+    assert (world.windows.free, world.windows.in_doubt) == (COUNT - 1, 1)
+    world.stopped = set()
+    for _ in range(3):
+        world.pass_of_all()
+    assert (world.windows.free, world.windows.in_doubt) == (COUNT, 0)
