@@ -5,6 +5,7 @@ Arms are started by command line and spoken to over HTTP, as any user would.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import os
@@ -17,10 +18,12 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from evals import auth
 
 COMMANDS = {"stock": "sglang.launch_server", "pascal": "pascal_sglang.launch_server"}
 # Stock SGLang has no platform for a CPU without AMX; it gets ours, and nothing else of ours.
@@ -228,6 +231,14 @@ def free_port() -> int:
     raise ArmError("no free port")
 
 
+def _key(command: Sequence[str]) -> str | None:
+    """The key that a server so started asks for."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--api-key")
+    key: str | None = parser.parse_known_args(command)[0].api_key
+    return key
+
+
 class Server:
     """A server of one arm, with its output in a file; leaving the context takes it all down, and so
     does any other end of this process.
@@ -239,12 +250,15 @@ class Server:
         port = free_port()
         self.base_url = f"http://127.0.0.1:{port}"
         self._start_timeout_s = plan.start_timeout_s
+        command = command_line(arm, plan, model)
+        if key := _key(command):
+            auth.use(key)
         descriptor, log = tempfile.mkstemp(prefix=f"evals-{arm.name}-", suffix=".log")
         self.log = Path(log)
         self.process = subprocess.Popen(
             [
                 *(sys.executable, str(SUPERVISE), "--stop-timeout", str(STOP_TIMEOUT_S)),
-                *(*command_line(arm, plan, model), "--host", "127.0.0.1", "--port", str(port)),
+                *(*command, "--host", "127.0.0.1", "--port", str(port)),
             ],
             stdout=descriptor,
             stderr=subprocess.STDOUT,
@@ -290,7 +304,9 @@ class Server:
         """Wait until nothing runs and empty the prefix cache; the server refuses while it is busy,
         so one request does both."""
         request = urllib.request.Request(
-            f"{self.base_url}/flush_cache?timeout={IDLE_TIMEOUT_S}", method="POST"
+            f"{self.base_url}/flush_cache?timeout={IDLE_TIMEOUT_S}",
+            method="POST",
+            headers=auth.headers(),
         )
         try:
             with urllib.request.urlopen(request, timeout=IDLE_TIMEOUT_S + 10):

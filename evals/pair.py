@@ -4,13 +4,15 @@ them."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from evals import arms
-from evals.arms import TINY, Arm, Plan, Rate
-from evals.compare import CACHE
+from evals.arms import TINY, Arm, ArmError, Plan, Rate
+from evals.compare import CACHE, EXIT_BAD_INPUT
 
 FLAGS = (
     *("--model-path", "{model}", "--device", "cpu", "--dtype", "float32", "--dp-size", "2"),
@@ -34,6 +36,16 @@ def plan(pair: tuple[Arm, ...], requests: int, flags: tuple[str, ...]) -> Plan:
         rates=(Rate("one", 1.0),),
         env=ENV,
     )
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A server or model that cannot be had ends this process with one line and exit code 2."""
+    try:
+        yield
+    except (ArmError, OSError) as error:
+        print(f"evals: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Path, str]:

@@ -30,7 +30,7 @@ from evals.metrics import Idle
 from evals.options import positive
 
 HERE = Path(__file__).parent
-EXIT_FAILED = 1
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 # An arm is not begun with less time left than its server's start and half of its load may take.
 LEAST_S = {"cuda": 75.0, "cpu": 40.0}
 IDENTITY_REQUESTS = {"cuda": 120, "cpu": 40}
@@ -84,7 +84,6 @@ class Check:
         self.lines.append(text)
 
     def save(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
         whole = {
             "device": self.device,
             "seconds": round(time.monotonic() - self.began, 1),
@@ -109,9 +108,9 @@ class Check:
 
     def identity(self) -> None:
         plan = self.plan("identity")
-        model = arms.model_folder(plan.model, CACHE)
-        processor = arms.logit_processor(plan.model)
         try:
+            model = arms.model_folder(plan.model, CACHE)
+            processor = arms.logit_processor(plan.model)
             found = identity.check(plan, model, processor, IDENTITY_REQUESTS[self.kind])
         except (ArmError, OSError) as error:
             self.failed.append(f"identity: {error}")
@@ -148,10 +147,19 @@ class Check:
         return arms.load_plan(HERE / f"{self.kind}-{name}.toml", quick=self.quick)
 
 
+def _folder(text: str) -> Path:
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from error
+    return path
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evals/gpu/check.sh", description=__doc__)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--out", type=Path, default=CACHE / "check", help="folder for the results")
+    parser.add_argument("--out", type=_folder, default=str(CACHE / "check"), help="of the results")
     parser.add_argument("--seconds", type=positive, default=510.0, help="begin nothing after these")
     parser.add_argument("--quick", action="store_true", help="one instance, a short load")
     asked = parser.parse_args(argv)
@@ -159,7 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     kind = device.kind() if asked.device == "auto" else asked.device
     check = Check(kind, asked.out, asked.seconds, quick=asked.quick)
-    return 0 if check.run() else EXIT_FAILED
+    try:
+        return 0 if check.run() else EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -48,8 +48,7 @@ def test_a_saved_workload_keeps_its_arrivals(tmp_path):
         (["--dataset-name", "tiny-live", "--logit-processor", "no file"], "no file"),
         (["--dataset-name", "tiny-live", "--logit-processor", "json:Nothing"], "Nothing"),
         (
-            ["--dataset-name", "tiny-live", "--base-url", "http://127.0.0.1:9",
-             "--ready-check-timeout-sec", "0"],
+            ["--dataset-name", "gsm8k", "--base-url", "http://127.0.0.1:9"],
             "no server answers at http://127.0.0.1:9",
         ),
     ],

@@ -171,5 +171,3 @@ def test_no_such_command_is_one_line(tmp_path):
         _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 127
     assert said.count("\n") == 1
-
-
