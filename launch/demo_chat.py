@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asyncio.run(chat_all(options.base_url, models["data"][0]["id"]))
         show_status(options.base_url)
     except (ChatError, APIError) as error:
-        print(f"demo_chat: error: {error}", file=sys.stderr)
+        print(f"demo_chat: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:
         # Nobody reads any more; Python would say so again when it closes its output.
