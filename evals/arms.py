@@ -234,7 +234,7 @@ def free_port() -> int:
 def _key(command: Sequence[str]) -> str | None:
     """The key that a server so started asks for."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--api-key")
+    parser.add_argument("--api-key", nargs="?")
     key: str | None = parser.parse_known_args(command)[0].api_key
     return key
 
@@ -298,7 +298,7 @@ class Server:
     def _stop(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait()
+        self.process.wait(STOP_TIMEOUT_S + 20)
 
     def flush(self) -> None:
         """Wait until nothing runs and empty the prefix cache; the server refuses while it is busy,

@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"demo_chat: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:
-        # Nobody reads any more; Python would say so again when it closes its output.
+        # The reader has gone; Python would say so again when it closes its output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return 0

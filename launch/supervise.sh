@@ -19,8 +19,8 @@ stop_supervised() {
     supervised=
 }
 
-# Runs a function whatever ends this shell, SIGKILL excepted. It has to expect that nobody reads what
-# it prints; a signal that comes while it runs is ignored.
+# Runs a function whatever ends this shell, SIGKILL excepted. Its output may have no reader any more;
+# a signal that comes while it runs is ignored.
 at_exit() {
     trap "trap '' HUP INT PIPE TERM; $1" EXIT
     trap 'exit 129' HUP

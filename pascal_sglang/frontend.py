@@ -15,7 +15,7 @@ from pascal_sglang.preflight import check_frontend
 
 STATUS_PATH = "/pascal/status"
 STATUS_S = 20.0
-# What the status route repeats as `server_id`, for whoever started this server to know it by.
+# What the status route repeats as `server_id`: a script knows the server that it started by it.
 SERVER_ID_ENV = "PASCAL_SGLANG_SERVER_ID"
 # Where the controller of this server shows what it does; empty without one.
 _board: list[str] = []

@@ -64,7 +64,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def versions() -> str:
     """Ours and SGLang's, without importing it."""
-    found = (f"{name} {importlib.metadata.version(name)}" for name in (PROG, "sglang"))
+    found = []
+    for name in (PROG, "sglang"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} is not installed")
     return ", ".join(found)
 
 

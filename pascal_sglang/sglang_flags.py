@@ -74,7 +74,7 @@ def _add_field(flags: Flags, name: str, annotation: ast.expr, default: ast.expr 
 
 
 def typo(argv: Sequence[str], ours: Iterable[str]) -> str | None:
-    """The first flag that nobody can know, with the closest one that is known; None without one.
+    """The first flag that no parser can know, with the closest one that is known; None without one.
 
     ours: option strings that are taken already.
     """

@@ -128,7 +128,10 @@ class Check:
         out = self.out / f"{count}.json"
         comparison = Timed(plan, out, self.deadline, LEAST_S[self.kind])
         self.say(f"\n{count} instance{'s' if count == 'two' else ''}")
-        comparison.run_all()
+        try:
+            comparison.run_all()
+        except (ArmError, OSError) as error:
+            self.failed.append(f"{count}: {error}")
         whole = comparison.conclude()
         self.lines += comparison.console
         overhead = {

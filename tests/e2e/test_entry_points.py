@@ -17,6 +17,7 @@ from tests.harness import START_TIMEOUT_S, STOP_TIMEOUT_S, environment
 
 QUICKSTART = Path(__file__).parents[2] / "launch" / "quickstart.sh"
 KEY = "s3cret"
+CHATS_TIMEOUT_S = 120
 
 
 def test_the_demo_thinks_and_answers_and_ctrl_c_ends_it():
@@ -29,7 +30,7 @@ def test_the_demo_thinks_and_answers_and_ctrl_c_ends_it():
         env=environment({"PASCAL_PYTHON": sys.executable}),
         start_new_session=True,
     )
-    hung = threading.Timer(START_TIMEOUT_S, quickstart.kill)
+    hung = threading.Timer(START_TIMEOUT_S + CHATS_TIMEOUT_S, quickstart.kill)
     hung.start()
     try:
         said = ""

@@ -89,6 +89,15 @@ def test_processors_by_each_of_their_names(tmp_path):
             processor.resolve(bad)
 
 
+def test_waiting_for_a_server_is_said_at_once(capsys):
+    assert not remote.wait_ready("http://127.0.0.1:9", 0.01)
+    assert capsys.readouterr().err == (
+        "no server answers at http://127.0.0.1:9 yet; waiting up to 0.01 s\n"
+    )
+    assert not remote.wait_ready("http://127.0.0.1:9", 0)
+    assert capsys.readouterr().err == ""
+
+
 def test_counters_change_and_new_ones_count_from_zero():
     assert remote.change({"a": 2.0}, {"a": 5.0, "b": 1.0}) == {"a": 3.0, "b": 1.0}
 
