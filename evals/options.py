@@ -24,12 +24,19 @@ def count(text: str) -> int:
 def out_file(text: str) -> Path:
     """A file to be written at the end of a run; its folder is made now, not then."""
     path = Path(text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path.parent}: {error.strerror}") from error
+    folder(str(path.parent))
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: a folder, not a file")
+    return path
+
+
+def folder(text: str) -> Path:
+    """A folder, which is made if need be."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from error
     return path
 
 

@@ -56,8 +56,8 @@ def main() -> int:
     asked = parser.parse_args()
     if not asked.command:
         parser.error("no command")
-    # A signal to the group of the parent is not for this process. One that leads a group already has
-    # its own.
+    # A signal to the group of the parent is not for this process. The leader of a group has its own
+    # already.
     with contextlib.suppress(PermissionError):
         os.setsid()
     stopping = threading.Event()

@@ -27,7 +27,7 @@ from evals.client import Target
 from evals.compare import CACHE, Comparison
 from evals.gpu import device, figures, identity
 from evals.metrics import Idle
-from evals.options import positive
+from evals.options import folder, positive
 
 HERE = Path(__file__).parent
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -150,19 +150,10 @@ class Check:
         return arms.load_plan(HERE / f"{self.kind}-{name}.toml", quick=self.quick)
 
 
-def _folder(text: str) -> Path:
-    path = Path(text)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from error
-    return path
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evals/gpu/check.sh", description=__doc__)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--out", type=_folder, default=str(CACHE / "check"), help="of the results")
+    parser.add_argument("--out", type=folder, default=str(CACHE / "check"), help="of the results")
     parser.add_argument("--seconds", type=positive, default=510.0, help="begin nothing after these")
     parser.add_argument("--quick", action="store_true", help="one instance, a short load")
     asked = parser.parse_args(argv)
