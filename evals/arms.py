@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from evals import auth
 
 COMMANDS = {"stock": "sglang.launch_server", "pascal": "pascal_sglang.launch_server"}
@@ -283,6 +285,12 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self._stop()
+
+    @property
+    def pid(self) -> int:
+        """The server's own process, once it answers."""
+        (server,) = psutil.Process(self.process.pid).children()
+        return int(server.pid)
 
     def _answers(self) -> bool:
         try:

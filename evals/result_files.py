@@ -14,6 +14,7 @@ from evals import arms
 from evals.gpu.figures import identity_lines, overhead_lines
 from evals.gpu.identity import Identity
 from evals.parity import Parity
+from evals.remote import without_keys
 from evals.results import ResultError, Results, Shown
 from evals.verdict import Target
 
@@ -269,6 +270,8 @@ def _plan(told: Mapping[str, Any]) -> arms.Plan | None:
 def _commands(plan: arms.Plan) -> dict[str, str]:
     """How each arm was started, without its address."""
     return {
-        arm.name: shlex.join(["python", *arms.command_line(arm, plan, Path("MODEL"))[1:]])
+        arm.name: without_keys(
+            shlex.join(["python", *arms.command_line(arm, plan, Path("MODEL"))[1:]])
+        )
         for arm in plan.arms
     }

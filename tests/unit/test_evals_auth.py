@@ -137,6 +137,7 @@ def test_an_arms_server_ends_with_its_tool_however_that_ends(tmp_path):
         "arms.command_line = lambda *_: sleep\n"
         "server = arms.Server(plan.arms[0], plan, Path('model'))\n"
         "while not server.log.read_text().endswith('\\n'): time.sleep(0.01)\n"
+        "assert str(server.pid) == server.log.read_text().split()[0]\n"
         "print(server.log, flush=True)\n"
         "time.sleep(60)\n"
     )
