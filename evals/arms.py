@@ -5,7 +5,6 @@ Arms are started by command line and spoken to over HTTP, as any user would.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
@@ -18,7 +17,7 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,14 +232,6 @@ def free_port() -> int:
     raise ArmError("no free port")
 
 
-def _key(command: Sequence[str]) -> str | None:
-    """The key that a server so started asks for."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--api-key", nargs="?")
-    key: str | None = parser.parse_known_args(command)[0].api_key
-    return key
-
-
 class Server:
     """A server of one arm, with its output in a file; leaving the context takes it all down, and so
     does any other end of this process.
@@ -253,8 +244,7 @@ class Server:
         self.base_url = f"http://127.0.0.1:{port}"
         self._start_timeout_s = plan.start_timeout_s
         command = command_line(arm, plan, model)
-        if key := _key(command):
-            auth.use(key)
+        auth.use_key_of(command)
         descriptor, log = tempfile.mkstemp(prefix=f"evals-{arm.name}-", suffix=".log")
         self.log = Path(log)
         self.process = subprocess.Popen(

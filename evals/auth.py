@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 
 ENV = "OPENAI_API_KEY"
 
@@ -21,6 +22,14 @@ def use(key: str) -> str:
     """Send `key` from now on."""
     os.environ[ENV] = key
     return key
+
+
+def use_key_of(command: Sequence[str]) -> None:
+    """Send the key that a server so started asks for, if it does."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--api-key", nargs="?")
+    if key := parser.parse_known_args(command)[0].api_key:
+        use(key)
 
 
 def headers() -> dict[str, str]:
