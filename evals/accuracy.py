@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from evals import parity, remote, sandbox, scores, tasks
+from evals import auth, parity, remote, sandbox, scores, tasks
 from evals.chat import Endpoint, EndpointError, ask_all, first_model
 from evals.grades import Grade, Task
 from evals.heard import Heard
@@ -47,9 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = asked.out or Path(f"accuracy_{time.strftime('%m%d_%H%M%S')}_{asked.dataset}.json")
     try:
         arms = _arms(asked, out)
+        # Before a data set is fetched from the hub.
+        endpoints = {name: _endpoint(asked, url) for name, url in arms.items()}
         questions = tasks.load(asked.dataset, asked.path, asked.limit)
         grader = _grader(asked.dataset)
-        endpoints = {name: _endpoint(asked, url) for name, url in arms.items()}
     except (OptionsError, WorkloadError, sandbox.SandboxError, EndpointError) as error:
         print(f"evals: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -144,6 +145,8 @@ def _arms(asked: argparse.Namespace, out: Path) -> dict[str, str]:
         raise OptionsError(f"{out}: no such folder")
     if out.is_dir():
         raise OptionsError(f"{out}: a folder, not a file")
+    if asked.path and not asked.path.is_file():
+        raise OptionsError(f"{asked.path}: No such file")
     return arms
 
 
@@ -226,6 +229,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="[NAME=]URL",
         help="a server; again for every further one (default http://127.0.0.1:30000)",
     )
+    auth.add_option(parser)
     add("--dataset", choices=sorted(tasks.MAKERS), required=True)
     add("--path", type=Path, help="JSONL file of the data set; by default it comes from the hub")
     add("--limit", type=count, help="only the first so many questions")

@@ -9,7 +9,6 @@ import dataclasses
 import math
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -25,12 +24,15 @@ from typing import Any
 
 import psutil
 
+from evals import auth
+
 COMMANDS = {"stock": "sglang.launch_server", "pascal": "pascal_sglang.launch_server"}
 # Stock SGLang has no platform for a CPU without AMX; it gets ours, and nothing else of ours.
 STOCK_ON_CPU = {"SGLANG_PLATFORM": "pascal_cpu"}
 TINY = "tiny"
 ROLES = ("stock", "candidate", "oracle")
 PROCESSOR = "from pascal_sglang.demo.budget import {name}; print({name}.to_str())"
+SUPERVISE = Path(__file__).parents[1] / "launch" / "supervise.py"
 STOP_TIMEOUT_S = 40
 IDLE_TIMEOUT_S = 60
 TARGETS = {
@@ -231,21 +233,29 @@ def free_port() -> int:
 
 
 class Server:
-    """A server of one arm, with its output in a file; leaving the context takes it all down."""
+    """A server of one arm, with its output in a file; leaving the context takes it all down, and so
+    does any other end of this process.
+
+    process: what watches the server and has its exit code.
+    """
 
     def __init__(self, arm: Arm, plan: Plan, model: Path) -> None:
         port = free_port()
         self.base_url = f"http://127.0.0.1:{port}"
         self._start_timeout_s = plan.start_timeout_s
+        command = command_line(arm, plan, model)
+        auth.use_key_of(command)
         descriptor, log = tempfile.mkstemp(prefix=f"evals-{arm.name}-", suffix=".log")
         self.log = Path(log)
         self.process = subprocess.Popen(
-            [*command_line(arm, plan, model), "--host", "127.0.0.1", "--port", str(port)],
+            [
+                *(sys.executable, str(SUPERVISE), "--stop-timeout", str(STOP_TIMEOUT_S)),
+                *(*command, "--host", "127.0.0.1", "--port", str(port)),
+            ],
             stdout=descriptor,
             stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             env=environment(command_env(arm, plan)),
-            start_new_session=True,
         )
         os.close(descriptor)
 
@@ -266,6 +276,12 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
+    @property
+    def pid(self) -> int:
+        """The server's own process, once it answers."""
+        (server,) = psutil.Process(self.process.pid).children()
+        return int(server.pid)
+
     def _answers(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.base_url}/health", timeout=5):
@@ -278,29 +294,17 @@ class Server:
         return text.splitlines()[-1] if text else "(no output)"
 
     def _stop(self) -> None:
-        """Ask, wait, then kill whatever of the tree is left. SGLang looks for a SIGTERM every five
-        seconds only."""
-        try:
-            tree = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            tree = []
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        for process in psutil.wait_procs(tree, timeout=5)[1]:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(STOP_TIMEOUT_S + 20)
 
     def flush(self) -> None:
         """Wait until nothing runs and empty the prefix cache; the server refuses while it is busy,
         so one request does both."""
         request = urllib.request.Request(
-            f"{self.base_url}/flush_cache?timeout={IDLE_TIMEOUT_S}", method="POST"
+            f"{self.base_url}/flush_cache?timeout={IDLE_TIMEOUT_S}",
+            method="POST",
+            headers=auth.headers(),
         )
         try:
             with urllib.request.urlopen(request, timeout=IDLE_TIMEOUT_S + 10):

@@ -1,14 +1,10 @@
-"""A closed-loop client of `/v1/chat/completions`: so many requests at a time, to any server.
-
-`OPENAI_API_KEY`, where it is set, goes along as the bearer's key.
-"""
+"""A closed-loop client of `/v1/chat/completions`: so many requests at a time, to any server."""
 
 from __future__ import annotations
 
 import asyncio
 import http.client
 import json
-import os
 import time
 import urllib.error
 import urllib.request
@@ -20,7 +16,7 @@ import aiohttp
 import orjson
 from tqdm import tqdm
 
-from evals import sse
+from evals import auth, sse
 from evals.attended import CUT, ctrl_c_cancels
 from evals.heard import Heard
 
@@ -150,6 +146,4 @@ async def _ask(
 
 
 def _headers() -> dict[str, str]:
-    key = os.environ.get("OPENAI_API_KEY")
-    kind = {"Content-Type": "application/json"}
-    return {**kind, "Authorization": f"Bearer {key}"} if key else kind
+    return {"Content-Type": "application/json", **auth.headers()}

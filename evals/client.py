@@ -17,7 +17,7 @@ import aiohttp
 import numpy as np
 import orjson
 
-from evals import breaks, sse
+from evals import auth, breaks, sse
 from evals.items import Item
 from evals.metrics import Record
 from evals.prompt import Conversation, Reply, new_part
@@ -107,7 +107,10 @@ async def open_loop(
     try:
         async with (
             aiohttp.ClientSession(
-                target.base_url, connector=connector, timeout=aiohttp.ClientTimeout(total=None)
+                target.base_url,
+                connector=connector,
+                headers=auth.headers(),
+                timeout=aiohttp.ClientTimeout(total=None),
             ) as session,
             asyncio.timeout(target.run_timeout_s),
         ):

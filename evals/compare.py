@@ -23,7 +23,7 @@ from evals import alone, arms, balance, page, remote, report, verdict, workload
 from evals.arms import Arm, ArmError, Plan, Rate, Server
 from evals.client import LAG_LIMIT_MS, Target, replay
 from evals.metrics import Idle, bin_edges, summarize
-from evals.options import count
+from evals.options import count, out_file
 from evals.timeline import details
 from evals.verdict import Run
 from evals.workload import Item
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rates", type=_names, help="comma-separated names")
     parser.add_argument("--seeds", type=count, help="how many seeds")
     parser.add_argument("--requests", type=count, help="per run")
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--out", type=out_file, help="JSON file")
     parser.add_argument("--verbose", action="store_true", help="the full report of every run")
     asked = parser.parse_args(argv)
     try:
@@ -284,10 +284,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     # Leaving by an exception takes the running server along.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    out = asked.out or CACHE / f"{asked.plan.stem}.json"
     try:
+        out = asked.out or out_file(str(CACHE / f"{asked.plan.stem}.json"))
         comparison = Comparison(plan, out, verbose=asked.verbose)
-    except workload.WorkloadError as error:
+    except (workload.WorkloadError, argparse.ArgumentTypeError) as error:
         print(f"evals: error: {asked.plan}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     interrupted = False
@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
         comparison.say("interrupted: what ran to its end is compared")
-    except ArmError as error:
+    except (ArmError, OSError) as error:
         print(f"evals: error: {asked.plan}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     whole = comparison.conclude()

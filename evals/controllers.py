@@ -52,9 +52,9 @@ def run(arm: Arm, plan: Plan, items: list[Item], model: Path, processor: str) ->
                 raise SystemExit(f"{arm.name}: {failed[0]}")
             found.append(throughput(back.records, items)["output_throughput"])
         time.sleep(SETTLE_S)
-        before = processor_s(server.process.pid)
+        before = processor_s(server.pid)
         time.sleep(IDLE_S)
-        return (*found, 100 * (processor_s(server.process.pid) - before) / IDLE_S)
+        return (*found, 100 * (processor_s(server.pid) - before) / IDLE_S)
 
 
 def main() -> None:
@@ -83,4 +83,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with pair.one_line_errors():
+        main()

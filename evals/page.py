@@ -1,7 +1,6 @@
 """A self-contained HTML page of results: no script, no network, one file.
 
-`python -m evals.page result.json [more.jsonl ...] --out page.html` reads what `evals.compare` and
-`evals.serving` wrote.
+`python -m evals.page result.json [more.jsonl ...] --out page.html` reads what any tool here wrote.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from typing import Any
 
 from evals import plots
 from evals.report import SECTIONS, STATISTICS, bin_names, totals
-from evals.results import ResultError, Results, Shown, load
+from evals.result_files import load
+from evals.results import ResultError, Results, Shown
 from evals.timeline import STALL_FACTOR
 from evals.verdict import Target
 
@@ -38,6 +38,7 @@ pre { background: #f5f5f5; padding: .6rem; white-space: pre-wrap; overflow-wrap:
 summary { cursor: pointer; color: #555; }
 """
 TOTALS = (
+    ("accuracy (share)", "accuracy"),
     ("completed", "completed"),
     ("failed", "failed"),
     ("no answer", "no_answer"),
@@ -53,11 +54,14 @@ TOTALS = (
     ("SLO violations (share)", "slo_violations"),
 )
 MEANS = (
+    ("accuracy (%)", "accuracy", 100.0),
     ("mean TTFO (s)", "mean_ttfo_ms", 1e-3),
     ("P99 TTFO (s)", "p99_ttfo_ms", 1e-3),
     ("mean TTFT (s)", "mean_ttft_ms", 1e-3),
     ("P99 slowdown", "p99_slowdown", 1.0),
+    ("mean TPOT (ms)", "mean_tpot_ms", 1.0),
     ("mean answer TPOT (ms)", "mean_answer_tpot_ms", 1.0),
+    ("mean E2E latency (s)", "mean_e2e_latency_ms", 1e-3),
     ("mean QoE", "mean_qoe", 1.0),
     ("SLO violations (%)", "slo_violations", 100.0),
     ("output throughput (tok/s)", "output_throughput", 1.0),
@@ -161,14 +165,16 @@ def _judged(target: Target | None) -> str:
 
 
 def _means_table(results: Results) -> str:
+    """Without the figures that no run has."""
+    means = [mean for mean in MEANS if any(mean[1] in run.summary for run in results.runs)]
     rows = []
     for rate, _ in results.loads:
         for arm in results.arms:
             runs = results.of(arm, rate)
             if runs:
-                cells = [_mean(runs, key, unit) for _, key, unit in MEANS]
+                cells = [_mean(runs, key, unit) for _, key, unit in means]
                 rows.append([f"{plots.load_name(results, rate)}: {arm}", *cells])
-    return _table(["load: arm", *(label for label, _, _ in MEANS)], rows)
+    return _table(["load: arm", *(label for label, _, _ in means)], rows)
 
 
 def _mean(runs: Sequence[Shown], key: str, unit: float) -> str:
@@ -208,15 +214,17 @@ def _figures_table(results: Results) -> str:
           for stat, key in STATISTICS),
     ]  # fmt: skip
     known = [(label, key) for label, key in keys if any(key in r.summary for r in results.runs)]
+    lags = any(run.lag_p99_ms is not None for run in results.runs)
     rows = [
         [
             f"{run.arm}, {run.rate}, seed {run.seed}",
             *(_number(run.summary.get(key)) for _, key in known),
-            _number(run.lag_p99_ms),
+            *([_number(run.lag_p99_ms)] if lags else []),
         ]
         for run in results.runs
     ]
-    return _table(["run", *(label for label, _ in known), "P99 client lag (ms)"], rows)
+    lag = ["P99 client lag (ms)"] if lags else []
+    return _table(["run", *(label for label, _ in known), *lag], rows)
 
 
 def _counters(results: Results) -> Iterable[str]:
@@ -259,7 +267,7 @@ def _text(value: object) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Write results of evals.compare and evals.serving as one HTML page."
+        description="Write the results of any tool here as one HTML page."
     )
     parser.add_argument("results", type=Path, nargs="+", help="JSON or JSONL files")
     parser.add_argument("--out", type=Path, help="HTML file; the first result's name by default")

@@ -4,13 +4,16 @@ them."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from evals import arms
-from evals.arms import TINY, Arm, Plan, Rate
-from evals.compare import CACHE
+from evals.arms import TINY, Arm, ArmError, Plan, Rate
+from evals.compare import CACHE, EXIT_BAD_INPUT
+from evals.options import folder
 
 FLAGS = (
     *("--model-path", "{model}", "--device", "cpu", "--dtype", "float32", "--dp-size", "2"),
@@ -36,11 +39,22 @@ def plan(pair: tuple[Arm, ...], requests: int, flags: tuple[str, ...]) -> Plan:
     )
 
 
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A server or model that cannot be had ends this process with one line and exit code 2."""
+    try:
+        yield
+    except (ArmError, OSError) as error:
+        print(f"evals: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Path, str]:
     """The options, with the tiny model's folder and its logit processor."""
-    parser.add_argument("--model", type=Path, help="folder that the tiny model is built in")
+    where = "folder that the tiny model is built in"
+    parser.add_argument("--model", type=folder, default=str(CACHE), help=where)
     options = parser.parse_args()
     # Leaving by an exception takes the running server along.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    model = arms.model_folder(TINY, options.model or CACHE)
+    model = arms.model_folder(TINY, options.model)
     return options, model, arms.logit_processor(TINY)

@@ -12,6 +12,7 @@ single pass for the third; best of several rounds.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import random
 import statistics
@@ -100,6 +101,9 @@ def uproar_us(policy: str, running: int, others: int) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     columns = ("settled", "arrivals", "p99", "uproar")
     print(f"{'policy':<12}{'running':>8}{'others':>8}" + "".join(f"{c:>10}" for c in columns))
     for policy in ORDERS:

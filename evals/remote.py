@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
 import json
 import platform
 import re
 import shlex
+import sys
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from evals import auth
 
 INFO_KEYS = ("version", "model_path", "launch_command", "max_total_num_tokens", "device", "dtype")
 # `/get_server_info` is the name before SGLang 0.5.
 INFO_PATHS = ("/server_info", "/get_server_info")
 POLL_S = 0.5
 TIMEOUT_S = 10
+STATUS_TIMEOUT_S = 30
 COUNTERS = ("sglang:num_retract", "pascal:")
 KEPT = ("rung", "why", "way", "outcome", "lacks", "reason")
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 def wait_ready(base_url: str, timeout_s: float) -> bool:
-    """Whether `/health` answered within `timeout_s`; asks at least once."""
-    deadline = time.monotonic() + timeout_s
+    """Whether `/health` answered within `timeout_s`; asks at least once, and says that it waits."""
+    deadline, said = time.monotonic() + timeout_s, False
     while get(base_url, "/health") is None:
         if time.monotonic() >= deadline:
             return False
+        if not said:
+            print(
+                f"no server answers at {base_url} yet; waiting up to {timeout_s:g} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            said = True
         time.sleep(POLL_S)
     return True
 
@@ -70,12 +82,12 @@ def server_info(base_url: str) -> dict[str, Any]:
         if isinstance(told, dict):
             info = {key: told[key] for key in INFO_KEYS if told.get(key) is not None}
             if "launch_command" in info:
-                info["launch_command"] = _without_keys(info["launch_command"])
+                info["launch_command"] = without_keys(info["launch_command"])
             return info
     return {}
 
 
-def _without_keys(command: str) -> str:
+def without_keys(command: str) -> str:
     """A command line with the value of every `--*key*` flag replaced."""
     try:
         words = shlex.split(command)
@@ -91,28 +103,34 @@ def _without_keys(command: str) -> str:
 
 
 def provenance(module: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The command that was given to `module` and the versions on this side."""
+    """The command that was given to `module`, without keys, and the versions on this side."""
     versions = {"python": platform.python_version()}
     for package in ("pascal_sglang", "sglang"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"command": shlex.join(["python", "-m", module, *arguments]), "versions": versions}
+    command = without_keys(shlex.join(["python", "-m", module, *arguments]))
+    return {"command": command, "versions": versions}
 
 
 def get(base_url: str, path: str) -> str | None:
     """The body, or None where there is none to have."""
     try:
-        with urllib.request.urlopen(f"{base_url}{path}", timeout=TIMEOUT_S) as reply:
-            body: bytes = reply.read()
-    except OSError:
+        return _read(f"{base_url}{path}", TIMEOUT_S).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
         return None
-    return body.decode(errors="replace")
 
 
 def instances(base_url: str) -> list[dict[str, Any]]:
     """What `GET /pascal/status` says of every instance."""
-    with urllib.request.urlopen(f"{base_url}/pascal/status", timeout=30) as reply:
-        found: list[dict[str, Any]] = json.loads(reply.read())["instances"]
+    told = json.loads(_read(f"{base_url}/pascal/status", STATUS_TIMEOUT_S))
+    found: list[dict[str, Any]] = told["instances"]
     return found
+
+
+def _read(url: str, timeout_s: float) -> bytes:
+    request = urllib.request.Request(url, headers=auth.headers())
+    with urllib.request.urlopen(request, timeout=timeout_s) as reply:
+        body: bytes = reply.read()
+    return body

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals import alone, processor, remote, report, workload
+from evals import alone, auth, processor, remote, report, sources, workload
 from evals.attended import Watched, watch
 from evals.client import LAG_LIMIT_MS, Target
 from evals.metrics import GOODPUT_KEYS, Idle, Record, bin_edges, intervals, summarize
@@ -43,9 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not out.parent.is_dir():
         return _bad(f"{out}: no such folder")
     try:
-        items, target = build(asked), _target(asked)
+        target = _target(asked)
+        if not Path(asked.dataset_name).is_file():
+            sources.find(asked.dataset_name)
+        # Before a data set is fetched from the hub.
         if not remote.wait_ready(asked.base_url, asked.ready_check_timeout_sec):
-            raise ServerError(f"no server answers at {asked.base_url}/health")
+            raise ServerError(
+                f"no server answers at {asked.base_url}/health; "
+                "--ready-check-timeout-sec waits for one that is starting"
+            )
+        items = build(asked)
         idle = prepare(asked, target)
     except (WorkloadError, processor.ProcessorError, ServerError, OSError) as error:
         return _bad(str(error))
@@ -199,6 +206,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--base-url", type=base_url, default="http://127.0.0.1:30000")
+    auth.add_option(parser)
     add("--dataset-name", default="alpacaeval", help="a workload source, or a saved workload")
     add("--dataset-path", type=Path, help="file or folder of the source")
     add("--num-prompts", type=count, default=1000)
@@ -228,7 +236,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--target-tpot-ms", type=positive, default=100.0, help="the reader's pace, for QoE")
     add("--bins", type=count, default=4, help="thinking-length bins")
     add("--request-timeout-s", type=positive, default=6 * 3600.0)
-    add("--ready-check-timeout-sec", type=float, default=60.0)
+    add(
+        "--ready-check-timeout-sec",
+        type=float,
+        default=0.0,
+        help="how long to wait for a server that is still starting (%(default)g)",
+    )
     add("--output-file", type=Path, help="JSONL; a line is appended")
     add("--output-details", action="store_true", help="figures of every request as well")
     add("--disable-tqdm", action="store_true", help="no progress bar")

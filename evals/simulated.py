@@ -24,6 +24,7 @@ from evals.client import replay
 from evals.compare import CACHE, EXIT_BAD_INPUT, target_of
 from evals.items import Item
 from evals.metrics import Record, measure
+from evals.options import out_file
 from pascal_sglang.sim.arms import ARMS, STOCK
 from pascal_sglang.sim.calibrate import Fit, Stream, fit
 from pascal_sglang.sim.cluster import Setup, simulate
@@ -159,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare the simulator with live servers.")
     parser.add_argument("plan", type=Path)
     parser.add_argument("--seeds", type=int, default=1, help="runs per load")
-    parser.add_argument("--out", type=Path, default=CACHE / "simulated.json")
+    parser.add_argument("--out", type=out_file, default=str(CACHE / "simulated.json"))
     parser.add_argument("--again", type=Path, help="a file of an earlier --out: only simulate")
     asked = parser.parse_args(argv)
     try:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import json
 import os
+import signal
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from openai import AsyncOpenAI
+from openai import APIError, AsyncOpenAI
 
+EXIT_BAD_INPUT = 2
 QUESTIONS = (
     "What is the capital of France?",
     "Give me three tips for sleeping well.",
@@ -71,23 +76,51 @@ def show(chat: Chat) -> None:
     )
 
 
-def get_json(url: str) -> dict:
-    with urllib.request.urlopen(url, timeout=10) as reply:
-        return json.load(reply)
+class ChatError(RuntimeError):
+    """A server that cannot be chatted with; the message is one line."""
+
+
+def get_json(url: str) -> dict[str, Any]:
+    """What the server answers. Raises ChatError."""
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        request = urllib.request.Request(url, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            told: dict[str, Any] = json.load(reply)
+    except urllib.error.HTTPError as error:
+        why = "; it wants --api-key or OPENAI_API_KEY" if error.code == 401 else ""
+        raise ChatError(f"{url} answers HTTP {error.code}{why}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ChatError(f"{url}: {error}") from error
+    return told
 
 
 def wait_until_healthy(base_url: str, server_pid: int | None, timeout: float) -> None:
-    """Poll `/health` until the server answers; exits with a message when it dies or is late."""
+    """Poll `/health` until the server answers. Raises ChatError when it dies or is late."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if server_pid is not None and not alive(server_pid):
-            sys.exit("the server ended before it was ready; its messages are above")
+            raise ChatError("the server ended before it was ready; its messages are above")
         try:
             with urllib.request.urlopen(f"{base_url}/health", timeout=5):
                 return
-        except (urllib.error.URLError, OSError):
+        except (OSError, http.client.HTTPException):
             time.sleep(1)
-    sys.exit(f"the server was not ready within {timeout:.0f} s")
+    raise ChatError(f"the server was not ready within {timeout:.0f} s")
+
+
+def require_server(base_url: str, server_id: str) -> None:
+    """The server that answers must be the one started with `server_id` in its environment.
+
+    Raises: ChatError for another one, which has the port already.
+    """
+    try:
+        same = get_json(f"{base_url}/pascal/status").get("server_id") == server_id
+    except ChatError as error:
+        raise ChatError(f"another server may have the port: {error}") from error
+    if not same:
+        raise ChatError(f"another server answers at {base_url}; choose a free port by --port")
 
 
 def alive(pid: int) -> bool:
@@ -99,24 +132,17 @@ def alive(pid: int) -> bool:
 
 
 async def chat_all(base_url: str, model: str) -> None:
-    client = AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=300)
-    show(await stream(client, model, QUESTIONS[0]))
-    print("\nThe rest at once:")
-    for chat in asyncio.as_completed([stream(client, model, q) for q in QUESTIONS[1:]]):
-        show(await chat)
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    async with AsyncOpenAI(base_url=f"{base_url}/v1", api_key=key, timeout=300) as client:
+        show(await stream(client, model, QUESTIONS[0]))
+        print("\nThe rest at once:")
+        for chat in asyncio.as_completed([stream(client, model, q) for q in QUESTIONS[1:]]):
+            show(await chat)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base-url", default="http://127.0.0.1:30000")
-    parser.add_argument("--server-pid", type=int, help="give up as soon as this process is gone")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds to wait for the server")
-    options = parser.parse_args()
-    wait_until_healthy(options.base_url, options.server_pid, options.timeout)
-    model = get_json(f"{options.base_url}/v1/models")["data"][0]["id"]
-    asyncio.run(chat_all(options.base_url, model))
+def show_status(base_url: str) -> None:
     print("\nWhat the server measured (GET /pascal/status):")
-    for instance in get_json(f"{options.base_url}/pascal/status")["instances"]:
+    for instance in get_json(f"{base_url}/pascal/status")["instances"]:
         for request in instance["recent"]:
             if request["ttfo_s"] is None or not request["reasoning_tokens"]:
                 continue
@@ -128,5 +154,32 @@ def main() -> None:
             )
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base-url", default="http://127.0.0.1:30000")
+    parser.add_argument("--api-key", help="the server's key; OPENAI_API_KEY by default")
+    parser.add_argument("--server-pid", type=int, help="give up as soon as this process is gone")
+    parser.add_argument("--server-id", help="refuse a server that was not started with this id")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds to wait for the server")
+    options = parser.parse_args(argv)
+    if options.api_key:
+        os.environ["OPENAI_API_KEY"] = options.api_key
+    try:
+        wait_until_healthy(options.base_url, options.server_pid, options.timeout)
+        if options.server_id:
+            require_server(options.base_url, options.server_id)
+        models = get_json(f"{options.base_url}/v1/models")
+        asyncio.run(chat_all(options.base_url, models["data"][0]["id"]))
+        show_status(options.base_url)
+    except (ChatError, APIError) as error:
+        print(f"demo_chat: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except BrokenPipeError:
+        # The reader has gone; Python would say so again when it closes its output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

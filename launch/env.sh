@@ -8,6 +8,7 @@
 pascal_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 pascal_cache="${PASCAL_SGLANG_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/pascal_sglang}"
 pascal_venv="${PASCAL_SGLANG_VENV:-$pascal_cache/venv}"
+. "$pascal_root/launch/supervise.sh"
 
 pascal_say() { printf '[pascal_sglang] %s\n' "$*" >&2; }
 pascal_die() { pascal_say "error: $*"; exit 1; }
@@ -27,23 +28,23 @@ pascal_find_python() {
 # Runs a pip command with its output in a log and a line of progress every ten seconds, because pip
 # says nothing for minutes while it unpacks torch.
 pascal_pip() {
-    local log="$pascal_venv/install.log" started=$SECONDS pid
-    "$PASCAL_PYTHON" -m pip --disable-pip-version-check "$@" >"$log" 2>&1 &
-    pid=$!
-    trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM
-    while kill -0 "$pid" 2>/dev/null; do
+    local log="$pascal_venv/install.log" started=$SECONDS
+    at_exit stop_supervised
+    supervised "$PASCAL_PYTHON" -m pip --disable-pip-version-check "$@" >"$log" 2>&1
+    while kill -0 "$supervised" 2>/dev/null; do
         local tick=0
-        while [ "$tick" -lt 10 ] && kill -0 "$pid" 2>/dev/null; do
+        while [ "$tick" -lt 10 ] && kill -0 "$supervised" 2>/dev/null; do
             sleep 1
             tick=$((tick + 1))
         done
-        kill -0 "$pid" 2>/dev/null && pascal_say "  $((SECONDS - started)) s, $(du -sh "$pascal_venv" 2>/dev/null | cut -f1) installed: $(tail -n 1 "$log" | cut -c1-70)"
+        kill -0 "$supervised" 2>/dev/null && pascal_say "  $((SECONDS - started)) s, $(du -sh "$pascal_venv" 2>/dev/null | cut -f1) installed: $(tail -n 1 "$log" | cut -c1-70)"
     done
-    trap - INT TERM
-    if ! wait "$pid"; then
+    trap - EXIT HUP INT PIPE TERM
+    if ! wait "$supervised"; then
         tail -n 15 "$log" >&2
         pascal_die "installation failed; the whole log is in $log"
     fi
+    stop_supervised
 }
 
 pascal_stamp() {

@@ -15,6 +15,8 @@ while [ $# -gt 0 ]; do
     --once) once=true ;;
     --port) port="${2:?--port wants a number}"; shift ;;
     --port=*) port="${1#--port=}" ;;
+    --api-key) export OPENAI_API_KEY="${2:?--api-key wants a key}"; flags+=("$1" "$2"); shift ;;
+    --api-key=*) export OPENAI_API_KEY="${1#--api-key=}"; flags+=("$1") ;;
     *) flags+=("$1") ;;
     esac
     shift
@@ -22,36 +24,34 @@ done
 
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-server=
-stop_server() {
-    trap '' INT TERM
-    if [ -n "$server" ] && kill -0 "$server" 2>/dev/null; then
-        pascal_say "stopping the server"
-        kill -TERM "$server" 2>/dev/null || true
-        local waited=0
-        while kill -0 "$server" 2>/dev/null && [ "$waited" -lt 100 ]; do
-            sleep 0.1
-            waited=$((waited + 1))
-        done
-        kill -KILL -- "-$server" 2>/dev/null || true
+chat=
+stop_all() {
+    if [ -n "$supervised" ] && kill -0 "$supervised" 2>/dev/null; then
+        pascal_say "stopping the server" || true
     fi
+    # What bash says of a child that was killed is of no interest.
+    if [ -n "$chat" ]; then { kill "$chat"; wait "$chat"; } 2>/dev/null || true; fi
+    stop_supervised
 }
-trap stop_server EXIT
-trap 'exit 130' INT TERM
+at_exit stop_all
 
 pascal_say "starting the demo server on http://127.0.0.1:$port (about 40 s; the first time it converts the model)"
 cd "$pascal_root"
-# A process group of its own, so that the end of this script can take all of it along.
-set -m
-"$PASCAL_PYTHON" -m pascal_sglang.launch_server --demo --host 127.0.0.1 --port "$port" \
-    ${flags[@]+"${flags[@]}"} &
-server=$!
-set +m
+# Shown by the server's status, so that the chats are not another server's on the same port.
+server_id="$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"
+PASCAL_SGLANG_SERVER_ID="$server_id" supervised \
+    "$PASCAL_PYTHON" -m pascal_sglang.launch_server --demo --host 127.0.0.1 --port "$port" \
+    ${flags[@]+"${flags[@]}"}
 
-"$PASCAL_PYTHON" launch/demo_chat.py --base-url "http://127.0.0.1:$port" --server-pid "$server" || exit $?
+# In the background, because bash notices no signal while it waits for a command in the foreground.
+"$PASCAL_PYTHON" launch/demo_chat.py --base-url "http://127.0.0.1:$port" \
+    --server-pid "$supervised" --server-id "$server_id" 8>&- &
+chat=$!
+wait "$chat" || exit $?
+chat=
 
 if ! $once; then
     pascal_say "the server stays up; try it with any OpenAI client, or: curl http://127.0.0.1:$port/pascal/status"
     pascal_say "Ctrl-C stops it"
-    wait "$server"
+    wait "$supervised"
 fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -15,6 +16,8 @@ from pascal_sglang.request_checks import problem_with_request
 
 STATUS_PATH = "/pascal/status"
 STATUS_S = 20.0
+# What the status route repeats as `server_id`: a script knows the server that it started by it.
+SERVER_ID_ENV = "PASCAL_SGLANG_SERVER_ID"
 # Where the controller of this server shows what it does; empty without one.
 _board: list[str] = []
 
@@ -68,6 +71,8 @@ def add_status_route(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
             raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer") from None
         instances = sorted((s[INIT_INFO_KEY] for s in states), key=lambda i: i["dp_rank"])
         shown = {"controller": board.read(_board[-1])} if _board else {}
+        if server_id := os.environ.get(SERVER_ID_ENV):
+            shown["server_id"] = server_id
         return {"instances": instances, **shown}
 
     if STATUS_PATH not in {getattr(route, "path", None) for route in http_server.app.routes}:

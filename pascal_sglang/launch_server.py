@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import os
 import sys
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 
 import psutil
 
+from pascal_sglang import sglang_flags
 from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
 from pascal_sglang.flags import add_flags, from_flags
 from pascal_sglang.preflight import (
@@ -22,6 +24,7 @@ from pascal_sglang.preflight import (
     OneLineParser,
     check_arguments,
     check_frontend,
+    check_given,
     check_machine,
     check_moves,
     check_policy,
@@ -39,6 +42,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         prog=f"python -m {PROG}.launch_server", add_help=False, allow_abbrev=False
     )
     parser.add_argument("-h", "--help", action="store_true", help="show all flags and exit")
+    parser.add_argument("--version", action="version", version=versions())
     parser.add_argument(
         "--demo",
         action="store_true",
@@ -46,13 +50,28 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add_flags(parser)
     options, rest = parser.parse_known_args(argv)
-    unknown = next((a for a in rest if a.startswith("--pascal-")), None)
-    if unknown:
-        parser.error(f"unknown flag {unknown.partition('=')[0]}")
+    ours = [option for action in parser._actions for option in action.option_strings]
+    for word in rest:
+        name = word.partition("=")[0]
+        if name.startswith("--pascal-"):
+            parser.error(f"unknown flag {name}{sglang_flags.did_you_mean(name, ours)}")
     if options.help:
         parser.print_help()
-        print("\nEvery flag of sglang serve:\n")
+        print("\nEvery flag of sglang serve:\n", flush=True)
+    elif unknown := sglang_flags.typo(rest, ours):
+        parser.error(unknown)
     return options, rest
+
+
+def versions() -> str:
+    """Ours and SGLang's, without importing it."""
+    found = []
+    for name in (PROG, "sglang"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} is not installed")
+    return ", ".join(found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, rest = parse(sys.argv[1:] if argv is None else argv)
         config = from_flags(options)
+        if not options.help:
+            check_given(rest, has_model=options.demo)
         if options.demo:
             from pascal_sglang.demo.serve import demo_arguments
 

@@ -258,8 +258,10 @@ def check() -> int:
 
 def main(argv: list[str]) -> int:
     if argv != ["check"]:
-        print("usage: python -m pascal_sglang.plugin check", file=sys.stderr)
-        return 2
+        asked = argv in (["-h"], ["--help"])
+        usage = "usage: python -m pascal_sglang.plugin check"
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     try:
         return check()
     except SeamError as error:

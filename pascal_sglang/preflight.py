@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pascal_sglang import sglang_flags
 from pascal_sglang.cluster.transport import problem_with
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.platforms import CPU_PLATFORM
@@ -51,6 +52,24 @@ def check_machine(argv: list[str]) -> None:
         # SGLang refuses more ranks than NUMA nodes without it; it binds nothing on this platform.
         binding = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
         os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", binding)
+
+
+def check_given(argv: list[str], *, has_model: bool) -> None:
+    """Check model and port as far as `argv` alone says them: SGLang need not be imported for that.
+
+    has_model: one is given elsewhere. Raises: `LaunchError` with one line.
+    """
+    given = sglang_flags.values(argv)
+    defaults = sglang_flags.known().defaults
+    if "config" in given or not defaults:
+        return  # A file, or a source that cannot be read: `check_arguments` knows.
+    if not has_model:
+        if "model_path" not in given:
+            raise LaunchError("--model-path is required (--help lists all flags)")
+        _check_model(given["model_path"] or ".")
+    host, port = (given.get(name) or defaults.get(name) for name in ("host", "port"))
+    if host and str(port).isdecimal():
+        _check_port(host, int(port))
 
 
 def check_arguments(argv: list[str]) -> Any:
@@ -173,6 +192,8 @@ def _check_port(host: str, port: int) -> None:
             if error.errno == errno.EADDRINUSE:
                 raise LaunchError(f"port {port} on {host} is already in use") from None
             raise LaunchError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        except OverflowError:
+            raise LaunchError(f"port {port} is not between 0 and 65535") from None
 
 
 def one_line(error: Exception) -> str | None:

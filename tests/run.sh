@@ -4,6 +4,10 @@
 #   bash tests/run.sh [pytest arguments]      e.g. bash tests/run.sh tests/unit
 set -euo pipefail
 
+case "${1:-}" in
+-h | --help) sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
+
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/env.sh"
 cd "$pascal_root"
 

@@ -27,10 +27,10 @@ from evals.client import Target
 from evals.compare import CACHE, Comparison
 from evals.gpu import device, figures, identity
 from evals.metrics import Idle
-from evals.options import positive
+from evals.options import folder, positive
 
 HERE = Path(__file__).parent
-EXIT_FAILED = 1
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 # An arm is not begun with less time left than its server's start and half of its load may take.
 LEAST_S = {"cuda": 75.0, "cpu": 40.0}
 IDENTITY_REQUESTS = {"cuda": 120, "cpu": 40}
@@ -84,7 +84,6 @@ class Check:
         self.lines.append(text)
 
     def save(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
         whole = {
             "device": self.device,
             "seconds": round(time.monotonic() - self.began, 1),
@@ -109,9 +108,9 @@ class Check:
 
     def identity(self) -> None:
         plan = self.plan("identity")
-        model = arms.model_folder(plan.model, CACHE)
-        processor = arms.logit_processor(plan.model)
         try:
+            model = arms.model_folder(plan.model, CACHE)
+            processor = arms.logit_processor(plan.model)
             found = identity.check(plan, model, processor, IDENTITY_REQUESTS[self.kind])
         except (ArmError, OSError) as error:
             self.failed.append(f"identity: {error}")
@@ -129,7 +128,10 @@ class Check:
         out = self.out / f"{count}.json"
         comparison = Timed(plan, out, self.deadline, LEAST_S[self.kind])
         self.say(f"\n{count} instance{'s' if count == 'two' else ''}")
-        comparison.run_all()
+        try:
+            comparison.run_all()
+        except (ArmError, OSError) as error:
+            self.failed.append(f"{count}: {error}")
         whole = comparison.conclude()
         self.lines += comparison.console
         overhead = {
@@ -151,7 +153,7 @@ class Check:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evals/gpu/check.sh", description=__doc__)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--out", type=Path, default=CACHE / "check", help="folder for the results")
+    parser.add_argument("--out", type=folder, default=str(CACHE / "check"), help="of the results")
     parser.add_argument("--seconds", type=positive, default=510.0, help="begin nothing after these")
     parser.add_argument("--quick", action="store_true", help="one instance, a short load")
     asked = parser.parse_args(argv)
@@ -159,7 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     kind = device.kind() if asked.device == "auto" else asked.device
     check = Check(kind, asked.out, asked.seconds, quick=asked.quick)
-    return 0 if check.run() else EXIT_FAILED
+    try:
+        return 0 if check.run() else EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

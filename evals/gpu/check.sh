@@ -27,21 +27,31 @@ while [ $# -gt 0 ]; do
     shift
 done
 
+packages=
+stop_all() {
+    stop_supervised
+    [ -z "$packages" ] || rm -rf "$packages"
+}
+
 if [ -n "$wheels" ]; then
     [ -d "$wheels" ] || { echo "check.sh: no folder $wheels" >&2; exit 2; }
     ls "$wheels"/pascal_sglang-*.whl >/dev/null 2>&1 ||
         { echo "check.sh: no wheel of pascal_sglang in $wheels" >&2; exit 2; }
     PASCAL_PYTHON="${PASCAL_PYTHON:-python3}"
+    . "$root/launch/supervise.sh"
+    at_exit stop_all
     packages="$(mktemp -d)"
-    trap 'rm -rf "$packages"' EXIT
     "$PASCAL_PYTHON" -m pip --disable-pip-version-check install --quiet --no-index --no-deps \
         --target "$packages" "$wheels"/*.whl
     export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
 else
     . "$root/launch/env.sh"
+    at_exit stop_all
 fi
 
 cd "$root"
 # The check itself begins nothing that it has no time for; this is for what hangs.
-timeout --kill-after=20 "$limit" "$PASCAL_PYTHON" -m evals.gpu.check \
+supervised --stop-timeout 60 timeout --foreground --kill-after=20 "$limit" \
+    "$PASCAL_PYTHON" -m evals.gpu.check \
     --seconds "$((limit - 30 - SECONDS))" ${arguments[@]+"${arguments[@]}"}
+wait "$supervised"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals import remote
+from evals import auth, remote
 from evals.arms import STOCK_ON_CPU, Arm, ArmError, Plan, Server
 
 CONCURRENCY = 24
@@ -91,7 +91,9 @@ def ask(base_url: str, requests: list[dict[str, Any]]) -> list[list[int]]:
 
     def one(body: dict[str, Any]) -> list[int]:
         request = urllib.request.Request(
-            f"{base_url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{base_url}/generate",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", **auth.headers()},
         )
         with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as reply:
             ids: list[int] = json.loads(reply.read())["output_ids"]

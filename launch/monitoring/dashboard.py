@@ -6,6 +6,7 @@ Prometheus that scrapes `/metrics`.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,5 +113,6 @@ def dashboard() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=f"Write {OUT.name}.").parse_args()
     OUT.write_text(json.dumps(dashboard(), indent=1) + "\n")
     print(OUT)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         each.add_argument("--arms", type=_arms, default=None, help="by comma; all by default")
         each.add_argument("--seeds", type=_count, default=paper.SEEDS)
         each.add_argument("--processes", type=_count, help="all cores by default")
-        each.add_argument("--out", type=Path, help="JSON file for all figures")
+        each.add_argument("--out", type=_file, help="JSON file for all figures")
     asked = parser.parse_args(argv)
     try:
         return {"paper": _paper, "remedies": _remedies, "run": _run}[asked.way](asked)
@@ -100,6 +100,10 @@ def _run(asked: argparse.Namespace) -> int:
         rate = asked.rate or paper.rate(asked.source, asked.load or 0.8, setup)
         requests, seeds = asked.requests, asked.seeds
     else:
+        if not Path(asked.source).is_file():
+            raise ValueError(
+                f"no source and no file {asked.source!r}; sources are {', '.join(workload.SOURCES)}"
+            )
         given = workload.read(Path(asked.source))
         requests, seeds = len(given), 1
         rate = requests / max(1e-9, max(given.arrival_s))
@@ -147,6 +151,14 @@ def _arms(text: str) -> list[Arm]:
             f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}"
         )
     return [ARMS[name] for name in text.split(",")]
+
+
+def _file(text: str) -> Path:
+    """A file that can be written when all has been run."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder, or no file")
+    return path
 
 
 def _count(text: str) -> int:

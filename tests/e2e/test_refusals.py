@@ -188,7 +188,8 @@ def test_bad_flags_end_in_one_line(launcher, flags, says):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"), [(["--port", "many"], "--port"), (["--pascal-policy", "best"], "best")]
+    ("flags", "says"),
+    [(["--model-path", "x", "--port", "many"], "--port"), (["--pascal-policy", "best"], "best")],
 )
 def test_so_they_do_from_a_shell(flags, says):
     """Before SGLang is imported, and after it."""

@@ -144,8 +144,14 @@ def render(tmp_path, *files):
     return out.read_text()
 
 
-def test_a_comparison_is_whole_well_formed_and_needs_nothing_else(tmp_path):
-    text = render(tmp_path, comparison())
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The page of a comparison."""
+    return render(tmp_path_factory.mktemp("page"), comparison())
+
+
+def test_a_comparison_is_whole_well_formed_and_needs_nothing_else(compared):
+    text = compared
     seen = Page(text)
     assert all(address.startswith(("#", "url(#", "clip-path: url(#")) for address in seen.addresses)
     referred = {address.partition("#")[2].rstrip(")") for address in seen.addresses}
@@ -156,9 +162,8 @@ def test_a_comparison_is_whole_well_formed_and_needs_nothing_else(tmp_path):
     assert 'class="absent"' not in text
 
 
-def test_every_arm_has_its_count_in_every_bin(tmp_path):
-    told = comparison()
-    seen = Page(render(tmp_path, told))
+def test_every_arm_has_its_count_in_every_bin(compared):
+    seen = Page(compared)
     tables = [t for t in seen.tables if t[0][0] == "arm"]
     assert len(tables) == 2
     # Lengths 4 4 9 | 20 33 | 50 70, twice.
@@ -171,8 +176,8 @@ def test_every_arm_has_its_count_in_every_bin(tmp_path):
     assert tables[0][2][1] == "2.200 (6)"
 
 
-def test_verdicts_counters_commands_and_notes_are_there_and_escaped(tmp_path):
-    text = render(tmp_path, comparison())
+def test_verdicts_counters_commands_and_notes_are_there_and_escaped(compared):
+    text = compared
     words = Page(text).words
     for said in (
         "pass: 0.50",

@@ -48,8 +48,7 @@ def test_a_saved_workload_keeps_its_arrivals(tmp_path):
         (["--dataset-name", "tiny-live", "--logit-processor", "no file"], "no file"),
         (["--dataset-name", "tiny-live", "--logit-processor", "json:Nothing"], "Nothing"),
         (
-            ["--dataset-name", "tiny-live", "--base-url", "http://127.0.0.1:9",
-             "--ready-check-timeout-sec", "0"],
+            ["--dataset-name", "gsm8k", "--base-url", "http://127.0.0.1:9"],
             "no server answers at http://127.0.0.1:9",
         ),
     ],
@@ -88,6 +87,15 @@ def test_processors_by_each_of_their_names(tmp_path):
     for bad in ("a:b:c", "os;x:Y", ":X", "module:"):
         with pytest.raises(processor.ProcessorError, match="not a file"):
             processor.resolve(bad)
+
+
+def test_waiting_for_a_server_is_said_at_once(capsys):
+    assert not remote.wait_ready("http://127.0.0.1:9", 0.01)
+    assert capsys.readouterr().err == (
+        "no server answers at http://127.0.0.1:9 yet; waiting up to 0.01 s\n"
+    )
+    assert not remote.wait_ready("http://127.0.0.1:9", 0)
+    assert capsys.readouterr().err == ""
 
 
 def test_counters_change_and_new_ones_count_from_zero():

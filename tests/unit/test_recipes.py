@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-LAUNCH = Path(__file__).parents[2] / "launch"
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
 RECIPES = {
     "single_gpu.sh": [],
     "eight_gpus.sh": [],
@@ -32,6 +33,20 @@ def test_help_is_the_head_of_the_script(name):
     assert f"bash launch/{name}" in done.stdout
     assert "set -euo" not in done.stdout
     assert done.stdout.strip().endswith(".")
+
+
+@pytest.mark.parametrize("script", ["launch/quickstart.sh", "evals/gpu/check.sh", "tests/run.sh"])
+def test_other_scripts_have_help_that_installs_nothing(script):
+    done = subprocess.run(
+        ["bash", str(ROOT / script), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"bash {script}" in done.stdout
+    assert "set -euo" not in done.stdout
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -175,7 +175,7 @@ def test_the_command_prints_tables_and_a_page_shows_them(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ("run nowhere.jsonl", "No such file"),
+        ("run nowhere.jsonl", "no file 'nowhere.jsonl'; sources are alpacaeval"),
         ("run alpacaeval --cost {bad} --arms rr", "not a cost file"),
         ("run {bad}", "not a request"),
     ],

@@ -1,0 +1,173 @@
+"""launch/quickstart.sh with a server and chats that cost nothing: it leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+TIMEOUT_S = 20
+# Stands for the launcher: as it does, this ends by SIGINT, and its child is in its process group.
+SERVER = """
+import os, signal, subprocess, sys
+child = subprocess.Popen(["sleep", "60"])
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with open(os.environ["PIDS"] + ".new", "w") as file:
+    file.write(f"{os.getpid()} {child.pid}")
+os.rename(os.environ["PIDS"] + ".new", os.environ["PIDS"])
+try:
+    child.wait()
+except KeyboardInterrupt:
+    sys.exit(0)
+"""
+# Waits until the server is there, and then as long as the test says.
+CHAT = """
+import os, time
+while not os.path.exists(os.environ["PIDS"]):
+    time.sleep(0.01)
+print("chatting", flush=True)
+time.sleep(float(os.environ["CHAT_S"]))
+"""
+PYTHON = f"""#!/usr/bin/env bash
+case "$1" in
+-m) exec {sys.executable} -c '{SERVER}' ;;
+launch/demo_chat.py) exec {sys.executable} -c '{CHAT}' ;;
+*) exec {sys.executable} "$@" ;;
+esac
+"""
+
+
+class Quickstart:
+    """A run of the script with its output in a pipe."""
+
+    def __init__(self, folder, chat_s, *arguments):
+        python = folder / "python"
+        python.write_text(PYTHON)
+        python.chmod(0o755)
+        self._pids = folder / "pids"
+        env = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "PASCAL_PYTHON": str(python),
+            "PIDS": str(self._pids),
+            "CHAT_S": str(chat_s),
+        }
+        self.process = subprocess.Popen(
+            ["bash", str(LAUNCH / "quickstart.sh"), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=env,
+            text=True,
+            start_new_session=True,
+        )
+
+    def read_until(self, text):
+        for line in self.process.stdout:
+            if text in line:
+                return
+        raise AssertionError(f"ended without {text!r}")
+
+    def assert_nothing_stays(self):
+        """Also after a test that failed: nothing of it stays."""
+        self.process.wait(TIMEOUT_S)
+        assert_gone([int(pid) for pid in self._pids.read_text().split()])
+
+
+def assert_gone(pids):
+    """Soon, even if nobody reaps them. What is there all the same is killed."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while (left := [pid for pid in pids if _lives(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def _lives(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("number", "chat_s"),
+    [
+        (signal.SIGHUP, 0),
+        (signal.SIGINT, 0),
+        (signal.SIGKILL, 0),
+        (signal.SIGTERM, 60),
+        (signal.SIGHUP, 60),
+    ],
+)
+def test_no_signal_leaves_the_server_behind(tmp_path, number, chat_s):
+    """To the script alone, while it waits for the server and while it chats."""
+    run = Quickstart(tmp_path, chat_s)
+    run.read_until("chatting" if chat_s else "Ctrl-C stops it")
+    run.process.send_signal(number)
+    run.assert_nothing_stays()
+    killed = number == signal.SIGKILL
+    assert run.process.returncode == (-number if killed else 128 + number)
+
+
+def test_nor_does_a_reader_that_goes_first(tmp_path):
+    """`quickstart.sh 2>&1 | tee log` and Ctrl-C: nobody reads what the script says at its end."""
+    run = Quickstart(tmp_path, 0)
+    run.read_until("Ctrl-C stops it")
+    run.process.stdout.close()
+    run.process.send_signal(signal.SIGINT)
+    run.assert_nothing_stays()
+
+
+def test_nor_a_reader_of_a_few_lines(tmp_path):
+    """`quickstart.sh 2>&1 | head -2`: the script ends with what it says next."""
+    run = Quickstart(tmp_path, 0.5)
+    run.read_until("chatting")
+    run.process.stdout.close()
+    run.assert_nothing_stays()
+    assert run.process.returncode == 128 + signal.SIGPIPE
+
+
+def test_once_stops_after_the_chats(tmp_path):
+    run = Quickstart(tmp_path, 0, "--once")
+    run.read_until("stopping the server")
+    run.assert_nothing_stays()
+    assert run.process.returncode == 0
+
+
+def supervise(*command, **more):
+    return subprocess.Popen(
+        [sys.executable, str(LAUNCH / "supervise.py"), *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(("command", "code"), [("exit 7", 7), ("kill -9 $$", 137)])
+def test_a_supervised_command_keeps_its_exit_code(command, code):
+    with supervise("sh", "-c", command) as process:
+        assert process.wait(TIMEOUT_S) == code
+
+
+def test_one_that_will_not_stop_is_killed_with_its_group():
+    deaf = "trap '' INT TERM; sleep 60 & echo $$ $!; while :; do sleep 1; done"
+    process = supervise("--stop-timeout", "0.2", "sh", "-c", deaf)
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    process.stdin.close()
+    assert process.wait(TIMEOUT_S) == 128 + signal.SIGKILL
+    assert_gone(pids)
+    process.stdout.close()
+
+
+def test_no_such_command_is_one_line(tmp_path):
+    with supervise(str(tmp_path / "nothing"), stderr=subprocess.PIPE) as process:
+        _, said = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 127
+    assert said.count("\n") == 1
