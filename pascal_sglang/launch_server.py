@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import psutil
 
+from pascal_sglang.cluster.private_folder import remove_ownerless
 from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
 from pascal_sglang.flags import add_flags, from_flags
 from pascal_sglang.preflight import (
@@ -25,6 +26,7 @@ from pascal_sglang.preflight import (
     check_machine,
     check_moves,
     check_policy,
+    check_temporary_folder,
     one_line,
 )
 
@@ -94,6 +96,7 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     check_policy(config.policy, server_args)
     check_frontend(config, server_args)
     check_moves(config, server_args)
+    check_temporary_folder(server_args)
     print(config.banner(), file=sys.stderr, flush=True)
     try:
         run_server(server_args)
@@ -109,6 +112,7 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     finally:
         if psutil.Process().children():
             kill_process_tree(os.getpid(), include_parent=False)
+        remove_ownerless()
 
 
 def _admit_plugin(environ: os._Environ[str]) -> None:

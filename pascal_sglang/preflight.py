@@ -7,12 +7,19 @@ import errno
 import json
 import os
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pascal_sglang.cluster.private_folder import LONGEST_NAME
 from pascal_sglang.cluster.transport import problem_with
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.platforms import CPU_PLATFORM
+
+# The longest address of a Unix socket in bytes, without the final null.
+SOCKET_ADDRESS = 107
+# The length of what SGLang calls its sockets below the temporary folder.
+SGLANG_SOCKET = "tmp12345678"
 
 
 class LaunchError(Exception):
@@ -99,6 +106,21 @@ def check_moves(config: PascalConfig, server_args: Any) -> None:
     problem = problem_with(config.kv_transport)
     if config.moves and server_args.dp_size > 1 and problem is not None:
         raise LaunchError(f"--pascal-kv-transport {config.kv_transport}: {problem}")
+
+
+def check_temporary_folder(server_args: Any) -> None:
+    """Sockets live there, and the address of one has a length that the system bounds."""
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise LaunchError(f"no temporary folder can be written to: {error.strerror}") from None
+    name = LONGEST_NAME if server_args.dp_size > 1 else SGLANG_SOCKET
+    allowed = SOCKET_ADDRESS - len(name) - 1
+    if (length := len(os.fsencode(folder))) > allowed:
+        raise LaunchError(
+            f"the temporary folder's name has {length} characters, and sockets in it leave room "
+            f"for {allowed}; set TMPDIR to a shorter one"
+        )
 
 
 def check_frontend(config: PascalConfig, server_args: Any) -> None:

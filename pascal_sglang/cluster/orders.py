@@ -59,3 +59,11 @@ class Died:
     """Controller to instances: the instance is no more."""
 
     dp_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Instance to controller: it has answered a control request, of the type named `kind`."""
+
+    dp_rank: int
+    kind: str

@@ -32,9 +32,9 @@ class Processes:
         """File descriptors that become readable when a process ends."""
         return list(self._alive)
 
-    def ended(self, sentinel: int) -> int:
-        """The instance of the process that has just ended; its other ranks, which wait for it in
-        vain, are ended too."""
+    def ended(self, sentinel: int) -> tuple[int, bool]:
+        """The instance of the process that has just ended, and whether in order; its other ranks,
+        which wait for it in vain, are ended too."""
         process = self._alive.pop(sentinel)
         process.join()
         instance = self.homes[process.pid]
@@ -48,7 +48,7 @@ class Processes:
         for other in self._alive.values():
             if self.homes[other.pid] == instance:
                 other.kill()
-        return instance
+        return instance, process.exitcode == 0
 
     def outlive_schedulers(self) -> None:
         """SGLang's schedulers send SIGQUIT to their parent before they end with an exception: take

@@ -38,6 +38,7 @@ KINDS: dict[str, type] = {
         orders.Over,
         orders.Gone,
         orders.Died,
+        orders.Answered,
         Status,
     )
 }

@@ -10,7 +10,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
-from pascal_sglang.cluster.orders import Gone
+from pascal_sglang.cluster.orders import Answered, Gone
 from pascal_sglang.cluster.post import CONTROLLER, POST_ENV, Pen
 from pascal_sglang.cluster.prefixes import block_names
 from pascal_sglang.cluster.status import Status
@@ -53,6 +53,10 @@ class Herald:
         ids = req.origin_input_ids + req.output_ids_through_stop
         blocks = list(islice(block_names(ids, req.extra_key), MAX_ITEMS))
         self.pen.write(CONTROLLER, Gone(self._dp_rank, req.rid, blocks))
+
+    def answered(self, request: Any) -> None:
+        """A control request has been answered to the tokenizer manager."""
+        self.pen.write(CONTROLLER, Answered(self._dp_rank, type(request).__name__))
 
     def status(self, batch: ScheduleBatch | None) -> Status:
         return Status(

@@ -80,7 +80,7 @@ def test_the_end_of_a_process_is_seen_and_its_other_ranks_follow():
         watched = Processes(ranks, {p.pid: home for p, home in zip(ranks, (0, 1, 1), strict=True)})
         ranks[1].kill()
         assert multiprocessing.connection.wait(watched.sentinels, 30) == [ranks[1].sentinel]
-        assert watched.ended(ranks[1].sentinel) == 1
+        assert watched.ended(ranks[1].sentinel) == (1, False)
         ranks[2].join(30)
         assert ranks[2].exitcode == -signal.SIGKILL
         assert ranks[0].is_alive()
