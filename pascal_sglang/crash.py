@@ -15,11 +15,14 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http import HTTPStatus
 from typing import Any
 
+import psutil
+
 from pascal_sglang.cluster.private_folder import remove_ownerless
+from pascal_sglang.cluster.processes import end_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ class ProcessWatch:
         self, processes: list[Any], names: list[str], crashed: Callable[[str], None]
     ) -> None:
         """crashed: gets one line, from another thread."""
-        self._names = {p.sentinel: (p, name) for p, name in zip(processes, names, strict=True)}
+        self._names = {end_of(p): (p, name) for p, name in zip(processes, names, strict=True)}
         self._crashed = crashed
         self._stop, self._stopped = os.pipe()
         self._thread = threading.Thread(target=self._run, name="process_watch", daemon=True)
@@ -165,13 +168,14 @@ class CrashShutdown:
 
 
 def end_children() -> None:
-    """Kill every process below this one and wait for it; errors are logged."""
-    from sglang.srt.utils import kill_process_tree
-
-    try:
-        kill_process_tree(os.getpid(), include_parent=False, wait_timeout=LIMIT_S)
-    except RuntimeError as error:
-        logger.error("pascal_sglang: %s", error)
+    """Kill every process below this one and wait for it; whoever stays is logged."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    _, left = psutil.wait_procs(children, timeout=LIMIT_S)
+    if left:
+        logger.error("pascal_sglang: processes that do not end: %s", [p.pid for p in left])
 
 
 def _diagnostics() -> tuple[Any, Any]:

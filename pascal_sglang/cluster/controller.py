@@ -171,7 +171,7 @@ class PascalController(WatchedController):
             self.residents.gone(message.rid)
             self.prefixes.ended(message.dp_rank, message.blocks)
         elif isinstance(message, Answered):
-            self.replies.answered(message.dp_rank, message.kind)
+            self.replies.answered(message.dp_rank, message.request)
         else:
             self.box.rejected["not for the controller"] += 1
 

@@ -63,7 +63,7 @@ class Died:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Instance to controller: it has answered a control request, of the type named `kind`."""
+    """Instance to controller: it has answered a control request, whose type has that name."""
 
     dp_rank: int
-    kind: str
+    request: str

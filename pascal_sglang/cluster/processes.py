@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -12,6 +13,21 @@ logger = logging.getLogger(__name__)
 # A scheduler that asks for the server's end is itself about to end; if nobody has after this many
 # seconds, one hangs and the whole server ends as SGLang means it to.
 QUIT_S = 15.0
+
+
+def end_of(process: Any) -> int:
+    """A file descriptor that becomes readable when the process ends.
+
+    Python's own sentinel is a pipe that the process closes with its end; a child that it has forked
+    holds it open.
+    """
+    if isinstance(process, BaseProcess) and process.pid is not None:
+        try:
+            return os.pidfd_open(process.pid)
+        except OSError:  # A kernel without them, or a process that has ended already.
+            pass
+    sentinel: int = process.sentinel
+    return sentinel
 
 
 class Processes:
@@ -23,7 +39,7 @@ class Processes:
     def __init__(self, processes: list[Any], homes: dict[int, int]) -> None:
         """processes: SGLang's, or what stands for them (`ray_deaths`)."""
         self.homes = homes
-        self._alive = {p.sentinel: p for p in processes if p is not None and p.pid in homes}
+        self._alive = {end_of(p): p for p in processes if p is not None and p.pid in homes}
         self._asked_to_quit = False
         self._quit_at: float | None = None
 

@@ -59,6 +59,7 @@ class WatchedController(DataParallelController):
     residents: Residents
     undertaker: Undertaker
     box: Box
+    workers: list[Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.errors = LoopErrors()
@@ -71,7 +72,8 @@ class WatchedController(DataParallelController):
         self._poller = zmq.Poller()
         super().__init__(*args, **kwargs)
         # Every send of SGLang's to an instance goes through these.
-        self.workers = [w if w is None else WorkerSender(w) for w in self.workers]
+        sockets: list[Any] = self.workers
+        self.workers = [None if s is None else WorkerSender(s) for s in sockets]
         self.to_tokenizer = get_zmq_socket(
             self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False
         )

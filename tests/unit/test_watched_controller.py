@@ -200,7 +200,8 @@ def test_no_message_ends_the_loop(scene, monkeypatch):
     one.send(io.ActiveRanksOutput(status=[True]))
     one.send(request("b", routed_dp_rank=0))
     assert one.hear(one.instances[0]).rid == "b"
-    assert one.controller.errors.counts == {"unreadable request": 1, "dispatch": 1}
+    counts = {"unreadable request": 1, "dispatch": 1, "ActiveRanksOutput": 1}
+    assert one.controller.errors.counts == counts
     assert one.controller.describe()["errors"] == one.controller.errors.counts
 
 

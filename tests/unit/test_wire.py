@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pascal_sglang.cluster.messages import Ask, Cancelled, Chunk, Got, Granted, Handover, Mine
-from pascal_sglang.cluster.orders import Boundary, Died, Gone, Order, Over
+from pascal_sglang.cluster.orders import Answered, Boundary, Died, Gone, Order, Over
 from pascal_sglang.cluster.post import CONTROLLER, Box, Pen
 from pascal_sglang.cluster.status import Status
 from pascal_sglang.cluster.wire import (
@@ -47,6 +47,7 @@ ALL = [
     Over(1, "m", False, "full"),
     Gone(1, "r", [1, 2**47]),
     Died(0),
+    Answered(0, "FlushCacheReqInput"),
     STATUS,
 ]
 
