@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from pascal_sglang.cluster.private_folder import remove_ownerless
+from pascal_sglang.cluster.private_folder import remove_all
 from pascal_sglang.cluster.processes import end_of
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class CrashShutdown:
     reason: one line; None while nothing has happened.
     """
 
-    def __init__(self, manager: Any, clean_up: Callable[[], None] = remove_ownerless) -> None:
+    def __init__(self, manager: Any, clean_up: Callable[[], None] = remove_all) -> None:
         """manager: SGLang's tokenizer manager, or the router of several."""
         self._manager = manager
         self._clean_up = clean_up
@@ -92,17 +92,18 @@ class CrashShutdown:
         limit = DIAGNOSTICS_S if _requested_diagnostics() else LIMIT_S
         if loop is None or loop.is_closed():
             # Nobody has asked for anything yet; or other processes serve HTTP, and end with us.
-            limit = 0.0
-        else:
-            loop.call_soon_threadsafe(self._start, loop)
+            loop, limit = None, 0.0
         threading.Thread(target=self._force, args=(limit,), daemon=True).start()
+        if loop is not None:
+            loop.call_soon_threadsafe(self._start, loop)
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._task = loop.create_task(self._end())
 
     def handle_signals(self) -> None:
-        """A child that fails sends SIGQUIT to its parent. Only from the main thread."""
-        signal.signal(signal.SIGQUIT, lambda *_: self._on_sigquit())
+        """A child that fails sends SIGQUIT to its parent; only the main thread can take it."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGQUIT, lambda *_: self._on_sigquit())
         stock: Any = getattr(self._manager, "signal_handler_class", None)
         if stock is None:
             return
@@ -151,7 +152,11 @@ class CrashShutdown:
             "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
         }
         for rid in list(self._manager.rid_to_state):
-            self._manager._handle_abort_req(AbortReq(rid=rid, finished_reason=reason))
+            try:
+                self._manager._handle_abort_req(AbortReq(rid=rid, finished_reason=reason))
+            except Exception:
+                logger.exception("pascal_sglang: cannot answer request %s", rid)
+                self._manager.rid_to_state.pop(rid, None)
 
     async def _refuse(self, *_: Any, **__: Any) -> AsyncGenerator[Any, None]:
         from fastapi import HTTPException

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Any
 
 from pascal_sglang.cluster import board
-from pascal_sglang.cluster.private_folder import remove_own, remove_ownerless
+from pascal_sglang.cluster.private_folder import remove_all
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.crash import CrashShutdown, ProcessWatch, end_children
 from pascal_sglang.handshake import BOARD_KEY, INIT_INFO_KEY, require_same_config
@@ -20,8 +20,8 @@ STATUS_PATH = "/pascal/status"
 HEALTH_PATH = "/health"
 # For every instance to say how it is, in seconds, and how often to ask. From the second time on the
 # controller answers for one that has just fallen silent.
-STATUS_S = 10.0
-STATUS_ASKED = 2
+STATUS_S = 7.0
+STATUS_ASKED = 3
 # A controller shows itself twice a second; it hangs when it has not for this many seconds.
 SHOWN_S = 5.0
 # Where the controller of this server shows what it does; empty without one.
@@ -73,8 +73,7 @@ def run_http_server(
     check_frontend(config, server_args)
 
     def clean_up() -> None:
-        remove_own()
-        remove_ownerless()
+        remove_all()
         _remove_load_file(port_args)
 
     crash = CrashShutdown(manager, clean_up)
@@ -128,15 +127,14 @@ def add_routes(crash: CrashShutdown) -> None:
         for _ in range(STATUS_ASKED):
             try:
                 states = await asyncio.wait_for(manager.get_internal_state(), STATUS_S)
-                break
             except TimeoutError:
                 continue
-        else:
-            raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer")
-        # One that was silent may have answered twice.
-        by_rank = {s[INIT_INFO_KEY]["dp_rank"]: s[INIT_INFO_KEY] for s in states}
-        shown = {"controller": controller()} if _board else {}
-        return {"instances": [by_rank[rank] for rank in sorted(by_rank)], **shown}
+            instances = {s[INIT_INFO_KEY]["dp_rank"]: s[INIT_INFO_KEY] for s in states}
+            # One that was silent may answer late, to what was asked before, and so twice.
+            if len(instances) == len(states):
+                shown = {"controller": controller()} if _board else {}
+                return {"instances": [instances[rank] for rank in sorted(instances)], **shown}
+        raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer")
 
     async def health(request: Request) -> Any:
         """SGLang's; with `instances=1` also the state of each: 503 unless all are live."""
@@ -156,7 +154,7 @@ def add_routes(crash: CrashShutdown) -> None:
     if STATUS_PATH not in {getattr(route, "path", None) for route in routes}:
         http_server.app.get(STATUS_PATH)(status)
         # Before SGLang's: the first that matches is taken.
-        routes.insert(0, APIRoute(HEALTH_PATH, health, methods=["GET"]))
+        routes.insert(0, APIRoute(HEALTH_PATH, health, methods=["GET"], include_in_schema=False))
 
 
 def controller() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from pascal_sglang.cluster.private_folder import remove_ownerless
+from pascal_sglang.cluster.private_folder import remove_all
 from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
 from pascal_sglang.flags import add_flags, from_flags
 from pascal_sglang.preflight import (
@@ -112,7 +112,7 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     finally:
         if psutil.Process().children():
             kill_process_tree(os.getpid(), include_parent=False)
-        remove_ownerless()
+        remove_all()
 
 
 def _admit_plugin(environ: os._Environ[str]) -> None:

@@ -45,11 +45,13 @@ class PrivateFolder:
 _own: list[PrivateFolder] = []
 
 
+# After `Engine.shutdown`, which SGLang registers later, and which kills the owners.
 @atexit.register
-def remove_own() -> None:
-    """This process ends: remove its folders."""
+def remove_all() -> None:
+    """This process ends: remove its folders, and those of the processes that it has ended."""
     while _own:
         _own.pop().remove()
+    remove_ownerless()
 
 
 def remove_ownerless() -> list[str]:

@@ -4,7 +4,7 @@ One server serves the whole file, in this order, with one instance less after ea
 """
 
 import json
-import os
+import re
 import time
 import urllib.error
 import uuid
@@ -15,8 +15,6 @@ import pytest
 
 from tests.engine.test_migration import alive, at_rest, nothing_left, total
 from tests.requests import chat, generate
-
-SHARED = Path("/dev/shm")
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +48,8 @@ def becomes(server, states):
 
 def counted(server):
     """The metric of instances, by state."""
-    lines = server.get("/metrics").splitlines()
-    series = [line for line in lines if line.startswith("pascal:instances{")]
-    return {
-        line.partition('state="')[2].partition('"')[0]: float(line.split()[-1]) for line in series
-    }
+    series = re.findall(r'^pascal:instances{.*state="(\w+)".*} (.*)$', server.get("/metrics"), re.M)
+    return {state: float(number) for state, number in series}
 
 
 def instance(server, index):
@@ -178,6 +173,9 @@ def test_a_dead_detokenizer_ends_the_server(server, folder):
         jobs.append(("/v1/chat/completions", {**chat(f"cut {i}", 6, 900), **stream}))
     with ThreadPoolExecutor(len(jobs)) as pool:
         replies = [pool.submit(last_words, server, *job) for job in jobs]
+        maps = Path(f"/proc/{instance(server, 0).pid}/maps").read_text()
+        shared = set(re.findall(r"/dev/shm/sglang_loads\S*", maps))
+        assert shared
         deadline = time.monotonic() + 30
         while sum(len(i["requests"]) for i in alive(server)) < len(jobs):
             assert time.monotonic() < deadline
@@ -191,5 +189,4 @@ def test_a_dead_detokenizer_ends_the_server(server, folder):
     assert server.wait_gone() == []
     assert "pascal_sglang: error: detokenizer" in server.output
     assert list(folder.glob("pascal-*")) == []
-    mine = {f"sglang_loads_{Path(f).name}" for f in os.listdir(folder)}
-    assert not [f for f in os.listdir(SHARED) if f.startswith(tuple(mine))]
+    assert [path for path in shared if Path(path).exists()] == []

@@ -46,7 +46,7 @@ def test_what_a_killed_owner_left_is_swept_and_what_a_live_one_has_is_not(tempor
     assert remove_ownerless() == [path]
     assert not os.path.exists(path)
     assert os.stat(living.path).st_mode & 0o777 == 0o700
-    private_folder.remove_own()
+    private_folder.remove_all()
     assert os.listdir(temporary) == []
 
 
@@ -122,5 +122,5 @@ def test_a_temporary_folder_with_too_long_a_name_is_refused_in_one_line(
 def test_the_longest_name_is_that_of_a_letter_box(temporary):
     folder = PrivateFolder()
     address = post.box_of(folder.path, post.CONTROLLER).removeprefix(f"ipc://{temporary}/")
-    private_folder.remove_own()
+    private_folder.remove_all()
     assert len(address) == len(LONGEST_NAME)
