@@ -1,6 +1,7 @@
 """A process of the server dies: seen at once, requests are answered, and the server ends."""
 
 import asyncio
+import importlib
 import multiprocessing
 import os
 import queue
@@ -64,6 +65,7 @@ class Manager:
 
 @pytest.fixture
 def harmless(monkeypatch):
+    importlib.import_module("sglang.srt.managers.io_struct")  # A server has it by then.
     monkeypatch.setattr(crash, "end_children", lambda: None)
     monkeypatch.setattr(CrashShutdown, "_force", lambda self, limit_s: None)
 
