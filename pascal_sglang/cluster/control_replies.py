@@ -16,7 +16,7 @@ from sglang.srt.managers import io_struct as io
 
 from pascal_sglang.handshake import INIT_INFO_KEY
 
-# Requests that wait for replies. SGLang sends one of each kind at a time.
+# Requests that wait for replies. Each tokenizer worker sends one of each kind at a time.
 MAX_WAITING = 256
 
 
@@ -59,9 +59,11 @@ REPLIES: dict[type, Callable[[str], Any]] = {
 
 @dataclass(slots=True)
 class Waiting:
-    """One control request under way."""
+    """One control request under way; not the request itself, which may carry weights."""
 
-    request: Any
+    kind: type
+    # The way back where there are several tokenizer workers.
+    worker_ipc: str | None
     # Instances that have not answered yet.
     live: set[int]
     # Instances that this controller answers for, and what is the matter with each.
@@ -85,13 +87,14 @@ class ControlReplies:
     def sent(self, request: Any, live: Iterable[int], absent: dict[int, str]) -> None:
         """The request went to the `live` instances, and not to the `absent` ones."""
         if type(request) in REPLIES:
-            self._waiting.append(Waiting(request, set(live), dict(absent)))
+            ipc = request.http_worker_ipc
+            self._waiting.append(Waiting(type(request), ipc, set(live), dict(absent)))
             self._close_complete()
 
     def answered(self, instance: int, kind: str) -> None:
         """The instance has answered a control request of that kind."""
         for waiting in self._waiting:
-            if instance in waiting.live and type(waiting.request).__name__ == kind:
+            if instance in waiting.live and waiting.kind.__name__ == kind:
                 waiting.live.discard(instance)
                 break
         self._close_complete()
@@ -108,14 +111,14 @@ class ControlReplies:
         for waiting in [w for w in self._waiting if not w.live]:
             self._waiting.remove(waiting)
             for instance, state in waiting.absent.items():
-                self._reply(reply_for(waiting.request, instance, state))
+                reply = reply_for(waiting.kind, instance, state)
+                reply.http_worker_ipc = waiting.worker_ipc
+                self._reply(reply)
 
 
-def reply_for(request: Any, instance: int, state: str) -> Any:
-    """The reply to `request` in the place of an instance that is `dead` or `silent`."""
-    reply = REPLIES[type(request)](f"Instance {instance} is {state}.")
+def reply_for(kind: type, instance: int, state: str) -> Any:
+    """The reply to a request of that kind in the place of an instance that is `dead` or `silent`."""
+    reply = REPLIES[kind](f"Instance {instance} is {state}.")
     if isinstance(reply, io.GetInternalStateReqOutput):
         reply.internal_state = {INIT_INFO_KEY: {"dp_rank": instance, state: True}}
-    # The way back where there are several tokenizer workers.
-    reply.http_worker_ipc = request.http_worker_ipc
     return reply
