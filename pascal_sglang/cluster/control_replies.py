@@ -117,7 +117,7 @@ class ControlReplies:
 
 
 def reply_for(kind: type, instance: int, state: str) -> Any:
-    """The reply to a request of that kind in the place of an instance that is `dead` or `silent`."""
+    """The reply to such a request in the place of an instance that is `dead` or `silent`."""
     reply = REPLIES[kind](f"Instance {instance} is {state}.")
     if isinstance(reply, io.GetInternalStateReqOutput):
         reply.internal_state = {INIT_INFO_KEY: {"dp_rank": instance, state: True}}
