@@ -35,6 +35,15 @@ LIMIT_S = 6.0
 DIAGNOSTICS_S = 120.0
 
 
+# Set on SGLang's tokenizer manager once the server ends: nothing is held back any more.
+ENDING = "pascal_ending"
+
+
+def is_ending(manager: Any) -> bool:
+    """Whether the server ends, asked to or after a death."""
+    return bool(manager.gracefully_exit or getattr(manager, ENDING, False))
+
+
 class ProcessWatch:
     """In the place of SGLang's `SubprocessWatchdog`: sees the end of a process when it happens."""
 
@@ -123,6 +132,7 @@ class CrashShutdown:
     async def _end(self) -> None:
         manager = self._manager
         manager.generate_request = self._refuse
+        setattr(manager, ENDING, True)
         asked = _requested_diagnostics()
         if manager.crash_dump_folder:
             with ExitStack() as without:

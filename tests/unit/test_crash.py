@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from pascal_sglang import crash
-from pascal_sglang.crash import EXIT_CRASHED, CrashShutdown, ProcessWatch
+from pascal_sglang.crash import EXIT_CRASHED, CrashShutdown, ProcessWatch, is_ending
 
 
 def started(target, *args):
@@ -50,6 +50,7 @@ class Manager:
     """What `CrashShutdown` knows of SGLang's tokenizer manager."""
 
     crash_dump_folder = ""
+    gracefully_exit = False
     signal_handler_class = object
 
     def __init__(self, loop, stop):
@@ -82,6 +83,7 @@ def test_requests_are_answered_before_the_server_stops(harmless):
         with pytest.raises(fastapi.HTTPException) as refused:
             await anext(manager.generate_request(None))
         await asyncio.wait_for(stopped.wait(), 30)
+        assert is_ending(manager), "paced streams hold nothing back"
         return manager, refused.value
 
     manager, refused = asyncio.run(scene())
