@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
 from pascal_sglang.cluster import board
+from pascal_sglang.cluster.private_folder import remove_all
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.crash import CrashShutdown, ProcessWatch, end_children
 from pascal_sglang.handshake import BOARD_KEY, INIT_INFO_KEY, require_same_config
 from pascal_sglang.preflight import check_frontend
 from pascal_sglang.request_checks import problem_with_request
 
 STATUS_PATH = "/pascal/status"
-STATUS_S = 20.0
+HEALTH_PATH = "/health"
+# For every instance to say how it is, in seconds, and how often to ask. From the second time on the
+# controller answers for one that has just fallen silent.
+STATUS_S = 7.0
+STATUS_ASKED = 3
+# A controller shows itself twice a second; it hangs when it has not for this many seconds.
+SHOWN_S = 5.0
 # What the status route repeats as `server_id`: a script knows the server that it started by it.
 SERVER_ID_ENV = "PASCAL_SGLANG_SERVER_ID"
 # Where the controller of this server shows what it does; empty without one.
@@ -46,18 +55,75 @@ def keep_created_time(original: Callable[[Any], dict[str, Any]], stats: Any) -> 
     return {**original(stats), "created_time": stats.created_time}
 
 
-def add_status_route(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Before `http_server._setup_and_run_http_server`: serve `GET /pascal/status`.
+def run_http_server(
+    original: Callable[..., None],
+    server_args: Any,
+    manager: Any,
+    template_manager: Any,
+    port_args: Any,
+    scheduler_infos: Any,
+    watchdog: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Around `http_server._setup_and_run_http_server`: our routes, an orderly end after a death.
 
-    Raises: `LaunchError` for what would silently not happen behind SGLang's own entry points.
+    Raises: `LaunchError` for what would silently not happen behind SGLang's own entry points;
+    SystemExit with one line when a process of the server has died.
     """
-    from fastapi import HTTPException
-    from sglang.srt.entrypoints import http_server
-    from sglang.srt.utils.auth import AuthLevel, auth_level
-
     config = PascalConfig.from_env()
     assert config is not None
     check_frontend(config, server_args)
+
+    def clean_up() -> None:
+        remove_all()
+        _remove_load_file(port_args)
+
+    crash = CrashShutdown(manager, clean_up)
+    crash.handle_signals()
+    watch = ProcessWatch(
+        [] if watchdog is None else watchdog._processes,
+        [] if watchdog is None else watchdog._names,
+        crash.begin,
+    )
+    if watchdog is not None:
+        watchdog.stop()
+    add_routes(crash)
+    watch.start()
+    try:
+        original(
+            server_args,
+            manager,
+            template_manager,
+            port_args,
+            scheduler_infos,
+            watch,
+            *args,
+            **kwargs,
+        )
+    finally:
+        watch.stop()
+        end_children()
+        clean_up()
+    if crash.reason is not None:
+        raise SystemExit(f"pascal_sglang: error: {crash.reason}")
+
+
+def _remove_load_file(port_args: Any) -> None:
+    """SGLang's schedulers leave their shared file of loads behind when they are killed."""
+    from sglang.srt.managers.load_snapshot import shm_path_for
+
+    with contextlib.suppress(OSError):
+        os.unlink(shm_path_for(port_args.instance_id))
+
+
+def add_routes(crash: CrashShutdown) -> None:
+    """Serve `GET /pascal/status`, and `instances=1` of `GET /health`."""
+    from fastapi import HTTPException, Request
+    from fastapi.responses import JSONResponse
+    from fastapi.routing import APIRoute
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.utils.auth import AuthLevel, auth_level
 
     # Ids of everybody's requests: for the operator, as SGLang's route that aborts by id.
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
@@ -65,18 +131,57 @@ def add_status_route(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
         """Per instance: counts by phase, KV tokens, live and recent requests with their times."""
         manager = http_server.get_global_state().tokenizer_manager
         whole = type(manager).get_internal_state.__wrapped__  # Around it is `withhold_status`.
-        try:
-            states = await asyncio.wait_for(whole(manager), STATUS_S)
-        except TimeoutError:
-            raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer") from None
-        instances = sorted((s[INIT_INFO_KEY] for s in states), key=lambda i: i["dp_rank"])
-        shown = {"controller": board.read(_board[-1])} if _board else {}
-        if server_id := os.environ.get(SERVER_ID_ENV):
-            shown["server_id"] = server_id
-        return {"instances": instances, **shown}
+        for _ in range(STATUS_ASKED):
+            try:
+                states = await asyncio.wait_for(whole(manager), STATUS_S)
+            except TimeoutError:
+                continue
+            instances = {s[INIT_INFO_KEY]["dp_rank"]: s[INIT_INFO_KEY] for s in states}
+            # One that was silent may answer late, to what was asked before, and so twice.
+            if len(instances) == len(states):
+                shown: dict[str, Any] = {"controller": controller()} if _board else {}
+                if server_id := os.environ.get(SERVER_ID_ENV):
+                    shown["server_id"] = server_id
+                return {"instances": [instances[rank] for rank in sorted(instances)], **shown}
+        raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer")
 
-    if STATUS_PATH not in {getattr(route, "path", None) for route in http_server.app.routes}:
+    async def health(request: Request) -> Any:
+        """SGLang's; with `instances=1` also the state of each: 503 unless all are live."""
+        if crash.reason is not None:
+            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, f"The server ends: {crash.reason}.")
+        answer = await http_server.health_generate(request)
+        if request.query_params.get("instances") in (None, "", "0"):
+            return answer
+        states = instance_states()
+        healthy = answer.status_code == HTTPStatus.OK and set(states) == {"live"}
+        return JSONResponse(
+            {"instances": states, "live": states.count("live")},
+            HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE,
+        )
+
+    routes = http_server.app.router.routes
+    if STATUS_PATH not in {getattr(route, "path", None) for route in routes}:
         http_server.app.get(STATUS_PATH)(status)
+        # Before SGLang's: the first that matches is taken.
+        routes.insert(0, APIRoute(HEALTH_PATH, health, methods=["GET"], include_in_schema=False))
+
+
+def controller() -> dict[str, Any]:
+    """What the controller last showed; without its folder, what keeps us from knowing."""
+    try:
+        return board.read(_board[-1])
+    except (OSError, ValueError) as error:
+        return {"unreadable": str(error)}
+
+
+def instance_states() -> list[str]:
+    """`live`, `silent` or `dead` by instance. One without a controller is live, or else the server
+    ends; nothing is known of any whose controller has stopped to show them."""
+    if not _board:
+        return ["live"]
+    shown = controller()
+    states: list[str] = shown.get("states", [])
+    return states if shown.get("shown_s_ago", SHOWN_S) < SHOWN_S else ["unknown"] * len(states)
 
 
 async def withhold_status(

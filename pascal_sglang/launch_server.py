@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import psutil
 
 from pascal_sglang import sglang_flags
+from pascal_sglang.cluster.private_folder import remove_all
 from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
 from pascal_sglang.flags import add_flags, from_flags
 from pascal_sglang.preflight import (
@@ -28,6 +29,7 @@ from pascal_sglang.preflight import (
     check_machine,
     check_moves,
     check_policy,
+    check_temporary_folder,
     one_line,
     open_to_others,
 )
@@ -116,6 +118,7 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     check_policy(config.policy, server_args)
     check_frontend(config, server_args)
     check_moves(config, server_args)
+    check_temporary_folder(server_args)
     print(config.banner(), file=sys.stderr, flush=True)
     if (warning := open_to_others()) is not None:
         print(f"{PROG}: warning: {warning}", file=sys.stderr, flush=True)
@@ -133,6 +136,7 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     finally:
         if psutil.Process().children():
             kill_process_tree(os.getpid(), include_parent=False)
+        remove_all()
 
 
 def _admit_plugin(environ: os._Environ[str]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Hashable
 from typing import Any
 
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.crash import is_ending
 from pascal_sglang.held import Chunk
 from pascal_sglang.pacing import Pacing
 from pascal_sglang.request_checks import problem_with_request
@@ -99,7 +100,7 @@ def generate_request(
     def tpot_of(index: Hashable) -> float:
         return config.answer_tpot_ms_of(_custom_params(obj, index)) / 1000
 
-    return paced(stream, Pacing(tpot_of), stopping=lambda: manager.gracefully_exit)
+    return paced(stream, Pacing(tpot_of), stopping=lambda: is_ending(manager))
 
 
 def _custom_params(obj: Any, index: Hashable) -> Any:

@@ -126,8 +126,8 @@ HOOKS = (
     ),
     Hook(
         "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
-        "before",
-        _frontend("add_status_route"),
+        "around",
+        _frontend("run_http_server"),
         only_main=True,
     ),
     Hook(

@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pascal_sglang import sglang_flags
+from pascal_sglang.cluster.private_folder import LONGEST_NAME
 from pascal_sglang.cluster.transport import problem_with
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.platforms import CPU_PLATFORM
+
+# The longest address of a Unix socket in bytes, without the final null.
+SOCKET_ADDRESS = 107
+# The length of what SGLang calls its sockets below the temporary folder.
+SGLANG_SOCKET = "tmp12345678"
 
 
 class LaunchError(Exception):
@@ -141,6 +147,21 @@ def open_to_others() -> str | None:
         f"umask {umask:04o} lets other users write to SGLang's sockets in {tempfile.gettempdir()}, "
         "and SGLang runs what it is sent there; start it with umask 0022"
     )
+
+
+def check_temporary_folder(server_args: Any) -> None:
+    """Sockets live there, and the address of one has a length that the system bounds."""
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise LaunchError(f"no temporary folder can be written to: {error.strerror}") from None
+    name = LONGEST_NAME if server_args.dp_size > 1 else SGLANG_SOCKET
+    allowed = SOCKET_ADDRESS - len(name) - 1
+    if (length := len(os.fsencode(folder))) > allowed:
+        raise LaunchError(
+            f"the temporary folder's name has {length} characters, and sockets in it leave room "
+            f"for {allowed}; set TMPDIR to a shorter one"
+        )
 
 
 def check_frontend(config: PascalConfig, server_args: Any) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import logging
 import os
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +23,8 @@ from sglang.srt.runtime_context import get_parallel
 from pascal_sglang.frontend import shake_hands
 from pascal_sglang.plugin import ACTOR_ENV
 from pascal_sglang.ray_deaths import Watched, watch
+
+logger = logging.getLogger(__name__)
 
 FORWARDED = ("PASCAL_SGLANG_", "SGLANG_", "PROMETHEUS_", "OMP_NUM_THREADS", "HF_")
 
@@ -91,6 +95,14 @@ def launch_instances(
         def schedulers(self) -> list[Watched]:
             # SGLang records what actors say of themselves in the order in which it makes them.
             return watch(self.scheduler_actors, self.event_loop_refs, list(self._homes))
+
+        def event_loop(self) -> None:
+            """It runs in a thread of the server, which is to end with it."""
+            try:
+                super().event_loop()
+            except Exception:
+                logger.exception("pascal_sglang: the controller has ended")
+                os.kill(os.getpid(), signal.SIGQUIT)
 
     data_parallel_controller.RayDataParallelController = Controller
     return original(cls, copy.deepcopy(server_args), *args, **kwargs)

@@ -9,25 +9,13 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from http import HTTPStatus
 from typing import Any
 
-import zmq
-from sglang.srt.managers.data_parallel_controller import DataParallelController
-from sglang.srt.managers.io_struct import (
-    AbortReq,
-    GetInternalStateReq,
-    GetInternalStateReqOutput,
-    TokenizedGenerateReqInput,
-    sock_recv,
-    sock_send,
-)
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, sock_send
 from sglang.srt.runtime_context import get_observability
-from sglang.srt.utils.network import get_zmq_socket
 
 from pascal_sglang.cluster.board import Board
 from pascal_sglang.cluster.internal_requests import is_health_probe, is_internal
@@ -35,38 +23,39 @@ from pascal_sglang.cluster.location_check import LocationCheck
 from pascal_sglang.cluster.metrics import ControllerMetrics
 from pascal_sglang.cluster.monitor import Monitor
 from pascal_sglang.cluster.mover import Mover
-from pascal_sglang.cluster.orders import Boundary, Died, Gone, LocationReply, Over
+from pascal_sglang.cluster.orders import Answered, Boundary, Died, Gone, LocationReply, Over
 from pascal_sglang.cluster.post import CONTROLLER, POST_ENV, Box, Pen
 from pascal_sglang.cluster.prefixes import Prefixes, block_names
+from pascal_sglang.cluster.private_folder import PrivateFolder, remove_ownerless
 from pascal_sglang.cluster.processes import Processes
 from pascal_sglang.cluster.residents import Residents
 from pascal_sglang.cluster.status import Status
-from pascal_sglang.cluster.undertaker import MESSAGE, Undertaker
+from pascal_sglang.cluster.undertaker import Undertaker
+from pascal_sglang.cluster.watched_controller import WatchedController
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.handshake import INIT_INFO_KEY, handed_on, homes_of, require_same_config
+from pascal_sglang.handshake import handed_on, homes_of, require_same_config
 from pascal_sglang.policy.placement import Instance, Placement
 
-# The watchdog wants to be fed now and then.
-WAKE_MS = 1000
 # How often to look which instances have fallen silent, in seconds.
 LOOK_S = 0.2
 
 
-class PascalController(DataParallelController):
+class PascalController(WatchedController):
     """`DataParallelController` under the configuration in `PASCAL_SGLANG_CONFIG`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         config = PascalConfig.from_env()
         assert config is not None
         self.pascal_config = config
-        self._folder = tempfile.TemporaryDirectory(prefix="pascal-")
-        os.environ[POST_ENV] = self._folder.name
+        remove_ownerless()
+        self._folder = PrivateFolder()
+        os.environ[POST_ENV] = self._folder.path
         homes: dict[int, int] = {}
         self._homes = homes
         super().__init__(*args, **kwargs)
         instances = len(self.workers)
-        self.box = Box(self._folder.name, CONTROLLER, instances)
-        self.pen = Pen(self._folder.name)
+        self.box = Box(self._folder.path, CONTROLLER, instances)
+        self.pen = Pen(self._folder.path)
         self.monitor = Monitor(instances)
         self.prefixes = Prefixes()
         self.placement = Placement(
@@ -83,14 +72,11 @@ class PascalController(DataParallelController):
         self.residents = Residents()
         self.undertaker = Undertaker(self.residents, self.mover, self._fail)
         self.locations = LocationCheck(self.residents, self.pen.write, self.mover.moving)
-        self.processes = Processes(self.schedulers() if config.places else [], homes)
-        self.board = Board(self._folder.name)
+        self.processes = Processes(self.schedulers(), homes)
+        self.board = Board(self._folder.path)
         reports = get_observability().enable_metrics
         model = str(self.server_args.served_model_name)
         self.metrics = ControllerMetrics(model) if reports else None
-        self.to_tokenizer = get_zmq_socket(
-            self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False
-        )
         if config.places:
             self.processes.outlive_schedulers()
             self.dispatching: Callable[[Any], None] = self.place
@@ -118,16 +104,9 @@ class PascalController(DataParallelController):
         info: dict[str, Any] = handed_on(super().get_init_info(), self.board.path)
         return info
 
-    def init_dispatcher(self) -> None:
-        super().init_dispatcher()
-        self._request_dispatcher._mapping[GetInternalStateReq] = self.ask_states
-
-    def ask_states(self, req: Any) -> None:
-        """Every instance answers, and for those that have died this controller does."""
-        self.send_control_message(req)
-        for index in self.undertaker.dead:
-            state = {INIT_INFO_KEY: {"dp_rank": index, "dead": True}}
-            sock_send(self.to_tokenizer, GetInternalStateReqOutput(internal_state=state))
+    def silent(self) -> list[int]:
+        now = time.monotonic()
+        return [i for i in self._active_workers if self.monitor.is_silent(i, now)]
 
     def active(self) -> list[Instance]:
         """Instances that take requests; those that have fallen silent only if there are no others.
@@ -167,22 +146,13 @@ class PascalController(DataParallelController):
         self.prefixes.sent(index, blocks)
         if not (isinstance(req, TokenizedGenerateReqInput) and is_internal(req)):
             self.placed[str(index)] += 1
-        self.residents.lives(req.rid, index)
-
-    def _fail(self, rid: str) -> None:
-        reason = {
-            "type": "abort",
-            "message": MESSAGE,
-            "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
-        }
-        sock_send(self.to_tokenizer, AbortReq(rid=rid, finished_reason=reason))
+        self.residents.lives(req.rid, index, req.http_worker_ipc)
 
     def bury(self, instance: int) -> None:
         """An instance has died: nothing goes there any more, and its requests end."""
         if instance in self.undertaker.dead:
             return
-        self.status[instance] = False
-        self._refresh_active_workers()
+        super().bury(instance)
         self._active_at = -math.inf
         self.prefixes.forget(instance)
         self.hear_all()
@@ -196,7 +166,8 @@ class PascalController(DataParallelController):
         for letter in self.box.letters():
             read = self.box.read(letter)
             if read is not None:
-                self._hear(read[1], now)
+                with self.errors.kept("control message"):
+                    self._hear(read[1], now)
 
     def _hear(self, message: Any, now: float) -> None:
         if isinstance(message, Status):
@@ -213,60 +184,42 @@ class PascalController(DataParallelController):
             self.prefixes.ended(message.dp_rank, message.blocks)
         elif isinstance(message, LocationReply):
             self.locations.hear(message)
+        elif isinstance(message, Answered):
+            self.replies.answered(message.dp_rank, message.request)
         else:
             self.box.rejected["not for the controller"] += 1
 
     def _tick(self, now: float) -> None:
+        super()._tick(now)
         self.mover.forget_old(now)
         self.undertaker.tick(now)
         self.locations.tick(now, {i: self.monitor.dispatched(i) for i in self._active_workers})
-        self.processes.tick(now)
         self.board.show(now, self.describe)
         if self.metrics is not None:
             self.metrics.follow("placed_requests", self.placed)
             self.metrics.follow("boundary_decisions", self.mover.decisions)
             self.metrics.follow("controller_rejected", self.box.rejected)
+            self.metrics.follow("controller_errors", self.errors.counts)
+            self.metrics.count_instances(Counter(self.states().values()))
 
     def describe(self) -> dict[str, Any]:
         """For `GET /pascal/status`: what the controller decided, and whom it hears from."""
         now = time.monotonic()
         heard = self.monitor.heard
+        states = self.states()
         return {
+            "states": [states[i] for i in sorted(states)],
             "placed": dict(self.placed),
             "decisions": dict(self.mover.decisions),
             "moves": dict(self.mover.ended),
             "moves_under_way": len(self.mover.under_way),
             "rejected": dict(self.box.rejected),
-            "unsent": self.pen.dropped,
+            "errors": dict(self.errors.counts),
+            "unsent": self.pen.dropped + sum(w.dropped for w in self.workers if w is not None),
+            "unwritten": self.board.failed,
             "residents": len(self.residents),
             "forgotten": self.locations.forgotten,
             "silent_s": [None if at is None else round(now - at, 3) for at in heard],
-            "silent": [i for i in range(len(heard)) if self.monitor.is_silent(i, now)],
+            "silent": [i for i in states if states[i] == "silent"],
             "dead": sorted(self.undertaker.dead),
         }
-
-    def event_loop(self) -> None:
-        """Wait for requests, messages and the end of schedulers; wake once a second."""
-        poller = zmq.Poller()
-        poller.register(self.recv_from_tokenizer, zmq.POLLIN)
-        poller.register(self.box.socket, zmq.POLLIN)
-        for sentinel in self.processes.sentinels:
-            poller.register(sentinel, zmq.POLLIN)
-        while True:
-            self.soft_watchdog.feed()
-            ready: dict[Any, int] = dict(poller.poll(WAKE_MS))
-            self._tick(time.monotonic())
-            if self.box.socket in ready:
-                self.hear_all()
-            for sentinel in self.processes.sentinels:
-                if sentinel in ready:
-                    poller.unregister(sentinel)
-                    self.bury(self.processes.ended(sentinel))
-            if self.recv_from_tokenizer not in ready:
-                continue
-            while True:
-                try:
-                    received = sock_recv(self.recv_from_tokenizer, flags=zmq.NOBLOCK)
-                except zmq.Again:
-                    break
-                self._request_dispatcher(received)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+# What an instance can be. Silent: it has not said for a while how it is.
+STATES = ("live", "silent", "dead")
+
 
 class ControllerMetrics:
     """Counters that follow the controller's own; built in its process after SGLang set
     `PROMETHEUS_MULTIPROC_DIR`, which `prometheus_client` reads on import."""
 
     def __init__(self, model: str) -> None:
-        from prometheus_client import Counter
+        from prometheus_client import Counter, Gauge
 
         self._model = model
         self._series = {
@@ -19,8 +22,15 @@ class ControllerMetrics:
                 ("placed_requests", "dp_rank", "New requests sent to an instance."),
                 ("boundary_decisions", "why", "Decisions at the end of thinking, by reason."),
                 ("controller_rejected", "reason", "Letters to the controller that were none."),
+                ("controller_errors", "doing", "Errors that the controller got over, by place."),
             )
         }
+        self._instances = Gauge(
+            "pascal:instances",
+            "Instances by state: live, silent or dead.",
+            ["model_name", "state"],
+            multiprocess_mode="mostrecent",
+        )
         self._reported: dict[tuple[str, str], int] = {}
 
     def follow(self, name: str, counts: Mapping[str, int]) -> None:
@@ -30,3 +40,8 @@ class ControllerMetrics:
             if new:
                 self._series[name].labels(self._model, label).inc(new)
                 self._reported[name, label] = count
+
+    def count_instances(self, counts: Mapping[str, int]) -> None:
+        """Report how many instances are in each state."""
+        for state in STATES:
+            self._instances.labels(self._model, state).set(counts.get(state, 0))

@@ -78,3 +78,11 @@ class Died:
     """Controller to instances: the instance is no more."""
 
     dp_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Instance to controller: it has answered a control request, whose type has that name."""
+
+    dp_rank: int
+    request: str

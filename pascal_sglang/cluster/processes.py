@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -12,6 +13,21 @@ logger = logging.getLogger(__name__)
 # A scheduler that asks for the server's end is itself about to end; if nobody has after this many
 # seconds, one hangs and the whole server ends as SGLang means it to.
 QUIT_S = 15.0
+
+
+def end_of(process: Any) -> int:
+    """A file descriptor that becomes readable when the process ends.
+
+    Python's own sentinel is a pipe that the process closes with its end; a child that it has forked
+    holds it open.
+    """
+    if isinstance(process, BaseProcess) and process.pid is not None:
+        try:
+            return os.pidfd_open(process.pid)
+        except OSError:  # A kernel without them, or a process that has ended already.
+            pass
+    sentinel: int = process.sentinel
+    return sentinel
 
 
 class Processes:
@@ -23,7 +39,7 @@ class Processes:
     def __init__(self, processes: list[Any], homes: dict[int, int]) -> None:
         """processes: SGLang's, or what stands for them (`ray_deaths`)."""
         self.homes = homes
-        self._alive = {p.sentinel: p for p in processes if p is not None and p.pid in homes}
+        self._alive = {end_of(p): p for p in processes if p is not None and p.pid in homes}
         self._asked_to_quit = False
         self._quit_at: float | None = None
 
@@ -32,9 +48,9 @@ class Processes:
         """File descriptors that become readable when a process ends."""
         return list(self._alive)
 
-    def ended(self, sentinel: int) -> int:
-        """The instance of the process that has just ended; its other ranks, which wait for it in
-        vain, are ended too."""
+    def ended(self, sentinel: int) -> tuple[int, bool]:
+        """The instance of the process that has just ended, and whether in order; its other ranks,
+        which wait for it in vain, are ended too."""
         process = self._alive.pop(sentinel)
         process.join()
         instance = self.homes[process.pid]
@@ -48,7 +64,7 @@ class Processes:
         for other in self._alive.values():
             if self.homes[other.pid] == instance:
                 other.kill()
-        return instance
+        return instance, process.exitcode == 0
 
     def outlive_schedulers(self) -> None:
         """SGLang's schedulers send SIGQUIT to their parent before they end with an exception: take

@@ -14,15 +14,25 @@ class Residents:
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.capacity = capacity
         self._homes: OrderedDict[str, int] = OrderedDict()
+        # Where there are several tokenizer workers: the address of each request's own.
+        self._worker_ipcs: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self._homes)
 
-    def lives(self, rid: str, index: int) -> None:
-        """The request is on that instance now."""
+    def lives(self, rid: str, index: int, worker_ipc: str | None = None) -> None:
+        """The request is on that instance now. worker_ipc: SGLang's `http_worker_ipc`, if it has
+        one; it stays what it was."""
         self._homes[rid] = index
+        if worker_ipc is not None:
+            self._worker_ipcs[rid] = worker_ipc
         while len(self._homes) > self.capacity:
-            self._homes.popitem(last=False)
+            oldest, _ = self._homes.popitem(last=False)
+            self._worker_ipcs.pop(oldest, None)
+
+    def worker_ipc(self, rid: str) -> str | None:
+        """The tokenizer worker that waits for the request's outputs."""
+        return self._worker_ipcs.get(rid)
 
     def home(self, rid: str) -> int | None:
         return self._homes.get(rid)
@@ -30,6 +40,7 @@ class Residents:
     def gone(self, rid: str) -> None:
         """The request has ended."""
         self._homes.pop(rid, None)
+        self._worker_ipcs.pop(rid, None)
 
     def __iter__(self) -> Iterator[str]:
         """Every request, beginning with the one not asked about for the longest time."""

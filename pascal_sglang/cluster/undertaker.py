@@ -51,5 +51,5 @@ class Undertaker:
             self.fail(rid)
 
     def fail(self, rid: str) -> None:
-        self.residents.gone(rid)
         self._fail(rid)
+        self.residents.gone(rid)

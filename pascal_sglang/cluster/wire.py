@@ -46,6 +46,7 @@ KINDS: dict[str, type] = {
         orders.Died,
         orders.LocationQuery,
         orders.LocationReply,
+        orders.Answered,
         Status,
     )
 }

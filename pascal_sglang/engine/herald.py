@@ -10,7 +10,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
-from pascal_sglang.cluster.orders import Gone, LocationQuery, LocationReply
+from pascal_sglang.cluster.orders import Answered, Gone, LocationQuery, LocationReply
 from pascal_sglang.cluster.post import CONTROLLER, POST_ENV, Pen
 from pascal_sglang.cluster.prefixes import block_names
 from pascal_sglang.cluster.status import Status
@@ -59,6 +59,10 @@ class Herald:
         here = [rid for rid in query.rids if rid in alive]
         reply = LocationReply(self._dp_rank, query.number, self.received, here)
         self.pen.write(CONTROLLER, reply)
+
+    def answered(self, request: Any) -> None:
+        """A control request has been answered to the tokenizer manager."""
+        self.pen.write(CONTROLLER, Answered(self._dp_rank, type(request).__name__))
 
     def status(self, batch: ScheduleBatch | None) -> Status:
         return Status(

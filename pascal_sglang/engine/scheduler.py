@@ -163,6 +163,12 @@ class PascalScheduler(OperationsScheduler):
             self.governor.members.arrived(req)
         return req
 
+    def send_control_output(self, output: Any, recv_req: Any) -> None:
+        """The controller answers for an instance that dies before it has."""
+        super().send_control_output(output, recv_req)
+        if self.herald is not None:
+            self.herald.answered(recv_req)
+
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
         if self.governor is None:
             super()._add_request_to_queue(req, is_retracted=is_retracted)

@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 import time
-import urllib.error
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -253,67 +252,8 @@ def test_the_next_turn_goes_where_the_last_one_ended(flooded):
     raise AssertionError("no conversation was moved")
 
 
-def ask(server, body):
-    """The answer's ids; or the status and the text of an error."""
-    try:
-        return server.post("/generate", body)["output_ids"]
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def kill(server):
-    (victim,) = (p for p in server.tree() if "scheduler_DP1" in "".join(p.cmdline()))
-    victim.send_signal(signal.SIGKILL)
-    return []
-
-
-def poison(server):
-    """A logit processor that raises, which ends a scheduler."""
-    from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
-
-    class Raises(CustomLogitProcessor):
-        def __call__(self, logits, custom_params=None):
-            raise ZeroDivisionError("on purpose")
-
-    Raises.__module__ = "__main__"  # So that it travels by value.
-    body = generate("poison", think=None, total=9, routed_dp_rank=2)
-    return [ask(server, {**body, "custom_logit_processor": Raises.to_str()})]
-
-
-def takes_only_its_own_along(server, instance, death):
-    """The instance's requests end with a clear error, all others with the tokens they should have;
-    those before it are dead already."""
-    at_rest(server)
-    bodies = [
-        generate(f"{death.__name__} {i}", think=20 + i, total=500, rid=uuid.uuid4().hex)
-        for i in range(24)
-    ]
-    before = total(at_rest(server), "arrivals", "taken")
-    with ThreadPoolExecutor(len(bodies)) as pool:
-        replies = [pool.submit(ask, server, body) for body in bodies]
-        deadline = time.monotonic() + 30
-        while total(alive(server), "arrivals", "taken") == before:
-            assert time.monotonic() < deadline
-        failed = death(server)
-        replies = [reply.result() for reply in replies]
-    failed += [r for r in replies if isinstance(r, tuple)]
-    whole = {i: r for i, r in enumerate(replies) if not isinstance(r, tuple)}
-    assert failed, "nobody was on the instance that died"
-    assert whole, "nobody was on another one"
-    for code, text in failed:
-        assert code == 503
-        assert "has died" in text
-    for i, ids in whole.items():
-        assert ask(server, {**bodies[i], "rid": uuid.uuid4().hex}) == ids
-    status = server.get("/pascal/status")
-    dead = list(range(1, instance + 1))
-    assert status["controller"]["dead"] == dead
-    assert [i["dp_rank"] for i in status["instances"] if i.get("dead")] == dead
-    nothing_left(at_rest(server))
-    assert server.process.poll() is None
-
-
-@pytest.mark.parametrize(("instance", "death"), [(1, kill), (2, poison)])
-def test_an_instance_takes_only_its_own_requests_along(instance, death, flooded):
-    """Last, and in this order: the module's server has one instance less after each."""
-    takes_only_its_own_along(flooded, instance, death)
+def test_nothing_outlives_the_launching_process(flooded):
+    """Last: it is killed. The kernel ends the others, each with its parent."""
+    flooded.tree()
+    flooded.process.send_signal(signal.SIGKILL)
+    assert flooded.wait_gone() == []

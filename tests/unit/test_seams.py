@@ -71,9 +71,11 @@ def test_digest_follows_the_source(tmp_path, monkeypatch):
 
 
 def test_what_we_override_and_wrap_is_on_the_list():
+    from sglang.srt.managers.data_parallel_controller import DataParallelController
     from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
     from pascal_sglang.cluster.controller import PascalController
+    from pascal_sglang.cluster.watched_controller import WatchedController
     from pascal_sglang.engine.load_reports import (
         PascalLoadInquirer,
         PascalMetricsReporter,
@@ -96,7 +98,8 @@ def test_what_we_override_and_wrap_is_on_the_list():
         (PascalLoadInquirer, PascalLoadInquirer.__mro__[1]),
         (PascalOutputStreamer, SchedulerOutputStreamer),
         (PascalInvariantChecker, PascalInvariantChecker.__mro__[1]),
-        (PascalController, PascalController.__mro__[1]),
+        (PascalController, DataParallelController),
+        (WatchedController, DataParallelController),
     ):
         for name in vars(ours):
             defined = next((c for c in stock.__mro__ if name in vars(c)), None)

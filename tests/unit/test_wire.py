@@ -18,6 +18,7 @@ from pascal_sglang.cluster.messages import (
     WriteQuery,
 )
 from pascal_sglang.cluster.orders import (
+    Answered,
     Boundary,
     Died,
     Gone,
@@ -72,6 +73,7 @@ ALL = [
     Died(0),
     LocationQuery(3, ["r", "s"]),
     LocationReply(1, 3, 70, ["s"]),
+    Answered(0, "FlushCacheReqInput"),
     STATUS,
 ]
 
