@@ -52,7 +52,11 @@ FORCED = {"policy": "pascal", "quantum_tokens": 50, "chaos": 0.004, "flood": 0.0
 HARMLESS = ("look", "junk")
 AFTER_DEATH = ("look", "junk", "abort all", "update")
 # Where the log has to speak of errors: requests that are refused, and the instance that is killed.
-REFUSED = (r"\[http_server\] Error: ", r"Cache not flushed because there are pending requests")
+REFUSED = (
+    r"\[http_server\] Error: ",
+    r"_create_error_response",
+    r"Cache not flushed because there are pending requests",
+)
 KILLED = (r"pascal_sglang: a scheduler of instance \d+ ended with -9", r"has died")
 
 
@@ -98,6 +102,7 @@ def served(asked: argparse.Namespace, size: int, bodies: list[Any]) -> Soak:
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         plan = plan_of(asked, size, folder)
         with Server(plan.arms[0], plan, model) as server:
+            ready = len(_log_of(server))
             task = Task(
                 base_url=server.base_url,
                 seconds=asked.seconds / len(asked.dp_size),
@@ -114,17 +119,22 @@ def served(asked: argparse.Namespace, size: int, bodies: list[Any]) -> Soak:
             shared = {name for held in checks.held(task.root or 0).values() for name in held.shared}
             if server.process.poll() is not None:
                 result.findings.add("the server", "ended by itself")
+            # What it says while it starts and while it is stopped is not judged.
+            lines = _log_of(server)[ready:]
         for name in sorted(shared):
             if name.startswith("/dev/shm/") and os.path.exists(name):
                 result.findings.add("left behind", name)
         for left in sorted(Path(folder).glob("pascal-*")):
             result.findings.add("left behind", left.name)
-        lines = server.log.read_text(errors="replace").splitlines()
         explained = (*REFUSED, *(KILLED if kill is not None else ()))
         for line in checks.trouble(lines, explained):
             result.findings.add("the log", line[:300])
         result.figures["log"] = str(server.log)
     return result
+
+
+def _log_of(server: Server) -> list[str]:
+    return server.log.read_text(errors="replace").splitlines()
 
 
 def plan_of(asked: argparse.Namespace, size: int, folder: str) -> Plan:

@@ -165,6 +165,19 @@ def status_at_rest(status: Mapping[str, Any], dead: Sequence[int], findings: Fin
         findings.add("controller", f"dead {controller['dead']}")
 
 
+def loads_at_rest(told: Mapping[str, Any], findings: Findings) -> None:
+    """What `/v1/loads` says to routers when nothing is under way."""
+    for load in told.get("loads", ()):
+        under_way = {name: load[name] for name in ("num_running_reqs", "num_waiting_reqs")}
+        if any(under_way.values()):
+            findings.add("not at rest", f"/v1/loads of instance {load['dp_rank']}: {under_way}")
+
+
+def ended(status: Mapping[str, Any]) -> int:
+    """Requests that have ended, by the instances' account."""
+    return sum(sum(i["ended"].values()) for i in status["instances"] if not i.get("dead"))
+
+
 def pauses(status: Mapping[str, Any]) -> dict[str, int]:
     """Pauses by tier and moves, of all instances that live."""
     found: dict[str, int] = {}

@@ -58,6 +58,7 @@ class Load:
     """expected: what each body of the catalogue brought the first time, by reply.
 
     may_abort: spans in which everybody may be aborted. died_at: when an instance was killed.
+    asked, answered: replies that were asked for, and that came, whole or aborted.
     """
 
     session: aiohttp.ClientSession
@@ -68,6 +69,8 @@ class Load:
     fates: Counter[str] = field(default_factory=Counter)
     may_abort: list[tuple[float, float]] = field(default_factory=list)
     died_at: float | None = None
+    asked: int = 0
+    answered: int = 0
     tokens: int = 0
     tells_status: bool = True
     _number: int = 0
@@ -213,6 +216,7 @@ class Load:
         if streamed and body.path != GENERATE:
             fields["stream_options"] = {"include_usage": True}
         self._tally(place).sent += 1
+        self.asked += len(body.limits)
         try:
             async with (
                 asyncio.timeout(REQUEST_TIMEOUT_S if seconds is None else seconds),
@@ -259,6 +263,7 @@ class Load:
                 kind = "never ended" if reply.error == "no end" else "failed"
                 self.findings.add(kind, f"{name}: {reply.status} {reply.error}")
             return
+        self.answered += len(reply.parts)
         check(reply, aborted=aborted)
         for fault in reply.faults:
             self.findings.add("not in order", f"{name}: {fault}")

@@ -19,12 +19,14 @@ from evals.soak.load import Load
 ANSWER_S = 60.0
 LOOK_S = 20.0
 PAUSE_S = 0.5
+# Seconds between two operations, where there is time for more than one of each.
+EVERY_S = 5.0
+LONG_ID = 5_000
 LOOKED_AT = ("/health", "/pascal/status", "/metrics", "/v1/loads", "/server_info")
 JUNK = (
     (b"{", "application/json"),
     (b"[]", "application/json"),
     (b'{"text": 7}', "application/json"),
-    (b'{"text": "x", "sampling_params": []}', "application/json"),
     (b"\xff\xfe", "text/plain"),
     (b'{"rid": {"a": 1}, "text": "x"}', "application/json"),
 )
@@ -44,7 +46,8 @@ class Operator:
 
     async def run(self, names: Sequence[str], seconds: float, dice: random.Random) -> None:
         """Every operation at least once, spread over so many seconds, in an order of the dice."""
-        order = dice.sample(list(names), len(names))
+        rounds = max(1, round(seconds / EVERY_S / max(1, len(names))))
+        order = [name for _ in range(rounds) for name in dice.sample(list(names), len(names))]
         gap = seconds / (len(order) + 1)
         for name in order:
             await asyncio.sleep(gap)
@@ -137,6 +140,14 @@ class Operator:
             except TimeoutError:
                 self._wrong("look", f"{path}: no answer in {LOOK_S:g} s")
 
+    async def long_ids(self) -> None:
+        """Served or refused, and forgotten."""
+        fields = {"text": "short", "sampling_params": {"temperature": 0, "max_new_tokens": 4}}
+        for number in range(3):
+            rid = f"{number}-{self.done.get('long ids', 0)}-" + "i" * LONG_ID
+            self.load.asked += 1
+            await self._expect("long ids", "/generate", fields | {"rid": rid}, 200, 400)
+
     async def junk(self) -> None:
         """Bodies that are no requests, and connections that say half of one or nothing."""
         for data, kind in JUNK:
@@ -170,4 +181,5 @@ OPERATIONS: Mapping[str, Callable[[Operator], Awaitable[None]]] = {
     "flush": Operator.flush,
     "look": Operator.look,
     "junk": Operator.junk,
+    "long ids": Operator.long_ids,
 }

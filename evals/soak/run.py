@@ -20,10 +20,9 @@ from evals.soak.findings import Findings
 from evals.soak.load import Load
 from evals.soak.operations import LOOKED_AT, Operator
 
-LEARN_CONCURRENCY = 4
+LEARN_CONCURRENCY = 8
 # Shares of the time: the warm-up does everything once that the load does again.
 WARM_SHARE = 0.3
-TIMEOUT_S = 90.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +66,7 @@ async def _soak(task: Task) -> Soak:
         load = Load(session, task.bodies, done.findings, tells_status=told)
         paths = [p for p in LOOKED_AT if remote.get(task.base_url, p) is not None]
         operator = Operator(load, task.base_url, task.model, paths)
+        earlier = checks.ended(_status(task)) if told else 0
         began = time.perf_counter()
         await load.learn(LEARN_CONCURRENCY)
         learned = time.perf_counter() - began
@@ -84,8 +84,14 @@ async def _soak(task: Task) -> Soak:
         after = await _at_rest(task, told)
         dead = [] if task.kill is None else [task.kill]
         if told:
-            status = json.loads(remote.get(task.base_url, "/pascal/status") or "{}")
+            status = _status(task)
             checks.status_at_rest(status, dead, done.findings)
+            loads = json.loads(remote.get(task.base_url, "/v1/loads") or "{}")
+            checks.loads_at_rest(loads, done.findings)
+            ended = checks.ended(status) - earlier
+            if task.kill is None and not load.answered <= ended <= load.asked:
+                what = f"{ended} ended, {load.answered} answered, {load.asked} asked for"
+                done.findings.add("ended not once", what)
             done.figures["pauses"] = checks.pauses(status)
         checks.compare(before, after, done.findings)
         await operator.carry_out("flush")
@@ -112,6 +118,12 @@ async def _soak(task: Task) -> Soak:
             },
         }
     return done
+
+
+def _status(task: Task) -> dict[str, Any]:
+    told = remote.get(task.base_url, "/pascal/status")
+    status: dict[str, Any] = json.loads(told or '{"instances": []}')
+    return status
 
 
 async def _both(
