@@ -49,8 +49,12 @@ def title(process: psutil.Process) -> str:
 def processes(root: int) -> dict[str, psutil.Process]:
     """The live processes of a server, by title and a number where several have one."""
     found: dict[str, psutil.Process] = {}
-    top = psutil.Process(root)
-    for process in (top, *top.children(recursive=True)):
+    try:
+        top = psutil.Process(root)
+        tree = (top, *top.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return {}
+    for process in tree:
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
                 continue
@@ -112,14 +116,16 @@ def compare(before: Mapping[str, Held], after: Mapping[str, Held], findings: Fin
             findings.add("shared memory", f"{name}: {', '.join(sorted(more))} came and stayed")
 
 
-def wait_for_rest(base_url: str) -> list[dict[str, Any]]:
-    """The instances that live, once nothing runs, waits, is paused or moves; as they are after
-    `REST_S` seconds if that does not come."""
+def wait_for_rest(base_url: str) -> None:
+    """Wait until nothing runs, waits, is paused or moves; `REST_S` seconds at most."""
     deadline = time.monotonic() + REST_S
-    while True:
-        found = [i for i in remote.instances(base_url) if not i.get("dead")]
-        if not any(busy(i) for i in found) or time.monotonic() > deadline:
-            return found
+    while time.monotonic() < deadline:
+        try:
+            found = [i for i in remote.instances(base_url) if not i.get("dead")]
+        except OSError:
+            found = []
+        if found and not any(busy(i) for i in found):
+            return
         time.sleep(0.3)
 
 

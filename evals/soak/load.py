@@ -23,10 +23,14 @@ from evals.soak.findings import Findings
 from evals.soak.replies import Part, Reply, check
 
 # Seconds that a request may take, whatever happens around it.
-REQUEST_TIMEOUT_S = 60.0
+REQUEST_TIMEOUT_S = 120.0
 # Seconds after an instance's death within which its requests have ended.
 DEATH_S = 10.0
 DIED = "has died"
+# Seconds that the end of a reply may be on its way.
+LATE_S = 1.0
+# Seconds before the next request where a server does not take one.
+AGAIN_S = 0.2
 # What befalls a request, and how many of a hundred.
 FATES = {"hang up": 4, "abort": 4, "abort by prefix": 2, "twice": 3}
 ODD_IDS = (
@@ -179,7 +183,7 @@ class Load:
         second = await self.ask(place, streamed=False, rid=rid)
         reply = await first
         self.judge(place, reply)
-        if second.status == 200 and second.sent > reply.ended - 0.05:
+        if second.status == 200 and second.sent > reply.ended - LATE_S:
             self.judge(place, second)
         elif second.status not in (400, 0):
             self.findings.add("an id twice", f"{rid!r}: {second.status} {second.error}")
@@ -238,6 +242,7 @@ class Load:
             reply.status, reply.error = 0, "no end"
         except aiohttp.ClientError as error:
             reply.status, reply.error = 0, f"{type(error).__name__}: {error}"
+            await asyncio.sleep(AGAIN_S)
         except (ValueError, LookupError, TypeError) as error:
             reply.fault(f"not an answer of SGLang: {error!r}"[:300])
         reply.ended = time.perf_counter()
