@@ -34,6 +34,7 @@ from evals.soak.operations import OPERATIONS
 from evals.soak.run import Soak, Task, soak
 
 EXIT_WRONG, EXIT_BAD_INPUT = 1, 2
+START_S = 600.0
 FLAGS = (
     *("--model-path", "{model}", "--device", "cpu", "--dtype", "float32"),
     *("--reasoning-parser", "qwen3", "--enable-custom-logit-processor", "--enable-metrics"),
@@ -159,6 +160,7 @@ def plan_of(asked: argparse.Namespace, size: int, folder: str) -> Plan:
         arms=(arm,),
         rates=(Rate("one", 1.0),),
         env=ENV,
+        start_timeout_s=START_S,
     )
 
 
