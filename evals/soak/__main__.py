@@ -182,7 +182,7 @@ def table(name: str, result: Soak) -> list[str]:
     for process, told in figures["processes"].items():
         lines.append(
             f"{process:<28} files {_span(told['files'])}, threads {_span(told['threads'])}, "
-            f"MiB {_span(told['mib'])}, shared {told['shared']}"
+            f"MiB {_span(told['mib'])}, shared {_span(told['shared'])}"
         )
     wrong = result.findings.lines()
     return [*lines, *(wrong or ["nothing wrong, nothing left"])]
@@ -192,8 +192,8 @@ def _named(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def _span(values: list[int | None]) -> str:
-    return " -> ".join("?" if value is None else str(value) for value in values)
+def _span(values: list[int]) -> str:
+    return " -> ".join(map(str, values))
 
 
 def report(asked: argparse.Namespace, results: dict[str, Soak]) -> dict[str, Any]:

@@ -127,6 +127,9 @@ class Operator:
         """A busy server may refuse."""
         await self._expect("flush", "/flush_cache", {}, 200, 400)
 
+    async def flush_at_rest(self) -> None:
+        await self._expect("flush at rest", "/flush_cache", {})
+
     async def look(self) -> None:
         for path in self.paths:
             try:

@@ -21,8 +21,10 @@ from evals.soak.load import Load
 from evals.soak.operations import LOOKED_AT, Operator
 
 LEARN_CONCURRENCY = 8
-# Shares of the time: the warm-up does everything once that the load does again.
+# Shares of the time: the warm-up does everything once that the load does again; and the load is not
+# left out on a machine that is slow to learn.
 WARM_SHARE = 0.3
+LEAST_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,54 +72,56 @@ async def _soak(task: Task) -> Soak:
         began = time.perf_counter()
         await load.learn(LEARN_CONCURRENCY)
         learned = time.perf_counter() - began
-        left = max(1.0, task.seconds - learned)
+        left = max(LEAST_SHARE * task.seconds, task.seconds - learned)
         warm = WARM_SHARE * left
-        await _both(load.run(warm, task.concurrency, dice), operator, task.operations, warm, dice)
+        await _both(task, load, operator, warm, dice)
         before = await _at_rest(task, told)
-        rest = left - warm
         if task.kill is None:
-            await _both(
-                load.run(rest, task.concurrency, dice), operator, task.operations, rest, dice
-            )
+            await _both(task, load, operator, left - warm, dice)
         else:
-            await _with_death(task, load, operator, rest, dice)
+            await _with_death(task, load, operator, left - warm, dice)
         after = await _at_rest(task, told)
-        dead = [] if task.kill is None else [task.kill]
-        if told:
-            status = _status(task)
-            checks.status_at_rest(status, dead, done.findings)
-            loads = json.loads(remote.get(task.base_url, "/v1/loads") or "{}")
-            checks.loads_at_rest(loads, done.findings)
-            ended = checks.ended(status) - earlier
-            if task.kill is None and not load.answered <= ended <= load.asked:
-                what = f"{ended} ended, {load.answered} answered, {load.asked} asked for"
-                done.findings.add("ended not once", what)
-            done.figures["pauses"] = checks.pauses(status)
         checks.compare(before, after, done.findings)
-        await operator.carry_out("flush")
-        done.figures |= {
-            "seconds": {"learn": learned, "warm": warm, "load": rest},
-            "requests": {kind: asdict(tally) for kind, tally in sorted(load.tallies.items())},
-            "fates": dict(load.fates),
-            "tokens": load.tokens,
-            "operations": {
-                name: {"times": times, "slowest_s": round(operator.slowest_s[name], 2)}
-                for name, times in operator.done.items()
-            },
-            "processes": {
-                name: {
-                    "files": [before[name].files if name in before else None, now.files],
-                    "threads": [before[name].threads if name in before else None, now.threads],
-                    "mib": [
-                        before[name].memory >> 20 if name in before else None,
-                        now.memory >> 20,
-                    ],
-                    "shared": len(now.shared),
-                }
-                for name, now in after.items()
-            },
-        }
+        if told:
+            _judge_status(task, load, earlier, done)
+        await operator.flush_at_rest()
+    done.figures |= {
+        "seconds": {"learn": round(learned, 1), "load": round(left, 1)},
+        "requests": {kind: asdict(tally) for kind, tally in sorted(load.tallies.items())},
+        "fates": dict(load.fates),
+        "tokens": load.tokens,
+        "operations": {
+            name: {"times": times, "slowest_s": round(operator.slowest_s[name], 2)}
+            for name, times in operator.done.items()
+        },
+        "processes": {name: _span(before.get(name), now) for name, now in after.items()},
+    }
     return done
+
+
+def _judge_status(task: Task, load: Load, earlier: int, done: Soak) -> None:
+    """What the server says of itself at rest. earlier: how many had ended before the soak."""
+    status = _status(task)
+    dead = [] if task.kill is None else [task.kill]
+    checks.status_at_rest(status, dead, done.findings)
+    loads = json.loads(remote.get(task.base_url, "/v1/loads") or "{}")
+    checks.loads_at_rest(loads, done.findings)
+    ended = checks.ended(status) - earlier
+    if task.kill is None and not load.answered <= ended <= load.asked:
+        what = f"{ended} ended, {load.answered} answered, {load.asked} asked for"
+        done.findings.add("ended not once", what)
+    done.figures["pauses"] = checks.pauses(status)
+
+
+def _span(before: checks.Held | None, now: checks.Held) -> dict[str, Any]:
+    """What a process held when warm and holds at the end."""
+    was = before or now
+    return {
+        "files": [was.files, now.files],
+        "threads": [was.threads, now.threads],
+        "mib": [was.memory >> 20, now.memory >> 20],
+        "shared": [len(was.shared), len(now.shared)],
+    }
 
 
 def _status(task: Task) -> dict[str, Any]:
@@ -127,15 +131,12 @@ def _status(task: Task) -> dict[str, Any]:
 
 
 async def _both(
-    load: Any, operator: Operator, names: Sequence[str], seconds: float, dice: random.Random
+    task: Task, load: Load, operator: Operator, seconds: float, dice: random.Random
 ) -> None:
     """The load and its operator, for so many seconds."""
-    try:
-        await asyncio.gather(load, operator.run(names, seconds, dice))
-    except BaseException:
-        # An operation that failed must not leave the server paused.
-        await operator.load.post("/continue_generation", {"torch_empty_cache": False})
-        raise
+    await asyncio.gather(
+        load.run(seconds, task.concurrency, dice), operator.run(task.operations, seconds, dice)
+    )
 
 
 async def _with_death(
