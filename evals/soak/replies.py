@@ -148,6 +148,9 @@ class Reply:
         if reason is not None:
             part.ends += 1
             part.finish, part.matched = reason["type"], reason.get("matched")
+            if part.finish == "abort" and reason.get("status_code"):
+                # What a whole reply says by its status.
+                self.status, self.error = int(reason["status_code"]), reason.get("message")
 
     def _choice_ended(self, part: Part, choice: Mapping[str, Any]) -> None:
         part.ends += choice["finish_reason"] is not None

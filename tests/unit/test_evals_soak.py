@@ -83,6 +83,13 @@ def test_who_is_aborted_is_told_how_much_it_had():
     assert cut.faults == ["aborted, and no prompt tokens in its usage"]
 
 
+def test_a_stream_that_ends_by_an_error_has_its_status():
+    dead = reply()
+    reason = {"type": "abort", "status_code": 503, "message": "The instance has died."}
+    dead.event(told([1, 2], reason))
+    assert (dead.status, dead.error) == (503, "The instance has died.")
+
+
 def test_replies_to_one_body_compare_by_everything_that_is_told():
     one = Part(ids=[1, 2], text="ab", finish="length", logprobs=[(-1.0, 1), (-2.0, 2)])
     assert one.differs(Part(ids=[1, 2], text="ab", finish="length")) == "logprobs"
