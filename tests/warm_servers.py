@@ -47,6 +47,9 @@ def serve(command, environment, folder, log):
     os.environ.update(environment)
     os.chdir(folder)
     sys.path.insert(0, folder)
+    # SGLang has asked for our platform while it was imported, from wherever this process found us.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pascal_sglang"]:
+        del sys.modules[name]
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
