@@ -119,6 +119,7 @@ def test_one_whose_copy_fails_on_any_rank_gives_all_back_and_is_prefilled_again(
     ladder, request, done = governor.ladder, in_host_memory(governor), []
     request.kv.kv_committed_len, request.reset_for_retract = 10, lambda: done.append("reset")
     request.sampling_params = SimpleNamespace(max_new_tokens=20, custom_params=None)
+    request.time_stats = SimpleNamespace(last_forward_entry_time=0.0)
     monkeypatch.setattr(ladder.copies, "wait", lambda half: done.append(half), raising=False)
     monkeypatch.setattr(ladder.pool, "release", done.append)
     monkeypatch.setattr(ladder, "can_resume", lambda *_: True)
