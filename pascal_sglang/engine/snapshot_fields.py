@@ -145,6 +145,8 @@ REBUILT: dict[str, tuple[str, ...]] = {
     "follows from `return_hidden_states`, with which a request stays": (
         "return_hidden_states_mode",
     ),
+    # SGLang gives it to every request.
+    "is read with `bootstrap_host`, with which a request stays": ("bootstrap_port",),
     "is read with `return_routed_experts`, with which a request stays": (
         "routed_experts_start_len",
     ),
@@ -212,7 +214,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     ),
     "prefill on another server": (
         "bootstrap_host",
-        "bootstrap_port",
         "bootstrap_room",
         "disagg_kv_sender",
         "disagg_prefill_dp_rank",
