@@ -1,4 +1,5 @@
-"""launch/quickstart.sh with a server and chats that cost nothing: it leaves nothing behind."""
+"""launch/quickstart.sh, with a server and chats that cost nothing, leaves nothing behind; nor does
+evals/gpu/check.sh, with a check that does nothing."""
 
 import os
 import signal
@@ -42,10 +43,10 @@ esac
 """
 
 
-class Quickstart:
-    """A run of the script with its output in a pipe."""
+class Run:
+    """A run of a script with its output in a pipe."""
 
-    def __init__(self, folder, chat_s, *arguments):
+    def __init__(self, folder, chat_s, *arguments, script=LAUNCH / "quickstart.sh"):
         python = folder / "python"
         python.write_text(PYTHON)
         python.chmod(0o755)
@@ -58,7 +59,7 @@ class Quickstart:
             "CHAT_S": str(chat_s),
         }
         self.process = subprocess.Popen(
-            ["bash", str(LAUNCH / "quickstart.sh"), *arguments],
+            ["bash", str(script), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=env,
@@ -71,6 +72,12 @@ class Quickstart:
             if text in line:
                 return
         raise AssertionError(f"ended without {text!r}")
+
+    def wait_until_started(self):
+        deadline = time.monotonic() + TIMEOUT_S
+        while not self._pids.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
     def assert_nothing_stays(self):
         """Also after a test that failed: nothing of it stays."""
@@ -107,7 +114,7 @@ def _lives(pid):
 )
 def test_no_signal_leaves_the_server_behind(tmp_path, number, chat_s):
     """To the script alone, while it waits for the server and while it chats."""
-    run = Quickstart(tmp_path, chat_s)
+    run = Run(tmp_path, chat_s)
     run.read_until("chatting" if chat_s else "Ctrl-C stops it")
     run.process.send_signal(number)
     run.assert_nothing_stays()
@@ -117,7 +124,7 @@ def test_no_signal_leaves_the_server_behind(tmp_path, number, chat_s):
 
 def test_nor_does_a_reader_that_goes_first(tmp_path):
     """`quickstart.sh 2>&1 | tee log` and Ctrl-C: nobody reads what the script says at its end."""
-    run = Quickstart(tmp_path, 0)
+    run = Run(tmp_path, 0)
     run.read_until("Ctrl-C stops it")
     run.process.stdout.close()
     run.process.send_signal(signal.SIGINT)
@@ -126,7 +133,7 @@ def test_nor_does_a_reader_that_goes_first(tmp_path):
 
 def test_nor_a_reader_of_a_few_lines(tmp_path):
     """`quickstart.sh 2>&1 | head -2`: the script ends with what it says next."""
-    run = Quickstart(tmp_path, 0.5)
+    run = Run(tmp_path, 0.5)
     run.read_until("chatting")
     run.process.stdout.close()
     run.assert_nothing_stays()
@@ -134,10 +141,19 @@ def test_nor_a_reader_of_a_few_lines(tmp_path):
 
 
 def test_once_stops_after_the_chats(tmp_path):
-    run = Quickstart(tmp_path, 0, "--once")
+    run = Run(tmp_path, 0, "--once")
     run.read_until("stopping the server")
     run.assert_nothing_stays()
     assert run.process.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_no_signal_leaves_the_gpu_check_behind(tmp_path, number):
+    """To the script alone, which runs the check under `timeout`."""
+    run = Run(tmp_path, 0, script=LAUNCH.parent / "evals" / "gpu" / "check.sh")
+    run.wait_until_started()
+    run.process.send_signal(number)
+    run.assert_nothing_stays()
 
 
 def supervise(*command, **more):
