@@ -117,7 +117,8 @@ def served(asked: argparse.Namespace, size: int, bodies: list[Any]) -> Soak:
                 model=str(model),
             )
             result = soak(task)
-            shared = {name for held in checks.held(task.root or 0).values() for name in held.shared}
+            held = checks.held(server.process.pid).values()
+            shared = {each.partition(" ")[2] for process in held for each in process.shared}
             if server.process.poll() is not None:
                 result.findings.add("the server", "ended by itself")
             # What it says while it starts and while it is stopped is not judged.

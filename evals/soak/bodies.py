@@ -180,8 +180,8 @@ def _letters(make: Maker) -> list[int]:
     return make.dice.sample(range(A_ID, Z_ID + 1), 2)
 
 
-# Penalties: what SGLang has counted of a request under overlap scheduling depends on the passes in
-# between, so that its own answers differ from time to time.
+# Penalties: what SGLang has counted of a request depends on the passes in between under overlap
+# scheduling, and starts anew with every retraction (docs/known-differences.md).
 KINDS: Mapping[str, Callable[[Maker], Body]] = {
     "thinking": lambda m: m.generate("thinking", m.think(), m.answer()),
     "long thinking": lambda m: m.generate("long thinking", 220, 60),
@@ -228,6 +228,7 @@ KINDS: Mapping[str, Callable[[Maker], Body]] = {
         "min_new_tokens",
         None,
         90,
+        same=False,
         ignore_eos=False,
         logit_bias={str(END_OF_TURN_ID): 12.0},
         min_new_tokens=30,

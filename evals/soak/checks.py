@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,14 +19,13 @@ REST_S = 30.0
 # fill up over time; what leaks with the requests is far above this after a few minutes.
 MORE_FILES, MORE_THREADS = 6, 8
 MORE_MEMORY, MORE_MEMORY_SHARE = 48 << 20, 0.06
-SHARED = re.compile(r"/dev/shm/[^ ]+|/memfd:[^ ]+")
+SHARED = ("/dev/shm/", "/memfd:")
 TROUBLE = re.compile(r"Traceback|[Ee]rror|ERROR|CRITICAL|Exception|assert|not flushed")
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One process at rest. memory: resident, in bytes. shared: named or anonymous shared memory
-    that it has mapped or open, by name."""
+    """One process at rest. memory: resident, in bytes. shared: see `shared_memory`."""
 
     pid: int
     files: int
@@ -84,15 +82,13 @@ def held(root: int) -> dict[str, Held]:
 
 
 def shared_memory(pid: int) -> frozenset[str]:
-    """Names of shared memory that a process has mapped, or open."""
-    text = Path(f"/proc/{pid}/maps").read_text()
-    links = Path(f"/proc/{pid}/fd").iterdir()
-    for link in links:
-        try:
-            text += f"\n{os.readlink(link)}"
-        except OSError:
-            continue
-    return frozenset(SHARED.findall(text))
+    """Shared memory that a process has mapped, as `inode name`: several have one name."""
+    mapped = (line.split(None, 5) for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+    return frozenset(
+        f"{words[4]} {words[5]}"
+        for words in mapped
+        if len(words) == 6 and words[5].startswith(SHARED)
+    )
 
 
 def compare(before: Mapping[str, Held], after: Mapping[str, Held], findings: Findings) -> None:

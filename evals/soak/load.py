@@ -121,6 +121,7 @@ class Load:
     async def _plain(self, place: int, *, streamed: bool) -> None:
         reply = await self.ask(place, streamed=streamed)
         self.judge(place, reply)
+        await self._ask_how_much(reply)
 
     async def _hang_up(self, place: int, dice: random.Random) -> None:
         streamed = dice.random() < 0.7
@@ -149,8 +150,9 @@ class Load:
             await self._ask_how_much(reply)
 
     async def _ask_how_much(self, reply: Reply) -> None:
-        """An aborted request returns every token that was made."""
-        part = reply.parts.get(0)
+        """An aborted request returns every token that was made. Of several replies SGLang names
+        each by itself."""
+        part = reply.parts.get(0) if len(reply.body.limits) == 1 else None
         if not self.tells_status or part is None or part.finish != "abort" or part.ids is None:
             return
         made = await self._made(reply.rid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -149,7 +150,7 @@ async def _with_death(
     victims = [
         process
         for name, process in checks.processes(task.root).items()
-        if name.startswith(f"scheduler_DP{task.kill}")
+        if re.match(rf"scheduler_DP{task.kill}(?!\d)", name)
     ]
     if not victims:
         load.findings.add("instances", f"no process of instance {task.kill} to kill")
