@@ -63,7 +63,7 @@ def no_servers(monkeypatch):
         "kv_tokens": {"capacity": 9, "free": 9, "evictable": 0, "host": 0},
         "costs": {},
     }
-    found = identity.compare([[1]], [[1]], [rest])
+    found = identity.compare([[1]], [[1]], [rest], 1)
     monkeypatch.setattr(identity, "check", lambda *_: found)
 
 

@@ -14,6 +14,7 @@ from pascal_sglang.policy.rung import Rung
 from tests.unit import test_arriving, test_move_copies
 
 governor, sides = test_arriving.governor, test_move_copies.sides
+OWN = test_arriving.OWN
 
 
 class Request(SimpleNamespace):
@@ -55,10 +56,10 @@ def test_everybody_held_waits_without_kv_and_who_was_handed_over_comes_back_only
     ended.over = True
     for req in (resident, handed):
         ladder.resident[req] = torch.arange(3)
-    ladder.host[host] = HostCopy(10, 0, None, "own")
-    ladder.arriving[arriving] = HostCopy(10, 0, None, "own")
+    ladder.host[host] = HostCopy(10, 0, None, OWN)
+    ladder.arriving[arriving] = HostCopy(10, 0, None, OWN)
     ladder.leaving = {leaving: Rung.HOST, ended: None}
-    ladder.copying[leaving] = HostCopy(10, 0, None, "own")
+    ladder.copying[leaving] = HostCopy(10, 0, None, OWN)
     ladder.host_tokens = 20
     ladder.moving.add(handed)
     assert ladder.held() == {resident, host, arriving, leaving, ended, handed}
@@ -74,7 +75,7 @@ def test_everybody_held_waits_without_kv_and_who_was_handed_over_comes_back_only
     }
     assert ladder.is_empty()
     assert (ladder.host_tokens, ladder.copying) == (0, {})
-    assert ladder.copies.held == ["own"], "who gets its memory waits for the copy"
+    assert ladder.copies.held == [OWN], "who gets its memory waits for the copy"
     assert [r.retractions for r in (*waiting, handed, ended)] == [1, 1, 1, 1, 1, 0]
     # A second time there is nothing to drop.
     retract_held(governor)

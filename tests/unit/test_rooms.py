@@ -12,7 +12,6 @@ WALLS = {
     "sim": {"torch", "sglang", "zmq", "transformers"},
     "cluster": {"torch"},
 }
-SOURCES = sorted(PACKAGE.rglob("*.py")) + sorted((ROOT / "tests").rglob("*.py"))
 
 
 def imported(path):
@@ -38,13 +37,6 @@ def test_the_cluster_knows_no_engine():
         for name in imported(path):
             room = name.removeprefix("pascal_sglang.").split(".")[0]
             assert not name.startswith("pascal_sglang.") or room in known, f"{path} imports {name}"
-
-
-def test_files_stay_short():
-    long = {
-        str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().split("\n"))) > 320
-    }
-    assert long == {}
 
 
 def test_the_policy_has_no_clock_of_its_own():
