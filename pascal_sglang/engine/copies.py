@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 # Tokens gathered at a time: what one layer of them takes on the device is all that a copy needs.
 CHUNK = 8192
+ERRORS_LOGGED = 5
 
 
 @dataclass(slots=True)
@@ -83,6 +84,7 @@ class Copies:
         self.deferred = self._stream.deferred
         self._pins = str(scheduler.device).startswith("cuda")
         self._unpinned = False
+        self._failures = 0
 
     @property
     def bytes_per_token(self) -> int:
@@ -165,10 +167,12 @@ class Copies:
 
     def _failed(self, kv: HostKV) -> None:
         kv.failed = True
-        logger.exception("pascal_sglang: copying KV between device and host failed")
+        self._failures += 1
+        if self._failures <= ERRORS_LOGGED:
+            logger.exception("pascal_sglang: copying KV between device and host failed")
 
     def wait(self, kv: HostKV) -> bool:
-        """Until the copy is complete; False if the device failed, which is logged."""
+        """Until the copy is complete; False if the device failed. The first failures are logged."""
         try:
             if kv.done is not None:
                 kv.done.synchronize()
