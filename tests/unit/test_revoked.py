@@ -1,0 +1,49 @@
+"""A request that its source has ended leaves nothing here, and no word of it."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from pascal_sglang.engine.revoked import Revoked
+
+
+class Request:
+    to_finish = finished_output = None
+    over = False
+
+    def finished(self):
+        return self.over
+
+
+@pytest.fixture
+def revoked():
+    gone = []
+    ladder = SimpleNamespace(held=[], forget=lambda matches: [r for r in ladder.held if matches(r)])
+    scheduler = SimpleNamespace(waiting_queue=[], _release_aborted_request=gone.append)
+    governor = SimpleNamespace(ladder=ladder, gone=gone.append)
+    made = Revoked(scheduler, governor)
+    made.gone = gone
+    return made
+
+
+@pytest.mark.parametrize("where", ["waiting", "held"])
+def test_one_that_does_not_run_is_gone_at_once(where, revoked):
+    req, other = Request(), Request()
+    waiting, held = revoked.scheduler.waiting_queue, revoked.governor.ladder.held
+    (waiting if where == "waiting" else held).append(req)
+    waiting.append(other)
+    revoked.add(req)
+    assert revoked.gone == [req, req]
+    assert waiting == [other]
+    assert not revoked
+
+
+def test_one_that_runs_ends_with_its_next_result_and_says_nothing(revoked):
+    req, other = Request(), Request()
+    revoked.add(req)
+    assert (req.to_finish is not None, revoked.gone, bool(revoked)) == (True, [], True)
+    assert revoked.without([req, other]) == [other]
+    req.over = True
+    assert revoked.without([other, req]) == [other]
+    assert req.finished_output
+    assert not revoked
