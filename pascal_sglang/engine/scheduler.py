@@ -270,6 +270,7 @@ class PascalScheduler(OperationsScheduler):
         free = self.token_to_kv_pool_allocator.available_size()
         return {
             "dp_rank": get_parallel().dp_rank or 0,
+            "pid": os.getpid(),
             "policy": self.pascal_config.policy,
             "waiting": len(self.waiting_queue),
             "running": count_phases(live),

@@ -11,6 +11,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.engine.test_migration import alive, at_rest, nothing_left, total
@@ -53,7 +54,18 @@ def counted(server):
 
 
 def instance(server, index):
-    (found,) = (p for p in server.tree() if f"scheduler_DP{index}" in "".join(p.cmdline()))
+    """The process of a live instance."""
+    (pid,) = (i["pid"] for i in alive(server) if i["dp_rank"] == index)
+    return psutil.Process(pid)
+
+
+def detokenizer(server):
+    """The launching process has two children of note; the other one starts the instances."""
+    controller = instance(server, 0).parent()
+    children = psutil.Process(server.process.pid).children()
+    (found,) = (
+        p for p in children if p != controller and "resource_tracker" not in "".join(p.cmdline())
+    )
     return found
 
 
@@ -173,13 +185,13 @@ def test_a_dead_detokenizer_ends_the_server(server, folder):
         jobs.append(("/v1/chat/completions", {**chat(f"cut {i}", 6, 900), **stream}))
     with ThreadPoolExecutor(len(jobs)) as pool:
         replies = [pool.submit(last_words, server, *job) for job in jobs]
+        victim = detokenizer(server)
         maps = Path(f"/proc/{instance(server, 0).pid}/maps").read_text()
         shared = set(re.findall(r"/dev/shm/sglang_loads\S*", maps))
         assert shared
         deadline = time.monotonic() + 30
         while sum(len(i["requests"]) for i in alive(server)) < len(jobs):
             assert time.monotonic() < deadline
-        (victim,) = (p for p in server.tree() if "detokenizer" in "".join(p.cmdline()))
         victim.kill()
         for (_, body), reply in zip(jobs, replies, strict=True):
             code, text = reply.result()
