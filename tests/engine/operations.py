@@ -15,7 +15,7 @@ FIRST_LETTER, LETTERS = LETTER_IDS[0], LETTER_IDS[1] - LETTER_IDS[0] + 1
 
 
 def prompt_of(i):
-    return [FIRST_LETTER + (7 * i + 3 * k) % LETTERS for k in range(20 + i)]
+    return [FIRST_LETTER + (7 * i + 3 * k) % LETTERS for k in range(150 + i)]
 
 
 def thinking_of(i):
@@ -82,14 +82,15 @@ def held(instances):
     return counts
 
 
-def pause_with_some_held(server, places=("resident", "host", "again")):
-    """Pause in place at a moment when requests are held in each of those ways."""
+def pause_with_some_held(server, **least):
+    """Pause in place at a moment when at least so many requests are held in each of those ways."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         operate(server, "/pause_generation", mode="in_place")
         instances = server.instances()
-        if all(held(instances)[place] for place in places):
+        found = held(instances)
+        if all(found[place] >= count for place, count in least.items()):
             return instances
         operate(server, "/continue_generation")
         time.sleep(0.05)
-    raise AssertionError(f"never held in all of {places}: {held(instances)}")
+    raise AssertionError(f"never so many held: {least}, but {found}")

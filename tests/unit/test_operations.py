@@ -91,6 +91,15 @@ def test_every_update_of_weights_ends_in_the_same_flush():
             assert step in text, source
 
 
+def test_memory_is_released_where_a_flush_succeeds():
+    """It cannot be tried on a CPU: SGLang waits for a CUDA device."""
+    release = inspect.getsource(SchedulerWeightUpdaterManager.release_memory_occupation)
+    flush = inspect.getsource(Scheduler.flush_cache)
+    assert re.search(r"is_fully_idle\(\s*ignore_waiting=.*scheduler._engine_paused\s*\)", release)
+    assert "self.flush_cache()" in release
+    assert "self.is_fully_idle(ignore_waiting=self._engine_paused)" in flush
+
+
 def test_every_message_of_the_scheduler_is_listed():
     docs = (ROOT / "docs" / "operations.md").read_text()
     dispatcher = textwrap.dedent(inspect.getsource(Scheduler.init_request_dispatcher))
