@@ -121,9 +121,9 @@ def add_routes(crash: CrashShutdown) -> None:
     """Serve `GET /pascal/status`, and `instances=1` of `GET /health`."""
     from fastapi import HTTPException, Request
     from fastapi.responses import JSONResponse
-    from fastapi.routing import APIRoute
     from sglang.srt.entrypoints import http_server
     from sglang.srt.utils.auth import AuthLevel, auth_level
+    from starlette.routing import Route
 
     # Ids of everybody's requests: for the operator, as SGLang's route that aborts by id.
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
@@ -162,8 +162,9 @@ def add_routes(crash: CrashShutdown) -> None:
     routes = http_server.app.router.routes
     if STATUS_PATH not in {getattr(route, "path", None) for route in routes}:
         http_server.app.get(STATUS_PATH)(status)
-        # Before SGLang's: the first that matches is taken.
-        routes.insert(0, APIRoute(HEALTH_PATH, health, methods=["GET"], include_in_schema=False))
+        # Before SGLang's: the first that matches is taken. FastAPI's own kind of route would take
+        # `request` for a query parameter: it does not find the name of its type from here.
+        routes.insert(0, Route(HEALTH_PATH, health, methods=["GET"], include_in_schema=False))
 
 
 def controller() -> dict[str, Any]:
