@@ -83,14 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                     operations=operations,
                 )
             )
+            print("\n".join(table(asked.base_url, results[asked.base_url])))
         else:
             for size in asked.dp_size:
-                results[f"{asked.arm}, dp {size}"] = served(asked, size, bodies)
+                name = f"{asked.arm}, dp {size}"
+                results[name] = served(asked, size, bodies)
+                print("\n".join(table(name, results[name])), flush=True)
     except (ArmError, OSError) as error:
         print(f"evals.soak: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    for name, result in results.items():
-        print("\n".join(table(name, result)))
     if asked.json:
         asked.json.write_text(json.dumps(report(asked, results), indent=1) + "\n")
     return EXIT_WRONG if any(r.findings.counts for r in results.values()) else 0

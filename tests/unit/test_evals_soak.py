@@ -1,8 +1,14 @@
 """What a soak finds wrong, on replies and figures made by hand, and on a server that misbehaves."""
 
 import asyncio
+import contextlib
 import json
+import os
 import random
+import subprocess
+import sys
+import threading
+import time
 
 import aiohttp
 import pytest
@@ -10,11 +16,14 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from evals.soak import checks
+from evals.soak.__main__ import table
 from evals.soak.bodies import KINDS, Body, Maker, catalogue
 from evals.soak.checks import Held
 from evals.soak.findings import Findings
 from evals.soak.load import Load
+from evals.soak.operations import OPERATIONS
 from evals.soak.replies import Part, Reply, check
+from evals.soak.run import Task, soak
 
 
 def body(kind="thinking", **sampling):
@@ -153,7 +162,7 @@ async def generate(request):
     request.app[COUNT][asked["text"]] += 1
     ids = [number] * 8 if asked["text"] == "never twice the same" else [1] * 8
     answer = told(ids, LENGTH, rid=asked["rid"], prompt_tokens=3)
-    if not asked["stream"]:
+    if not asked.get("stream"):
         return web.Response(body=answer, content_type="application/json")
     return web.Response(body=b"data: " + answer + b"\n\n", content_type="text/event-stream")
 
@@ -188,3 +197,92 @@ def test_a_server_that_misbehaves_is_found_out():
     assert load.tallies["fine"].different == 0
     assert load.tallies["fine"].whole > 1
     assert load.tallies["never twice the same"].different > 0
+
+
+IDLE = {
+    "requests": [],
+    "paused": 0,
+    "queued": {},
+    "kv_tokens": {"capacity": 9, "free": 9, "evictable": 0, "host": 0},
+    "policy_errors": 0,
+    "migrations": {"in": [], "out": [], "rejected": {}, "departures": {"moved": 3}},
+    "pauses": {"host": 2},
+    "ended": {"answered": 5},
+    "recent": [],
+}
+# A process that is called like a scheduler, and lives until it is killed.
+SCHEDULER = (
+    "import setproctitle, sys, time; setproctitle.setproctitle('sglang::scheduler_DP1');"
+    "print(flush=True); time.sleep(60)"
+)
+
+
+@contextlib.contextmanager
+def served(app):
+    """The address of an app that runs in a thread of its own."""
+    loop, server = asyncio.new_event_loop(), TestServer(app, shutdown_timeout=0.1)
+    runner = threading.Thread(target=loop.run_forever, daemon=True)
+    runner.start()
+    asyncio.run_coroutine_threadsafe(server.start_server(), loop).result(10)
+    try:
+        yield str(server.make_url("/")).rstrip("/")
+    finally:
+        asyncio.run_coroutine_threadsafe(server.close(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        runner.join(10)
+
+
+def test_a_whole_soak_of_two_instances_of_which_one_dies():
+    """Instance 1 is a process that does nothing; what its server says of it is true but once: at
+    the end, its controller still knows a request."""
+    victim = subprocess.Popen([sys.executable, "-c", SCHEDULER], stdout=subprocess.PIPE)
+    asked = []
+
+    async def status(_request):
+        dead = [] if victim.poll() is None else [1]
+        instances = [
+            {**IDLE, "dp_rank": 0},
+            {"dp_rank": 1, "dead": True} if dead else {**IDLE, "dp_rank": 1},
+        ]
+        controller = {"rejected": {}, "unsent": 0, "moves_under_way": 0, "dead": dead}
+        return web.json_response(
+            {"instances": instances, "controller": {**controller, "residents": len(dead)}}
+        )
+
+    async def anything(request):
+        asked.append(request.path)
+        return web.json_response({"loads": []})
+
+    app = web.Application()
+    app[COUNT] = {}
+    app.router.add_post("/generate", generate)
+    app.router.add_get("/pascal/status", status)
+    app.router.add_route("*", "/{any:.*}", anything)
+    assert victim.stdout is not None
+    victim.stdout.readline()
+    began = time.monotonic()
+    with served(app) as url:
+        found = soak(
+            Task(
+                base_url=url,
+                seconds=2.0,
+                concurrency=2,
+                seed=1,
+                bodies=[body(), body("other")],
+                operations=[n for n in OPERATIONS if n not in ("junk", "pause by abort")],
+                after_death=["look"],
+                kill=1,
+                root=os.getpid(),
+            )
+        )
+    assert time.monotonic() - began < 60
+    assert victim.wait(10) < 0
+    victim.stdout.close()
+    assert found.findings.counts == {"controller": 1}
+    assert found.figures["pauses"]["moved"] == 3
+    assert set(found.figures["requests"]) == {"thinking", "other"}
+    paths = {"/pause_generation", "/update_weights_from_disk", "/flush_cache", "/abort_request"}
+    assert paths <= set(asked)
+    shown = "\n".join(table("two", found))
+    assert "WRONG controller: 1" in shown
+    assert f"{'thinking':<28}" in shown
