@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import LATE, SAME_ROW, SERVE
+from tests.engine.conftest import LATE, SERVE
 from tests.engine.load import REQUESTS, run, settled
 from tests.requests import generate
 
@@ -45,8 +45,6 @@ def test_chaos_is_invisible(arm, serve, reference):
     command, flags, settings = ARMS[arm]
     with serve({**CHAOS, **settings}, [*TIGHT, *flags], command) as server:
         chaos(server, reference, "resident", "recompute", *([] if "recompute" in arm else ["host"]))
-        if command is LATE:
-            assert SAME_ROW in server.output, "the device was never late where it matters"
 
 
 def test_a_rank_whose_copies_fail_is_followed_by_the_other_one(serve, reference, tmp_path):
@@ -56,7 +54,6 @@ def test_a_rank_whose_copies_fail_is_followed_by_the_other_one(serve, reference,
     with serve(CHAOS, [*TIGHT, "--tp-size", "2"], FAILING, **more) as server:
         instance = chaos(server, reference, "resident", "recompute", "host")
         assert instance["pauses"]["copy_failed"] > 3
-        assert SAME_ROW in server.output
         switch.touch()
         with pytest.raises((OSError, http.client.HTTPException)):
             server.post("/generate", generate("one more", think=None, total=20), timeout=60)
