@@ -232,26 +232,28 @@ class Governor:
                 break
             running = resumed
 
-    def relieve(self, running: ScheduleBatch) -> None:
+    def relieve(self, running: ScheduleBatch) -> bool:
         """Before SGLang retracts because this very step does not fit: who is paused with its KV on
         the device gives it up, then the worst who run leave, with their KV kept.
 
         The last one stays unless memory is on its way back, so that SGLang can end a request that
-        fits nowhere.
+        fits nowhere. True if those who stay, because they cannot be paused, have to wait for memory
+        that is on its way back.
         """
         if self._fits(running):
-            return
+            return False
         for member in self.planner.parked_worst_first(self.moment):
             self._spill(member)
             if self._fits(running):
-                return
+                return False
         members = [member_of(r) for r in running.reqs if r.to_finish is None]
         for member in self.planner.victims.worst_first(members, self.moment):
             if len(running.reqs) == 1 and not (self.ladder.leaving or self.ladder.arriving):
-                return
+                break
             self._take_out([member], running, "memory", lambda _: None)
             if running.is_empty() or self._fits(running):
-                return
+                return False
+        return self.ladder.releasing_tokens > 0
 
     def _fits(self, running: ScheduleBatch) -> bool:
         pages = len(running.reqs) * self.scheduler.page_size

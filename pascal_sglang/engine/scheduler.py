@@ -211,7 +211,11 @@ class PascalScheduler(OperationsScheduler):
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
         if self.governor is not None:
-            self.governor.relieve(batch)
+            if self.governor.relieve(batch):
+                batch.batch_is_full = False
+                return (
+                    None  # As SGLang does where finishing requests are about to give memory back.
+                )
             # Read by `retract_decode`, which now strikes only what cannot be paused.
             batch._get_decode_retraction_order = self.governor.retraction_order
         try:

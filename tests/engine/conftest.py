@@ -10,8 +10,6 @@ from tests.engine.load import run
 from tests.harness import TINY_FLAGS, Server
 
 SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
-# What `late_device` says when a step in flight writes where a request that comes back does.
-SAME_ROW = "A STEP IN FLIGHT AND A REQUEST THAT COMES BACK WRITE THE SAME ROW"
 LATE = (sys.executable, str(Path(__file__).with_name("late_device.py")), "serve")
 
 

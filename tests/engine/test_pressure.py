@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import LATE, SAME_ROW
+from tests.engine.conftest import LATE
 from tests.engine.load import ABORTED, run, settled
 
 COUNT = 60
@@ -37,10 +37,8 @@ def test_without_slots_kv_stays_on_the_device(serve, reference):
             for line in server.output.splitlines()
             if '{"decision"' in line
         ]
-        output = server.output
     assert differences(whole, reference) == []
     nothing_left(instance)
-    assert SAME_ROW in output, "the device was never late where it matters"
     assert instance["pauses"]["resident"] > 20
     assert "host" not in instance["pauses"]
     assert "recompute" not in instance["pauses"]

@@ -246,3 +246,35 @@ def test_what_a_start_takes_is_known_by_place(governor, place, tokens):
     req.kv.kv_committed_len = 7
     governor._stands(req, place)
     assert (req.pascal_member.kv_tokens, req.pascal_member.remaining) == (tokens, 16)
+
+
+class Running(SimpleNamespace):
+    """A batch whose next step does not fit."""
+
+    def check_decode_mem(self):
+        return False
+
+    def is_empty(self):
+        return not self.reqs
+
+    def filter_batch(self, reqs_to_exclude):
+        self.reqs = [r for r in self.reqs if r not in reqs_to_exclude]
+
+
+def running(*, pausable):
+    request = paused()
+    member = request.pascal_member
+    member.handle, member.place, member.pausable = request, Place.RUNNING, pausable
+    request.kv.kv_committed_len, request.to_finish = 10, None
+    return request
+
+
+def test_who_cannot_be_paused_waits_for_memory_that_is_on_its_way_back(governor):
+    """SGLang would end the last request of a batch whose step does not fit."""
+    stays, leaves = running(pausable=False), running(pausable=True)
+    batch = Running(reqs=[stays, leaves])
+    assert governor.relieve(batch)
+    assert batch.reqs == [stays]
+    assert list(governor.ladder.leaving) == [leaves]
+    governor.ladder.leaving.clear()
+    assert not governor.relieve(batch), "nothing comes back: it fits nowhere"
