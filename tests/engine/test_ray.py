@@ -19,13 +19,13 @@ import pytest
 
 from evals.arms import free_port
 from tests.engine.load import run, settled
+from tests.engine.test_failures import takes_only_its_own_along
 from tests.engine.test_migration import (
     FLOOD,
     at_rest,
     controller,
     differences,
     nothing_left,
-    takes_only_its_own_along,
     total,
 )
 from tests.harness import PASCAL, TINY_FLAGS, Server, environment
@@ -87,7 +87,8 @@ class TestTwoInstances:
 
     @pytest.fixture(scope="class")
     def two(self, serve, cluster):
-        with serve(FLOOD, ["--use-ray", "--dp-size", "2"], RAY_ADDRESS=cluster) as server:
+        flags = ["--use-ray", "--dp-size", "2"]
+        with serve(FLOOD, flags, warm=False, RAY_ADDRESS=cluster) as server:
             yield server
             server.stop(signal.SIGTERM)
 
@@ -112,7 +113,7 @@ class TestTwoInstances:
 
 
 def test_one_instance_serves(serve, reference, cluster):
-    with serve({}, ["--use-ray"], RAY_ADDRESS=cluster) as server:
+    with serve({}, ["--use-ray"], warm=False, RAY_ADDRESS=cluster) as server:
         whole, _ = run(server, COUNT)
         instance = settled(server)
         server.stop(signal.SIGTERM)
