@@ -57,6 +57,8 @@ class Departures:
         self.counts: Counter[str] = Counter()
         self.bytes_sent = 0
         self.metrics: MoveMetrics | None = None
+        # Told of each request that has left for good.
+        self.left: Callable[[Req], None] = lambda req: None
         self._dp_rank, self._tp_rank = get_parallel().dp_rank or 0, get_parallel().tp_rank
         self._running: ScheduleBatch | None = None
 
@@ -228,6 +230,8 @@ class Departures:
         del self.under_way[move]
         self.bytes_sent += out.bytes_sent
         done = source.state is SourceState.DONE
+        if done or source.state is SourceState.LOST:
+            self.left(out.req)
         outcome = "moved" if done else f"kept:{source.why}"
         self.counts[outcome] += 1
         if self.metrics is not None:

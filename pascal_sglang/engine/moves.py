@@ -63,6 +63,7 @@ class Moves:
         """flood: for tests: the chance per pass that an answer asks to move again."""
         self.governor, self.departures, self.arrivals = governor, departures, arrivals
         self.voice = voice
+        self.departures.left = self.gone
         self.stayed: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self.blocked_s: deque[float] = deque(maxlen=1024)
@@ -188,7 +189,7 @@ class Moves:
             self.answer_tokens = spoke if before is None else 0.9 * before + 0.1 * spoke
 
     def gone(self, req: Req) -> None:
-        """The request has ended without another token."""
+        """The request has ended here, or moved on, without another token."""
         self.arrivals.arrived.pop(req, None)
 
     def aborted(self, rid: str, matches: Callable[[str], bool]) -> None:

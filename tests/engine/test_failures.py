@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.engine.operations import operate
 from tests.engine.test_migration import alive, at_rest, nothing_left, total
 from tests.requests import chat, generate
 
@@ -161,7 +162,7 @@ def test_what_is_asked_of_a_dead_instance_is_answered(server, tiny_model):
         ("/update_weights_from_disk", {"model_path": str(tiny_model)}),
         ("/update_weight_version", {"new_version": "2"}),
     ):
-        server.post(path, body, timeout=60)
+        operate(server, path, **body)
     assert len(ask(server, generate("for the last one", 3, 8))) == 8
 
 

@@ -326,3 +326,19 @@ def test_a_piece_of_who_leaves_the_batch_meanwhile_is_good(sides):
     source.ladder.leaving[request] = None
     source.step()
     assert [(c.begin, c.end) for c in source.take(messages.Chunk)] == [(0, TOKENS)]
+
+
+def test_a_request_that_moves_on_is_told_of_once(sides):
+    source, target = sides
+    request, left = request_of(source), []
+    source.departures.left = left.append
+    source.step()
+    target.arrivals.hear(0, *source.take(messages.Chunk), 1.0)
+    target.step()
+    source.departures.hear(1, *target.take(messages.Got), 1.0)
+    source.step()
+    target.arrivals.hear(0, *source.take(messages.Handover), 1.0)
+    target.step()
+    assert left == []
+    source.departures.hear(1, *target.take(messages.Mine), 1.0)
+    assert left == [request]
