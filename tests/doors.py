@@ -43,6 +43,7 @@ TABLE = (
     Door("Mooncake's journal", "scheduler", r"datagram @[0-9a-f]{5}", user=None),
     Door("Control messages", ".*", rf"unix {TEMPORARY}/pascal-[^/]+/(controller|\d+)"),
     Door("Controller's status", ".*", rf"file {TEMPORARY}/pascal-[^/]+/controller\.json"),
+    Door("Folder's lock", ".*", rf"file {TEMPORARY}/pascal-[^/]+/pascal_sglang\.lock"),
     Door("SGLang's messages", ".*", rf"unix {TEMPORARY}/tmp[^/]+"),
     Door("KV landing", "scheduler", r"memory /memfd:pascal-landing .*"),
     Door("Load snapshots", ".*", r"memory /dev/shm/sglang_loads_[^/]+\.shm"),
@@ -78,7 +79,7 @@ def check(server: Server) -> set[str]:
     )
     rows = [f.row(server.port) for f in found]
     unknown = [f for f, row in zip(found, rows, strict=True) if row is None]
-    assert unknown == [], "not in the table of docs/security.md"
+    assert unknown == [], f"not in the table of docs/security.md: {unknown}"
     known = [(f, row) for f, row in zip(found, rows, strict=True) if row is not None]
 
     tried = [(f.how, row) for f, row in known if f.how is not None and row.user is not None]
