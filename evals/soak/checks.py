@@ -167,9 +167,12 @@ def status_at_rest(status: Mapping[str, Any], dead: Sequence[int], findings: Fin
         findings.add("controller", f"dead {controller['dead']}")
 
 
-def loads_at_rest(told: Mapping[str, Any], findings: Findings) -> None:
-    """What `/v1/loads` says to routers when nothing is under way."""
+def loads_at_rest(told: Mapping[str, Any], dead: Sequence[int], findings: Findings) -> None:
+    """What `/v1/loads` says to routers when nothing is under way. dead: instances that were killed,
+    whose last figures SGLang goes on to show."""
     for load in told.get("loads", ()):
+        if load["dp_rank"] in dead:
+            continue
         under_way = {name: load[name] for name in ("num_running_reqs", "num_waiting_reqs")}
         if any(under_way.values()):
             findings.add("not at rest", f"/v1/loads of instance {load['dp_rank']}: {under_way}")

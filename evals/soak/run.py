@@ -106,7 +106,7 @@ def _judge_status(task: Task, load: Load, earlier: int, done: Soak) -> None:
     dead = [] if task.kill is None else [task.kill]
     checks.status_at_rest(status, dead, done.findings)
     loads = json.loads(remote.get(task.base_url, "/v1/loads") or "{}")
-    checks.loads_at_rest(loads, done.findings)
+    checks.loads_at_rest(loads, dead, done.findings)
     ended = checks.ended(status) - earlier
     if task.kill is None and not load.answered <= ended <= load.asked:
         what = f"{ended} ended, {load.answered} answered, {load.asked} asked for"
