@@ -9,7 +9,9 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from pascal_sglang import request_checks, request_ids
 from pascal_sglang.request_checks import ASKED_TPOT_MS, asked_tpot_ms, is_number
 
 CONFIG_ENV = "PASCAL_SGLANG_CONFIG"
@@ -173,6 +175,16 @@ class PascalConfig:
         low, high = ASKED_TPOT_MS
         # Clamped as whole numbers are, which may be larger than any float.
         return float(min(max(asked, low), high))
+
+    def problem_with_request(self, obj: Any, override: str | None = None) -> str | None:
+        """What this server refuses in a request, or in a batch, that SGLang itself would take; None
+        if nothing is wrong. override: the id that a header gives it."""
+        if self.policy != "fcfs":
+            for rid in (getattr(obj, "rid", None), override):
+                if (problem := request_ids.problem_with(rid)) is not None:
+                    return problem
+        params = getattr(obj, "sampling_params", None)
+        return request_checks.problem_with(params) if self.paces else None
 
     @property
     def paces(self) -> bool:

@@ -15,7 +15,6 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.crash import CrashShutdown, ProcessWatch, end_children
 from pascal_sglang.handshake import BOARD_KEY, INIT_INFO_KEY, require_same_config
 from pascal_sglang.preflight import check_frontend
-from pascal_sglang.request_checks import problem_with_request
 
 STATUS_PATH = "/pascal/status"
 HEALTH_PATH = "/health"
@@ -205,7 +204,7 @@ async def assume_reasoning(
 
     config = PascalConfig.from_env()
     override = request.headers.get("x-override-rid")
-    if config is not None and (problem := problem_with_request(config, obj, override)):
+    if config is not None and (problem := config.problem_with_request(obj, override)):
         return _create_error_response(ValueError(problem))
     if config is not None and config.assume_reasoning:
         body = await request.json()  # Parsed once and cached by Starlette.

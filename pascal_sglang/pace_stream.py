@@ -16,7 +16,6 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.crash import is_ending
 from pascal_sglang.held import Chunk
 from pascal_sglang.pacing import Pacing
-from pascal_sglang.request_checks import problem_with_request
 
 # How long, in seconds, a wait may go without looking whether the server wants to stop.
 LOOK_UP_S = 1.0
@@ -88,10 +87,10 @@ def generate_request(
 ) -> AsyncGenerator[Chunk, None]:
     """Around `TokenizerManager.generate_request`: streams are paced, everything else is left be.
 
-    Raises: ValueError, for which every route answers 400, for what `request_checks` refuses.
+    Raises: ValueError, for which every route answers 400, for what this server refuses.
     """
     config = PascalConfig.from_env()
-    if config is not None and (problem := problem_with_request(config, obj)):
+    if config is not None and (problem := config.problem_with_request(obj)):
         raise ValueError(problem)
     stream = original(manager, obj, *args, **kwargs)
     if config is None or not config.pace_stream or not getattr(obj, "stream", False):

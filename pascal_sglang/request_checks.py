@@ -1,15 +1,9 @@
-"""What is refused in a request that SGLang itself would take: a name too long for control messages,
-and what may not be said about its own scheduling in `custom_params["pascal"]`."""
+"""What a request may say about its own scheduling, in `custom_params["pascal"]`."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeGuard
-
-from pascal_sglang import request_ids
-
-if TYPE_CHECKING:
-    from pascal_sglang.config import PascalConfig
+from typing import Any, TypeGuard
 
 # Milliseconds per answering token that a request may ask for, both included. Nobody reads faster,
 # and what `--pascal-pace-stream` holds back at most (1,024 tokens) leaves within three hours.
@@ -46,15 +40,3 @@ def problem_with(sampling_params: Any) -> str | None:
                 f"{low:g} to {high:g}, not {asked!r:.40}"
             )
     return None
-
-
-def problem_with_request(config: PascalConfig, obj: Any, override: str | None = None) -> str | None:
-    """What is wrong with a request to the HTTP server, or with a batch; None if nothing is.
-
-    override: the id that a header gives it.
-    """
-    if config.policy != "fcfs":
-        for rid in (getattr(obj, "rid", None), override):
-            if (problem := request_ids.problem_with(rid)) is not None:
-                return problem
-    return problem_with(getattr(obj, "sampling_params", None)) if config.paces else None
