@@ -8,6 +8,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from pascal_sglang.engine.governor import Governor
+from pascal_sglang.engine.phases import timeline_of
 
 
 class Revoked:
@@ -22,6 +23,8 @@ class Revoked:
 
     def add(self, req: Req) -> None:
         """Give back what the request holds, now or with its next result."""
+        # Its source counts it. A step in flight brings it up again after its end.
+        timeline_of(req).finish(self.governor.moment.now)
         waiting = self.scheduler.waiting_queue
         if req in waiting:
             waiting.remove(req)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pascal_sglang.engine.phases import PhaseTracker
 from pascal_sglang.engine.revoked import Revoked
 
 
@@ -20,7 +21,8 @@ def revoked():
     gone = []
     ladder = SimpleNamespace(held=[], forget=lambda matches: [r for r in ladder.held if matches(r)])
     scheduler = SimpleNamespace(waiting_queue=[], _release_aborted_request=gone.append)
-    governor = SimpleNamespace(ladder=ladder, gone=gone.append)
+    moment = SimpleNamespace(now=2.0)
+    governor = SimpleNamespace(ladder=ladder, gone=gone.append, moment=moment)
     made = Revoked(scheduler, governor)
     made.gone = gone
     return made
@@ -47,3 +49,7 @@ def test_one_that_runs_ends_with_its_next_result_and_says_nothing(revoked):
     assert revoked.without([other, req]) == [other]
     assert req.finished_output
     assert not revoked
+    # Under overlap the step in flight brings it up once more.
+    tracker = PhaseTracker(None)
+    tracker.observe([req], 3.0)
+    assert tracker.outcomes == {}
