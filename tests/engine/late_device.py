@@ -5,9 +5,10 @@
 - A copy of KV between device and host memory lands when it is waited for, or when a step begins
   that was told to wait for it, and takes all copies before it along.
 
-What is written on the scheduler's own stream lands at once. The server says so once per process
-when a step in flight and a request that comes back write the same row of the map. Worker processes
-import the main module, so this holds in all of them.
+What is written on the scheduler's own stream lands at once. Rows of requests that have ended are
+handed out first: a step in flight may still write there. The server says so once per process when
+it does and a request that comes back has got the row. Worker processes import the main module, so
+this holds in all of them.
 """
 
 import functools
@@ -17,6 +18,7 @@ from collections import deque
 from sglang.srt.managers import scheduler as sglang_scheduler
 from sglang.srt.managers.overlap_utils import FutureMap
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
 from pascal_sglang.engine import copies
 from pascal_sglang.engine.copy_stream import CopyStream
@@ -113,7 +115,7 @@ class LateCopies(CopyStream):
 steps = Steps()
 sound_begin, sound_stash = sglang_scheduler.resolve_forward_inputs, FutureMap.stash
 sound_init, sound_copy = Scheduler.init_overlap, Scheduler._copy_result_to_cpu
-sound_process = Scheduler.process_batch_result
+sound_process, sound_free = Scheduler.process_batch_result, ReqToTokenPool.free
 
 
 def begin(batch, future_map):
@@ -142,7 +144,15 @@ def process(scheduler, batch, result):
     return sound_process(scheduler, batch, result)
 
 
+def free(pool, req):
+    sound_free(pool, req)
+    if not req.finished():
+        # Rows are taken from the end.
+        pool.free_slots.insert(0, pool.free_slots.pop())
+
+
 sglang_scheduler.resolve_forward_inputs, FutureMap.stash = begin, stash
+ReqToTokenPool.free = free
 Scheduler.init_overlap, Scheduler._copy_result_to_cpu = init_overlap, copy_result
 Scheduler.process_batch_result = process
 copies.copy_stream_of = lambda scheduler: LateCopies()

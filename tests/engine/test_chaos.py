@@ -45,6 +45,8 @@ def test_chaos_is_invisible(arm, serve, reference):
     command, flags, settings = ARMS[arm]
     with serve({**CHAOS, **settings}, [*TIGHT, *flags], command) as server:
         chaos(server, reference, "resident", "recompute", *([] if "recompute" in arm else ["host"]))
+        if command is LATE:
+            assert "WRITE THE SAME ROW" in server.output, "no row changed hands: this shows nothing"
 
 
 def test_a_rank_whose_copies_fail_is_followed_by_the_other_one(serve, reference, tmp_path):
