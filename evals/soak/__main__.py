@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals import arms, remote
+from evals import arms, auth, remote
 from evals.arms import TINY, Arm, ArmError, Plan, Rate, Server
 from evals.compare import CACHE
 from evals.options import base_url, count, positive
@@ -104,7 +104,7 @@ def served(asked: argparse.Namespace, size: int, bodies: list[Any]) -> Soak:
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         plan = plan_of(asked, size, folder)
         with Server(plan.arms[0], plan, model) as server:
-            ready = len(_log_of(server))
+            ready, root = len(_log_of(server)), server.pid
             task = Task(
                 base_url=server.base_url,
                 seconds=asked.seconds / len(asked.dp_size),
@@ -114,11 +114,11 @@ def served(asked: argparse.Namespace, size: int, bodies: list[Any]) -> Soak:
                 operations=asked.operations,
                 after_death=[name for name in AFTER_DEATH if name in asked.operations],
                 kill=kill,
-                root=server.process.pid,
+                root=root,
                 model=str(model),
             )
             result = soak(task)
-            held = checks.held(server.process.pid).values()
+            held = checks.held(root).values()
             shared = {each.partition(" ")[2] for process in held for each in process.shared}
             if server.process.poll() is not None:
                 result.findings.add("the server", "ended by itself")
@@ -218,6 +218,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--seconds", type=positive, default=600.0, help="of load, shared by the servers")
     add("--base-url", type=base_url, help="a running server of the tiny model: nothing is started")
+    auth.add_option(parser)
     add("--dp-size", type=count, nargs="+", default=[1, 2], help="one server each (1 2)")
     add("--kill", action=argparse.BooleanOptionalAction, default=True, help="where there are two")
     add("--arm", choices=("pascal", "stock"), default="pascal", help="who schedules")

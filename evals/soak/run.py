@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from evals import remote
+from evals import auth, remote
 from evals.soak import checks
 from evals.soak.bodies import Body
 from evals.soak.findings import Findings
@@ -64,7 +64,10 @@ async def _soak(task: Task) -> Soak:
     told = remote.get(task.base_url, "/pascal/status") is not None
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(
-        task.base_url, connector=connector, timeout=aiohttp.ClientTimeout(total=None)
+        task.base_url,
+        connector=connector,
+        headers=auth.headers(),
+        timeout=aiohttp.ClientTimeout(total=None),
     ) as session:
         load = Load(session, task.bodies, done.findings, tells_status=told)
         paths = [p for p in LOOKED_AT if remote.get(task.base_url, p) is not None]
