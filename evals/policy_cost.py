@@ -19,10 +19,10 @@ import statistics
 import time
 
 from pascal_sglang.policy.making import GROWTH
-from pascal_sglang.policy.member import Member, Place
-from pascal_sglang.policy.order import ORDERS, Moment, Tuning
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.plan import Planner, Room
+from pascal_sglang.policy.ranking import ORDERS, Moment, Tuning
+from pascal_sglang.policy.request import Member, Place
 from pascal_sglang.policy.timeline import Phase
 
 SIZES = ((32, 64), (256, 1_000), (1_024, 10_000))

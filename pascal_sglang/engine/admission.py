@@ -16,8 +16,8 @@ from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.members import member_of
-from pascal_sglang.policy.member import Member, Place
 from pascal_sglang.policy.plan import Planner
+from pascal_sglang.policy.request import Member, Place
 
 logger = logging.getLogger(__name__)
 

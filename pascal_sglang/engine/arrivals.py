@@ -25,7 +25,7 @@ from pascal_sglang.engine.ranks import all_agree
 from pascal_sglang.engine.revoked import Revoked
 from pascal_sglang.engine.snapshot import import_state, problem_with, restore_member
 from pascal_sglang.engine.tombstones import Tombstones
-from pascal_sglang.policy.member import Place
+from pascal_sglang.policy.request import Place
 
 logger = logging.getLogger(__name__)
 

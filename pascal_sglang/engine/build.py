@@ -13,7 +13,7 @@ from pascal_sglang.engine.copies import Copies
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.pool import measure_costs
 from pascal_sglang.engine.ranks import agree
-from pascal_sglang.policy.rung import Costs
+from pascal_sglang.policy.kv_tier import Costs
 
 logger = logging.getLogger(__name__)
 

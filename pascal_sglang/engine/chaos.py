@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from pascal_sglang.policy.rung import Rung
+from pascal_sglang.policy.kv_tier import Rung
 
 
 class Chaos:

@@ -26,7 +26,7 @@ from pascal_sglang.engine.phases import timeline_of
 from pascal_sglang.engine.ranks import all_agree
 from pascal_sglang.engine.retraction import wait_again
 from pascal_sglang.engine.snapshot import export_state, why_not_movable
-from pascal_sglang.policy.member import Place
+from pascal_sglang.policy.request import Place
 
 logger = logging.getLogger(__name__)
 

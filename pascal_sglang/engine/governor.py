@@ -19,10 +19,10 @@ from pascal_sglang.engine.members import Members, member_of, remaining_of
 from pascal_sglang.engine.queue_times import entered_queue, left_queue
 from pascal_sglang.engine.ranks import agree, catch_on_all_ranks, is_alone
 from pascal_sglang.engine.view import View
-from pascal_sglang.policy.member import Member, Place
-from pascal_sglang.policy.order import ORDERS, PREFIX_HEAD_START, Moment, Tuning
+from pascal_sglang.policy.kv_tier import Costs, Rung
 from pascal_sglang.policy.plan import Plan, Planner, Worth
-from pascal_sglang.policy.rung import Costs, Rung
+from pascal_sglang.policy.ranking import ORDERS, PREFIX_HEAD_START, Moment, Tuning
+from pascal_sglang.policy.request import Member, Place
 
 if TYPE_CHECKING:
     from pascal_sglang.engine.moves import Moves

@@ -17,7 +17,7 @@ from pascal_sglang.cluster.status import Status
 from pascal_sglang.cluster.wire import MAX_ITEMS
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.members import member_of
-from pascal_sglang.policy.order import is_demoted
+from pascal_sglang.policy.ranking import is_demoted
 from pascal_sglang.policy.timeline import Phase
 
 EVERY_S = 0.02

@@ -10,9 +10,9 @@ from typing import Any
 
 from pascal_sglang.engine.metrics import DecisionMetrics
 from pascal_sglang.engine.phases import timeline_of
-from pascal_sglang.policy.member import Member
-from pascal_sglang.policy.order import Moment, Order, Tuning
-from pascal_sglang.policy.rung import Rung
+from pascal_sglang.policy.kv_tier import Rung
+from pascal_sglang.policy.ranking import Moment, Order, Tuning
+from pascal_sglang.policy.request import Member
 
 logger = logging.getLogger("pascal_sglang.decisions")
 

@@ -20,7 +20,7 @@ from pascal_sglang.engine.copies import Copies, HostCopy
 from pascal_sglang.engine.decoding import decoding, joined
 from pascal_sglang.engine.pool import Pool
 from pascal_sglang.engine.ranks import all_agree
-from pascal_sglang.policy.rung import Costs, Rung
+from pascal_sglang.policy.kv_tier import Costs, Rung
 
 
 class Ladder:

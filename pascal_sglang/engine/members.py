@@ -11,9 +11,9 @@ from sglang.srt.managers.schedule_batch import Req
 from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.phases import timeline_of
-from pascal_sglang.policy.member import Member
-from pascal_sglang.policy.order import Moment, fastest_pace
 from pascal_sglang.policy.pacer import Pacer
+from pascal_sglang.policy.ranking import Moment, fastest_pace
+from pascal_sglang.policy.request import Member
 from pascal_sglang.policy.timeline import Phase
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pascal_sglang.policy.kv_tier import Rung
 from pascal_sglang.policy.plan import LACKS
-from pascal_sglang.policy.rung import Rung
 from pascal_sglang.policy.timeline import PhaseTimeline
 
 _LATENCY = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480)

@@ -16,8 +16,8 @@ from pascal_sglang.engine.copies import HostKV
 from pascal_sglang.engine.kv_bytes import KvBytes
 from pascal_sglang.engine.ladder import Ladder
 from pascal_sglang.engine.phases import timeline_of
-from pascal_sglang.policy.member import Place
-from pascal_sglang.policy.rung import Rung
+from pascal_sglang.policy.kv_tier import Rung
+from pascal_sglang.policy.request import Place
 
 
 @dataclass(slots=True, eq=False)

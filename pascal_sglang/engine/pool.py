@@ -16,7 +16,7 @@ from sglang.srt.mem_cache.common import (
 )
 
 from pascal_sglang.engine.copies import Copies
-from pascal_sglang.policy.rung import Costs
+from pascal_sglang.policy.kv_tier import Costs
 
 # Enough that a layer's copy takes longer than its launch.
 PROBE_TOKENS = 2048

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang.engine.governor import Governor
-from pascal_sglang.policy.member import Place
+from pascal_sglang.policy.request import Place
 
 
 def retract_held(governor: Governor) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pascal_sglang.policy.member import Member
-from pascal_sglang.policy.order import Moment, Rank
+from pascal_sglang.policy.ranking import Moment, Rank
+from pascal_sglang.policy.request import Member
 
 if TYPE_CHECKING:
     from pascal_sglang.policy.plan import Planner

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from pascal_sglang.policy.line import Line
 from pascal_sglang.policy.making import GROWTH, Making
-from pascal_sglang.policy.member import Member, Place
-from pascal_sglang.policy.order import Moment, Order, Rank, Tuning, credit_of
+from pascal_sglang.policy.queue import Line
+from pascal_sglang.policy.ranking import Moment, Order, Rank, Tuning, credit_of
+from pascal_sglang.policy.request import Member, Place
 from pascal_sglang.policy.victims import Victims
 
 # Passes before displacement is tried again for a request for whom it has just failed. Those who run

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pascal_sglang.policy.member import Member
-from pascal_sglang.policy.order import Moment, Order, Tuning
+from pascal_sglang.policy.ranking import Moment, Order, Tuning
+from pascal_sglang.policy.request import Member
 
 # Passes a ranking of those who run is used for. Ranks change but once in many tokens, and whoever
 # takes a victim from an old ranking looks at its rank of today.

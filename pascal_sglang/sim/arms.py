@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pascal_sglang.policy.member import Member
-from pascal_sglang.policy.order import ORDERS, Moment, Order, Rank, Tuning
+from pascal_sglang.policy.ranking import ORDERS, Moment, Order, Rank, Tuning
+from pascal_sglang.policy.request import Member
 from pascal_sglang.sim.foresight import Foresight
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pascal_sglang.policy.order import Tuning
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.placement import Answer
+from pascal_sglang.policy.ranking import Tuning
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.arms import FORESIGHTS, SIM_ORDERS, STOCK, Arm
 from pascal_sglang.sim.checks import Books

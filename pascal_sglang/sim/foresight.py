@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pascal_sglang.policy.order import REACTION_PASSES, Tuning, is_demoted
+from pascal_sglang.policy.ranking import REACTION_PASSES, Tuning, is_demoted
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.job import Job
 

@@ -6,9 +6,10 @@ import heapq
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pascal_sglang.policy.kv_tier import Costs, Rung
 from pascal_sglang.policy.making import GROWTH
-from pascal_sglang.policy.member import Place
-from pascal_sglang.policy.order import (
+from pascal_sglang.policy.plan import PATIENCE, Plan, Planner, Room
+from pascal_sglang.policy.ranking import (
     PREFIX_HEAD_START,
     REACTION_PASSES,
     Moment,
@@ -16,8 +17,7 @@ from pascal_sglang.policy.order import (
     is_demoted,
     urgent_at,
 )
-from pascal_sglang.policy.plan import PATIENCE, Plan, Planner, Room
-from pascal_sglang.policy.rung import Costs, Rung
+from pascal_sglang.policy.request import Place
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.foresight import NEVER
 from pascal_sglang.sim.instance import Instance

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from typing import Protocol
 
-from pascal_sglang.policy.order import Moment, Tuning
+from pascal_sglang.policy.ranking import Moment, Tuning
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.batch import Batch
 from pascal_sglang.sim.clock import Clock

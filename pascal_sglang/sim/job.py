@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pascal_sglang.policy.member import Member
+from pascal_sglang.policy.request import Member
 from pascal_sglang.policy.timeline import Phase
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pascal_sglang.policy.member import Place
+from pascal_sglang.policy.request import Place
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.cost import Cost

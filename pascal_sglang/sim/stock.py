@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from pascal_sglang.policy.member import Place
+from pascal_sglang.policy.request import Place
 from pascal_sglang.sim.foresight import NEVER
 from pascal_sglang.sim.instance import Instance
 from pascal_sglang.sim.job import Job

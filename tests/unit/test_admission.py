@@ -6,10 +6,10 @@ import pytest
 
 from pascal_sglang.engine.admission import Admission
 from pascal_sglang.engine.members import member_of
-from pascal_sglang.policy.member import Member, Place
-from pascal_sglang.policy.order import ORDERS, Moment, Tuning
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.plan import Planner
+from pascal_sglang.policy.ranking import ORDERS, Moment, Tuning
+from pascal_sglang.policy.request import Member, Place
 
 MOMENT = Moment(1, 1.0, 0.01)
 

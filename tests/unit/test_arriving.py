@@ -8,8 +8,8 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.copies import HostCopy, HostKV
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.outgoing import Outgoing, find
-from pascal_sglang.policy.member import Place
-from pascal_sglang.policy.rung import Costs
+from pascal_sglang.policy.kv_tier import Costs
+from pascal_sglang.policy.request import Place
 from tests.unit.test_governor import FailingCopies, paused, scheduler
 
 OWN = HostKV([])

@@ -9,9 +9,9 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.copies import HostCopy
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.members import remaining_of, why_not_pausable
-from pascal_sglang.policy.member import Member, Place
+from pascal_sglang.policy.kv_tier import Costs, Rung
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.rung import Costs, Rung
+from pascal_sglang.policy.request import Member, Place
 from pascal_sglang.policy.timeline import Phase
 
 

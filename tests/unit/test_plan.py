@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pascal_sglang.policy.member import Member, Place
-from pascal_sglang.policy.order import AHEAD, ORDERS, URGENT, Moment, Tuning, is_demoted
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.plan import GROWTH, PATIENCE, Plan, Planner, Room
+from pascal_sglang.policy.ranking import AHEAD, ORDERS, URGENT, Moment, Tuning, is_demoted
+from pascal_sglang.policy.request import Member, Place
 from pascal_sglang.policy.timeline import Phase
 
 HEADROOM = 20

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from pascal_sglang.policy.member import Member, Place
-from pascal_sglang.policy.order import ORDERS, URGENT, Moment, Tuning, fastest_pace
 from pascal_sglang.policy.pacer import Pacer
+from pascal_sglang.policy.ranking import ORDERS, URGENT, Moment, Tuning, fastest_pace
+from pascal_sglang.policy.request import Member, Place
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.request_checks import problem_with
 

@@ -9,8 +9,8 @@ from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.orders import Order
 from pascal_sglang.engine.copies import HostCopy
 from pascal_sglang.engine.retraction import retract_held
-from pascal_sglang.policy.member import Place
-from pascal_sglang.policy.rung import Rung
+from pascal_sglang.policy.kv_tier import Rung
+from pascal_sglang.policy.request import Place
 from tests.unit import test_arriving, test_move_copies
 
 governor, sides = test_arriving.governor, test_move_copies.sides

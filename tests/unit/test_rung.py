@@ -2,7 +2,7 @@
 
 import pytest
 
-from pascal_sglang.policy.rung import Costs, Rung
+from pascal_sglang.policy.kv_tier import Costs, Rung
 
 
 def test_a_spent_budget_leaves_only_recompute():

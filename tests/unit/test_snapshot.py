@@ -28,8 +28,8 @@ from pascal_sglang.engine.snapshot_fields import (
     PROMPT_LOGPROBS,
     TIMES,
 )
-from pascal_sglang.policy.member import Member
 from pascal_sglang.policy.pacer import Pacer
+from pascal_sglang.policy.request import Member
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline
 
 PROMPT, OUTPUT = [5, 6, 7, 8], [9, 10, 11]

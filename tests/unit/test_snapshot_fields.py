@@ -14,7 +14,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from pascal_sglang.engine import snapshot_fields as fields
 from pascal_sglang.engine.snapshot import why_not_movable
-from pascal_sglang.policy.member import Member
+from pascal_sglang.policy.request import Member
 
 
 def in_all(table):

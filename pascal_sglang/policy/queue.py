@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 
-from pascal_sglang.policy.member import Member, Place
-from pascal_sglang.policy.order import Moment, Order, Tuning
+from pascal_sglang.policy.ranking import Moment, Order, Tuning
+from pascal_sglang.policy.request import Member, Place
 
 Entry = tuple[float, int, int, Member]
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pascal_sglang.policy.member import Member, Place
+from pascal_sglang.policy.request import Member, Place
 from pascal_sglang.policy.timeline import Phase
 
 Rank = tuple[int, int]
