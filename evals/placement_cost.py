@@ -15,13 +15,13 @@ import time
 from array import array
 from collections import deque
 
-from pascal_sglang.cluster.monitor import Monitor
-from pascal_sglang.cluster.mover import Mover
+from pascal_sglang.cluster.codec import pack, unpack
+from pascal_sglang.cluster.load_tracker import Monitor
+from pascal_sglang.cluster.migration_coordinator import Mover
 from pascal_sglang.cluster.orders import Boundary, Gone, Order, Over
-from pascal_sglang.cluster.prefixes import Prefixes, block_names
-from pascal_sglang.cluster.residents import Residents
+from pascal_sglang.cluster.prefix_index import Prefixes, block_names
+from pascal_sglang.cluster.request_locations import Residents
 from pascal_sglang.cluster.status import Status
-from pascal_sglang.cluster.wire import pack, unpack
 from pascal_sglang.policy.placement import Placement
 
 PROMPT_TOKENS = 256

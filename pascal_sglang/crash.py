@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from pascal_sglang.cluster.private_folder import remove_all
-from pascal_sglang.cluster.processes import end_of
+from pascal_sglang.cluster.scheduler_processes import end_of
 
 logger = logging.getLogger(__name__)
 

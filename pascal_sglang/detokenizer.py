@@ -8,8 +8,8 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from pascal_sglang.cluster.in_order import InOrder, Row
-from pascal_sglang.cluster.undertaker import MESSAGE
+from pascal_sglang.cluster.instance_failures import MESSAGE
+from pascal_sglang.cluster.output_order import InOrder, Row
 from pascal_sglang.config import PascalConfig
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
-from pascal_sglang.cluster import board
+from pascal_sglang.cluster import status_file
 from pascal_sglang.cluster.private_folder import remove_all
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.crash import CrashShutdown, ProcessWatch, end_children
@@ -169,7 +169,7 @@ def add_routes(crash: CrashShutdown) -> None:
 def controller() -> dict[str, Any]:
     """What the controller last showed; without its folder, what keeps us from knowing."""
     try:
-        return board.read(_board[-1])
+        return status_file.read(_board[-1])
     except (OSError, ValueError) as error:
         return {"unreadable": str(error)}
 

@@ -17,20 +17,20 @@ from typing import Any
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, sock_send
 from sglang.srt.runtime_context import get_observability
 
-from pascal_sglang.cluster.board import Board
+from pascal_sglang.cluster.control_channel import CONTROLLER, POST_ENV, Box, Pen
+from pascal_sglang.cluster.instance_failures import Undertaker
 from pascal_sglang.cluster.internal_requests import is_health_probe, is_internal
+from pascal_sglang.cluster.load_tracker import Monitor
 from pascal_sglang.cluster.location_check import LocationCheck
 from pascal_sglang.cluster.metrics import ControllerMetrics
-from pascal_sglang.cluster.monitor import Monitor
-from pascal_sglang.cluster.mover import Mover
+from pascal_sglang.cluster.migration_coordinator import Mover
 from pascal_sglang.cluster.orders import Answered, Boundary, Died, Gone, LocationReply, Over
-from pascal_sglang.cluster.post import CONTROLLER, POST_ENV, Box, Pen
-from pascal_sglang.cluster.prefixes import Prefixes, block_names
+from pascal_sglang.cluster.prefix_index import Prefixes, block_names
 from pascal_sglang.cluster.private_folder import PrivateFolder, remove_ownerless
-from pascal_sglang.cluster.processes import Processes
-from pascal_sglang.cluster.residents import Residents
+from pascal_sglang.cluster.request_locations import Residents
+from pascal_sglang.cluster.scheduler_processes import Processes
 from pascal_sglang.cluster.status import Status
-from pascal_sglang.cluster.undertaker import Undertaker
+from pascal_sglang.cluster.status_file import Board
 from pascal_sglang.cluster.watched_controller import WatchedController
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.handshake import handed_on, homes_of, require_same_config

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 
 from pascal_sglang.cluster.orders import LocationQuery, LocationReply
-from pascal_sglang.cluster.residents import Residents
+from pascal_sglang.cluster.request_locations import Residents
 
 # Seconds between two questions, and how long answers are waited for.
 EVERY_S = 5.0

@@ -24,12 +24,12 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.utils.network import get_zmq_socket
 
+from pascal_sglang.cluster.control_channel import Box
 from pascal_sglang.cluster.control_replies import ControlReplies
+from pascal_sglang.cluster.instance_failures import MESSAGE, Undertaker
 from pascal_sglang.cluster.loop_errors import LoopErrors
-from pascal_sglang.cluster.post import Box
-from pascal_sglang.cluster.processes import Processes
-from pascal_sglang.cluster.residents import Residents
-from pascal_sglang.cluster.undertaker import MESSAGE, Undertaker
+from pascal_sglang.cluster.request_locations import Residents
+from pascal_sglang.cluster.scheduler_processes import Processes
 from pascal_sglang.cluster.worker_sender import WorkerSender
 from pascal_sglang.config import PascalConfig
 

@@ -12,10 +12,10 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster import messages, orders
+from pascal_sglang.cluster.control_channel import CONTROLLER
 from pascal_sglang.cluster.messages import Message
-from pascal_sglang.cluster.post import CONTROLLER
-from pascal_sglang.cluster.source import Terms
-from pascal_sglang.cluster.target import Target, TargetState
+from pascal_sglang.cluster.migration_source import Terms
+from pascal_sglang.cluster.migration_target import Target, TargetState
 from pascal_sglang.engine.clearance import LANDING_PASSES, Clearance
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.incoming import Incoming, Landing

@@ -9,8 +9,8 @@ from typing import Any
 from sglang.srt.runtime_context import get_parallel, get_serving
 
 from pascal_sglang.cluster import messages
-from pascal_sglang.cluster.post import POST_ENV, Pen
-from pascal_sglang.cluster.source import Terms
+from pascal_sglang.cluster.control_channel import POST_ENV, Pen
+from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.transport import TransportError, make
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.arrivals import Arrivals

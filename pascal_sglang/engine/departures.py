@@ -11,9 +11,9 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster import messages, orders
+from pascal_sglang.cluster.control_channel import CONTROLLER
 from pascal_sglang.cluster.messages import Message
-from pascal_sglang.cluster.post import CONTROLLER
-from pascal_sglang.cluster.source import OPEN, OVER, Source, SourceState, Terms
+from pascal_sglang.cluster.migration_source import OPEN, OVER, Source, SourceState, Terms
 from pascal_sglang.cluster.transport import Transport
 from pascal_sglang.engine.clearance import Clearance
 from pascal_sglang.engine.governor import Governor

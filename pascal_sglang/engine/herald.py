@@ -10,11 +10,11 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
+from pascal_sglang.cluster.codec import MAX_ITEMS
+from pascal_sglang.cluster.control_channel import CONTROLLER, POST_ENV, Pen
 from pascal_sglang.cluster.orders import Answered, Gone, LocationQuery, LocationReply
-from pascal_sglang.cluster.post import CONTROLLER, POST_ENV, Pen
-from pascal_sglang.cluster.prefixes import block_names
+from pascal_sglang.cluster.prefix_index import block_names
 from pascal_sglang.cluster.status import Status
-from pascal_sglang.cluster.wire import MAX_ITEMS
 from pascal_sglang.engine.governor import Governor
 from pascal_sglang.engine.members import member_of
 from pascal_sglang.policy.ranking import is_demoted

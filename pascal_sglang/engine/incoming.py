@@ -11,8 +11,8 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang.cluster.messages import Message
-from pascal_sglang.cluster.target import Target
-from pascal_sglang.cluster.windows import Windows
+from pascal_sglang.cluster.migration_target import Target
+from pascal_sglang.cluster.receive_slots import Windows
 from pascal_sglang.engine.copies import HostKV
 from pascal_sglang.engine.kv_bytes import KvBytes
 from pascal_sglang.engine.pool import Pool

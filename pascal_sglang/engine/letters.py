@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 
-from pascal_sglang.cluster.post import Box, Pen
+from pascal_sglang.cluster.control_channel import Box, Pen
 
 
 @dataclass(frozen=True, slots=True)

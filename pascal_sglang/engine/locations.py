@@ -7,8 +7,8 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_parallel
 
+from pascal_sglang.cluster.codec import BadMessage, unpack
 from pascal_sglang.cluster.orders import LocationQuery
-from pascal_sglang.cluster.wire import BadMessage, unpack
 from pascal_sglang.engine.letters import Letters
 
 logger = logging.getLogger(__name__)

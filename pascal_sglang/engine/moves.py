@@ -19,8 +19,8 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster import messages, orders
-from pascal_sglang.cluster.post import CONTROLLER
-from pascal_sglang.cluster.wire import BadMessage, unpack
+from pascal_sglang.cluster.codec import BadMessage, unpack
+from pascal_sglang.cluster.control_channel import CONTROLLER
 from pascal_sglang.engine.arrivals import Arrivals
 from pascal_sglang.engine.departures import Departures
 from pascal_sglang.engine.governor import ERRORS_LOGGED, Governor

@@ -10,7 +10,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.cluster.messages import Chunk, Granted
-from pascal_sglang.cluster.source import Source
+from pascal_sglang.cluster.migration_source import Source
 from pascal_sglang.cluster.transport import Transport, TransportError
 from pascal_sglang.engine.copies import HostKV
 from pascal_sglang.engine.kv_bytes import KvBytes

@@ -21,8 +21,8 @@ from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_priv
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
+from pascal_sglang.cluster.control_channel import POST_ENV, Box
 from pascal_sglang.cluster.internal_requests import is_health_probe
-from pascal_sglang.cluster.post import POST_ENV, Box
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine import locations
 from pascal_sglang.engine.budget import with_default_budget

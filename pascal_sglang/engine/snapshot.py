@@ -18,7 +18,7 @@ import orjson
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from pascal_sglang.cluster.wire import MAX_STATE_BYTES
+from pascal_sglang.cluster.codec import MAX_STATE_BYTES
 from pascal_sglang.engine.members import member_of, why_not_pausable
 from pascal_sglang.engine.phases import timeline_of
 from pascal_sglang.engine.snapshot_fields import (

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import orjson
 
-from pascal_sglang.cluster.post import Box
-from pascal_sglang.cluster.source import Source, SourceState, Terms
-from pascal_sglang.cluster.target import Target
+from pascal_sglang.cluster.control_channel import Box
+from pascal_sglang.cluster.migration_source import Source, SourceState, Terms
+from pascal_sglang.cluster.migration_target import Target
 
 FOLDER = Path(os.environ["HOLD_FOLDER"])
 LATER_S = 1000.0

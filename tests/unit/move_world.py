@@ -1,8 +1,8 @@
 """Two sides of a move with a network in between that a test may disturb."""
 
 from pascal_sglang.cluster.messages import Ask, Chunk, Granted, Handover
-from pascal_sglang.cluster.source import Source, Terms
-from pascal_sglang.cluster.target import Target, TargetState
+from pascal_sglang.cluster.migration_source import Source, Terms
+from pascal_sglang.cluster.migration_target import Target, TargetState
 
 WINDOW = 40
 

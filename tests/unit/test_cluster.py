@@ -3,10 +3,10 @@
 import subprocess
 import sys
 
-from pascal_sglang.cluster.monitor import OPEN_DISPATCHES, SILENT_S, Monitor
-from pascal_sglang.cluster.mover import FORGET_S, Mover
+from pascal_sglang.cluster.load_tracker import OPEN_DISPATCHES, SILENT_S, Monitor
+from pascal_sglang.cluster.migration_coordinator import FORGET_S, Mover
 from pascal_sglang.cluster.orders import Boundary, Order, Over
-from pascal_sglang.cluster.prefixes import COMMON, Prefixes, block_names
+from pascal_sglang.cluster.prefix_index import COMMON, Prefixes, block_names
 from pascal_sglang.cluster.status import Status
 from pascal_sglang.policy.placement import Placement
 
@@ -73,7 +73,9 @@ def test_what_many_conversations_share_stays_known_everywhere():
 
 
 def test_blocks_have_the_same_name_in_every_process():
-    code = "from pascal_sglang.cluster.prefixes import *; print(list(block_names([7] * 64, 'a')))"
+    code = (
+        "from pascal_sglang.cluster.prefix_index import *; print(list(block_names([7] * 64, 'a')))"
+    )
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert seen.stdout.strip() == str(list(block_names([7] * 64, "a")))
 

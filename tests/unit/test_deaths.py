@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from pascal_sglang.cluster.monitor import Monitor
-from pascal_sglang.cluster.mover import Mover, UnderWay
-from pascal_sglang.cluster.processes import QUIT_S, Processes
-from pascal_sglang.cluster.residents import Residents
-from pascal_sglang.cluster.undertaker import CLAIM_S, Undertaker
+from pascal_sglang.cluster.instance_failures import CLAIM_S, Undertaker
+from pascal_sglang.cluster.load_tracker import Monitor
+from pascal_sglang.cluster.migration_coordinator import Mover, UnderWay
+from pascal_sglang.cluster.request_locations import Residents
+from pascal_sglang.cluster.scheduler_processes import QUIT_S, Processes
 from pascal_sglang.policy.placement import Placement
 
 

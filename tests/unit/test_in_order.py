@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pascal_sglang.cluster.in_order import CAPACITY, PATIENCE_S, InOrder, Row
+from pascal_sglang.cluster.output_order import CAPACITY, PATIENCE_S, InOrder, Row
 
 
 def test_what_is_early_waits_and_its_pipe_behind_it():

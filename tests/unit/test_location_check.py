@@ -4,7 +4,7 @@ import random
 
 from pascal_sglang.cluster.location_check import EVERY_S, MAX_ASKED, MAX_CHARACTERS, LocationCheck
 from pascal_sglang.cluster.orders import LocationReply
-from pascal_sglang.cluster.residents import Residents
+from pascal_sglang.cluster.request_locations import Residents
 
 
 class World:

@@ -8,9 +8,9 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from pascal_sglang.cluster import messages, transport
+from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.orders import Order
-from pascal_sglang.cluster.source import Terms
-from pascal_sglang.cluster.windows import ASK_S, DEAD_S
+from pascal_sglang.cluster.receive_slots import ASK_S, DEAD_S
 from pascal_sglang.engine.arrivals import Arrivals
 from pascal_sglang.engine.clearance import Clearance
 from pascal_sglang.engine.copies import Copies, HostKV

@@ -13,8 +13,8 @@ from pascal_sglang.cluster.messages import (
     Refused,
     WriteQuery,
 )
-from pascal_sglang.cluster.source import OVER, SourceState
-from pascal_sglang.cluster.target import TargetState
+from pascal_sglang.cluster.migration_source import OVER, SourceState
+from pascal_sglang.cluster.migration_target import TargetState
 from tests.unit.move_world import TERMS, WINDOW, World, terms
 
 moves = st.lists(

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pascal_sglang.cluster import board, post, private_folder
-from pascal_sglang.cluster.board import Board
+from pascal_sglang.cluster import control_channel, private_folder, status_file
 from pascal_sglang.cluster.private_folder import LONGEST_NAME, PrivateFolder, remove_ownerless
+from pascal_sglang.cluster.status_file import Board
 from pascal_sglang.preflight import (
     SGLANG_SOCKET,
     SOCKET_ADDRESS,
@@ -64,12 +64,12 @@ def test_a_folder_that_was_removed_comes_back_with_the_next_write(temporary):
     folder = temporary / "pascal-abcdefgh"
     shown = Board(str(folder))
     shown.show(0.0, lambda: {"n": 1})
-    assert board.read(shown.path)["n"] == 1
+    assert status_file.read(shown.path)["n"] == 1
     shutil.rmtree(folder)
     shown.show(1.0, lambda: {"n": 2})
-    assert board.read(shown.path)["n"] == 2
+    assert status_file.read(shown.path)["n"] == 2
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert board.read(shown.path)["shown_s_ago"] < 60
+    assert status_file.read(shown.path)["shown_s_ago"] < 60
     assert shown.failed == 0
 
 
@@ -92,7 +92,7 @@ def full(folder, told):
     failed = shown.failed
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     shown.show(3.0, lambda: {"n": 3})
-    told.send((failed, board.read(shown.path)["n"]))
+    told.send((failed, status_file.read(shown.path)["n"]))
 
 
 def test_a_full_disk_is_counted_and_got_over(tmp_path):
@@ -121,6 +121,8 @@ def test_a_temporary_folder_with_too_long_a_name_is_refused_in_one_line(
 
 def test_the_longest_name_is_that_of_a_letter_box(temporary):
     folder = PrivateFolder()
-    address = post.box_of(folder.path, post.CONTROLLER).removeprefix(f"ipc://{temporary}/")
+    address = control_channel.box_of(folder.path, control_channel.CONTROLLER).removeprefix(
+        f"ipc://{temporary}/"
+    )
     private_folder.remove_all()
     assert len(address) == len(LONGEST_NAME)

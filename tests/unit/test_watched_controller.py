@@ -16,8 +16,8 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.watchdog import Watchdog
 
 from pascal_sglang.cluster import controller as controller_module
+from pascal_sglang.cluster.control_channel import CONTROLLER, POST_ENV, Pen
 from pascal_sglang.cluster.orders import Answered
-from pascal_sglang.cluster.post import CONTROLLER, POST_ENV, Pen
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
 
 BOUND_S = 30

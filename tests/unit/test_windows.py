@@ -5,9 +5,9 @@ import random
 
 from pascal_sglang.cluster.messages import Ask, Cancelled, Chunk, Granted, Handover
 from pascal_sglang.cluster.messages import WriteQuery as Query
-from pascal_sglang.cluster.source import OVER, Source, SourceState, Terms
-from pascal_sglang.cluster.target import Target
-from pascal_sglang.cluster.windows import ASK_AT_MOST_S, ASK_S, DEAD_S, Windows
+from pascal_sglang.cluster.migration_source import OVER, Source, SourceState, Terms
+from pascal_sglang.cluster.migration_target import Target
+from pascal_sglang.cluster.receive_slots import ASK_AT_MOST_S, ASK_S, DEAD_S, Windows
 
 COUNT, SENDERS, PIECE = 2, 3, 40
 # How often what happens that `played` chooses from.

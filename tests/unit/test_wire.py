@@ -5,6 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pascal_sglang.cluster.codec import (
+    KINDS,
+    MAX_BYTES,
+    MAX_HANDOVER_BYTES,
+    MAX_ITEMS,
+    MAX_TEXT,
+    BadMessage,
+    pack,
+    unpack,
+)
+from pascal_sglang.cluster.control_channel import CONTROLLER, Box, Pen
 from pascal_sglang.cluster.location_check import MAX_ASKED, MAX_CHARACTERS
 from pascal_sglang.cluster.messages import (
     Ask,
@@ -27,19 +38,8 @@ from pascal_sglang.cluster.orders import (
     Order,
     Over,
 )
-from pascal_sglang.cluster.post import CONTROLLER, Box, Pen
-from pascal_sglang.cluster.prefixes import block_names
+from pascal_sglang.cluster.prefix_index import block_names
 from pascal_sglang.cluster.status import Status
-from pascal_sglang.cluster.wire import (
-    KINDS,
-    MAX_BYTES,
-    MAX_HANDOVER_BYTES,
-    MAX_ITEMS,
-    MAX_TEXT,
-    BadMessage,
-    pack,
-    unpack,
-)
 
 STATUS = Status(
     dp_rank=1,

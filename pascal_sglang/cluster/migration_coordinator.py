@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pascal_sglang.cluster.monitor import Monitor
+from pascal_sglang.cluster.load_tracker import Monitor
 from pascal_sglang.cluster.orders import Boundary, Order, Over
 from pascal_sglang.policy.placement import Answer, Decision, Instance, Placement
 

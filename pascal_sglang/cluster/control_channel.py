@@ -12,7 +12,7 @@ from typing import Any
 
 import zmq
 
-from pascal_sglang.cluster.wire import MAX_HANDOVER_BYTES, BadMessage, pack, unpack
+from pascal_sglang.cluster.codec import MAX_HANDOVER_BYTES, BadMessage, pack, unpack
 
 # The folder's address; inherited by the schedulers, which the controller starts.
 POST_ENV = "PASCAL_SGLANG_POST"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pascal_sglang.cluster.mover import Mover
-from pascal_sglang.cluster.residents import Residents
+from pascal_sglang.cluster.migration_coordinator import Mover
+from pascal_sglang.cluster.request_locations import Residents
 
 MESSAGE = "The instance that served this request has died."
 # For the other side of a move under way to say whose the request is, in seconds.

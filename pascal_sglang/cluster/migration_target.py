@@ -29,7 +29,7 @@ from pascal_sglang.cluster.messages import (
     Mine,
     Refused,
 )
-from pascal_sglang.cluster.source import Terms
+from pascal_sglang.cluster.migration_source import Terms
 
 
 class TargetState(Enum):
