@@ -14,8 +14,8 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 
-from pascal_sglang.engine.ladder import Ladder
-from pascal_sglang.engine.members import member_of
+from pascal_sglang.engine.kv.paused import Ladder
+from pascal_sglang.engine.request_states import member_of
 from pascal_sglang.policy.plan import Planner
 from pascal_sglang.policy.request import Member, Place
 

@@ -9,10 +9,10 @@ import psutil
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.engine.copies import Copies
-from pascal_sglang.engine.governor import Governor
-from pascal_sglang.engine.pool import measure_costs
-from pascal_sglang.engine.ranks import agree
+from pascal_sglang.engine.kv.host_copies import Copies
+from pascal_sglang.engine.kv.pool import measure_costs
+from pascal_sglang.engine.plan_executor import Governor
+from pascal_sglang.engine.tp_ranks import agree
 from pascal_sglang.policy.kv_tier import Costs
 
 logger = logging.getLogger(__name__)

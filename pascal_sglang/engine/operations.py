@@ -16,11 +16,11 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.managers.scheduler import _make_abort_req
 from sglang.srt.runtime_context import get_serving
 
-from pascal_sglang.engine.herald import Herald
-from pascal_sglang.engine.load_reports import ReportingScheduler
-from pascal_sglang.engine.moves import Moves
-from pascal_sglang.engine.phases import PhaseTracker
+from pascal_sglang.engine.load_reporter import Herald
+from pascal_sglang.engine.migration.manager import Moves
+from pascal_sglang.engine.observability.phases import PhaseTracker
 from pascal_sglang.engine.retraction import retract_held
+from pascal_sglang.engine.stock_load_figures import ReportingScheduler
 
 
 class OperationsScheduler(ReportingScheduler):

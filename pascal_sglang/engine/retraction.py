@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sglang.srt.managers.schedule_batch import Req
 
-from pascal_sglang.engine.governor import Governor
+from pascal_sglang.engine.plan_executor import Governor
 from pascal_sglang.policy.request import Place
 
 

@@ -24,20 +24,20 @@ from sglang.utils import TypeBasedDispatcher
 from pascal_sglang.cluster.control_channel import POST_ENV, Box
 from pascal_sglang.cluster.internal_requests import is_health_probe
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.engine import locations
-from pascal_sglang.engine.budget import with_default_budget
 from pascal_sglang.engine.build import build_governor
-from pascal_sglang.engine.build_moves import build_moves, letters_here
-from pascal_sglang.engine.herald import build_herald, figures
-from pascal_sglang.engine.ladder import Ladder
-from pascal_sglang.engine.letters import Letters, PascalRequestReceiver
-from pascal_sglang.engine.metrics import DecisionMetrics, PhaseMetrics
-from pascal_sglang.engine.move_metrics import MoveMetrics
-from pascal_sglang.engine.moves import Moves
+from pascal_sglang.engine.kv.paused import Ladder
+from pascal_sglang.engine.load_reporter import build_herald, figures
+from pascal_sglang.engine.migration import location_replies
+from pascal_sglang.engine.migration.build import build_moves, letters_here
+from pascal_sglang.engine.migration.control_receiver import Letters, PascalRequestReceiver
+from pascal_sglang.engine.migration.manager import Moves
+from pascal_sglang.engine.migration.revoked import Revoked
+from pascal_sglang.engine.observability.metrics import DecisionMetrics, PhaseMetrics
+from pascal_sglang.engine.observability.migration_metrics import MoveMetrics
+from pascal_sglang.engine.observability.phases import PhaseTracker, by_class, count_phases, describe
 from pascal_sglang.engine.operations import OperationsScheduler
-from pascal_sglang.engine.phases import PhaseTracker, by_class, count_phases, describe
 from pascal_sglang.engine.rendezvous import meet_on_loopback
-from pascal_sglang.engine.revoked import Revoked
+from pascal_sglang.engine.thinking_budget import with_default_budget
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
 from pascal_sglang.preflight import check_policy
 
@@ -133,7 +133,7 @@ class PascalScheduler(OperationsScheduler):
         if self.moves is not None:
             self.moves.hear(letters)
         else:
-            locations.hear(self, letters)
+            location_replies.hear(self, letters)
 
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         return PascalOutputStreamer
@@ -192,7 +192,7 @@ class PascalScheduler(OperationsScheduler):
             self.moves = build_moves(self, self.governor, self.pascal_config)
             self.governor.moves = self.invariant_checker.moves = self.moves
             if self.moves is not None:
-                self.moves.locate = partial(locations.reply, self)
+                self.moves.locate = partial(location_replies.reply, self)
 
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None

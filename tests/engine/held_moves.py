@@ -56,10 +56,10 @@ def open_box(box, folder, name, instances):
     sound_open(box, folder, name, instances)
     box.held = []
     if name != "controller":
-        from pascal_sglang.engine import departures
+        from pascal_sglang.engine.migration import outgoing
 
         # Nobody outgrows what was reserved for it, however long it is held.
-        departures.GROWTH = GROWTH
+        outgoing.GROWTH = GROWTH
 
 
 def copy(source, now, kv_tokens, *, still):

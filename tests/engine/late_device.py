@@ -20,8 +20,8 @@ from sglang.srt.managers.overlap_utils import FutureMap
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
-from pascal_sglang.engine import copies
-from pascal_sglang.engine.copy_stream import CopyStream
+from pascal_sglang.engine.kv import host_copies
+from pascal_sglang.engine.kv.copy_stream import CopyStream
 
 SAME_ROW = "A STEP IN FLIGHT AND A REQUEST THAT COMES BACK WRITE THE SAME ROW"
 
@@ -155,7 +155,7 @@ sglang_scheduler.resolve_forward_inputs, FutureMap.stash = begin, stash
 ReqToTokenPool.free = free
 Scheduler.init_overlap, Scheduler._copy_result_to_cpu = init_overlap, copy_result
 Scheduler.process_batch_result = process
-copies.copy_stream_of = lambda scheduler: LateCopies()
+host_copies.copy_stream_of = lambda scheduler: LateCopies()
 
 if __name__ == "__main__":
     from sglang.cli.main import main

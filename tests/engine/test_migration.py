@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pascal_sglang.engine.incoming import WINDOWS
+from pascal_sglang.engine.migration.receive_buffer import WINDOWS
 from pascal_sglang.request_ids import MAX_ID
 from tests.engine.conftest import LATE, SERVE
 from tests.engine.load import run

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.engine.copies import HostCopy, HostKV
-from pascal_sglang.engine.governor import Governor
-from pascal_sglang.engine.outgoing import Outgoing, find
+from pascal_sglang.engine.kv.host_copies import HostCopy, HostKV
+from pascal_sglang.engine.migration.outgoing_migration import Outgoing, find
+from pascal_sglang.engine.plan_executor import Governor
 from pascal_sglang.policy.kv_tier import Costs
 from pascal_sglang.policy.request import Place
 from tests.unit.test_governor import FailingCopies, paused, scheduler
@@ -40,8 +40,8 @@ class Copies(FailingCopies):
 
 @pytest.fixture
 def governor(monkeypatch):
-    monkeypatch.setattr("pascal_sglang.engine.governor.agree", lambda _, now: now)
-    monkeypatch.setattr("pascal_sglang.engine.ladder.decoding", lambda req, _: Batch(reqs=[req]))
+    monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda _, now: now)
+    monkeypatch.setattr("pascal_sglang.engine.kv.paused.decoding", lambda req, _: Batch(reqs=[req]))
     made = Governor(scheduler(), PascalConfig(), Copies(), Costs())
     monkeypatch.setattr(made.ladder, "_to_device", lambda req, copy: True)
     return made
@@ -125,7 +125,7 @@ def test_one_whose_copy_fails_on_any_rank_gives_all_back_and_is_prefilled_again(
     monkeypatch.setattr(ladder, "can_resume", lambda *_: True)
     monkeypatch.setattr(governor.view, "promised_tokens", lambda: 0)
     governor.stopped(request, Place.HOST)
-    monkeypatch.setattr("pascal_sglang.engine.ladder.all_agree", lambda _, holds: False)
+    monkeypatch.setattr("pascal_sglang.engine.kv.paused.all_agree", lambda _, holds: False)
     monkeypatch.setattr(governor.journal, "left_device", lambda *_: None)
     assert governor._resume(request, Batch(reqs=["other"]), 0) is None
     assert done == [OWN, request, "reset"], "its memory is free once nothing is written there"

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pascal_sglang.engine.clearance import LANDING_PASSES, Clearance
+from pascal_sglang.engine.migration.prefill_gate import LANDING_PASSES, Clearance
 
 
 def test_a_prefill_waits_until_the_request_is_here():

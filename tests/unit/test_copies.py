@@ -7,8 +7,8 @@ import torch
 from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
-from pascal_sglang.engine.copies import Copies
-from pascal_sglang.engine.pool import measure_costs
+from pascal_sglang.engine.kv.host_copies import Copies
+from pascal_sglang.engine.kv.pool import measure_costs
 
 ENTRIES = 96
 

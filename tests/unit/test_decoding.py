@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pascal_sglang.engine import decoding
+from pascal_sglang.engine.kv import decode_batch
 
 
 class Tensor:
@@ -57,7 +57,7 @@ def device(request, monkeypatch):
 @pytest.mark.parametrize("device", [True], indirect=True)
 def test_under_overlap_it_is_written_in_the_order_of_steps(device):
     rows, last = Tensor("rows", device.said), Tensor("last", device.said)
-    decoding._relay(rows, last, device.scheduler)
+    decode_batch._relay(rows, last, device.scheduler)
     assert device.said == [
         ("forward waits for", "schedule"),
         ("stash", "rows", "last", "forward"),
@@ -69,5 +69,5 @@ def test_under_overlap_it_is_written_in_the_order_of_steps(device):
 @pytest.mark.parametrize("device", [False], indirect=True)
 def test_without_overlap_there_is_one_stream(device):
     rows, last = Tensor("rows", device.said), Tensor("last", device.said)
-    decoding._relay(rows, last, device.scheduler)
+    decode_batch._relay(rows, last, device.scheduler)
     assert device.said == [("stash", "rows", "last", "schedule")]

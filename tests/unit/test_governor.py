@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.engine.copies import HostCopy
-from pascal_sglang.engine.governor import Governor
-from pascal_sglang.engine.members import remaining_of, why_not_pausable
+from pascal_sglang.engine.kv.host_copies import HostCopy
+from pascal_sglang.engine.plan_executor import Governor
+from pascal_sglang.engine.request_states import remaining_of, why_not_pausable
 from pascal_sglang.policy.kv_tier import Costs, Rung
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.request import Member, Place
@@ -109,7 +109,7 @@ def paused():
 
 @pytest.fixture
 def governor(monkeypatch):
-    monkeypatch.setattr("pascal_sglang.engine.governor.agree", lambda _, now: now)
+    monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda _, now: now)
     return Governor(scheduler(), PascalConfig(), FailingCopies(), Costs())
 
 
@@ -133,7 +133,7 @@ def test_a_prefill_is_timed_when_its_result_was_waited_for(governor, monkeypatch
     prefill = SimpleNamespace(forward_mode=mode, extend_num_tokens=10)
     governor._alone = False
     clock = iter([1.0, 1.5, 1.7])
-    monkeypatch.setattr("pascal_sglang.engine.governor.agree", lambda *_: next(clock))
+    monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda *_: next(clock))
     for last in (None, prefill, None)[: passes + 1]:
         governor.govern(SimpleNamespace(reqs=[]), last)
     took = 0.5 if device == "cpu" else 0.2
@@ -145,7 +145,7 @@ def test_idle_passes_do_not_say_how_long_a_step_takes(governor, monkeypatch):
     governor._alone = False
     monkeypatch.setattr(governor, "_carry_out", lambda running, last: running)
     clock = iter([1.0, 1.02, 1.0201, 1.0202, 1.04])
-    monkeypatch.setattr("pascal_sglang.engine.governor.agree", lambda *_: next(clock))
+    monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda *_: next(clock))
     decode = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: False))
     seen = []
     for last in (None, decode, None, None, decode):

@@ -11,12 +11,12 @@ from pascal_sglang.cluster import messages, transport
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.orders import Order
 from pascal_sglang.cluster.receive_slots import ASK_S, DEAD_S
-from pascal_sglang.engine.arrivals import Arrivals
-from pascal_sglang.engine.clearance import Clearance
-from pascal_sglang.engine.copies import Copies, HostKV
-from pascal_sglang.engine.departures import Departures
-from pascal_sglang.engine.incoming import WINDOWS, Landing, landing_bytes
-from pascal_sglang.engine.kv_bytes import KvBytes
+from pascal_sglang.engine.kv.host_copies import Copies, HostKV
+from pascal_sglang.engine.kv.serializer import KvBytes
+from pascal_sglang.engine.migration.incoming import Arrivals
+from pascal_sglang.engine.migration.outgoing import Departures
+from pascal_sglang.engine.migration.prefill_gate import Clearance
+from pascal_sglang.engine.migration.receive_buffer import WINDOWS, Landing, landing_bytes
 from tests.unit.test_copies import Broken, pool_of
 
 TOKENS = 40

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pascal_sglang.engine.pieces import Pieces
+from pascal_sglang.engine.kv.range_allocator import Pieces
 
 
 def test_the_smallest_hole_that_fits_is_taken_and_neighbours_become_one():

@@ -6,7 +6,12 @@ import pytest
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 
-from pascal_sglang.engine.queue_times import MESSAGE, entered_queue, left_queue, with_paused
+from pascal_sglang.engine.observability.queue_times import (
+    MESSAGE,
+    entered_queue,
+    left_queue,
+    with_paused,
+)
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.request import Member
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pascal_sglang.engine.moves import Moves
-from pascal_sglang.engine.ranks import RanksDiverged, agree, all_agree, catch_on_all_ranks
+from pascal_sglang.engine.migration.manager import Moves
+from pascal_sglang.engine.tp_ranks import RanksDiverged, agree, all_agree, catch_on_all_ranks
 
 here = threading.local()
 
@@ -106,7 +106,7 @@ def test_alone_an_error_is_returned_and_nobody_is_met():
 
 
 def test_a_message_that_fails_on_one_rank_only_ends_the_instance(both, monkeypatch):
-    module = "pascal_sglang.engine.moves"
+    module = "pascal_sglang.engine.migration.manager"
     parallel = SimpleNamespace(dp_rank=0, dp_size=2)
     monkeypatch.setattr(f"{module}.get_parallel", lambda: parallel)
     monkeypatch.setattr(f"{module}.unpack", lambda letter, instances: (1, letter))

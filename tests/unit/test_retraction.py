@@ -7,7 +7,7 @@ import torch
 
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.orders import Order
-from pascal_sglang.engine.copies import HostCopy
+from pascal_sglang.engine.kv.host_copies import HostCopy
 from pascal_sglang.engine.retraction import retract_held
 from pascal_sglang.policy.kv_tier import Rung
 from pascal_sglang.policy.request import Place

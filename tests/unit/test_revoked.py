@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pascal_sglang.engine.phases import PhaseTracker
-from pascal_sglang.engine.revoked import Revoked
+from pascal_sglang.engine.migration.revoked import Revoked
+from pascal_sglang.engine.observability.phases import PhaseTracker
 
 
 class Request:

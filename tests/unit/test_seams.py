@@ -76,16 +76,16 @@ def test_what_we_override_and_wrap_is_on_the_list():
 
     from pascal_sglang.cluster.controller import PascalController
     from pascal_sglang.cluster.watched_controller import WatchedController
-    from pascal_sglang.engine.load_reports import (
-        PascalLoadInquirer,
-        PascalMetricsReporter,
-        ReportingScheduler,
-    )
     from pascal_sglang.engine.operations import OperationsScheduler
     from pascal_sglang.engine.scheduler import (
         PascalInvariantChecker,
         PascalOutputStreamer,
         PascalScheduler,
+    )
+    from pascal_sglang.engine.stock_load_figures import (
+        PascalLoadInquirer,
+        PascalMetricsReporter,
+        ReportingScheduler,
     )
 
     listed = {seam.symbol for seam in load_seams()}

@@ -13,7 +13,7 @@ from sglang.srt.managers.scheduler_components.logprob_result_processor import (
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from pascal_sglang.cluster.codec import MAX_STATE_BYTES
-from pascal_sglang.engine.snapshot import (
+from pascal_sglang.engine.migration.request_snapshot import (
     KEYS,
     export_state,
     import_state,
@@ -21,7 +21,7 @@ from pascal_sglang.engine.snapshot import (
     restore_member,
     why_not_movable,
 )
-from pascal_sglang.engine.snapshot_fields import (
+from pascal_sglang.engine.migration.snapshot_fields import (
     GIVEN,
     OUTPUT_LOGPROBS,
     PLAIN,

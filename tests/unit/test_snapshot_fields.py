@@ -12,8 +12,8 @@ from sglang.srt.managers.schedule_batch import Req, ReqKvInfo, ReqLogprob
 from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from pascal_sglang.engine import snapshot_fields as fields
-from pascal_sglang.engine.snapshot import why_not_movable
+from pascal_sglang.engine.migration import snapshot_fields as fields
+from pascal_sglang.engine.migration.request_snapshot import why_not_movable
 from pascal_sglang.policy.request import Member
 
 

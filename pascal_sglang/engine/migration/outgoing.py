@@ -15,17 +15,17 @@ from pascal_sglang.cluster.control_channel import CONTROLLER
 from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.migration_source import OPEN, OVER, Source, SourceState, Terms
 from pascal_sglang.cluster.transport import Transport
-from pascal_sglang.engine.clearance import Clearance
-from pascal_sglang.engine.governor import Governor
-from pascal_sglang.engine.kv_bytes import KvBytes
-from pascal_sglang.engine.letters import Voice
-from pascal_sglang.engine.members import member_of, remaining_of
-from pascal_sglang.engine.move_metrics import MoveMetrics
-from pascal_sglang.engine.outgoing import Outgoing, find
-from pascal_sglang.engine.phases import timeline_of
-from pascal_sglang.engine.ranks import all_agree
+from pascal_sglang.engine.kv.serializer import KvBytes
+from pascal_sglang.engine.migration.control_receiver import Voice
+from pascal_sglang.engine.migration.outgoing_migration import Outgoing, find
+from pascal_sglang.engine.migration.prefill_gate import Clearance
+from pascal_sglang.engine.migration.request_snapshot import export_state, why_not_movable
+from pascal_sglang.engine.observability.migration_metrics import MoveMetrics
+from pascal_sglang.engine.observability.phases import timeline_of
+from pascal_sglang.engine.plan_executor import Governor
+from pascal_sglang.engine.request_states import member_of, remaining_of
 from pascal_sglang.engine.retraction import wait_again
-from pascal_sglang.engine.snapshot import export_state, why_not_movable
+from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.request import Place
 
 logger = logging.getLogger(__name__)

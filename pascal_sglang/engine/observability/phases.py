@@ -10,7 +10,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from pascal_sglang.cluster.internal_requests import is_internal
-from pascal_sglang.engine.metrics import PhaseMetrics
+from pascal_sglang.engine.observability.metrics import PhaseMetrics
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline, Progress
 
 RECENT = 64

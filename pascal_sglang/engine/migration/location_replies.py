@@ -9,7 +9,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster.codec import BadMessage, unpack
 from pascal_sglang.cluster.orders import LocationQuery
-from pascal_sglang.engine.letters import Letters
+from pascal_sglang.engine.migration.control_receiver import Letters
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.engine.phases import timeline_of
+from pascal_sglang.engine.observability.phases import timeline_of
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.ranking import Moment, fastest_pace
 from pascal_sglang.policy.request import Member

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sglang.srt.runtime_context import get_parallel, get_serving
 
-from pascal_sglang.engine.copies import Copies, HostKV
+from pascal_sglang.engine.kv.host_copies import Copies, HostKV
 
 
 class KvBytes:

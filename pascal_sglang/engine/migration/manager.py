@@ -21,14 +21,14 @@ from sglang.srt.runtime_context import get_parallel
 from pascal_sglang.cluster import messages, orders
 from pascal_sglang.cluster.codec import BadMessage, unpack
 from pascal_sglang.cluster.control_channel import CONTROLLER
-from pascal_sglang.engine.arrivals import Arrivals
-from pascal_sglang.engine.departures import Departures
-from pascal_sglang.engine.governor import ERRORS_LOGGED, Governor
-from pascal_sglang.engine.letters import Letters, Voice
-from pascal_sglang.engine.members import member_of, remaining_of
-from pascal_sglang.engine.move_metrics import MoveMetrics
-from pascal_sglang.engine.ranks import catch_on_all_ranks
-from pascal_sglang.engine.snapshot import why_not_movable
+from pascal_sglang.engine.migration.control_receiver import Letters, Voice
+from pascal_sglang.engine.migration.incoming import Arrivals
+from pascal_sglang.engine.migration.outgoing import Departures
+from pascal_sglang.engine.migration.request_snapshot import why_not_movable
+from pascal_sglang.engine.observability.migration_metrics import MoveMetrics
+from pascal_sglang.engine.plan_executor import ERRORS_LOGGED, Governor
+from pascal_sglang.engine.request_states import member_of, remaining_of
+from pascal_sglang.engine.tp_ranks import catch_on_all_ranks
 from pascal_sglang.policy.timeline import Phase
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.common import (
     release_kv_cache,
 )
 
-from pascal_sglang.engine.copies import Copies
+from pascal_sglang.engine.kv.host_copies import Copies
 from pascal_sglang.policy.kv_tier import Costs
 
 # Enough that a layer's copy takes longer than its launch.

@@ -13,9 +13,9 @@ from sglang.srt.managers.schedule_batch import Req
 from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.migration_target import Target
 from pascal_sglang.cluster.receive_slots import Windows
-from pascal_sglang.engine.copies import HostKV
-from pascal_sglang.engine.kv_bytes import KvBytes
-from pascal_sglang.engine.pool import Pool
+from pascal_sglang.engine.kv.host_copies import HostKV
+from pascal_sglang.engine.kv.pool import Pool
+from pascal_sglang.engine.kv.serializer import KvBytes
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-from pascal_sglang.engine.copies import Copies, HostCopy
-from pascal_sglang.engine.decoding import decoding, joined
-from pascal_sglang.engine.pool import Pool
-from pascal_sglang.engine.ranks import all_agree
+from pascal_sglang.engine.kv.decode_batch import decoding, joined
+from pascal_sglang.engine.kv.host_copies import Copies, HostCopy
+from pascal_sglang.engine.kv.pool import Pool
+from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.kv_tier import Costs, Rung
 
 

@@ -19,9 +19,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from pascal_sglang.cluster.codec import MAX_STATE_BYTES
-from pascal_sglang.engine.members import member_of, why_not_pausable
-from pascal_sglang.engine.phases import timeline_of
-from pascal_sglang.engine.snapshot_fields import (
+from pascal_sglang.engine.migration.snapshot_fields import (
     GIVEN,
     OUTPUT_LOGPROBS,
     PLAIN,
@@ -29,6 +27,8 @@ from pascal_sglang.engine.snapshot_fields import (
     TIMES,
     refused_by,
 )
+from pascal_sglang.engine.observability.phases import timeline_of
+from pascal_sglang.engine.request_states import member_of, why_not_pausable
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Break, Phase, PhaseTimeline
 

@@ -11,21 +11,21 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.admission import Admission
+from pascal_sglang.engine.capacity import View
 from pascal_sglang.engine.chaos import Chaos
-from pascal_sglang.engine.copies import Copies
-from pascal_sglang.engine.journal import Journal
-from pascal_sglang.engine.ladder import Ladder
-from pascal_sglang.engine.members import Members, member_of, remaining_of
-from pascal_sglang.engine.queue_times import entered_queue, left_queue
-from pascal_sglang.engine.ranks import agree, catch_on_all_ranks, is_alone
-from pascal_sglang.engine.view import View
+from pascal_sglang.engine.kv.host_copies import Copies
+from pascal_sglang.engine.kv.paused import Ladder
+from pascal_sglang.engine.observability.decision_log import Journal
+from pascal_sglang.engine.observability.queue_times import entered_queue, left_queue
+from pascal_sglang.engine.request_states import Members, member_of, remaining_of
+from pascal_sglang.engine.tp_ranks import agree, catch_on_all_ranks, is_alone
 from pascal_sglang.policy.kv_tier import Costs, Rung
 from pascal_sglang.policy.plan import Plan, Planner, Worth
 from pascal_sglang.policy.ranking import ORDERS, PREFIX_HEAD_START, Moment, Tuning
 from pascal_sglang.policy.request import Member, Place
 
 if TYPE_CHECKING:
-    from pascal_sglang.engine.moves import Moves
+    from pascal_sglang.engine.migration.manager import Moves
 
 logger = logging.getLogger(__name__)
 

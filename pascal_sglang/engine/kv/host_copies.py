@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
-from pascal_sglang.engine.copy_stream import CopyStream, copy_stream_of
-from pascal_sglang.engine.pieces import Pieces
-from pascal_sglang.engine.pinning import pin
+from pascal_sglang.engine.kv.copy_stream import CopyStream, copy_stream_of
+from pascal_sglang.engine.kv.pinning import pin
+from pascal_sglang.engine.kv.range_allocator import Pieces
 
 logger = logging.getLogger(__name__)
 

@@ -16,15 +16,19 @@ from pascal_sglang.cluster.control_channel import CONTROLLER
 from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.migration_target import Target, TargetState
-from pascal_sglang.engine.clearance import LANDING_PASSES, Clearance
-from pascal_sglang.engine.governor import Governor
-from pascal_sglang.engine.incoming import Incoming, Landing
-from pascal_sglang.engine.letters import Voice
-from pascal_sglang.engine.move_metrics import MoveMetrics
-from pascal_sglang.engine.ranks import all_agree
-from pascal_sglang.engine.revoked import Revoked
-from pascal_sglang.engine.snapshot import import_state, problem_with, restore_member
-from pascal_sglang.engine.tombstones import Tombstones
+from pascal_sglang.engine.migration.control_receiver import Voice
+from pascal_sglang.engine.migration.prefill_gate import LANDING_PASSES, Clearance
+from pascal_sglang.engine.migration.receive_buffer import Incoming, Landing
+from pascal_sglang.engine.migration.recent_aborts import Tombstones
+from pascal_sglang.engine.migration.request_snapshot import (
+    import_state,
+    problem_with,
+    restore_member,
+)
+from pascal_sglang.engine.migration.revoked import Revoked
+from pascal_sglang.engine.observability.migration_metrics import MoveMetrics
+from pascal_sglang.engine.plan_executor import Governor
+from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.request import Place
 
 logger = logging.getLogger(__name__)

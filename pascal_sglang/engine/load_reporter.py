@@ -15,8 +15,8 @@ from pascal_sglang.cluster.control_channel import CONTROLLER, POST_ENV, Pen
 from pascal_sglang.cluster.orders import Answered, Gone, LocationQuery, LocationReply
 from pascal_sglang.cluster.prefix_index import block_names
 from pascal_sglang.cluster.status import Status
-from pascal_sglang.engine.governor import Governor
-from pascal_sglang.engine.members import member_of
+from pascal_sglang.engine.plan_executor import Governor
+from pascal_sglang.engine.request_states import member_of
 from pascal_sglang.policy.ranking import is_demoted
 from pascal_sglang.policy.timeline import Phase
 

@@ -12,10 +12,10 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from pascal_sglang.cluster.messages import Chunk, Granted
 from pascal_sglang.cluster.migration_source import Source
 from pascal_sglang.cluster.transport import Transport, TransportError
-from pascal_sglang.engine.copies import HostKV
-from pascal_sglang.engine.kv_bytes import KvBytes
-from pascal_sglang.engine.ladder import Ladder
-from pascal_sglang.engine.phases import timeline_of
+from pascal_sglang.engine.kv.host_copies import HostKV
+from pascal_sglang.engine.kv.paused import Ladder
+from pascal_sglang.engine.kv.serializer import KvBytes
+from pascal_sglang.engine.observability.phases import timeline_of
 from pascal_sglang.policy.kv_tier import Rung
 from pascal_sglang.policy.request import Place
 

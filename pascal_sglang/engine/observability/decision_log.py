@@ -8,8 +8,8 @@ import logging
 from collections import Counter
 from typing import Any
 
-from pascal_sglang.engine.metrics import DecisionMetrics
-from pascal_sglang.engine.phases import timeline_of
+from pascal_sglang.engine.observability.metrics import DecisionMetrics
+from pascal_sglang.engine.observability.phases import timeline_of
 from pascal_sglang.policy.kv_tier import Rung
 from pascal_sglang.policy.ranking import Moment, Order, Tuning
 from pascal_sglang.policy.request import Member

@@ -13,15 +13,15 @@ from pascal_sglang.cluster.control_channel import POST_ENV, Pen
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.transport import TransportError, make
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.engine.arrivals import Arrivals
-from pascal_sglang.engine.clearance import Clearance
-from pascal_sglang.engine.departures import Departures
-from pascal_sglang.engine.governor import Governor
-from pascal_sglang.engine.incoming import Landing, landing_bytes, window_tokens
-from pascal_sglang.engine.kv_bytes import kv_bytes_of
-from pascal_sglang.engine.letters import Voice
-from pascal_sglang.engine.moves import Moves
-from pascal_sglang.engine.ranks import all_agree, from_every_rank
+from pascal_sglang.engine.kv.serializer import kv_bytes_of
+from pascal_sglang.engine.migration.control_receiver import Voice
+from pascal_sglang.engine.migration.incoming import Arrivals
+from pascal_sglang.engine.migration.manager import Moves
+from pascal_sglang.engine.migration.outgoing import Departures
+from pascal_sglang.engine.migration.prefill_gate import Clearance
+from pascal_sglang.engine.migration.receive_buffer import Landing, landing_bytes, window_tokens
+from pascal_sglang.engine.plan_executor import Governor
+from pascal_sglang.engine.tp_ranks import all_agree, from_every_rank
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.load_inquirer import SchedulerLoadInquirer
 from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 
-from pascal_sglang.engine.ladder import Ladder
-from pascal_sglang.engine.queue_times import with_paused
+from pascal_sglang.engine.kv.paused import Ladder
+from pascal_sglang.engine.observability.queue_times import with_paused
 
 if TYPE_CHECKING:
-    from pascal_sglang.engine.governor import Governor
+    from pascal_sglang.engine.plan_executor import Governor
 
 
 def held_back(ladder: Ladder) -> list[Req]:

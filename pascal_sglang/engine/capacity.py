@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-from pascal_sglang.engine.ladder import Ladder
+from pascal_sglang.engine.kv.paused import Ladder
 from pascal_sglang.policy.making import GROWTH
 from pascal_sglang.policy.plan import Room
 from pascal_sglang.policy.request import Member, Place

@@ -7,8 +7,8 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
-from pascal_sglang.engine.governor import Governor
-from pascal_sglang.engine.phases import timeline_of
+from pascal_sglang.engine.observability.phases import timeline_of
+from pascal_sglang.engine.plan_executor import Governor
 
 
 class Revoked:
