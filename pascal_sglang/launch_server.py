@@ -16,11 +16,10 @@ from collections.abc import Sequence
 
 import psutil
 
-from pascal_sglang import sglang_flags
 from pascal_sglang.cluster.private_folder import remove_all
 from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
-from pascal_sglang.flags import add_flags, from_flags
-from pascal_sglang.preflight import (
+from pascal_sglang.entrypoints import sglang_flags
+from pascal_sglang.entrypoints.preflight import (
     LaunchError,
     OneLineParser,
     check_arguments,
@@ -33,6 +32,7 @@ from pascal_sglang.preflight import (
     one_line,
     open_to_others,
 )
+from pascal_sglang.flags import add_flags, from_flags
 
 PROG = "pascal_sglang"
 EXIT_BAD_INPUT = 2

@@ -66,26 +66,25 @@ def _controller() -> Any:
 
 
 def _detokenizer() -> Any:
-    from pascal_sglang.detokenizer import event_loop
+    from pascal_sglang.entrypoints.detokenizer import event_loop
 
     return event_loop
 
 
 def _pace_stream() -> Any:
-    from pascal_sglang.pace_stream import generate_request
+    from pascal_sglang.streaming.pace_stream import generate_request
 
     return generate_request
 
 
 def _client_code() -> Any:
-    from pascal_sglang.client_code import refuse
+    from pascal_sglang.entrypoints.client_code import refuse
 
     return refuse
 
 
 def _frontend(name: str) -> Callable[[], Any]:
     def load() -> Any:
-        from pascal_sglang import frontend
 
         return getattr(frontend, name)
 
@@ -94,7 +93,7 @@ def _frontend(name: str) -> Callable[[], Any]:
 
 def _ray(name: str) -> Callable[[], Any]:
     def load() -> Any:
-        from pascal_sglang import ray_actors
+        from pascal_sglang.entrypoints import ray_actors
 
         return getattr(ray_actors, name)
 

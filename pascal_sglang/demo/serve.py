@@ -7,7 +7,7 @@ import sys
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.demo.smollm2 import DemoModelError, default_cache_dir, prepare_demo_model
-from pascal_sglang.preflight import LaunchError
+from pascal_sglang.entrypoints.preflight import LaunchError
 
 THINKING_BUDGET_TOKENS = 48
 

@@ -38,8 +38,8 @@ from pascal_sglang.engine.observability.phases import PhaseTracker, by_class, co
 from pascal_sglang.engine.operations import OperationsScheduler
 from pascal_sglang.engine.rendezvous import meet_on_loopback
 from pascal_sglang.engine.thinking_budget import with_default_budget
+from pascal_sglang.entrypoints.preflight import check_policy
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
-from pascal_sglang.preflight import check_policy
 
 logger = logging.getLogger(__name__)
 

@@ -106,7 +106,7 @@ def test_a_request_may_be_faster_than_the_server(paced_server):
 
 
 def test_more_than_the_buffer_holds_leaves_early_and_whole(paced_server):
-    from pascal_sglang.pacing import BUFFER_TOKENS
+    from pascal_sglang.streaming.pacing import BUFFER_TOKENS
 
     body = at_pace(10, generate("Long?", None, BUFFER_TOKENS + 500))
     whole = paced_server.post("/generate", body)

@@ -13,12 +13,12 @@ import sys
 import threading
 import time
 
-from pascal_sglang import detokenizer
 from pascal_sglang.cluster.control_channel import Box, Pen
 from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.orders import Gone
 from pascal_sglang.cluster.output_order import InOrder
+from pascal_sglang.entrypoints import detokenizer
 
 PIPE_DELAY_S = 0.15
 dice = random.Random(4)

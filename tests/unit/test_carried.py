@@ -5,7 +5,7 @@ import argparse
 import pytest
 from sglang.srt.server_args import ServerArgs
 
-from pascal_sglang.preflight import LaunchError, check_policy
+from pascal_sglang.entrypoints.preflight import LaunchError, check_policy
 
 REFUSED = {
     "--speculative-algorithm": "--speculative-algorithm EAGLE",

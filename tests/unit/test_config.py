@@ -7,8 +7,8 @@ import os
 import pytest
 
 from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
+from pascal_sglang.entrypoints.preflight import LaunchError, open_to_others
 from pascal_sglang.launch_server import main, parse
-from pascal_sglang.preflight import LaunchError, open_to_others
 
 
 def test_survives_the_trip_to_a_child_process():

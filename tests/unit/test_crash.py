@@ -13,8 +13,8 @@ import fastapi
 import psutil
 import pytest
 
-from pascal_sglang import crash
-from pascal_sglang.crash import EXIT_CRASHED, CrashShutdown, ProcessWatch, is_ending
+from pascal_sglang.entrypoints import crash
+from pascal_sglang.entrypoints.crash import EXIT_CRASHED, CrashShutdown, ProcessWatch, is_ending
 
 
 def started(target, *args):

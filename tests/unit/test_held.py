@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pascal_sglang.held import Holder
+from pascal_sglang.streaming.held_chunks import Holder
 
 
 def cumulative(pieces):

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from pascal_sglang import pacing
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
-from pascal_sglang.pace_stream import generate_request, paced
-from pascal_sglang.pacing import Pacing
-from pascal_sglang.preflight import LaunchError, check_frontend
+from pascal_sglang.entrypoints.preflight import LaunchError, check_frontend
+from pascal_sglang.streaming import pacing
+from pascal_sglang.streaming.pace_stream import generate_request, paced
+from pascal_sglang.streaming.pacing import Pacing
 
 NEVER = 1e6
 

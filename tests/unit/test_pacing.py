@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pascal_sglang import pacing as pacing_module
-from pascal_sglang.pacing import BUFFER_TOKENS, Pacing
+from pascal_sglang.streaming import pacing as pacing_module
+from pascal_sglang.streaming.pacing import BUFFER_TOKENS, Pacing
 
 TPOT = 0.1
 

@@ -13,7 +13,7 @@ import pytest
 from pascal_sglang.cluster import control_channel, private_folder, status_file
 from pascal_sglang.cluster.private_folder import LONGEST_NAME, PrivateFolder, remove_ownerless
 from pascal_sglang.cluster.status_file import Board
-from pascal_sglang.preflight import (
+from pascal_sglang.entrypoints.preflight import (
     SGLANG_SOCKET,
     SOCKET_ADDRESS,
     LaunchError,

@@ -53,8 +53,8 @@ def test_other_scripts_have_help_that_installs_nothing(script):
 def test_sglang_and_we_know_every_flag(name):
     from sglang.srt.server_args import ServerArgs
 
+    from pascal_sglang.entrypoints.preflight import OneLineParser
     from pascal_sglang.launch_server import parse
-    from pascal_sglang.preflight import OneLineParser
 
     done = recipe(name, *RECIPES[name], "--pascal-policy", "paper", "--port", "1234")
     assert done.returncode == 0, done.stderr

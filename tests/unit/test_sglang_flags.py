@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from pascal_sglang import sglang_flags
-from pascal_sglang.preflight import LaunchError, check_given
+from pascal_sglang.entrypoints import sglang_flags
+from pascal_sglang.entrypoints.preflight import LaunchError, check_given
 
 OURS = ("--demo", "--pascal-policy")
 

@@ -11,7 +11,7 @@ from pascal_sglang.cluster import transport
 from pascal_sglang.cluster.transport import TransportError
 from pascal_sglang.cluster.transport.listening import keep_to, listening
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.preflight import LaunchError, check_moves
+from pascal_sglang.entrypoints.preflight import LaunchError, check_moves
 from tests.strangers import NOBODY, NoOtherHost, another_host, attempts
 
 PATTERN = bytes(range(256)) * 16

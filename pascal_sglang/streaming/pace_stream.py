@@ -13,9 +13,9 @@ from collections.abc import AsyncGenerator, Callable, Hashable
 from typing import Any
 
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.crash import is_ending
-from pascal_sglang.held import Chunk
-from pascal_sglang.pacing import Pacing
+from pascal_sglang.entrypoints.crash import is_ending
+from pascal_sglang.streaming.held_chunks import Chunk
+from pascal_sglang.streaming.pacing import Pacing
 
 # How long, in seconds, a wait may go without looking whether the server wants to stop.
 LOOK_UP_S = 1.0

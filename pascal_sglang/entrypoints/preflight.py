@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pascal_sglang import sglang_flags
 from pascal_sglang.cluster.private_folder import LONGEST_NAME
 from pascal_sglang.cluster.transport import problem_with
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.entrypoints import sglang_flags
 from pascal_sglang.platforms import CPU_PLATFORM
 
 # The longest address of a Unix socket in bytes, without the final null.

@@ -12,9 +12,9 @@ from typing import Any
 from pascal_sglang.cluster import status_file
 from pascal_sglang.cluster.private_folder import remove_all
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.crash import CrashShutdown, ProcessWatch, end_children
+from pascal_sglang.entrypoints.crash import CrashShutdown, ProcessWatch, end_children
+from pascal_sglang.entrypoints.preflight import check_frontend
 from pascal_sglang.handshake import BOARD_KEY, INIT_INFO_KEY, require_same_config
-from pascal_sglang.preflight import check_frontend
 
 STATUS_PATH = "/pascal/status"
 HEALTH_PATH = "/health"

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
-from pascal_sglang.held import Chunk, Held, Holder
+from pascal_sglang.streaming.held_chunks import Chunk, Held, Holder
 
 # Tokens held per answer; beyond it the oldest leave early. Nobody reads this far behind, and it
 # bounds the memory.
