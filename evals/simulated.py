@@ -26,9 +26,9 @@ from evals.items import Item
 from evals.metrics import Record, measure
 from evals.options import out_file
 from pascal_sglang.sim.arms import ARMS, STOCK
-from pascal_sglang.sim.calibrate import Fit, Stream, fit
 from pascal_sglang.sim.cluster import Setup, simulate
 from pascal_sglang.sim.cost import Cost
+from pascal_sglang.sim.experiments.calibrate import Fit, Stream, fit
 from pascal_sglang.sim.workload import from_rows
 
 CALIBRATION_SEED = 100

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pascal_sglang.sim import cost as costs
-from pascal_sglang.sim import paper, remedies, tables, workload
+from pascal_sglang.sim import workload
 from pascal_sglang.sim.arms import ARMS, Arm
 from pascal_sglang.sim.cluster import Setup
+from pascal_sglang.sim.experiments import ablations, paper, tables
+from pascal_sglang.sim.experiments.runs import Task, run_all
 from pascal_sglang.sim.figures import BIN_EDGES
 from pascal_sglang.sim.hardware import PRESETS
-from pascal_sglang.sim.runs import Task, run_all
 
 EXIT_BAD_INPUT = 2
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compared = ways.add_parser("paper", help="rerun the paper's comparison, figures beside ours")
     compared.add_argument("--requests", type=_count, default=paper.REQUESTS, help="per run")
     alone = ways.add_parser("remedies", help="what `pascal` changes, one by one and together")
-    alone.add_argument("--source", choices=workload.SOURCES, default=remedies.SOURCE)
+    alone.add_argument("--source", choices=workload.SOURCES, default=ablations.SOURCE)
     alone.add_argument("--requests", type=_count, default=paper.REQUESTS, help="per run")
     single = ways.add_parser("run", help="a workload on a cluster")
     single.add_argument(
@@ -73,14 +74,14 @@ def _paper(asked: argparse.Namespace) -> int:
 
 def _remedies(asked: argparse.Namespace) -> int:
     began = time.monotonic()
-    tasks = remedies.tasks(
+    tasks = ablations.tasks(
         asked.source, seeds=asked.seeds, requests=asked.requests, chosen=asked.arms
     )
     rows = run_all(tasks, asked.processes)
-    loads = ", ".join(f"{load:g}" for load in remedies.LOADS)
+    loads = ", ".join(f"{load:g}" for load in ablations.LOADS)
     print(f"{asked.source}, {asked.requests} requests a run, {asked.seeds} seeds; load {loads}:")
     print("mean TTFO (s), P99 slowdown, SLO violations (%), requests moved (%)")
-    print("\n".join(remedies.table(rows)))
+    print("\n".join(ablations.table(rows)))
     print(f"\n{_took(began)}")
     return _save(rows, asked.out)
 

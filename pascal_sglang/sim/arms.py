@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pascal_sglang.policy.ranking import ORDERS, Moment, Order, Rank, Tuning
 from pascal_sglang.policy.request import Member
-from pascal_sglang.sim.foresight import Foresight
+from pascal_sglang.sim.rank_forecast import Foresight
 
 
 def _nobody_first(member: Member, moment: Moment, tuning: Tuning) -> Rank:

@@ -8,7 +8,7 @@ from typing import overload
 
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.cost import Cost
-from pascal_sglang.sim.job import Job
+from pascal_sglang.sim.request import Job
 
 
 class Batch(Sequence[Job]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pascal_sglang.sim.instance import Instance
-from pascal_sglang.sim.job import Job
+from pascal_sglang.sim.request import Job
 from pascal_sglang.sim.workload import Workload
 
 

@@ -17,12 +17,12 @@ from pascal_sglang.sim.checks import Books
 from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.controller import Controller
 from pascal_sglang.sim.cost import Cost
-from pascal_sglang.sim.governed import Governed
 from pascal_sglang.sim.instance import Instance
-from pascal_sglang.sim.job import Job
-from pascal_sglang.sim.moves import Move, Moves, Network
+from pascal_sglang.sim.migration import Move, Moves, Network
 from pascal_sglang.sim.outcome import Outcome
-from pascal_sglang.sim.stock import Stock
+from pascal_sglang.sim.pascal_instance import Governed
+from pascal_sglang.sim.request import Job
+from pascal_sglang.sim.stock_instance import Stock
 from pascal_sglang.sim.workload import Workload
 
 Progress = Callable[[int], None]

@@ -13,11 +13,11 @@ from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.batch import Batch
 from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.cost import Cost
-from pascal_sglang.sim.foresight import NEVER, Foresight
-from pascal_sglang.sim.job import Job
 from pascal_sglang.sim.memory import Memory
 from pascal_sglang.sim.passes import Passes
+from pascal_sglang.sim.rank_forecast import NEVER, Foresight
 from pascal_sglang.sim.readers import Readers
+from pascal_sglang.sim.request import Job
 
 
 class Listener(Protocol):

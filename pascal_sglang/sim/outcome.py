@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pascal_sglang.sim.governed import Governed
 from pascal_sglang.sim.instance import Instance
-from pascal_sglang.sim.job import Job
 from pascal_sglang.sim.loads.lengths import Floats
-from pascal_sglang.sim.stock import Stock
+from pascal_sglang.sim.pascal_instance import Governed
+from pascal_sglang.sim.request import Job
+from pascal_sglang.sim.stock_instance import Stock
 
 
 @dataclass(slots=True)

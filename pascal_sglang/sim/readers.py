@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 
 from pascal_sglang.sim.batch import Batch
-from pascal_sglang.sim.job import Job
+from pascal_sglang.sim.request import Job
 
 
 class Readers:

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pascal_sglang.policy import victims
-from pascal_sglang.sim import paper
 from pascal_sglang.sim.arms import ARMS
 from pascal_sglang.sim.cluster import Setup, simulate
+from pascal_sglang.sim.experiments import paper
+from pascal_sglang.sim.experiments.runs import run_all
 from pascal_sglang.sim.figures import alone, figures
 from pascal_sglang.sim.hardware import PRESETS
 from pascal_sglang.sim.loads.lengths import PRESETS as LENGTHS
 from pascal_sglang.sim.passes import Passes
-from pascal_sglang.sim.runs import run_all
 from pascal_sglang.sim.workload import Workload, draw, from_rows, mean_lengths
 
 SMALL = dataclasses.replace(PRESETS["r1-qwen-32b-h100"], capacity=20000, host=60000)

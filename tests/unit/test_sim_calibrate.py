@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pascal_sglang.sim.calibrate import Stream, fit
 from pascal_sglang.sim.cost import Cost, load
+from pascal_sglang.sim.experiments.calibrate import Stream, fit
 from pascal_sglang.sim.hardware import PRESETS
 
 KNOWN = Cost(

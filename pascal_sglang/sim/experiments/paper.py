@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from pascal_sglang.sim.arms import ARMS, Arm
 from pascal_sglang.sim.cluster import Setup
+from pascal_sglang.sim.experiments.runs import Task
+from pascal_sglang.sim.experiments.tables import Rows, bin_tails, lay_out, mean, pick, shown
 from pascal_sglang.sim.figures import bin_names
 from pascal_sglang.sim.hardware import PRESETS
-from pascal_sglang.sim.runs import Task
-from pascal_sglang.sim.tables import Rows, bin_tails, lay_out, mean, pick, shown
 from pascal_sglang.sim.workload import mean_lengths
 
 HARDWARE = "r1-qwen-32b-h100"

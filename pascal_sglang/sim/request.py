@@ -9,7 +9,7 @@ from pascal_sglang.policy.request import Member
 from pascal_sglang.policy.timeline import Phase
 
 if TYPE_CHECKING:
-    from pascal_sglang.sim.moves import Move
+    from pascal_sglang.sim.migration import Move
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -9,8 +9,8 @@ from pascal_sglang.policy.request import Place
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.cost import Cost
-from pascal_sglang.sim.governed import Governed
-from pascal_sglang.sim.job import Job
+from pascal_sglang.sim.pascal_instance import Governed
+from pascal_sglang.sim.request import Job
 
 # Tokens a target keeps free beyond what it was asked for.
 SPARE = 64

@@ -19,12 +19,12 @@ from pascal_sglang.policy.ranking import (
 )
 from pascal_sglang.policy.request import Place
 from pascal_sglang.policy.timeline import Phase
-from pascal_sglang.sim.foresight import NEVER
 from pascal_sglang.sim.instance import Instance
-from pascal_sglang.sim.job import Job
+from pascal_sglang.sim.rank_forecast import NEVER
+from pascal_sglang.sim.request import Job
 
 if TYPE_CHECKING:
-    from pascal_sglang.sim.moves import Move, Moves
+    from pascal_sglang.sim.migration import Move, Moves
 
 
 class Governed(Instance):

@@ -9,9 +9,9 @@ from collections import deque
 from typing import Any
 
 from pascal_sglang.policy.request import Place
-from pascal_sglang.sim.foresight import NEVER
 from pascal_sglang.sim.instance import Instance
-from pascal_sglang.sim.job import Job
+from pascal_sglang.sim.rank_forecast import NEVER
+from pascal_sglang.sim.request import Job
 
 CLIP_TOKENS = 4096
 INIT_RATIO = 0.7

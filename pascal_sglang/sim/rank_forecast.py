@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pascal_sglang.policy.ranking import REACTION_PASSES, Tuning, is_demoted
 from pascal_sglang.policy.timeline import Phase
-from pascal_sglang.sim.job import Job
+from pascal_sglang.sim.request import Job
 
 NEVER = 1 << 60
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from pascal_sglang.sim.arms import ARMS, PAPER, PASCAL, Arm
 from pascal_sglang.sim.cluster import Setup
+from pascal_sglang.sim.experiments.paper import HARDWARE, REQUESTS, SEEDS, rate
+from pascal_sglang.sim.experiments.runs import Task
+from pascal_sglang.sim.experiments.tables import Rows, lay_out, mean, names, pick, shown
 from pascal_sglang.sim.hardware import PRESETS
-from pascal_sglang.sim.paper import HARDWARE, REQUESTS, SEEDS, rate
-from pascal_sglang.sim.runs import Task
-from pascal_sglang.sim.tables import Rows, lay_out, mean, names, pick, shown
 
 SOURCE = "arena-hard"
 LOADS = (0.5, 0.8, 1.0, 1.15, 1.3)
