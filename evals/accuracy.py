@@ -24,13 +24,14 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from evals import auth, parity, remote, sandbox, scores, tasks
-from evals.chat import Endpoint, EndpointError, ask_all, first_model
-from evals.grades import Grade, Task
-from evals.heard import Heard
-from evals.lines import WorkloadError
+from evals.grading import parity, sandbox, scores, tasks
+from evals.grading.chat import Endpoint, EndpointError, ask_all, first_model
+from evals.grading.grades import Grade, Task
+from evals.grading.reply import Heard
+from evals.grading.scores import INTERRUPTED, Graded
+from evals.load import auth, remote
+from evals.load.lines import WorkloadError
 from evals.options import base_url, count, positive
-from evals.scores import INTERRUPTED, Graded
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 

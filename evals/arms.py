@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from evals import auth
+from evals.load import auth
 
 COMMANDS = {"stock": "sglang.launch_server", "pascal": "pascal_sglang.launch_server"}
 # Stock SGLang has no platform for a CPU without AMX; it gets ours, and nothing else of ours.

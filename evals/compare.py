@@ -19,13 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals import alone, arms, balance, page, remote, report, verdict, workload
+from evals import arms, page, workload
 from evals.arms import Arm, ArmError, Plan, Rate, Server
-from evals.client import LAG_LIMIT_MS, Target, replay
-from evals.metrics import Idle, bin_edges, summarize
+from evals.load import alone, remote
+from evals.load.client import LAG_LIMIT_MS, Target, replay
+from evals.load.timeline import details
 from evals.options import count, out_file
-from evals.timeline import details
-from evals.verdict import Run
+from evals.reporting import balance, report, verdict
+from evals.reporting.metrics import Idle, bin_edges, summarize
+from evals.reporting.verdict import Run
 from evals.workload import Item
 
 CACHE = Path(tempfile.gettempdir()) / "pascal-evals"

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-from evals import plots
-from evals.report import SECTIONS, STATISTICS, bin_names, totals
-from evals.result_files import load
-from evals.results import ResultError, Results, Shown
-from evals.timeline import STALL_FACTOR
-from evals.verdict import Target
+from evals.load.timeline import STALL_FACTOR
+from evals.reporting import plots
+from evals.reporting.report import SECTIONS, STATISTICS, bin_names, totals
+from evals.reporting.result_files import load
+from evals.reporting.results import ResultError, Results, Shown
+from evals.reporting.verdict import Target
 
 EXIT_BAD_INPUT = 2
 STYLE = """

@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals import alone, auth, processor, remote, report, sources, workload
-from evals.attended import Watched, watch
-from evals.client import LAG_LIMIT_MS, Target
-from evals.metrics import GOODPUT_KEYS, Idle, Record, bin_edges, intervals, summarize
+from evals import sources, workload
+from evals.load import alone, auth, processor, remote
+from evals.load.attended import Watched, watch
+from evals.load.client import LAG_LIMIT_MS, Target
+from evals.load.timeline import details
 from evals.options import base_url, count, positive
-from evals.timeline import details
+from evals.reporting import report
+from evals.reporting.metrics import GOODPUT_KEYS, Idle, Record, bin_edges, intervals, summarize
 from evals.workload import Item, WorkloadError
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from evals import sources, turns
-from evals.items import HASH_BLOCK_TOKENS, Item, load, save
-from evals.lines import WorkloadError
+from evals import sources
+from evals.load import turns
+from evals.load.items import HASH_BLOCK_TOKENS, Item, load, save
+from evals.load.lines import WorkloadError
 from evals.sources.draw import Ask, Draw
 from evals.sources.presets import PRESETS, Lengths, Preset
 from pascal_sglang.sim.loads import arrivals

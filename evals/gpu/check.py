@@ -21,13 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals import arms, remote
+from evals import arms
 from evals.arms import Arm, ArmError, Plan, Rate, Server
-from evals.client import Target
 from evals.compare import CACHE, Comparison
 from evals.gpu import device, figures, identity
-from evals.metrics import Idle
+from evals.load import remote
+from evals.load.client import Target
 from evals.options import folder, positive
+from evals.reporting.metrics import Idle
 
 HERE = Path(__file__).parent
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130

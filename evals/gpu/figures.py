@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evals.gpu.identity import Identity
-    from evals.verdict import Run
+    from evals.reporting.verdict import Run
 
 Figures = dict[str, float | None]
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals import auth, remote
 from evals.arms import STOCK_ON_CPU, Arm, ArmError, Plan, Server
+from evals.load import auth, remote
 
 CONCURRENCY = 24
 REQUEST_TIMEOUT_S = 120.0

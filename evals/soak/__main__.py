@@ -24,9 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals import arms, auth, remote
+from evals import arms
 from evals.arms import TINY, Arm, ArmError, Plan, Rate, Server
 from evals.compare import CACHE
+from evals.load import auth, remote
 from evals.options import base_url, count, positive
 from evals.soak import checks
 from evals.soak.bodies import KINDS, catalogue

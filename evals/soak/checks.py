@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from evals import remote
+from evals.load import remote
 from evals.soak.findings import Findings
 
 REST_S = 30.0

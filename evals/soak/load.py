@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from evals import sse
+from evals.load import sse
 from evals.soak.bodies import GENERATE, Body
 from evals.soak.findings import Findings
 from evals.soak.replies import Part, Reply, check

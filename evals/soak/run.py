@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from evals import auth, remote
+from evals.load import auth, remote
 from evals.soak import checks
 from evals.soak.bodies import Body
 from evals.soak.findings import Findings

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from evals.lines import WorkloadError
+from evals.load.lines import WorkloadError
 from evals.sources import azure, mooncake, presets, questions, servegen
 from evals.sources.draw import Ask, Draw
 

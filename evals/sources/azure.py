@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from evals.lines import WorkloadError, json_lines, text_lines, whole
+from evals.load.lines import WorkloadError, json_lines, text_lines, whole
 from evals.sources.draw import Ask, Draw
 from evals.sources.trace import Row, draw_trace
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evals.items import HASH_BLOCK_TOKENS
-from evals.lines import WorkloadError, json_lines, whole
+from evals.load.items import HASH_BLOCK_TOKENS
+from evals.load.lines import WorkloadError, json_lines, whole
 from evals.sources.draw import Ask, Draw
 from evals.sources.trace import Row, draw_trace
 

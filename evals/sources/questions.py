@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from evals.lines import WorkloadError, json_lines
+from evals.load.lines import WorkloadError, json_lines
 from evals.sources.draw import Ask, Draw
 
 CHARACTERS_PER_TOKEN = 4

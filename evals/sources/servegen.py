@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evals.lines import WorkloadError
+from evals.load.lines import WorkloadError
 from evals.sources.draw import Ask, Draw
 from evals.sources.servegen_data import DAY_S, FIELDS, SLOT_S, WINDOW_S, Client, Histogram, read
 from pascal_sglang.sim.loads.lengths import scaled, split

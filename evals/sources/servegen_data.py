@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evals.lines import WorkloadError
+from evals.load.lines import WorkloadError
 
 SLOT_S = 600
 WINDOW_S = 21600

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evals.lines import WorkloadError
+from evals.load.lines import WorkloadError
 from evals.sources import servegen
 from evals.sources.draw import Ask, Draw
 from pascal_sglang.sim.loads.lengths import scaled, split

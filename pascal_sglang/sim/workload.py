@@ -118,7 +118,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
 
 
 def from_rows(rows: Sequence[dict[str, Any]]) -> Workload:
-    """Requests as `evals.items.Item` names their fields."""
+    """Requests as `evals.load.items.Item` names their fields."""
     follows, later, last = [-1] * len(rows), set(), dict[int, int]()
     history, talk = [0] * len(rows), [-1] * len(rows)
     for index, row in enumerate(rows):

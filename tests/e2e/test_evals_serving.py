@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from evals import agreement, page, workload
+from evals import page, workload
 from evals.arms import load_plan
+from evals.bench import agreement
 from tests.harness import environment
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evals import agreement, compare, page, pair, simulated, workload
+from evals import compare, page, workload
+from evals.bench import agreement, pair, simulated
 from evals.gpu import check
 from pascal_sglang import plugin
 from pascal_sglang.sim import __main__ as sim
@@ -14,8 +15,8 @@ from pascal_sglang.sim import __main__ as sim
 ROOT = Path(__file__).parents[2]
 LIVE = str(ROOT / "evals" / "arms" / "live.toml")
 HELPFUL = (
-    "evals.accuracy evals.agreement evals.blocking evals.compare evals.controllers evals.gpu.check "
-    "evals.page evals.placement_cost evals.policy_cost evals.serving evals.simulated "
+    "evals.accuracy evals.bench.agreement evals.bench.blocking evals.compare evals.bench.controllers evals.gpu.check "
+    "evals.page evals.bench.placement_cost evals.bench.policy_cost evals.serving evals.bench.simulated "
     "evals.workload launch.monitoring.dashboard pascal_sglang.plugin pascal_sglang.sim"
 ).split()
 # In one process, so that what they share is imported once.

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from evals import accuracy, scores
+from evals import accuracy
+from evals.grading import scores
 from tests.chat_server import ChatServer, Script
 
 ROWS = [{"prompt": f"Write a function f{i}.", "test": [f"assert f{i}() == {i}"]} for i in range(6)]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals import agreement
-from evals.agreement import Load
 from evals.arms import load_plan
+from evals.bench import agreement
+from evals.bench.agreement import Load
 
 PLAN = load_plan(Path(__file__).parents[2] / "evals" / "arms" / "ample.toml", requests=30)
 OPEN = Load(5.0, None)

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from evals import math_answers, tasks
-from evals.code_answers import extract
-from evals.lines import WorkloadError
+from evals.grading import math_answers, tasks
+from evals.grading.code_answers import extract
+from evals.load.lines import WorkloadError
 
 needs_sgl_eval = pytest.mark.skipif(
     sys.version_info >= (3, 13), reason="sgl-eval installs there with a compiler only"

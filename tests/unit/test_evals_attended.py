@@ -8,8 +8,8 @@ import signal
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from evals.attended import CUT, attend
-from evals.client import Target
+from evals.load.attended import CUT, attend
+from evals.load.client import Target
 from evals.workload import Item
 
 

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from evals import agreement, arms, auth, chat, remote, serving
+from evals import arms, serving
+from evals.bench import agreement
 from evals.gpu import identity
+from evals.grading import chat
+from evals.load import auth, remote
 from tests.unit.test_quickstart import assert_gone
 
 KEY = "s3cret"

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from evals import balance, report
-from evals.balance import Balance, shares
+from evals.reporting import balance, report
+from evals.reporting.balance import Balance, shares
 
 
 def told(*used, capacity=100):

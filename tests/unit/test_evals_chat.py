@@ -3,10 +3,10 @@
 import pytest
 from tqdm import tqdm
 
-from evals import chat
-from evals.attended import CUT
-from evals.chat import Endpoint, EndpointError, ask_all, first_model
-from evals.heard import Heard
+from evals.grading import chat
+from evals.grading.chat import Endpoint, EndpointError, ask_all, first_model
+from evals.grading.reply import Heard
+from evals.load.attended import CUT
 from tests.chat_server import ChatServer, Script
 
 

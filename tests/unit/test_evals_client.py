@@ -8,8 +8,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from evals.client import Target, open_loop
-from evals.timeline import sample
+from evals.load.client import Target, open_loop
+from evals.load.timeline import sample
 from evals.workload import Item
 
 SEEN = web.AppKey("seen", list)

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from evals import compare, verdict
+from evals import compare
 from evals.arms import TARGETS, Arm, ArmError, Rate, command_line, load_plan
-from evals.remote import parse_counters
-from evals.verdict import Run
+from evals.load.remote import parse_counters
+from evals.reporting import verdict
+from evals.reporting.verdict import Run
 
 LIVE = Path(__file__).parents[2] / "evals" / "arms" / "live.toml"
 HIGH = Rate("high", 5.0)

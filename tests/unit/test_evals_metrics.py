@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from evals import report
-from evals.metrics import (
+from evals.reporting import report
+from evals.reporting.metrics import (
     Idle,
     Record,
     bin_edges,

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from evals import accuracy, arms, compare, page, result_files, serving
-from evals.attended import Watched
+from evals import accuracy, arms, compare, page, serving
 from evals.gpu import check, identity
-from evals.metrics import Record
-from evals.timeline import details
-from evals.verdict import Run
+from evals.load.attended import Watched
+from evals.load.timeline import details
+from evals.reporting import result_files
+from evals.reporting.metrics import Record
+from evals.reporting.verdict import Run
 from evals.workload import Item
 from pascal_sglang.sim import __main__ as sim
 from tests.chat_server import ChatServer, Script
@@ -112,7 +113,10 @@ KINDS = {
     "evals.gpu.check": (of_check, ("mean TTFO (s)", "P99 TTFO (s)", "failed")),
     "evals.serving": (of_serving, ("mean TTFO (s)", "P99 TTFO (s)", "failed")),
     "evals.accuracy": (of_accuracy, ("accuracy (%)", "failed", "no answer")),
-    "evals.simulated": (of_simulated, ("mean TTFO (s)", "mean TPOT (ms)", "SLO violations (%)")),
+    "evals.bench.simulated": (
+        of_simulated,
+        ("mean TTFO (s)", "mean TPOT (ms)", "SLO violations (%)"),
+    ),
     "pascal_sglang.sim": (
         of_sim,
         ("mean TTFO (s)", "P99 TTFO (s)", "mean answer TPOT (ms)", "failed", "P99 slowdown"),

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from evals import confine, sandbox
-from evals.sandbox import Limits, SandboxError, run
+from evals.grading import confine, sandbox
+from evals.grading.sandbox import Limits, SandboxError, run
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,11 @@ import threading
 
 import pytest
 
-from evals import processor, remote, serving, workload
-from evals.attended import Watched
-from evals.client import LAG_LIMIT_MS
-from evals.metrics import Record
+from evals import serving, workload
+from evals.load import processor, remote
+from evals.load.attended import Watched
+from evals.load.client import LAG_LIMIT_MS
+from evals.reporting.metrics import Record
 from evals.workload import Item, WorkloadError
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evals import simulated
+from evals.bench import simulated
 
 ROOT = Path(__file__).parents[2]
 PLAN = str(ROOT / "evals/arms/simulated.toml")

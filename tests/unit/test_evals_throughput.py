@@ -2,9 +2,9 @@
 
 import pytest
 
-from evals import report
-from evals.metrics import Idle, Record, intervals, measure, meets, summarize
-from evals.throughput import throughput
+from evals.reporting import report
+from evals.reporting.metrics import Idle, Record, intervals, measure, meets, summarize
+from evals.reporting.throughput import throughput
 from evals.workload import Item
 
 ITEMS = [Item(0.0, 10, 1, 2), Item(1.0, 20, 1, 2), Item(4.0, 30, 1, 2)]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from evals.breaks import Break
-from evals.metrics import Record
-from evals.timeline import details, sample, segments
+from evals.load.breaks import Break
+from evals.load.timeline import details, sample, segments
+from evals.reporting.metrics import Record
 from evals.workload import Item
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals.client import note_event, request_body
-from evals.metrics import Record
-from evals.prompt import prompt_ids
+from evals.load.client import note_event, request_body
+from evals.load.prompt import prompt_ids
+from evals.reporting.metrics import Record
 from evals.workload import (
     PRESETS,
     Item,

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from evals.client import request_body
-from evals.items import Item, load, save
-from evals.lines import WorkloadError
+from evals.load.client import request_body
+from evals.load.items import Item, load, save
+from evals.load.lines import WorkloadError
 from evals.workload import Recipe, build, generate
 
 ITEM = {"arrival_s": 1.5, "prompt_tokens": 8, "thinking_tokens": 3, "answer_tokens": 4}

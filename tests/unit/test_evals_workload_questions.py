@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from evals.lines import WorkloadError
+from evals.load.lines import WorkloadError
 from evals.workload import Recipe, build, main
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evals import sources
-from evals.lines import WorkloadError
+from evals.load.lines import WorkloadError
 from evals.sources import servegen
 from evals.sources.draw import Ask
 from evals.sources.servegen_data import Gaps, Histogram, read

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from evals.lines import WorkloadError
+from evals.load.lines import WorkloadError
 from evals.workload import Recipe, build
 from pascal_sglang.sim.loads.arrivals import burst, from_trace
 from pascal_sglang.sim.loads.lengths import split

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from evals.lines import WorkloadError
-from evals.prompt import new_part
+from evals.load.lines import WorkloadError
+from evals.load.prompt import new_part
 from evals.workload import Recipe, build, main
 
 MOONCAKE = [

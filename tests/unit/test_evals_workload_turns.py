@@ -9,11 +9,11 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from evals.client import NOT_SENT, Target, open_loop
-from evals.items import Item
-from evals.lines import WorkloadError
-from evals.prompt import Conversation, Reply, new_part, prompt_ids
-from evals.turns import converse, sizes
+from evals.load.client import NOT_SENT, Target, open_loop
+from evals.load.items import Item
+from evals.load.lines import WorkloadError
+from evals.load.prompt import Conversation, Reply, new_part, prompt_ids
+from evals.load.turns import converse, sizes
 from evals.workload import Recipe, build
 
 

@@ -1,0 +1,198 @@
+"""Simulated against live: the same requests on a server and in the simulator.
+
+`python -m evals.bench.simulated evals/arms/simulated.toml --out simulated.json` starts each arm, fits the
+simulator's costs to one run (its own seed and load), replays other runs, and compares means.
+`--again simulated.json` simulates what was measured once more, without servers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evals import arms, workload
+from evals.arms import Arm, ArmError, Plan, Server
+from evals.compare import CACHE, EXIT_BAD_INPUT, target_of
+from evals.load import remote
+from evals.load.client import replay
+from evals.load.items import Item
+from evals.options import out_file
+from evals.reporting.metrics import Record, measure
+from pascal_sglang.sim.arms import ARMS, STOCK
+from pascal_sglang.sim.cluster import Setup, simulate
+from pascal_sglang.sim.cost import Cost
+from pascal_sglang.sim.experiments.calibrate import Fit, Stream, fit
+from pascal_sglang.sim.workload import from_rows
+
+CALIBRATION_SEED = 100
+# One copy of a paused request's KV on this CPU and each of its tokens, as `engine.pool` measures
+# them at start; the client cannot see them.
+COPY_S, COPY_TOKEN_S = 2e-4, 1e-6
+FIGURES = ("ttfo", "tpot", "e2e")
+
+
+def items_of(plan: Plan, per_s: float, seed: int) -> list[Item]:
+    return workload.generate(plan.preset, plan.requests, per_s, seed, scale=plan.scale, cv=plan.cv)
+
+
+def live_figures(
+    records: Sequence[Record], items: Sequence[Item], tpot_s: float
+) -> dict[str, float]:
+    """Means over requests, seconds; SLO violations as a share."""
+    seen = [measure(r, item, None, tpot_s) for r, item in zip(records, items, strict=True)]
+    if any(not request.ok for request in seen):
+        raise ArmError("a request failed; there is nothing to compare with")
+    return {
+        "ttfo": float(np.mean([r.ttfo_s for r in seen if r.ttfo_s is not None])),
+        "tpot": float(np.mean([r.tpot_s for r in seen if r.tpot_s is not None])),
+        "e2e": float(np.mean([r.e2e_s for r in seen if r.e2e_s is not None])),
+        "slo_violations": float(np.mean([r.violates for r in seen])),
+    }
+
+
+def simulated(plan: Plan, arm: Arm, found: Fit, per_s: float, seed: int) -> dict[str, float]:
+    """The same figures of the same requests from the simulator."""
+    items = items_of(plan, per_s, seed)
+    load = from_rows([dataclasses.asdict(item) for item in items])
+    flags = dict(zip(plan.pascal_flags, plan.pascal_flags[1:], strict=False))
+    capacity = arm.kv_tokens or plan.kv_tokens
+    cost = Cost(
+        **{
+            name: getattr(found, name)
+            for name in ("step_s", "request_s", "kv_token_s", "prefill_s", "prefill_token_s")
+        },
+        copy_s=COPY_S,
+        copy_token_s=COPY_TOKEN_S,
+        capacity=capacity,
+        host=4 * capacity,
+    )
+    setup = Setup(
+        cost=cost,
+        instances=1,
+        tpot=plan.target_tpot_ms / 1e3,
+        knows_lengths=True,
+        quantum=int(flags["--pascal-quantum-tokens"]),
+        demote=int(flags["--pascal-demote-tokens"]),
+    )
+    name = STOCK if arm.command == "stock" else arm.name
+    chosen = ARMS[name].but(name, migration="off")
+    outcome = simulate(setup, chosen, load)
+    output = np.array([item.output_tokens for item in items])
+    return {
+        "ttfo": float((outcome.first_answer - outcome.arrival).mean()),
+        "tpot": float(((outcome.finished - outcome.first_token) / (output - 1)).mean()),
+        "e2e": float((outcome.finished - outcome.arrival).mean()),
+        "slo_violations": float((outcome.qoe < setup.slo).mean()),
+    }
+
+
+def measure_arm(plan: Plan, arm: Arm, model: Path, processor: str, seeds: int) -> dict[str, Any]:
+    """Fit one run of an arm, then measure the others."""
+    with Server(arm, plan, model) as server:
+        target = target_of(plan, server, processor)
+        middle = sum(rate.per_s for rate in plan.rates) / len(plan.rates)
+        replay(items_of(plan, middle, CALIBRATION_SEED + 1)[:20], target, seed=1)  # Warms it up.
+        server.flush()
+        items = items_of(plan, middle, CALIBRATION_SEED)
+        back = replay(items, target, seed=CALIBRATION_SEED)
+        streams = [
+            Stream(item.prompt_tokens, record.token_s)
+            for item, record in zip(items, back.records, strict=True)
+        ]
+        runs = []
+        for rate in plan.rates:
+            for seed in range(seeds):
+                server.flush()
+                items = items_of(plan, rate.per_s, seed)
+                back = replay(items, target, seed=seed)
+                live = live_figures(back.records, items, plan.target_tpot_ms / 1e3)
+                runs.append({"rate": rate.per_s, "seed": seed, "live": live})
+    return {"fit": dataclasses.asdict(fit(streams)), "runs": runs}
+
+
+def compare(plan: Plan, told: dict[str, Any]) -> list[str]:
+    """Simulate what was measured; lines with the error of every figure, and over all runs."""
+    lines = [
+        f"{'arm':<12}{'req/s':>6}{'seed':>5}"
+        + "".join(f"{f'{name} live':>12}{'sim':>8}{'error':>8}" for name in FIGURES)
+        + f"{'viol live':>11}{'sim':>7}"
+    ]
+    errors: dict[str, list[float]] = {name: [] for name in FIGURES}
+    for arm in plan.arms:
+        if arm.name not in told:
+            continue
+        mine = told[arm.name]
+        for run in mine["runs"]:
+            sim = simulated(plan, arm, Fit(**mine["fit"]), run["rate"], run["seed"])
+            run["simulated"] = sim
+            line = f"{arm.name:<12}{run['rate']:>6g}{run['seed']:>5}"
+            for name in FIGURES:
+                live, unit = run["live"][name], 1e3 if name == "tpot" else 1.0
+                error = sim[name] / live - 1
+                errors[name].append(error)
+                line += f"{unit * live:>12.2f}{unit * sim[name]:>8.2f}{error:>+8.1%}"
+            violated = run["live"]["slo_violations"], sim["slo_violations"]
+            lines.append(line + f"{violated[0]:>11.1%}{violated[1]:>7.1%}")
+        found = Fit(**mine["fit"])
+        lines.append(
+            f"  step {1e3 * found.step_s:.2f} ms + {1e3 * found.request_s:.3f} ms per request + "
+            f"{1e6 * found.kv_token_s:.3f} us per KV token; prefill {1e3 * found.prefill_s:.2f} ms"
+            f" + {1e6 * found.prefill_token_s:.0f} us per token; "
+            f"{found.gaps} gaps, {found.error:.0%} of one unexplained"
+        )
+    lines.append("TTFO and e2e in seconds, TPOT in milliseconds, means over requests")
+    for name, each in errors.items():
+        lines.append(
+            f"{name}: mean error {np.mean(each):+.1%}, mean absolute {np.mean(np.abs(each)):.1%}, "
+            f"worst {max(each, key=abs):+.1%}"
+        )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compare the simulator with live servers.")
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--seeds", type=int, default=1, help="runs per load")
+    parser.add_argument("--out", type=out_file, default=str(CACHE / "simulated.json"))
+    parser.add_argument("--again", type=Path, help="a file of an earlier --out: only simulate")
+    asked = parser.parse_args(argv)
+    try:
+        plan = arms.load_plan(asked.plan)
+        told = json.loads(asked.again.read_text())["arms"] if asked.again else {}
+        if not asked.again:
+            # Leaving by an exception takes the running server along.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            model = arms.model_folder(plan.model, CACHE)
+            processor = arms.logit_processor(plan.model)
+            for arm in plan.arms:
+                print(f"{arm.name}: measuring", flush=True)
+                told[arm.name] = measure_arm(plan, arm, model, processor, asked.seeds)
+        lines = compare(plan, told)
+    except (ArmError, OSError, ValueError, KeyError, TypeError) as error:
+        print(f"evals: error: {asked.plan}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print("\n".join(lines))
+    asked.out.write_text(
+        json.dumps(
+            {
+                "arms": told,
+                "console": lines,
+                "provenance": remote.provenance("evals.bench.simulated", sys.argv[1:]),
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
