@@ -86,7 +86,7 @@ def _client_code() -> Any:
 def _frontend(name: str) -> Callable[[], Any]:
     def load() -> Any:
 
-        return getattr(frontend, name)
+        return getattr(http_server, name)
 
     return load
 

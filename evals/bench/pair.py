@@ -1,5 +1,5 @@
-"""Two instances of the tiny model on two cores, as `evals.bench.blocking` and `evals.bench.controllers` start
-them."""
+"""Two instances of the tiny model on two cores, as `evals.bench.blocking` and
+`evals.bench.controllers` start them."""
 
 from __future__ import annotations
 

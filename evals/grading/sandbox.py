@@ -1,8 +1,8 @@
 """Runs a generated Python program locked down: little of everything, no network, nobody's rights.
 
 The program gets a temporary folder of its own as its working directory, an empty environment, the
-standard library, and the limits below. What holds it is in `evals.grading.confine`. It can still *read*
-files: those that everybody may read where root runs it, else those of the user who does.
+standard library, and the limits below. What holds it is in `evals.grading.confine`. It can still
+*read* files: those that everybody may read where root runs it, else those of the user who does.
 """
 
 from __future__ import annotations

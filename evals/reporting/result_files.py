@@ -132,8 +132,8 @@ def add_simulation(results: Results, told: Mapping[str, Any]) -> None:
 
 
 def _simulated(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A simulated run under the names of `evals.reporting.metrics`. A run whose requests have not all ended
-    is an error of the simulator, and gives no figures."""
+    """A simulated run under the names of `evals.reporting.metrics`. A run whose requests have not
+    all ended is an error of the simulator, and gives no figures."""
     named = {
         f"{stat}_{ours}_ms": 1e3 * value
         for name, ours in MEASURED.items()
