@@ -85,6 +85,7 @@ def _client_code() -> Any:
 
 def _frontend(name: str) -> Callable[[], Any]:
     def load() -> Any:
+        from pascal_sglang.entrypoints import http_server
 
         return getattr(http_server, name)
 

@@ -2,9 +2,9 @@
 
 `python -m evals.bench.agreement evals/arms/ample.toml --arms fcfs,pascal`. Both replay the same
 prompts and lengths in the same order at the same times, in turn, several pairs a load, against one
-server per arm. Printed is what we see over what they see, pair by pair, beside how far each tool strays
-from itself: a ratio inside that is noise. Exit codes: 0, 1 when the two did not do the same work,
-2 for bad input or a failed run.
+server per arm. Printed is what we see over what they see, pair by pair, beside how far each tool
+strays from itself: a ratio inside that is noise. Exit codes: 0, 1 when the two did not do the same
+work, 2 for bad input or a failed run.
 """
 
 from __future__ import annotations
