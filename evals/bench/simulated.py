@@ -1,7 +1,8 @@
 """Simulated against live: the same requests on a server and in the simulator.
 
 `python -m evals.bench.simulated evals/arms/simulated.toml --out simulated.json` starts each arm,
-fits the simulator's costs to one run (its own seed and load), replays other runs, and compares means.
+fits the simulator's costs to one run (its own seed and load), replays other runs, and compares
+means.
 `--again simulated.json` simulates what was measured once more, without servers.
 """
 

@@ -126,7 +126,7 @@ def test_an_arm_that_asks_for_a_key_gets_it(flags, monkeypatch):
 
 
 def agreement_arm():
-    plan = arms.load_plan(Path(agreement.__file__).parent / "arms" / "ample.toml")
+    plan = arms.load_plan(Path(arms.__file__).parent / "arms" / "ample.toml")
     return plan.arms[0], plan, Path("model")
 
 

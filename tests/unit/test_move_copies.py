@@ -128,20 +128,20 @@ class Instance:
 @pytest.fixture
 def sides(monkeypatch):
     """A source whose request has been granted a move, and the target of it."""
-    there = "pascal_sglang.engine"
+    there = "pascal_sglang.engine.migration"
     parallel = SimpleNamespace(tp_size=1, dp_rank=0, tp_rank=0)
     for module in ("departures", "arrivals", "kv_bytes"):
         monkeypatch.setattr(f"{there}.{module}.get_parallel", lambda: parallel)
-    monkeypatch.setattr(f"{there}.departures.why_not_movable", lambda req: None)
-    monkeypatch.setattr(f"{there}.departures.member_of", lambda req: None)
-    monkeypatch.setattr(f"{there}.departures.remaining_of", lambda req, member: 20)
+    monkeypatch.setattr(f"{there}.outgoing.why_not_movable", lambda req: None)
+    monkeypatch.setattr(f"{there}.outgoing.member_of", lambda req: None)
+    monkeypatch.setattr(f"{there}.outgoing.remaining_of", lambda req, member: 20)
     timeline = SimpleNamespace(stopped=lambda why, now: None)
-    monkeypatch.setattr(f"{there}.departures.timeline_of", lambda req: timeline)
+    monkeypatch.setattr(f"{there}.outgoing.timeline_of", lambda req: timeline)
     state = {"blocked_since": 1.0}
-    monkeypatch.setattr(f"{there}.departures.export_state", lambda req, since: state)
-    monkeypatch.setattr(f"{there}.arrivals.problem_with", lambda *_: None)
-    monkeypatch.setattr(f"{there}.arrivals.import_state", lambda *_: Request())
-    monkeypatch.setattr(f"{there}.arrivals.restore_member", lambda *_: None)
+    monkeypatch.setattr(f"{there}.outgoing.export_state", lambda req, since: state)
+    monkeypatch.setattr(f"{there}.incoming.problem_with", lambda *_: None)
+    monkeypatch.setattr(f"{there}.incoming.import_state", lambda *_: Request())
+    monkeypatch.setattr(f"{there}.incoming.restore_member", lambda *_: None)
     source, target = Instance(), Instance()
     source.departures.ordered(Order("m", "r", 1), 1.0)
     (ask,) = source.take(messages.Ask)
