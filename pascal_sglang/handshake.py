@@ -22,10 +22,10 @@ def homes_of(infos: list[dict[str, Any]]) -> dict[int, int]:
     return dict(info[PROCESS_KEY] for info in infos)
 
 
-def handed_on(info: dict[str, Any], board: str) -> dict[str, Any]:
-    """The init info of a controller whose instances have all shaken hands; `board` is where it
-    shows what it does."""
-    return {**info, INIT_INFO_KEY: own_config(), BOARD_KEY: board}
+def handed_on(info: dict[str, Any], status_file: str) -> dict[str, Any]:
+    """The init info of a controller whose instances have all shaken hands; `status_file` is where
+    it shows what it does."""
+    return {**info, INIT_INFO_KEY: own_config(), BOARD_KEY: status_file}
 
 
 def own_config() -> str:

@@ -16,12 +16,17 @@ from array import array
 from collections import deque
 
 from pascal_sglang.cluster.codec import pack, unpack
-from pascal_sglang.cluster.load_tracker import Monitor
-from pascal_sglang.cluster.migration_coordinator import Mover
-from pascal_sglang.cluster.orders import Boundary, Gone, Order, Over
-from pascal_sglang.cluster.prefix_index import Prefixes, block_names
-from pascal_sglang.cluster.request_locations import Residents
-from pascal_sglang.cluster.status import Status
+from pascal_sglang.cluster.load_tracker import LoadTracker
+from pascal_sglang.cluster.messages import (
+    LoadReport,
+    MigrateCommand,
+    MigrationEnded,
+    ReasoningEnded,
+    RequestFinished,
+)
+from pascal_sglang.cluster.migration_coordinator import MigrationCoordinator
+from pascal_sglang.cluster.prefix_index import PrefixIndex, block_names
+from pascal_sglang.cluster.request_locations import RequestLocations
 from pascal_sglang.policy.placement import Placement
 
 PROMPT_TOKENS = 256
@@ -35,18 +40,18 @@ class Cluster:
     def __init__(self, instances: int, lazy: bool) -> None:
         self.instances = instances
         self.dice = random.Random(0)
-        self.monitor = Monitor(instances)
-        self.prefixes = Prefixes()
-        self.residents = Residents()
+        self.load_tracker = LoadTracker(instances)
+        self.prefixes = PrefixIndex()
+        self.residents = RequestLocations()
         self.placement = Placement(quantum=500, lazy=lazy, predict=lazy)
-        self.orders: list[tuple[int, Order]] = []
-        self.mover = Mover(self.monitor, self.placement, self._order)
+        self.orders: list[tuple[int, MigrateCommand]] = []
+        self.coordinator = MigrationCoordinator(self.load_tracker, self.placement, self._order)
         self.live: deque[tuple[str, int, array[int]]] = deque()
         self.received = [0] * instances
         for index in range(instances):
             self.report(index)
 
-    def _order(self, to: int, order: Order) -> bool:
+    def _order(self, to: int, order: MigrateCommand) -> bool:
         pack(order)
         self.orders.append((to, order))
         return True
@@ -59,7 +64,7 @@ class Cluster:
 
     def report(self, index: int) -> None:
         free = self.dice.randrange(KV_TOKENS // 4)
-        status = Status(
+        status = LoadReport(
             dp_rank=index,
             received=self.received[index],
             on_pace=self.dice.random() < 0.9,
@@ -75,7 +80,7 @@ class Cluster:
             prefill_ns=80_000,
         )
         _, read = unpack(pack(status, index), self.instances)
-        self.monitor.hear(read, 0.0)
+        self.load_tracker.hear(read, 0.0)
 
     def arrive(self, number: int) -> float:
         """A request arrives; microseconds that placing it took."""
@@ -83,9 +88,9 @@ class Cluster:
         began = time.perf_counter()
         blocks = list(block_names(prompt, None))
         hits = self.prefixes.hits(blocks)
-        candidates = self.placement.in_sight(self.monitor.instances, hits)
+        candidates = self.placement.in_sight(self.load_tracker.instances, hits)
         index = self.placement.place(candidates, len(prompt), hits)
-        self.monitor.sent(index, len(prompt))
+        self.load_tracker.sent(index, len(prompt))
         self.prefixes.sent(index, blocks)
         self.residents.lives(str(number), index)
         took = (time.perf_counter() - began) * 1e6
@@ -96,19 +101,19 @@ class Cluster:
     def cross(self) -> float:
         """A request ends its thinking; microseconds that deciding took, its message included."""
         rid, index, _ = self.live[self.dice.randrange(min(1000, len(self.live)))]
-        letter = pack(Boundary(index, rid, 3000, 2000, 600, 10), index)
+        letter = pack(ReasoningEnded(index, rid, 3000, 2000, 600, 10), index)
         began = time.perf_counter()
         _, boundary = unpack(letter, self.instances)
-        self.mover.boundary(boundary, self.monitor.instances, 0.0)
+        self.coordinator.boundary(boundary, self.load_tracker.instances, 0.0)
         took = (time.perf_counter() - began) * 1e6
         for to, order in self.orders:
-            self.mover.over(Over(to, order.move, True, ""))
+            self.coordinator.over(MigrationEnded(to, order.move, True, ""))
         self.orders.clear()
         return took
 
     def end(self) -> None:
         rid, index, prompt = self.live.popleft()
-        letter = pack(Gone(index, rid, list(block_names(prompt, None))), index)
+        letter = pack(RequestFinished(index, rid, list(block_names(prompt, None))), index)
         _, gone = unpack(letter, self.instances)
         self.residents.gone(gone.rid)
         self.prefixes.ended(gone.dp_rank, gone.blocks)
@@ -126,15 +131,15 @@ def main() -> None:
             cluster = Cluster(instances, lazy)
             for number in range(options.live):
                 cluster.arrive(number)
-            placed, crossed, began = [], [], time.perf_counter()
+            placed, reasoning_ended, began = [], [], time.perf_counter()
             for turn in range(options.turns):
                 cluster.report(turn % instances)
                 placed.append(cluster.arrive(options.live + turn))
-                crossed.append(cluster.cross())
+                reasoning_ended.append(cluster.cross())
                 cluster.end()
             per_s = options.turns / (time.perf_counter() - began)
             figures = []
-            for took in (placed, crossed):
+            for took in (placed, reasoning_ended):
                 figures += [statistics.mean(took), statistics.quantiles(took, n=100)[98]]
             row = "".join(f"{figure:>10.0f}" for figure in (*figures, per_s))
             print(f"{policy:<10}{instances:>10}{row}", flush=True)

@@ -13,7 +13,7 @@ Figures = dict[str, float | None]
 
 
 def identity_lines(found: Identity) -> list[str]:
-    pauses = ", ".join(f"{count} {rung}" for rung, count in found.pauses.items())
+    pauses = ", ".join(f"{count} {tier}" for tier, count in found.pauses.items())
     moves = ", ".join(f"{count} {outcome}" for outcome, count in found.moves.items())
     return [
         _line("requests with other tokens", f"{len(found.different)} of {found.requests}"),

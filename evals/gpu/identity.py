@@ -35,7 +35,7 @@ class Identity:
     """What came of it.
 
     stopped: requests that ended by a stop token. different: places of requests whose tokens differ.
-    pauses: by rung. moves: ended, by outcome. errors: passes in which the policy failed. costs: of
+    pauses: by tier. moves: ended, by outcome. errors: passes in which the policy failed. costs: of
     copies and prefills as each instance measured them, in seconds. left: KV entries that did not
     come back.
     """
@@ -155,7 +155,7 @@ def compare(
         stopped=stopped,
         different=[i for i, (a, b) in enumerate(zip(expected, seen, strict=True)) if a != b],
         pauses=added([i["pauses"] for i in found], "resident", "host", "recompute"),
-        moves=added([i["migrations"]["departures"] for i in found]),
+        moves=added([i["migrations"]["outgoing"] for i in found]),
         errors=sum(i["policy_errors"] for i in found),
         left=sum(each["capacity"] - each["free"] - each["evictable"] + each["host"] for each in kv),
         costs=[i["costs"] for i in found],

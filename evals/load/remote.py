@@ -23,7 +23,7 @@ POLL_S = 0.5
 TIMEOUT_S = 10
 STATUS_TIMEOUT_S = 30
 COUNTERS = ("sglang:num_retract", "pascal:")
-KEPT = ("rung", "why", "way", "outcome", "lacks", "reason")
+KEPT = ("tier", "why", "way", "outcome", "shortage", "reason")
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
@@ -51,7 +51,7 @@ def counters(base_url: str) -> dict[str, float]:
 
 def parse_counters(text: str) -> dict[str, float]:
     """Counters of interest in Prometheus text, one for each value of the labels `KEPT`, such as
-    `pascal:paused_tokens_total{rung="recompute"}`, summed over all other labels."""
+    `pascal:paused_tokens_total{tier="recompute"}`, summed over all other labels."""
     found: dict[str, float] = {}
     for line in text.splitlines():
         if not line.startswith(COUNTERS):

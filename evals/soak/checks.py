@@ -188,7 +188,7 @@ def pauses(status: Mapping[str, Any]) -> dict[str, int]:
     found: dict[str, int] = {}
     for instance in status["instances"]:
         counts = instance.get("pauses", {})
-        moved = ((instance.get("migrations") or {}).get("departures") or {}).get("moved", 0)
+        moved = ((instance.get("migrations") or {}).get("outgoing") or {}).get("moved", 0)
         for name in ("resident", "host", "recompute", "spilled"):
             found[name] = found.get(name, 0) + counts.get(name, 0)
         found["moved"] = found.get("moved", 0) + moved

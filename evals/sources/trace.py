@@ -23,7 +23,10 @@ class Row(NamedTuple):
 
 
 def draw_trace(
-    ask: Ask, rows: Iterator[tuple[Row, tuple[int, ...]]], *, block_tokens: int | None = None
+    ask: Ask,
+    rows: Iterator[tuple[Row, tuple[int, ...]]],
+    *,
+    block_tokens: int | None = None,
 ) -> Draw:
     """The `ask.requests` rows from `ask.start_s` after the first row on, or as many as there are.
 

@@ -104,7 +104,7 @@ ROWS: dict[str, list[Panel]] = {
             "Share of scheduler passes. memory, slots: nobody of worse rank holds enough of it. "
             "rank: those who hold it are as good.",
             {
-                "{{lacks}}": f"{rate('blocked_passes_total', 'lacks')} / on () group_left () "
+                "{{shortage}}": f"{rate('blocked_passes_total', 'shortage')} / on () group_left () "
                 + rate("policy_passes_total")
             },
             "percentunit",
@@ -141,25 +141,25 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Where did their KV go?",
             "resident: on the device. host: comes back by a copy. recompute: prefilled again.",
-            {"{{rung}}": rate("paused_kv_total", "rung")},
+            {"{{tier}}": rate("paused_kv_total", "tier")},
             "ops",
             stack=True,
         ),
         Panel(
             "How much KV leaves the device?",
-            "Bytes per second and rank, by rung. host crosses the bus, and crosses it again.",
-            {"{{rung}}": rate("paused_bytes_total", "rung")},
+            "Bytes per second and rank, by tier. host crosses the bus, and crosses it again.",
+            {"{{tier}}": rate("paused_bytes_total", "tier")},
             "Bps",
         ),
         Panel(
             "How much is computed twice?",
             "Tokens per second that will be prefilled again.",
-            {"tokens dropped": rate("paused_tokens_total", where='rung="recompute"')},
+            {"tokens dropped": rate("paused_tokens_total", where='tier="recompute"')},
         ),
         Panel(
             "Who comes back, and from where?",
             "Starts per second: admissions from waiting, resumes from resident and host.",
-            {"{{class}} from {{place}}": rate("starts_total", "class, place")},
+            {"{{class}} from {{status}}": rate("starts_total", "class, status")},
             "ops",
             stack=True,
         ),
@@ -213,13 +213,13 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Who does not run now?",
             "By class, and by where its KV is. A line that only rises is a class that starves.",
-            {"{{class}}, {{place}}": f"sum by (class, place) (pascal:queued_requests{{{ONLY}}})"},
+            {"{{class}}, {{status}}": f"sum by (class, status) (pascal:queued_requests{{{ONLY}}})"},
             stack=True,
         ),
         Panel(
             "Who waits longest?",
             "99th percentile of the waits that ended, by class and place.",
-            {"{{class}}, {{place}}": quantile(0.99, "wait_seconds", "class, place")},
+            {"{{class}}, {{status}}": quantile(0.99, "wait_seconds", "class, status")},
             "s",
         ),
         Panel(

@@ -12,8 +12,8 @@ from typing import Any
 
 import orjson
 
-from pascal_sglang.cluster import messages, orders
-from pascal_sglang.cluster.status import Status
+from pascal_sglang.cluster import messages
+from pascal_sglang.cluster.messages import LoadReport
 
 VERSION = 2
 # A request's state holds its prompt and answer: seven digits and a comma per token at most.
@@ -23,31 +23,31 @@ MAX_STATE_BYTES = MAX_HANDOVER_BYTES - 64 * 1024
 MAX_TEXT = 1024
 MAX_ITEMS = 4096
 # Of any other message: each of a text's characters takes six bytes at most, a block's name fifteen
-# digits and a comma. The longest is a `Gone` with `MAX_ITEMS` blocks.
+# digits and a comma. The longest is a `RequestFinished` with `MAX_ITEMS` blocks.
 MAX_BYTES = 16 * MAX_ITEMS + 12 * MAX_TEXT
 
 KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        messages.Landings,
-        messages.Ask,
-        messages.Granted,
-        messages.Refused,
-        messages.Chunk,
-        messages.Got,
+        messages.ReceiveBuffers,
+        messages.ReserveRequest,
+        messages.ReserveGranted,
+        messages.ReserveRefused,
+        messages.KVChunk,
+        messages.ChunkAck,
         messages.Handover,
-        messages.Mine,
-        messages.Cancelled,
+        messages.CommitAck,
+        messages.MigrationCancelled,
         messages.WriteQuery,
-        orders.Boundary,
-        orders.Order,
-        orders.Over,
-        orders.Gone,
-        orders.Died,
-        orders.LocationQuery,
-        orders.LocationReply,
-        orders.Answered,
-        Status,
+        messages.ReasoningEnded,
+        messages.MigrateCommand,
+        messages.MigrationEnded,
+        messages.RequestFinished,
+        messages.InstanceDown,
+        messages.LocationQuery,
+        messages.LocationReply,
+        messages.ControlAnswered,
+        LoadReport,
     )
 }
 _TYPES = {name: typing.get_type_hints(kind) for name, kind in KINDS.items()}

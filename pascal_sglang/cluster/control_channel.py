@@ -15,18 +15,18 @@ import zmq
 from pascal_sglang.cluster.codec import MAX_HANDOVER_BYTES, BadMessage, pack, unpack
 
 # The folder's address; inherited by the schedulers, which the controller starts.
-POST_ENV = "PASCAL_SGLANG_POST"
+CONTROL_ENV = "PASCAL_SGLANG_POST"
 CONTROLLER = "controller"
 # Letters that wait for a slow reader before further ones are dropped.
 WAITING = 4096
 
 
-def box_of(folder: str, name: str | int) -> str:
+def address_of(folder: str, name: str | int) -> str:
     """The address of the letter box of the controller or of an instance."""
     return f"ipc://{os.path.join(folder, str(name))}"
 
 
-class Box:
+class ControlReceiver:
     """Where one process receives. rejected: what came and was no message, by reason."""
 
     def __init__(self, folder: str, name: str | int, instances: int) -> None:
@@ -37,7 +37,7 @@ class Box:
         self.socket.setsockopt(zmq.RCVHWM, WAITING)
         # Above what `wire` reads, so that oversized letters are counted, not only cut off.
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_HANDOVER_BYTES)
-        self.socket.bind(box_of(folder, name))
+        self.socket.bind(address_of(folder, name))
 
     def letters(self) -> list[bytes]:
         """Every letter that has arrived, unread."""
@@ -58,7 +58,7 @@ class Box:
             return None
 
 
-class Pen:
+class ControlSender:
     """Writes to others. dropped: letters that nobody could take, or that have no form in JSON."""
 
     def __init__(self, folder: str, sender: int = 0) -> None:
@@ -74,7 +74,7 @@ class Pen:
             socket = zmq.Context.instance().socket(zmq.PUSH)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.SNDHWM, WAITING)
-            socket.connect(box_of(self.folder, to))
+            socket.connect(address_of(self.folder, to))
             self._sockets[to] = socket
         try:
             socket.send(pack(message, self.sender), zmq.NOBLOCK)

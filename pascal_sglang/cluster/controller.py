@@ -17,20 +17,32 @@ from typing import Any
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, sock_send
 from sglang.srt.runtime_context import get_observability
 
-from pascal_sglang.cluster.control_channel import CONTROLLER, POST_ENV, Box, Pen
-from pascal_sglang.cluster.instance_failures import Undertaker
+from pascal_sglang.cluster.control_channel import (
+    CONTROL_ENV,
+    CONTROLLER,
+    ControlReceiver,
+    ControlSender,
+)
+from pascal_sglang.cluster.instance_failures import InstanceFailures
 from pascal_sglang.cluster.internal_requests import is_health_probe, is_internal
-from pascal_sglang.cluster.load_tracker import Monitor
+from pascal_sglang.cluster.load_tracker import LoadTracker
 from pascal_sglang.cluster.location_check import LocationCheck
+from pascal_sglang.cluster.messages import (
+    ControlAnswered,
+    InstanceDown,
+    LoadReport,
+    LocationReply,
+    MigrationEnded,
+    ReasoningEnded,
+    RequestFinished,
+)
 from pascal_sglang.cluster.metrics import ControllerMetrics
-from pascal_sglang.cluster.migration_coordinator import Mover
-from pascal_sglang.cluster.orders import Answered, Boundary, Died, Gone, LocationReply, Over
-from pascal_sglang.cluster.prefix_index import Prefixes, block_names
+from pascal_sglang.cluster.migration_coordinator import MigrationCoordinator
+from pascal_sglang.cluster.prefix_index import PrefixIndex, block_names
 from pascal_sglang.cluster.private_folder import PrivateFolder, remove_ownerless
-from pascal_sglang.cluster.request_locations import Residents
-from pascal_sglang.cluster.scheduler_processes import Processes
-from pascal_sglang.cluster.status import Status
-from pascal_sglang.cluster.status_file import Board
+from pascal_sglang.cluster.request_locations import RequestLocations
+from pascal_sglang.cluster.scheduler_processes import SchedulerProcesses
+from pascal_sglang.cluster.status_file import StatusFile
 from pascal_sglang.cluster.watched_controller import WatchedController
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.handshake import handed_on, homes_of, require_same_config
@@ -49,31 +61,33 @@ class PascalController(WatchedController):
         self.pascal_config = config
         remove_ownerless()
         self._folder = PrivateFolder()
-        os.environ[POST_ENV] = self._folder.path
+        os.environ[CONTROL_ENV] = self._folder.path
         homes: dict[int, int] = {}
         self._homes = homes
         super().__init__(*args, **kwargs)
         instances = len(self.workers)
-        self.box = Box(self._folder.path, CONTROLLER, instances)
-        self.pen = Pen(self._folder.path)
-        self.monitor = Monitor(instances)
-        self.prefixes = Prefixes()
+        self.box = ControlReceiver(self._folder.path, CONTROLLER, instances)
+        self.pen = ControlSender(self._folder.path)
+        self.load_tracker = LoadTracker(instances)
+        self.prefixes = PrefixIndex()
         self.placement = Placement(
             quantum=config.quantum_tokens,
             lazy=config.policy != "paper" and config.migration != "always",
             adaptive=config.migration != "always",
             predict=config.policy != "paper",
         )
-        self.mover = Mover(self.monitor, self.placement, self.pen.write, flood=config.flood > 0)
+        self.coordinator = MigrationCoordinator(
+            self.load_tracker, self.placement, self.pen.write, flood=config.flood > 0
+        )
         self._active: list[Instance] = []
         self._active_at = -math.inf
         self.placed: Counter[str] = Counter()
         self._probes = 0
-        self.residents = Residents()
-        self.undertaker = Undertaker(self.residents, self.mover, self._fail)
-        self.locations = LocationCheck(self.residents, self.pen.write, self.mover.moving)
-        self.processes = Processes(self.schedulers(), homes)
-        self.board = Board(self._folder.path)
+        self.residents = RequestLocations()
+        self.instance_failures = InstanceFailures(self.residents, self.coordinator, self._fail)
+        self.locations = LocationCheck(self.residents, self.pen.write, self.coordinator.moving)
+        self.processes = SchedulerProcesses(self.schedulers(), homes)
+        self.status_file = StatusFile(self._folder.path)
         reports = get_observability().enable_metrics
         model = str(self.server_args.served_model_name)
         self.metrics = ControllerMetrics(model) if reports else None
@@ -100,13 +114,13 @@ class PascalController(WatchedController):
 
     def get_init_info(self) -> dict[str, Any]:
         """The controller vouches for its instances towards the launcher."""
-        self.board.show(time.monotonic(), self.describe)
-        info: dict[str, Any] = handed_on(super().get_init_info(), self.board.path)
+        self.status_file.show(time.monotonic(), self.describe)
+        info: dict[str, Any] = handed_on(super().get_init_info(), self.status_file.path)
         return info
 
     def silent(self) -> list[int]:
         now = time.monotonic()
-        return [i for i in self._active_workers if self.monitor.is_silent(i, now)]
+        return [i for i in self._active_workers if self.load_tracker.is_silent(i, now)]
 
     def active(self) -> list[Instance]:
         """Instances that take requests; those that have fallen silent only if there are no others.
@@ -114,10 +128,10 @@ class PascalController(WatchedController):
         now = time.monotonic()
         if now - self._active_at < LOOK_S:
             return self._active
-        found = [self.monitor.instances[i] for i in self._active_workers if self.status[i]]
+        found = [self.load_tracker.instances[i] for i in self._active_workers if self.status[i]]
         if not found:
             raise RuntimeError("no active instance to send a request to")
-        self._active = [i for i in found if not self.monitor.is_silent(i.index, now)] or found
+        self._active = [i for i in found if not self.load_tracker.is_silent(i.index, now)] or found
         self._active_at = now
         return self._active
 
@@ -142,23 +156,23 @@ class PascalController(WatchedController):
 
     def _note(self, req: Any, index: int, blocks: list[int]) -> None:
         if isinstance(req, TokenizedGenerateReqInput):  # Instances count those alone.
-            self.monitor.sent(index, len(req.input_ids or ()))
+            self.load_tracker.sent(index, len(req.input_ids or ()))
         self.prefixes.sent(index, blocks)
         if not (isinstance(req, TokenizedGenerateReqInput) and is_internal(req)):
             self.placed[str(index)] += 1
         self.residents.lives(req.rid, index, req.http_worker_ipc)
 
-    def bury(self, instance: int) -> None:
+    def on_instance_down(self, instance: int) -> None:
         """An instance has died: nothing goes there any more, and its requests end."""
-        if instance in self.undertaker.dead:
+        if instance in self.instance_failures.dead:
             return
-        super().bury(instance)
+        super().on_instance_down(instance)
         self._active_at = -math.inf
         self.prefixes.forget(instance)
         self.hear_all()
-        self.undertaker.died(instance, time.monotonic())
+        self.instance_failures.died(instance, time.monotonic())
         for index in self._active_workers:
-            self.pen.write(index, Died(instance))
+            self.pen.write(index, InstanceDown(instance))
 
     def hear_all(self) -> None:
         """Take in everything that the instances have said."""
@@ -170,34 +184,34 @@ class PascalController(WatchedController):
                     self._hear(read[1], now)
 
     def _hear(self, message: Any, now: float) -> None:
-        if isinstance(message, Status):
-            self.monitor.hear(message, now)
-        elif isinstance(message, Boundary):
-            self.mover.boundary(message, self.active(), now)
-        elif isinstance(message, Over):
-            going = self.mover.over(message)
+        if isinstance(message, LoadReport):
+            self.load_tracker.hear(message, now)
+        elif isinstance(message, ReasoningEnded):
+            self.coordinator.boundary(message, self.active(), now)
+        elif isinstance(message, MigrationEnded):
+            going = self.coordinator.over(message)
             if going is not None and self.residents.home(going.rid) is not None:
                 self.residents.lives(going.rid, going.target if message.done else going.source)
-                self.undertaker.settled(going.rid)
-        elif isinstance(message, Gone):
+                self.instance_failures.settled(going.rid)
+        elif isinstance(message, RequestFinished):
             self.residents.gone(message.rid)
             self.prefixes.ended(message.dp_rank, message.blocks)
         elif isinstance(message, LocationReply):
             self.locations.hear(message)
-        elif isinstance(message, Answered):
+        elif isinstance(message, ControlAnswered):
             self.replies.answered(message.dp_rank, message.request)
         else:
             self.box.rejected["not for the controller"] += 1
 
     def _tick(self, now: float) -> None:
         super()._tick(now)
-        self.mover.forget_old(now)
-        self.undertaker.tick(now)
-        self.locations.tick(now, {i: self.monitor.dispatched(i) for i in self._active_workers})
-        self.board.show(now, self.describe)
+        self.coordinator.forget_old(now)
+        self.instance_failures.tick(now)
+        self.locations.tick(now, {i: self.load_tracker.dispatched(i) for i in self._active_workers})
+        self.status_file.show(now, self.describe)
         if self.metrics is not None:
             self.metrics.follow("placed_requests", self.placed)
-            self.metrics.follow("boundary_decisions", self.mover.decisions)
+            self.metrics.follow("boundary_decisions", self.coordinator.decisions)
             self.metrics.follow("controller_rejected", self.box.rejected)
             self.metrics.follow("controller_errors", self.errors.counts)
             self.metrics.count_instances(Counter(self.states().values()))
@@ -205,21 +219,21 @@ class PascalController(WatchedController):
     def describe(self) -> dict[str, Any]:
         """For `GET /pascal/status`: what the controller decided, and whom it hears from."""
         now = time.monotonic()
-        heard = self.monitor.heard
+        heard = self.load_tracker.heard
         states = self.states()
         return {
             "states": [states[i] for i in sorted(states)],
             "placed": dict(self.placed),
-            "decisions": dict(self.mover.decisions),
-            "moves": dict(self.mover.ended),
-            "moves_under_way": len(self.mover.under_way),
+            "decisions": dict(self.coordinator.decisions),
+            "moves": dict(self.coordinator.ended),
+            "moves_under_way": len(self.coordinator.under_way),
             "rejected": dict(self.box.rejected),
             "errors": dict(self.errors.counts),
             "unsent": self.pen.dropped + sum(w.dropped for w in self.workers if w is not None),
-            "unwritten": self.board.failed,
+            "unwritten": self.status_file.failed,
             "residents": len(self.residents),
             "forgotten": self.locations.forgotten,
             "silent_s": [None if at is None else round(now - at, 3) for at in heard],
             "silent": [i for i in states if states[i] == "silent"],
-            "dead": sorted(self.undertaker.dead),
+            "dead": sorted(self.instance_failures.dead),
         }

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pascal_sglang.cluster.migration_coordinator import Mover
-from pascal_sglang.cluster.request_locations import Residents
+from pascal_sglang.cluster.migration_coordinator import MigrationCoordinator
+from pascal_sglang.cluster.request_locations import RequestLocations
 
 MESSAGE = "The instance that served this request has died."
 # For the other side of a move under way to say whose the request is, in seconds.
 CLAIM_S = 5.0
 
 
-class Undertaker:
+class InstanceFailures:
     """Ends what a dead instance leaves behind. fail: ends a request with an error, by name.
 
     dead: instances that have died.
     """
 
-    def __init__(self, residents: Residents, mover: Mover, fail: Callable[[str], None]) -> None:
-        self.residents, self.mover, self._fail = residents, mover, fail
+    def __init__(
+        self,
+        residents: RequestLocations,
+        coordinator: MigrationCoordinator,
+        fail: Callable[[str], None],
+    ) -> None:
+        self.residents, self.coordinator, self._fail = residents, coordinator, fail
         self.dead: set[int] = set()
         self._claimed: dict[str, float] = {}
 
@@ -31,7 +36,7 @@ class Undertaker:
         """All its requests end, but for those that were being moved away: their target knows
         whether they had arrived, and reports it."""
         self.dead.add(instance)
-        leaving = {m.rid for m in self.mover.under_way.values() if m.source == instance}
+        leaving = {m.rid for m in self.coordinator.under_way.values() if m.source == instance}
         for rid in self.residents.of(instance):
             if rid in leaving:
                 self._claimed[rid] = now + CLAIM_S

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from pascal_sglang.cluster.status import Status
+from pascal_sglang.cluster.messages import LoadReport
 from pascal_sglang.policy.placement import Instance
 
 # Dispatches remembered per instance. One that never says how it is must not fill the memory.
@@ -13,7 +13,7 @@ OPEN_DISPATCHES = 1 << 14
 SILENT_S = 5.0
 
 
-class Monitor:
+class LoadTracker:
     """One `Instance` per DP rank, kept true between two status messages: a dispatch counts at once
     and until its instance says that it has taken it in. Times are seconds of one clock.
 
@@ -43,7 +43,7 @@ class Monitor:
         heard = self.heard[index]
         return heard is not None and now - heard > SILENT_S
 
-    def hear(self, status: Status, now: float) -> None:
+    def hear(self, status: LoadReport, now: float) -> None:
         """Take in a status message."""
         self.heard[status.dp_rank] = now
         waiting = self._open[status.dp_rank]

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from itertools import islice
 
-from pascal_sglang.cluster.orders import LocationQuery, LocationReply
-from pascal_sglang.cluster.request_locations import Residents
+from pascal_sglang.cluster.messages import LocationQuery, LocationReply
+from pascal_sglang.cluster.request_locations import RequestLocations
 
 # Seconds between two questions, and how long answers are waited for.
 EVERY_S = 5.0
@@ -27,7 +27,7 @@ class LocationCheck:
 
     def __init__(
         self,
-        residents: Residents,
+        residents: RequestLocations,
         ask: Callable[[int, LocationQuery], bool],
         moving: Callable[[], set[str]],
     ) -> None:

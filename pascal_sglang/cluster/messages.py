@@ -1,4 +1,4 @@
-"""What two schedulers say to each other about one move.
+"""What two schedulers say to each other about one migration, and each to the controller.
 
 `move` names the move, not the request: a request that stays after a failed move and moves later
 does so under a new name, and whatever is late from the first is recognised by it.
@@ -19,15 +19,15 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
-class Landings:
+class ReceiveBuffers:
     """Instance to every other instance, once, at its start: the addresses of its landings, one per
     TP rank. Opening and pinning a landing takes time that no request should wait for."""
 
-    landings: list[str]
+    receive_buffers: list[str]
 
 
 @dataclass(frozen=True, slots=True)
-class Ask(Message):
+class ReserveRequest(Message):
     """Source to target: may a request come that will hold `tokens` KV entries at most when it
     does? `layout` names the format of a KV entry; both sides have to have the same."""
 
@@ -37,24 +37,24 @@ class Ask(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Granted(Message):
+class ReserveGranted(Message):
     """Target to source: memory is reserved, and so is a landing window of `window` KV entries that
-    begins at byte `offset` of the landings at the addresses `landings`, one per TP rank."""
+    begins at byte `offset` of the landings at the addresses `receive_buffers`, one per TP rank."""
 
-    landings: list[str]
+    receive_buffers: list[str]
     offset: int
     window: int
 
 
 @dataclass(frozen=True, slots=True)
-class Refused(Message):
+class ReserveRefused(Message):
     """Target to source: it cannot come, or no longer."""
 
     why: str
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk(Message):
+class KVChunk(Message):
     """Source to target: KV of the tokens `begin`..`end` is in the window. last: there is no more
     yet, and the request stops once the target has this."""
 
@@ -64,7 +64,7 @@ class Chunk(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Got(Message):
+class ChunkAck(Message):
     """Target to source: KV up to token `upto` is in place; the window is free again."""
 
     upto: int
@@ -81,12 +81,12 @@ class Handover(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Mine(Message):
+class CommitAck(Message):
     """Target to source: it has taken over; the source may forget the request."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cancelled(Message):
+class MigrationCancelled(Message):
     """Source to target: it writes into the window no more, and the request is not the target's:
     drop it, or what has come of it. Answered by Refused."""
 
@@ -95,3 +95,106 @@ class Cancelled(Message):
 class WriteQuery(Message):
     """Target to source: for the target the move is over; may the source still write into its
     window? Repeated until answered by Cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningEnded:
+    """Instance to controller: the request has just ended its thinking.
+
+    remaining: the most answering tokens that it can still produce. likely: how many it probably
+    will. passes: scheduling passes that moving it takes, and so tokens that it answers meanwhile.
+    """
+
+    dp_rank: int
+    rid: str
+    kv_tokens: int
+    remaining: int
+    likely: int
+    passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateCommand:
+    """Controller to instance: move the request to the instance `target`."""
+
+    move: str
+    rid: str
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationEnded:
+    """Either instance to controller: a move has ended. `done`: the request is the target's;
+    otherwise `why` it stays."""
+
+    dp_rank: int
+    move: str
+    done: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """Instance to controller: the request has ended there. `blocks` name its whole text
+    (`cluster.prefixes`), which the instance holds for the next turn."""
+
+    dp_rank: int
+    rid: str
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LocationQuery:
+    """Controller to instances: which of these requests live there? `number` names the question."""
+
+    number: int
+    rids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class LocationReply:
+    """Instance to controller: these of the requests asked about live there. received: requests that
+    the instance had taken in by then (`LoadReport.received`)."""
+
+    dp_rank: int
+    number: int
+    received: int
+    rids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceDown:
+    """Controller to instances: the instance is no more."""
+
+    dp_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ControlAnswered:
+    """Instance to controller: it has answered a control request, whose type has that name."""
+
+    dp_rank: int
+    request: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """Instance to controller: its load now. Names and meaning: `policy.placement.Instance`.
+
+    received: requests it has taken in since it started, so that the controller knows which of its
+    dispatches are counted here already.
+    """
+
+    dp_rank: int
+    received: int
+    on_pace: bool
+    footprint: int
+    thinking: int
+    fresh: int
+    free: int
+    waiting: int
+    capacity: int
+    load: int
+    pass_us: int
+    batch: int
+    prefill_ns: int

@@ -6,8 +6,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pascal_sglang.cluster.load_tracker import Monitor
-from pascal_sglang.cluster.orders import Boundary, Order, Over
+from pascal_sglang.cluster.load_tracker import LoadTracker
+from pascal_sglang.cluster.messages import MigrateCommand, MigrationEnded, ReasoningEnded
 from pascal_sglang.policy.placement import Answer, Decision, Instance, Placement
 
 # A move whose end nobody reports, in seconds: its instances stop counting it.
@@ -23,28 +23,31 @@ class UnderWay:
     since: float
 
 
-class Mover:
+class MigrationCoordinator:
     """Decides at boundaries and remembers what it ordered.
 
-    order: says an `Order` to an instance; False if that failed. flood: for tests: everybody moves.
+    order: sends a `MigrateCommand` to an instance; False if that failed. flood: for tests: every
+    request moves.
     decisions: by reason. ended: moves by outcome.
     """
 
     def __init__(
         self,
-        monitor: Monitor,
+        monitor: LoadTracker,
         placement: Placement,
-        order: Callable[[int, Order], bool],
+        order: Callable[[int, MigrateCommand], bool],
         *,
         flood: bool = False,
     ) -> None:
-        self.monitor, self.placement, self.order, self.flood = monitor, placement, order, flood
+        self.load_tracker, self.placement, self.order, self.flood = monitor, placement, order, flood
         self.decisions: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
         self.under_way: OrderedDict[str, UnderWay] = OrderedDict()
         self._count = 0
 
-    def boundary(self, at: Boundary, active: Sequence[Instance], now: float) -> Decision | None:
+    def boundary(
+        self, at: ReasoningEnded, active: Sequence[Instance], now: float
+    ) -> Decision | None:
         """A request ends its thinking on one of the active instances: decide, and order it to
         move. None if its instance is not among them."""
         if all(i.index != at.dp_rank for i in active):
@@ -61,7 +64,7 @@ class Mover:
             move = f"{at.dp_rank}-{decision.target}-{self._count}"
             going = UnderWay(at.rid, at.dp_rank, decision.target, at.kv_tokens, now)
             self.under_way[move] = going
-            if not self.order(at.dp_rank, Order(move, at.rid, decision.target)):
+            if not self.order(at.dp_rank, MigrateCommand(move, at.rid, decision.target)):
                 self._end(move, done=False, why="unreachable")
         return decision
 
@@ -69,7 +72,7 @@ class Mover:
         """Ids of the requests whose move is under way."""
         return {going.rid for going in self.under_way.values()}
 
-    def over(self, report: Over) -> UnderWay | None:
+    def over(self, report: MigrationEnded) -> UnderWay | None:
         """A move has ended; None if that was known already."""
         return self._end(report.move, done=report.done, why=report.why)
 
@@ -87,13 +90,13 @@ class Mover:
             return None
         self.ended["moved" if done else f"kept:{why}"] += 1
         if not self.flood:
-            instances = self.monitor.instances
+            instances = self.load_tracker.instances
             self.placement.moved(
                 instances[going.source], instances[going.target], going.kv_tokens, done=done
             )
         return going
 
-    def _elsewhere(self, at: Boundary, active: Sequence[Instance]) -> Decision:
+    def _elsewhere(self, at: ReasoningEnded, active: Sequence[Instance]) -> Decision:
         others = [i.index for i in active if i.index != at.dp_rank]
         if not others:
             return Decision(at.dp_rank, "alone")

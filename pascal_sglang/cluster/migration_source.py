@@ -30,15 +30,15 @@ from enum import Enum
 from typing import Any
 
 from pascal_sglang.cluster.messages import (
-    Ask,
-    Cancelled,
-    Chunk,
-    Got,
-    Granted,
+    ChunkAck,
+    CommitAck,
     Handover,
+    KVChunk,
     Message,
-    Mine,
-    Refused,
+    MigrationCancelled,
+    ReserveGranted,
+    ReserveRefused,
+    ReserveRequest,
     WriteQuery,
 )
 
@@ -110,24 +110,24 @@ class Source:
 
     def begin(self, now: float, layout: str) -> list[Message]:
         self.heard = now
-        return [Ask(self.move, self.rid, self.reserve, layout)]
+        return [ReserveRequest(self.move, self.rid, self.reserve, layout)]
 
     def hear(self, message: Message, now: float) -> list[Message]:
         """Take in the target's message; one that does not fit the state is ignored."""
-        if isinstance(message, Mine):
+        if isinstance(message, CommitAck):
             if self.state is SourceState.HANDED:
                 self.state = SourceState.DONE
                 self.release()
-            return [Cancelled(self.move)] if self.state is SourceState.REVOKING else []
-        if isinstance(message, Refused | WriteQuery):
-            why = message.why if isinstance(message, Refused) else "over"
+            return [MigrationCancelled(self.move)] if self.state is SourceState.REVOKING else []
+        if isinstance(message, ReserveRefused | WriteQuery):
+            why = message.why if isinstance(message, ReserveRefused) else "over"
             return self._refused(why)
         if self.state not in OPEN:
             return []
         self.heard = now
-        if isinstance(message, Granted) and self.state is SourceState.ASKING:
+        if isinstance(message, ReserveGranted) and self.state is SourceState.ASKING:
             self.state, self.window = SourceState.COPYING, message.window
-        if isinstance(message, Got):
+        if isinstance(message, ChunkAck):
             self.acked = max(self.acked, message.upto)
         return []
 
@@ -154,7 +154,7 @@ class Source:
         """What `copy` has just returned could not be put into the window: the request stays."""
         if self.state is SourceState.HANDED:
             self._stay(why)
-            return [Cancelled(self.move)]
+            return [MigrationCancelled(self.move)]
         return self.keep(why)
 
     def tick(self, now: float) -> list[Message]:
@@ -172,7 +172,7 @@ class Source:
         if self.state is SourceState.REVOKING and self._is_due(now, self.terms.revoke_at_most_s):
             if self._times < self.terms.cancellations:
                 self._say_again(now)
-                return [Cancelled(self.move)]
+                return [MigrationCancelled(self.move)]
             self.state = SourceState.LOST
         return []
 
@@ -188,7 +188,7 @@ class Source:
     def _refused(self, why: str) -> list[Message]:
         if self.state is SourceState.HANDED:
             self._stay(why)
-            return [Cancelled(self.move)]
+            return [MigrationCancelled(self.move)]
         if self.state is SourceState.REVOKING:
             self.state = SourceState.LOST
         return self.keep(why)
@@ -198,7 +198,7 @@ class Source:
         if self.state not in OPEN:
             return []
         self._stay(why)
-        return [Cancelled(self.move)]
+        return [MigrationCancelled(self.move)]
 
     def target_died(self) -> None:
         """Before the Handover the request stays. After it nobody knows which tokens its reader has
@@ -222,10 +222,10 @@ class Source:
         full = kv_tokens + 2 >= self.reserve
         return not self.terms.live or left <= min(self.terms.tail, self.window) or full
 
-    def _chunk(self, kv_tokens: int) -> Chunk:
+    def _chunk(self, kv_tokens: int) -> KVChunk:
         end = min(kv_tokens, self.sent + self.window)
         last = self.state is SourceState.COPYING and end == kv_tokens
-        chunk = Chunk(self.move, self.sent, end, last)
+        chunk = KVChunk(self.move, self.sent, end, last)
         self.sent = end
         return chunk
 

@@ -21,13 +21,13 @@ from enum import Enum
 from typing import Any
 
 from pascal_sglang.cluster.messages import (
-    Cancelled,
-    Chunk,
-    Got,
+    ChunkAck,
+    CommitAck,
     Handover,
+    KVChunk,
     Message,
-    Mine,
-    Refused,
+    MigrationCancelled,
+    ReserveRefused,
 )
 from pascal_sglang.cluster.migration_source import Terms
 
@@ -65,12 +65,12 @@ class Target:
 
     def hear(self, message: Message, now: float) -> list[Message]:
         """Take in the source's message, whatever its order."""
-        if isinstance(message, Cancelled):
+        if isinstance(message, MigrationCancelled):
             self._cancelled()
-            return [Refused(self.move, self.why)]
+            return [ReserveRefused(self.move, self.why)]
         if self.state is TargetState.OWNED:
-            return [Mine(self.move)] if isinstance(message, Handover) else []
-        if isinstance(message, Chunk):
+            return [CommitAck(self.move)] if isinstance(message, Handover) else []
+        if isinstance(message, KVChunk):
             return self._chunk(message, now)
         if isinstance(message, Handover):
             return self._handover(message, now)
@@ -87,7 +87,7 @@ class Target:
             return []
         self.state, self.why = TargetState.DROPPED, why
         self.drop()
-        return [Refused(self.move, why)]
+        return [ReserveRefused(self.move, why)]
 
     def _cancelled(self) -> None:
         if self.state is TargetState.OWNED:
@@ -95,19 +95,19 @@ class Target:
             self.revoke()
         self.give_up("cancelled")
 
-    def _chunk(self, chunk: Chunk, now: float) -> list[Message]:
+    def _chunk(self, chunk: KVChunk, now: float) -> list[Message]:
         if self.state is not TargetState.RECEIVING:
-            return [Refused(self.move, self.why)]
+            return [ReserveRefused(self.move, self.why)]
         self.heard = now
         # Only the next piece is in the window. An earlier one said again is there already, and a
         # later one cannot be: the source waits for our word before it writes.
         if chunk.begin == self.upto and not self._fetched(chunk.begin, chunk.end):
             return self.give_up("transport")
-        return [Got(self.move, self.upto)]
+        return [ChunkAck(self.move, self.upto)]
 
     def _handover(self, handover: Handover, now: float) -> list[Message]:
         if self.state is not TargetState.RECEIVING:
-            return [Refused(self.move, self.why)]
+            return [ReserveRefused(self.move, self.why)]
         self.heard = now
         if handover.begin != self.upto:
             return self.give_up("a hole in the KV")
@@ -120,7 +120,7 @@ class Target:
             return self.give_up("transport")
         self.state = TargetState.OWNED
         self.take(handover.state, handover.kv_tokens)
-        return [Mine(self.move)]
+        return [CommitAck(self.move)]
 
     def _fetched(self, begin: int, end: int) -> bool:
         if not begin <= end <= self.tokens or not self.fetch(begin, end):

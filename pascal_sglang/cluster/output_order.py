@@ -36,7 +36,7 @@ class Waiting(Generic[M]):
     since: float
 
 
-class InOrder(Generic[M]):
+class OutputOrder(Generic[M]):
     """Lets messages pass in an order in which no request's tokens overtake earlier ones.
 
     held: how many messages had to wait. broken: rows that passed although something is missing.

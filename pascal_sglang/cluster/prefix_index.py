@@ -26,7 +26,7 @@ def block_names(
         yield int.from_bytes(name, "big")
 
 
-class Prefixes:
+class PrefixIndex:
     """A bounded memory of blocks (`block_names`), the least recently seen forgotten first.
 
     A guess: the instance may have evicted them. It is used to weigh, never to rely on.

@@ -36,7 +36,7 @@ class _Doubt:
     free_at: float = float("inf")
 
 
-class Windows:
+class ReceiveSlots:
     """`count` windows, by number; a window in doubt goes by the name of its last move."""
 
     def __init__(self, count: int) -> None:

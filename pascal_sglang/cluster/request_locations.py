@@ -8,7 +8,7 @@ from collections.abc import Iterator
 CAPACITY = 1 << 20
 
 
-class Residents:
+class RequestLocations:
     """Bounded: beyond `CAPACITY` live requests the oldest are forgotten."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:

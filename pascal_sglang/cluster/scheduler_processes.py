@@ -30,7 +30,7 @@ def end_of(process: Any) -> int:
     return sentinel
 
 
-class Processes:
+class SchedulerProcesses:
     """Watches scheduler processes.
 
     homes: the instance of each, by process id, once they have said it.

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 EVERY_S = 0.5
 
 
-class Board:
+class StatusFile:
     """One JSON object at `path`, never seen half written.
 
     failed: writes that failed, for want of space or of the folder.

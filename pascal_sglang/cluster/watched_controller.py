@@ -24,12 +24,12 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.utils.network import get_zmq_socket
 
-from pascal_sglang.cluster.control_channel import Box
+from pascal_sglang.cluster.control_channel import ControlReceiver
 from pascal_sglang.cluster.control_replies import ControlReplies
-from pascal_sglang.cluster.instance_failures import MESSAGE, Undertaker
+from pascal_sglang.cluster.instance_failures import MESSAGE, InstanceFailures
 from pascal_sglang.cluster.loop_errors import LoopErrors
-from pascal_sglang.cluster.request_locations import Residents
-from pascal_sglang.cluster.scheduler_processes import Processes
+from pascal_sglang.cluster.request_locations import RequestLocations
+from pascal_sglang.cluster.scheduler_processes import SchedulerProcesses
 from pascal_sglang.cluster.worker_sender import WorkerSender
 from pascal_sglang.config import PascalConfig
 
@@ -43,7 +43,7 @@ LOOK_FOR_ENDED_S = 0.1
 TAKE_IN = 64
 
 
-class InstanceDown(RuntimeError):
+class DeadInstance(RuntimeError):
     """A request asks for an instance that has died."""
 
 
@@ -55,10 +55,10 @@ class WatchedController(DataParallelController):
     """
 
     pascal_config: PascalConfig
-    processes: Processes
-    residents: Residents
-    undertaker: Undertaker
-    box: Box
+    processes: SchedulerProcesses
+    residents: RequestLocations
+    instance_failures: InstanceFailures
+    box: ControlReceiver
     workers: list[Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +89,7 @@ class WatchedController(DataParallelController):
         """Each instance: one of `metrics.STATES`."""
         silent = self.silent()
         return {
-            i: "dead" if i in self.undertaker.dead else "silent" if i in silent else "live"
+            i: "dead" if i in self.instance_failures.dead else "silent" if i in silent else "live"
             for i, worker in enumerate(self.workers)
             if worker is not None
         }
@@ -103,15 +103,15 @@ class WatchedController(DataParallelController):
         """Every live instance answers, and for the others this controller does."""
         self._stopping |= isinstance(obj, ShutdownReq)
         super().send_control_message(obj)
-        absent = dict.fromkeys(self.undertaker.dead, "dead")
+        absent = dict.fromkeys(self.instance_failures.dead, "dead")
         if isinstance(obj, GetInternalStateReq):
             absent |= dict.fromkeys(self.silent(), "silent")
         self.replies.sent(obj, set(self._active_workers) - absent.keys(), absent)
 
     def maybe_external_dp_rank_routing(self, req: Any) -> bool:
         """Raises: InstanceDown for an instance that has died."""
-        if req.routed_dp_rank in self.undertaker.dead:
-            raise InstanceDown(f"Instance {req.routed_dp_rank} has died.")
+        if req.routed_dp_rank in self.instance_failures.dead:
+            raise DeadInstance(f"Instance {req.routed_dp_rank} has died.")
         routed: bool = super().maybe_external_dp_rank_routing(req)
         return routed
 
@@ -121,7 +121,7 @@ class WatchedController(DataParallelController):
         try:
             super().dispatching_with_trace(req, refresh_load_budget)
         except Exception as error:
-            if not isinstance(error, InstanceDown):
+            if not isinstance(error, DeadInstance):
                 self.errors.note("dispatch", error)
             self.residents.gone(req.rid)
             self._end(req.rid, req.http_worker_ipc, str(error) or repr(error))
@@ -149,7 +149,7 @@ class WatchedController(DataParallelController):
             self._poller.unregister(sentinel)
             instance, in_order = self.processes.ended(sentinel)
             if self.pascal_config.places:
-                self.bury(instance)
+                self.on_instance_down(instance)
             if in_order or self._stopping:
                 continue
             if not self.pascal_config.places:
@@ -157,7 +157,7 @@ class WatchedController(DataParallelController):
             elif not self._active_workers:
                 self._over = "every instance has died"
 
-    def bury(self, instance: int) -> None:
+    def on_instance_down(self, instance: int) -> None:
         """An instance has died: nothing goes there any more."""
         self.status[instance] = False
         self._refresh_active_workers()

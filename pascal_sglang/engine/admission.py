@@ -14,10 +14,10 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 
-from pascal_sglang.engine.kv.paused import Ladder
-from pascal_sglang.engine.request_states import member_of
+from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.request_states import state_of
 from pascal_sglang.policy.plan import Planner
-from pascal_sglang.policy.request import Member, Place
+from pascal_sglang.policy.request import RequestState, RequestStatus
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,9 @@ class Admission:
     errors: passes in which the policy's queue was not SGLang's.
     """
 
-    def __init__(self, scheduler: Any, ladder: Ladder, planner: Planner) -> None:
+    def __init__(self, scheduler: Any, paused_requests: PausedRequests, planner: Planner) -> None:
         self.scheduler = scheduler
-        self.ladder = ladder
+        self.paused_requests = paused_requests
         self.planner = planner
         self.plan: list[Req] = []
         self.errors = 0
@@ -59,7 +59,7 @@ class Admission:
             self._withheld = None
             for req in shown:
                 # A request that was aborted meanwhile has left the policy's queue already.
-                if req not in left and self.planner.line.holds(member_of(req)):
+                if req not in left and self.planner.queue.holds(state_of(req)):
                     started(req)
 
     @contextmanager
@@ -82,23 +82,35 @@ class Admission:
     def is_true(self, *, thorough: bool) -> bool:
         """Whether the policy's queue is SGLang's waiting queue and the paused requests: their
         number, or `thorough`, each of them in its place."""
-        line, waiting, ladder = self.planner.line, self.scheduler.waiting_queue, self.ladder
-        moving = sum(req in ladder.resident or req in ladder.host for req in ladder.moving)
-        if len(line) != len(waiting) + len(ladder.resident) + len(ladder.host) - moving:
+        queue, waiting, paused_requests = (
+            self.planner.queue,
+            self.scheduler.waiting_queue,
+            self.paused_requests,
+        )
+        moving = sum(
+            req in paused_requests.resident or req in paused_requests.host
+            for req in paused_requests.moving
+        )
+        if (
+            len(queue)
+            != len(waiting) + len(paused_requests.resident) + len(paused_requests.host) - moving
+        ):
             return False
         return not thorough or all(
-            line.holds(member) and member.place is place for member, place in self._places()
+            queue.holds(state) and state.status is status for state, status in self._places()
         )
 
-    def _places(self) -> Iterator[tuple[Member, Place]]:
+    def _places(self) -> Iterator[tuple[RequestState, RequestStatus]]:
         """Those who wait or are paused, each with its place."""
-        ladder = self.ladder
-        for place, reqs in (
-            (Place.WAITING, self.scheduler.waiting_queue),
-            (Place.RESIDENT, ladder.resident),
-            (Place.HOST, ladder.host),
+        paused_requests = self.paused_requests
+        for status, reqs in (
+            (RequestStatus.WAITING, self.scheduler.waiting_queue),
+            (RequestStatus.RESIDENT, paused_requests.resident),
+            (RequestStatus.HOST, paused_requests.host),
         ):
-            yield from ((member_of(req), place) for req in reqs if req not in ladder.moving)
+            yield from (
+                (state_of(req), status) for req in reqs if req not in paused_requests.moving
+            )
 
     def check(self, *, thorough: bool) -> None:
         """The policy plans for exactly those who wait or are paused. Its queue is made anew where
@@ -108,8 +120,8 @@ class Admission:
         self.errors += 1
         if self.errors <= ERRORS_LOGGED:
             logger.error("pascal_sglang: the policy's queue was not SGLang's and is made anew")
-        self.planner.recount([])
+        self.planner.queue.recount([])
         places = dict(self._places())
-        for member, place in places.items():
-            member.place = place
-        self.planner.recount([*places])
+        for state, status in places.items():
+            state.status = status
+        self.planner.queue.recount([*places])

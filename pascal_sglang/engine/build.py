@@ -9,16 +9,16 @@ import psutil
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.engine.kv.host_copies import Copies
+from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
-from pascal_sglang.engine.plan_executor import Governor
+from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.tp_ranks import agree
 from pascal_sglang.policy.kv_tier import Costs
 
 logger = logging.getLogger(__name__)
 
 
-def build_governor(scheduler: Any, config: PascalConfig) -> Governor | None:
+def build_executor(scheduler: Any, config: PascalConfig) -> PlanExecutor | None:
     """The governor of a scheduler whose pools exist; None under `fcfs` and for embedding models.
 
     Raises: RuntimeError for KV pools that the ladder does not carry.
@@ -35,7 +35,7 @@ def build_governor(scheduler: Any, config: PascalConfig) -> Governor | None:
         # SGLang prefills first: without this, endless new prompts would keep thinkers from
         # decoding. A prefill and a decode step take turns.
         scheduler.prefill_decode_interval = 1
-    copies = Copies(scheduler)
+    copies = HostCopies(scheduler)
     budget = int(agree(scheduler, host_budget_tokens(copies, scheduler, config)))
     copies.reserve(budget)
     measured = measure_costs(scheduler, copies)
@@ -43,10 +43,10 @@ def build_governor(scheduler: Any, config: PascalConfig) -> Governor | None:
     if copies.buffers is None:
         pool = type(scheduler.token_to_kv_pool_allocator.get_kvcache()).__name__
         logger.warning("pascal_sglang: KV in this %s is not copied; pauses recompute it", pool)
-    return Governor(scheduler, config, copies, costs)
+    return PlanExecutor(scheduler, config, copies, costs)
 
 
-def host_budget_tokens(copies: Copies, scheduler: Any, config: PascalConfig) -> float:
+def host_budget_tokens(copies: HostCopies, scheduler: Any, config: PascalConfig) -> float:
     """Tokens of paused KV that this rank may hold in host memory."""
     parallel = get_parallel()
     if copies.buffers is None:

@@ -6,30 +6,29 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-from pascal_sglang.engine.kv.paused import Ladder
-from pascal_sglang.policy.making import GROWTH
-from pascal_sglang.policy.plan import Room
-from pascal_sglang.policy.request import Member, Place
+from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.policy.plan import GROWTH, Capacity
+from pascal_sglang.policy.request import RequestState, RequestStatus
 
 
-class View:
+class CapacityView:
     """Reads memory and slots off a live scheduler."""
 
-    def __init__(self, scheduler: Any, ladder: Ladder) -> None:
+    def __init__(self, scheduler: Any, paused_requests: PausedRequests) -> None:
         self.scheduler = scheduler
-        self.ladder = ladder
-        self.pool = ladder.pool
+        self.paused_requests = paused_requests
+        self.pool = paused_requests.pool
 
-    def room(self, running: ScheduleBatch) -> Room:
+    def available(self, running: ScheduleBatch) -> Capacity:
         scheduler = self.scheduler
-        return Room(
+        return Capacity(
             free_tokens=self.pool.free_tokens - self.promised_tokens(),
-            releasing_tokens=self.ladder.releasing_tokens,
+            releasing_tokens=self.paused_requests.releasing_tokens,
             slots=min(
                 scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running),
                 scheduler.max_running_requests - len(running.reqs),
             )
-            + len(self.ladder.leaving),
+            + len(self.paused_requests.leaving),
         )
 
     def spare_tokens(self, running: ScheduleBatch, last: ScheduleBatch | None) -> int:
@@ -56,14 +55,14 @@ class View:
             fresh = sum(not r.finished() and r is not chunked for r in last.reqs)
         return fresh + (chunked is not None)
 
-    def needs(self, member: Member) -> int:
+    def required(self, state: RequestState) -> int:
         """KV a start takes: a prefix the device holds for others is paid already."""
-        req: Req = member.handle
-        if member.place is not Place.WAITING:
-            return self.ladder.needs(req)
-        held = self.pool.held(req, member.kv_tokens - 1)
-        return self.pool.in_pages(member.kv_tokens - held.tokens) + held.evictable
+        req: Req = state.handle
+        if state.status is not RequestStatus.WAITING:
+            return self.paused_requests.needs(req)
+        held = self.pool.held(req, state.kv_tokens - 1)
+        return self.pool.in_pages(state.kv_tokens - held.tokens) + held.evictable
 
-    def gives(self, member: Member) -> int:
+    def reclaimable(self, state: RequestState) -> int:
         """KV that is free or evictable once the request has left the device."""
-        return self.pool.given_back(member.handle)
+        return self.pool.given_back(state.handle)

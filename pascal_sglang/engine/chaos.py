@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from pascal_sglang.policy.kv_tier import Rung
+from pascal_sglang.policy.kv_tier import KVTier
 
 
 class Chaos:
@@ -21,5 +21,5 @@ class Chaos:
         """Whether copies begun in this pass are waited for in the next one."""
         return self._dice.random() < 0.5
 
-    def rung(self) -> Rung:
-        return self._dice.choice(list(Rung))
+    def tier(self) -> KVTier:
+        return self._dice.choice(list(KVTier))

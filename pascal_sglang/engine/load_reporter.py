@@ -11,12 +11,17 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster.codec import MAX_ITEMS
-from pascal_sglang.cluster.control_channel import CONTROLLER, POST_ENV, Pen
-from pascal_sglang.cluster.orders import Answered, Gone, LocationQuery, LocationReply
+from pascal_sglang.cluster.control_channel import CONTROL_ENV, CONTROLLER, ControlSender
+from pascal_sglang.cluster.messages import (
+    ControlAnswered,
+    LoadReport,
+    LocationQuery,
+    LocationReply,
+    RequestFinished,
+)
 from pascal_sglang.cluster.prefix_index import block_names
-from pascal_sglang.cluster.status import Status
-from pascal_sglang.engine.plan_executor import Governor
-from pascal_sglang.engine.request_states import member_of
+from pascal_sglang.engine.plan_executor import PlanExecutor
+from pascal_sglang.engine.request_states import state_of
 from pascal_sglang.policy.ranking import is_demoted
 from pascal_sglang.policy.timeline import Phase
 
@@ -24,17 +29,17 @@ EVERY_S = 0.02
 ALIVE_S = 1.0
 
 
-class Herald:
+class LoadReporter:
     """Sends a `Status` when something has changed, at most every `EVERY_S` seconds while busy, and
     at least every `ALIVE_S` seconds."""
 
-    def __init__(self, scheduler: Any, governor: Governor, pen: Pen) -> None:
+    def __init__(self, scheduler: Any, executor: PlanExecutor, pen: ControlSender) -> None:
         self.scheduler = scheduler
-        self.governor = governor
+        self.executor = executor
         self.pen = pen
         self.received = 0
         self._dp_rank = get_parallel().dp_rank or 0
-        self._last: Status | None = None
+        self._last: LoadReport | None = None
         self._sent_at = 0.0
 
     def tell(self, batch: ScheduleBatch | None) -> None:
@@ -52,7 +57,7 @@ class Herald:
         """The request has ended here: its KV may serve its conversation's next turn."""
         ids = req.origin_input_ids + req.output_ids_through_stop
         blocks = list(islice(block_names(ids, req.extra_key), MAX_ITEMS))
-        self.pen.write(CONTROLLER, Gone(self._dp_rank, req.rid, blocks))
+        self.pen.write(CONTROLLER, RequestFinished(self._dp_rank, req.rid, blocks))
 
     def located(self, query: LocationQuery, alive: set[str]) -> None:
         """Answer which of some requests live here. alive: the ids of all that do."""
@@ -62,30 +67,30 @@ class Herald:
 
     def answered(self, request: Any) -> None:
         """A control request has been answered to the tokenizer manager."""
-        self.pen.write(CONTROLLER, Answered(self._dp_rank, type(request).__name__))
+        self.pen.write(CONTROLLER, ControlAnswered(self._dp_rank, type(request).__name__))
 
-    def status(self, batch: ScheduleBatch | None) -> Status:
-        return Status(
+    def status(self, batch: ScheduleBatch | None) -> LoadReport:
+        return LoadReport(
             dp_rank=self._dp_rank,
             received=self.received,
-            **figures(self.scheduler, self.governor, batch),
+            **figures(self.scheduler, self.executor, batch),
         )
 
 
-def figures(scheduler: Any, governor: Governor, batch: ScheduleBatch | None) -> dict[str, Any]:
+def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None) -> dict[str, Any]:
     """This instance in the terms of `policy.placement.Instance`; token counts and numbers of
     requests. batch: the one that runs: who is prefilled in it is neither waiting nor running."""
-    planner, config = governor.planner, governor.members.config
-    present = dict.fromkeys((*scheduler.running_batch.reqs, *governor.ladder.arriving))
+    planner, config = executor.planner, executor.members.config
+    present = dict.fromkeys((*scheduler.running_batch.reqs, *executor.paused_requests.arriving))
     if batch is not None:
         present |= dict.fromkeys(batch.reqs)
     if scheduler.chunked_req is not None:
         present[scheduler.chunked_req] = None
-    running = [m for r in present if not (r.finished() or (m := member_of(r)).internal)]
-    paused = [member_of(r) for r in governor.ladder.paused()]
+    running = [m for r in present if not (r.finished() or (m := state_of(r)).internal)]
+    paused = [state_of(r) for r in executor.paused_requests.paused()]
     answering = [m for m in (*running, *paused) if m.phase is Phase.ANSWERING]
-    lane = planner.order.thinking_lane
-    queued = sum(n for (lane_of, _), n in planner.line.counts.items() if lane_of == lane)
+    priority_class = planner.policy.thinking_lane
+    queued = sum(n for (lane_of, _), n in planner.queue.counts.items() if lane_of == priority_class)
     thinking = sum(
         m.phase is Phase.REASONING and not is_demoted(m, planner.tuning) for m in running
     )
@@ -95,27 +100,27 @@ def figures(scheduler: Any, governor: Governor, batch: ScheduleBatch | None) -> 
         on_pace = all(p.qoe >= config.qoe_slo for p in readers if p.pace <= p.tpot)
     else:
         # Nobody is starving now; a reader who once waited does not mark it for good.
-        now = governor.moment.now
+        now = executor.pass_info.now
         on_pace = all(m.pacer.slack(now) >= 0 for m in answering if m.pacer.delivered)
-    free = governor.pool.free_tokens
+    free = executor.pool.free_tokens
     return {
         "on_pace": on_pace,
-        "footprint": scheduler.max_total_num_tokens - free + governor.ladder.host_tokens,
+        "footprint": scheduler.max_total_num_tokens - free + executor.paused_requests.host_tokens,
         "thinking": thinking + queued,
         "fresh": sum(m.phase_tokens < planner.tuning.quantum for m in answering),
         "free": free,
-        "waiting": sum(member_of(r).kv_tokens for r in scheduler.waiting_queue),
+        "waiting": sum(state_of(r).kv_tokens for r in scheduler.waiting_queue),
         "capacity": scheduler.max_total_num_tokens,
         "load": len(running) + len(paused) + len(scheduler.waiting_queue),
-        "pass_us": round(1e6 * governor.moment.pass_s),
-        "batch": round(governor.batch),
-        "prefill_ns": round(1e9 * (governor.ladder.costs.prefill_token_s or 0.0)),
+        "pass_us": round(1e6 * executor.pass_info.pass_s),
+        "batch": round(executor.batch),
+        "prefill_ns": round(1e9 * (executor.paused_requests.costs.prefill_token_s or 0.0)),
     }
 
 
-def build_herald(scheduler: Any, governor: Governor | None) -> Herald | None:
+def build_load_reporter(scheduler: Any, executor: PlanExecutor | None) -> LoadReporter | None:
     """The herald of an instance's leading rank behind our controller; None otherwise."""
-    folder = os.environ.get(POST_ENV)
-    if folder is None or governor is None or get_parallel().attn_tp_rank != 0:
+    folder = os.environ.get(CONTROL_ENV)
+    if folder is None or executor is None or get_parallel().attn_tp_rank != 0:
         return None
-    return Herald(scheduler, governor, Pen(folder, get_parallel().dp_rank or 0))
+    return LoadReporter(scheduler, executor, ControlSender(folder, get_parallel().dp_rank or 0))

@@ -16,8 +16,8 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.managers.scheduler import _make_abort_req
 from sglang.srt.runtime_context import get_serving
 
-from pascal_sglang.engine.load_reporter import Herald
-from pascal_sglang.engine.migration.manager import Moves
+from pascal_sglang.engine.load_reporter import LoadReporter
+from pascal_sglang.engine.migration.manager import Migrations
 from pascal_sglang.engine.observability.phases import PhaseTracker
 from pascal_sglang.engine.retraction import retract_held
 from pascal_sglang.engine.stock_load_figures import ReportingScheduler
@@ -26,21 +26,23 @@ from pascal_sglang.engine.stock_load_figures import ReportingScheduler
 class OperationsScheduler(ReportingScheduler):
     """SGLang's scheduler, whose operations reach the requests that we hold."""
 
-    herald: Herald | None = None
-    moves: Moves | None = None
+    load_reporter: LoadReporter | None = None
+    moves: Migrations | None = None
     phase_tracker: PhaseTracker
 
     def collect_inflight_reqs(self) -> set[Req]:
         """Every request that has begun and is not in the waiting queue."""
         inflight: set[Req] = super().collect_inflight_reqs()
-        return inflight if self.governor is None else inflight | self.governor.ladder.held()
+        return (
+            inflight if self.executor is None else inflight | self.executor.paused_requests.held()
+        )
 
     def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
         """Held requests count as running. With `ignore_waiting`, which SGLang asks for before it
         drops all KV while generation is paused, a migration counts only if it holds KV here."""
         idle: bool = super().is_fully_idle(for_health_check, ignore_waiting)
-        if self.governor is not None:
-            idle = idle and self.governor.ladder.is_empty()
+        if self.executor is not None:
+            idle = idle and self.executor.paused_requests.is_empty()
         if self.moves is not None:
             idle = idle and (self.moves.holds_no_kv() if ignore_waiting else self.moves.is_empty())
         return idle
@@ -50,10 +52,10 @@ class OperationsScheduler(ReportingScheduler):
         that run, and their KV is dropped. `in_place` leaves all as it is: there are no passes
         meanwhile, and so no pause, no resume and no step of a migration."""
         super().pause_generation(recv_req)
-        if self.governor is not None and recv_req.mode == "retract":
+        if self.executor is not None and recv_req.mode == "retract":
             if self.moves is not None:
                 self.moves.give_up("generation paused")
-            retract_held(self.governor)
+            retract_held(self.executor)
 
     def record_weight_version_change(self, new_version: str | None) -> None:
         """Which weights made which token is kept where a request is: it does not travel."""
@@ -65,8 +67,8 @@ class OperationsScheduler(ReportingScheduler):
     def _record_scheduler_state_for_paused_engine(self) -> None:
         """An instance whose generation is paused still reports to the controller."""
         super()._record_scheduler_state_for_paused_engine()
-        if self.herald is not None:
-            self.herald.tell(None)
+        if self.load_reporter is not None:
+            self.load_reporter.tell(None)
 
     def send_abort_output(self, abort_req: AbortReq, req: Req) -> None:
         """End a request outside of a batch.
@@ -76,8 +78,8 @@ class OperationsScheduler(ReportingScheduler):
         """
         if self.moves is not None:
             self.moves.gone(req)
-        if self.governor is not None:
-            self.governor.gone(req)
+        if self.executor is not None:
+            self.executor.gone(req)
             if req.output_ids and req.beam_group is None:
                 self._send_last_output(abort_req.finished_reason, req)
                 return
@@ -95,8 +97,8 @@ class OperationsScheduler(ReportingScheduler):
 
     def _send_abort_alone(self, abort_req: AbortReq, req: Req) -> None:
         self.phase_tracker.ended(req, time.perf_counter(), aborted=True)
-        if self.herald is not None:
-            self.herald.gone(req)
+        if self.load_reporter is not None:
+            self.load_reporter.gone(req)
         super().send_abort_output(abort_req, req)
 
     def end_early(self, req: Req, problem: str | None) -> None:
@@ -106,8 +108,8 @@ class OperationsScheduler(ReportingScheduler):
         if problem is None:
             self.send_abort_output(_make_abort_req(req), req)
             return
-        if self.governor is not None:
-            self.governor.gone(req)
+        if self.executor is not None:
+            self.executor.gone(req)
         status = HTTPStatus.SERVICE_UNAVAILABLE
         reason: Any = {"type": "abort", "status_code": status, "message": problem}
         self._send_abort_alone(_make_abort_req(req, finished_reason=reason), req)

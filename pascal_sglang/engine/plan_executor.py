@@ -11,21 +11,21 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.admission import Admission
-from pascal_sglang.engine.capacity import View
+from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.chaos import Chaos
-from pascal_sglang.engine.kv.host_copies import Copies
-from pascal_sglang.engine.kv.paused import Ladder
-from pascal_sglang.engine.observability.decision_log import Journal
+from pascal_sglang.engine.kv.host_copies import HostCopies
+from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.queue_times import entered_queue, left_queue
-from pascal_sglang.engine.request_states import Members, member_of, remaining_of
+from pascal_sglang.engine.request_states import RequestStates, remaining_of, state_of
 from pascal_sglang.engine.tp_ranks import agree, catch_on_all_ranks, is_alone
-from pascal_sglang.policy.kv_tier import Costs, Rung
-from pascal_sglang.policy.plan import Plan, Planner, Worth
-from pascal_sglang.policy.ranking import ORDERS, PREFIX_HEAD_START, Moment, Tuning
-from pascal_sglang.policy.request import Member, Place
+from pascal_sglang.policy.kv_tier import Costs, KVTier
+from pascal_sglang.policy.plan import KVAccounting, Plan, Planner
+from pascal_sglang.policy.ranking import POLICIES, PREFIX_HEAD_START, PassInfo, Tuning
+from pascal_sglang.policy.request import RequestState, RequestStatus
 
 if TYPE_CHECKING:
-    from pascal_sglang.engine.migration.manager import Moves
+    from pascal_sglang.engine.migration.manager import Migrations
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,14 @@ logger = logging.getLogger(__name__)
 REPORT_S = 0.1
 ERRORS_LOGGED = 5
 
-PLACES = {Rung.RESIDENT: Place.RESIDENT, Rung.HOST: Place.HOST, Rung.RECOMPUTE: Place.WAITING}
+PLACES = {
+    KVTier.RESIDENT: RequestStatus.RESIDENT,
+    KVTier.HOST: RequestStatus.HOST,
+    KVTier.RECOMPUTE: RequestStatus.WAITING,
+}
 
 
-class Governor:
+class PlanExecutor:
     """Builds the policy's view, executes its plan, keeps the members true.
 
     Every decision is a function of the request stream, the KV pool and the clock of TP rank 0, so
@@ -47,29 +51,31 @@ class Governor:
         self,
         scheduler: Any,
         config: PascalConfig,
-        copies: Copies,
+        copies: HostCopies,
         costs: Costs,
     ) -> None:
         self.scheduler = scheduler
-        self.ladder = Ladder(scheduler, copies, costs)
-        self.pool = self.ladder.pool
-        self.view = View(scheduler, self.ladder)
-        self.members = Members(config)
-        order = ORDERS[config.policy]
+        self.paused_requests = PausedRequests(scheduler, copies, costs)
+        self.pool = self.paused_requests.pool
+        self.capacity = CapacityView(scheduler, self.paused_requests)
+        self.request_states = RequestStates(config)
+        policy = POLICIES[config.policy]
         tuning = Tuning(
             quantum=config.quantum_tokens,
             demote=config.demote_tokens,
             demote_on=config.demote_on,
         )
-        self.planner = Planner(order, tuning, Worth(self.view.needs, self.view.gives))
-        self.admission = Admission(scheduler, self.ladder, self.planner)
-        self.journal = Journal(order, tuning, log=config.log_decisions)
-        self.moment = Moment(0, 0.0, 0.0)
-        # Mean number of running requests over the passes of `moment.pass_s`.
+        self.planner = Planner(
+            policy, tuning, KVAccounting(self.capacity.required, self.capacity.reclaimable)
+        )
+        self.admission = Admission(scheduler, self.paused_requests, self.planner)
+        self.decision_log = DecisionLog(policy, tuning, log=config.log_decisions)
+        self.pass_info = PassInfo(0, 0.0, 0.0)
+        # Mean number of running requests over the passes of `pass_info.pass_s`.
         self.batch = 0.0
         self.errors = 0
         self.policy_s = 0.0
-        self.moves: Moves | None = None
+        self.moves: Migrations | None = None
         self._chaos = Chaos(config.chaos) if config.chaos else None
         self._extended_before = 0
         self._reported = 0.0
@@ -90,11 +96,11 @@ class Governor:
                 self._log("bringing paused requests back failed", error)
             self.admission.plan = list(self.scheduler.waiting_queue)
         self.policy_s += time.perf_counter() - begin
-        if self.journal.metrics is not None and begin - self._reported >= REPORT_S:
+        if self.decision_log.metrics is not None and begin - self._reported >= REPORT_S:
             self._reported = begin
-            passes, seconds = self.moment.pass_no, self.policy_s
+            passes, seconds = self.pass_info.pass_no, self.policy_s
             totals = {"errors": self.errors, "passes": passes, "seconds": seconds}
-            self.journal.metrics.update(totals, self.planner.line.lengths())
+            self.decision_log.metrics.update(totals, self.planner.queue.lengths())
         return self._running
 
     def _log(self, what: str, error: Exception) -> None:
@@ -103,7 +109,7 @@ class Governor:
 
     def _tick(self, now: float, running: ScheduleBatch, last: ScheduleBatch | None) -> None:
         """A new pass begins; `now` is TP rank 0's clock in seconds."""
-        before = self.moment
+        before = self.pass_info
         step = now - before.now if before.now and now > before.now else 0.0
         # Only passes of a busy engine say how long a step takes; an idle one may spin or sleep.
         busy = 0.0 < step < 1.0
@@ -111,61 +117,63 @@ class Governor:
         if busy and last is not None:
             pass_s = 0.9 * pass_s + 0.1 * step
             self.batch = 0.9 * self.batch + 0.1 * len(running.reqs)
-        self.moment = Moment(before.pass_no + 1, now, pass_s)
+        self.pass_info = PassInfo(before.pass_no + 1, now, pass_s)
         tokens = 0
         if last is not None and last.forward_mode.is_extend():
             tokens = last.extend_num_tokens or 0
         # Under overlap a device is waited for one pass later; a CPU has no other thread to run on.
         lags = self.scheduler.enable_overlap and self.scheduler.device != "cpu"
         if busy:
-            self.ladder.costs.prefilled(self._extended_before if lags else tokens, step)
+            self.paused_requests.costs.prefilled(self._extended_before if lags else tokens, step)
         self._extended_before = tokens
 
     def _carry_out(self, running: ScheduleBatch, last: ScheduleBatch | None) -> None:
         """Settle pauses, plan, pause and resume; `_running` is the batch to go on with."""
-        moment = self.moment
+        pass_info = self.pass_info
         if self._chaos is not None:
-            self.ladder.copies.deferred = self._chaos.defers()
+            self.paused_requests.copies.deferred = self._chaos.defers()
         self.settle()
-        running = self._running = self.ladder.arrive(running)
+        running = self._running = self.paused_requests.arrive(running)
         if self.moves is not None:
             self.moves.step(running)
         self.admission.check(thorough=self._chaos is not None)
         self.admission.plan = []
-        if self._chaos is None and self.planner.is_content(self.view.spare_tokens(running, last)):
+        if self._chaos is None and self.planner.is_content(
+            self.capacity.spare_tokens(running, last)
+        ):
             return
         going_on = [r for r in running.reqs if not r.finished()]
         # A request told to end does so in its next step; pausing it would only keep it.
-        members = [member_of(r) for r in going_on if r.to_finish is None]
-        joining = self.view.joining(last) + len(going_on) - len(members)
-        plan = self.planner.plan(members, self.view.room(running), moment, joining)
-        self.journal.blocked(plan.blocked, plan.lacks, moment)
+        states = [state_of(r) for r in going_on if r.to_finish is None]
+        joining = self.capacity.joining(last) + len(going_on) - len(states)
+        plan = self.planner.plan(states, self.capacity.available(running), pass_info, joining)
+        self.decision_log.blocked(plan.blocked, plan.shortage, pass_info)
         self._pause(plan, running)
         if self._chaos is not None:
-            staying = [m for m in members if m not in plan.pause]
+            staying = [m for m in states if m not in plan.pause]
             self._pause_by_chance(self._chaos, staying, running)
-        for member in plan.spill:
-            self._spill(member)
-        for member in plan.start:
+        for state in plan.spill:
+            self._spill(state)
+        for state in plan.start:
             if self._chaos is not None and self._chaos.strikes():
                 continue
-            if member.place is Place.WAITING:
-                self.admission.plan.append(member.handle)
+            if state.status is RequestStatus.WAITING:
+                self.admission.plan.append(state.handle)
                 continue
-            resumed = self._resume(member.handle, running, joining)
+            resumed = self._resume(state.handle, running, joining)
             if resumed is None:
                 break
             running = resumed
 
     def settle(self) -> None:
         """Handle the KV of everybody who has left the batch and whose last token has arrived."""
-        for req, rung in self.ladder.settle():
-            if req in self.ladder.moving and rung is not Rung.RECOMPUTE:
+        for req, tier in self.paused_requests.settle():
+            if req in self.paused_requests.moving and tier is not KVTier.RECOMPUTE:
                 continue
-            self.ladder.moving.discard(req)
-            self.stopped(req, PLACES[rung])
-            self.journal.left_device(member_of(req), rung, self.moment)
-            if rung is Rung.RECOMPUTE:
+            self.paused_requests.moving.discard(req)
+            self.stopped(req, PLACES[tier])
+            self.decision_log.left_device(state_of(req), tier, self.pass_info)
+            if tier is KVTier.RECOMPUTE:
                 self.scheduler.waiting_queue.append(req)
 
     def _pause(self, plan: Plan, running: ScheduleBatch) -> None:
@@ -176,57 +184,63 @@ class Governor:
             plan.pause,
             running,
             "displaced" if plan.start else "growth",
-            lambda req: Rung.RESIDENT if req in park else None,
+            lambda req: KVTier.RESIDENT if req in park else None,
         )
 
-    def _pause_by_chance(self, chaos: Chaos, staying: list[Member], running: ScheduleBatch) -> None:
+    def _pause_by_chance(
+        self, chaos: Chaos, staying: list[RequestState], running: ScheduleBatch
+    ) -> None:
         struck = [m for m in staying if m.pausable and chaos.strikes()]
         if struck:
-            self._take_out(struck, running, "chaos", lambda _: chaos.rung())
+            self._take_out(struck, running, "chaos", lambda _: chaos.tier())
 
     def _take_out(
         self,
-        members: Sequence[Member],
+        states: Sequence[RequestState],
         running: ScheduleBatch,
         why: str,
-        rung: Callable[[Req], Rung | None],
+        tier: Callable[[Req], KVTier | None],
     ) -> None:
-        for member in members:
-            member.kv_tokens = member.handle.kv.kv_committed_len
-            self.journal.paused(member, self.moment, why)
-        self.ladder.leave([m.handle for m in members], running, rung)
+        for state in states:
+            state.kv_tokens = state.handle.kv.kv_committed_len
+            self.decision_log.paused(state, self.pass_info, why)
+        self.paused_requests.leave([m.handle for m in states], running, tier)
 
-    def _spill(self, member: Member) -> None:
-        self._fell(member.handle, self.ladder.spill(member.handle))
+    def _spill(self, state: RequestState) -> None:
+        self._fell(state.handle, self.paused_requests.spill(state.handle))
 
-    def _fell(self, req: Req, rung: Rung) -> None:
-        """A paused request's KV went down to that rung."""
-        self._stands(req, PLACES[rung])
-        self.planner.spilled(member_of(req), PLACES[rung])
-        self.journal.left_device(member_of(req), rung, self.moment)
-        if rung is Rung.RECOMPUTE:
+    def _fell(self, req: Req, tier: KVTier) -> None:
+        """A paused request's KV went down to that tier."""
+        self._stands(req, PLACES[tier])
+        self.planner.queue.spilled(state_of(req), PLACES[tier])
+        self.decision_log.left_device(state_of(req), tier, self.pass_info)
+        if tier is KVTier.RECOMPUTE:
             self.scheduler.waiting_queue.append(req)
 
     def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> ScheduleBatch | None:
         """Bring a paused request back into the running batch; None if it does not fit now."""
-        growing = len(running.reqs) + len(self.ladder.arriving) + joining
-        keep = self.view.promised_tokens() + growing + 1
-        resumed = self.ladder.resume(req, running) if self.ladder.can_resume(req, keep) else None
+        growing = len(running.reqs) + len(self.paused_requests.arriving) + joining
+        keep = self.capacity.promised_tokens() + growing + 1
+        resumed = (
+            self.paused_requests.resume(req, running)
+            if self.paused_requests.can_resume(req, keep)
+            else None
+        )
         if resumed is not None:
             self._running = resumed
             left_queue(req)
-            self.journal.started(member_of(req), self.moment)
-            self.planner.started(member_of(req), self.moment)
-        elif not self.ladder.holds(req):
-            self._fell(req, Rung.RECOMPUTE)
+            self.decision_log.started(state_of(req), self.pass_info)
+            self.planner.queue.started(state_of(req), self.pass_info)
+        elif not self.paused_requests.holds(req):
+            self._fell(req, KVTier.RECOMPUTE)
         return resumed
 
     def _stand_in(self) -> None:
         """SGLang's order: everybody waiting may be admitted, and whoever is paused comes back in
         the order of arrival, before them."""
         self.settle()
-        running = self._running = self.ladder.arrive(self._running)
-        for req in sorted(self.ladder.paused(), key=lambda r: member_of(r).seq):
+        running = self._running = self.paused_requests.arrive(self._running)
+        for req in sorted(self.paused_requests.paused(), key=lambda r: state_of(r).seq):
             resumed = self._resume(req, running, joining=len(running.reqs))
             if resumed is None:
                 break
@@ -242,18 +256,20 @@ class Governor:
         """
         if self._fits(running):
             return False
-        for member in self.planner.parked_worst_first(self.moment):
-            self._spill(member)
+        for state in self.planner.queue.resident_worst_first(self.pass_info):
+            self._spill(state)
             if self._fits(running):
                 return False
-        members = [member_of(r) for r in running.reqs if r.to_finish is None]
-        for member in self.planner.victims.worst_first(members, self.moment):
-            if len(running.reqs) == 1 and not (self.ladder.leaving or self.ladder.arriving):
+        states = [state_of(r) for r in running.reqs if r.to_finish is None]
+        for state in self.planner.victims.worst_first(states, self.pass_info):
+            if len(running.reqs) == 1 and not (
+                self.paused_requests.leaving or self.paused_requests.arriving
+            ):
                 break
-            self._take_out([member], running, "memory", lambda _: None)
+            self._take_out([state], running, "memory", lambda _: None)
             if running.is_empty() or self._fits(running):
                 return False
-        return self.ladder.releasing_tokens > 0
+        return self.paused_requests.releasing_tokens > 0
 
     def _fits(self, running: ScheduleBatch) -> bool:
         pages = len(running.reqs) * self.scheduler.page_size
@@ -262,46 +278,46 @@ class Governor:
 
     def retraction_order(self, reqs: list[Req]) -> list[int]:
         """Indices of `reqs`, whom to keep longest first: SGLang retracts from the end."""
-        index = {id(member_of(req)): i for i, req in enumerate(reqs)}
-        best = self.planner.best_first(map(member_of, reqs), self.moment)
-        return [index[id(member)] for member in best]
+        index = {id(state_of(req)): i for i, req in enumerate(reqs)}
+        best = self.planner.queue.ranked(map(state_of, reqs), self.pass_info)
+        return [index[id(state)] for state in best]
 
     def queued(self, req: Req) -> None:
         """The request entered the waiting queue, for the first time or after a retraction."""
         whole = len(req.origin_input_ids) + len(req.output_ids)
         held = self.pool.held(req, whole - 1)
-        member_of(req).head_start = PREFIX_HEAD_START * held.tokens // whole
-        self.stopped(req, Place.WAITING)
+        state_of(req).head_start = PREFIX_HEAD_START * held.tokens // whole
+        self.stopped(req, RequestStatus.WAITING)
 
-    def stopped(self, req: Req, place: Place) -> None:
+    def stopped(self, req: Req, status: RequestStatus) -> None:
         """The request waits, or is paused, from now on."""
         entered_queue(req)
-        self._stands(req, place)
-        self.planner.stopped(member_of(req), place, self.moment)
+        self._stands(req, status)
+        self.planner.queue.stopped(state_of(req), status, self.pass_info)
 
-    def _stands(self, req: Req, place: Place) -> None:
+    def _stands(self, req: Req, status: RequestStatus) -> None:
         """Say what starting the request again takes. Nobody asks that of one who runs."""
-        member = member_of(req)
-        member.remaining = remaining_of(req, member)
-        if place is Place.RESIDENT:
-            member.kv_tokens = req.kv.kv_committed_len
-        elif place is Place.HOST:
-            member.kv_tokens = self.ladder.host[req].tokens
+        state = state_of(req)
+        state.remaining = remaining_of(req, state)
+        if status is RequestStatus.RESIDENT:
+            state.kv_tokens = req.kv.kv_committed_len
+        elif status is RequestStatus.HOST:
+            state.kv_tokens = self.paused_requests.host[req].tokens
         else:
-            member.kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
+            state.kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
 
     def gone(self, req: Req) -> None:
         """The request ended outside the running batch."""
-        self.planner.left(member_of(req))
+        self.planner.queue.remove(state_of(req))
 
     def prefilled(self, req: Req) -> None:
         """The engine took the request into a prefill batch."""
-        self.journal.started(member_of(req), self.moment)
-        self.planner.started(member_of(req), self.moment)
+        self.decision_log.started(state_of(req), self.pass_info)
+        self.planner.queue.started(state_of(req), self.pass_info)
 
     def observe(self, req: Req) -> None:
-        crossed = self.members.observe(req, self.moment)
+        reasoning_ended = self.request_states.observe(req, self.pass_info)
         if self.moves is not None:
             self.moves.observe(req)
-            if crossed:
-                self.moves.crossed(req)
+            if reasoning_ended:
+                self.moves.reasoning_ended(req)

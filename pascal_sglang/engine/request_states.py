@@ -1,4 +1,4 @@
-"""Keeps the policy's picture of each request true: one `Member` per SGLang `Req`."""
+"""Keeps the policy's picture of each request true: one `RequestState` per SGLang `Req`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.observability.phases import timeline_of
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.ranking import Moment, fastest_pace
-from pascal_sglang.policy.request import Member
+from pascal_sglang.policy.ranking import PassInfo, fastest_pace
+from pascal_sglang.policy.request import RequestState
 from pascal_sglang.policy.timeline import Phase
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 UNLIMITED = 1 << 30
 
 
-class Members:
+class RequestStates:
     """Makes members and brings them up to date.
 
     unpausable: how many requests arrived that cannot be paused, by reason.
@@ -32,45 +32,45 @@ class Members:
         self.unpausable: Counter[str] = Counter()
         self._arrivals = 0
 
-    def arrived(self, req: Req) -> Member:
+    def arrived(self, req: Req) -> RequestState:
         """Make the request's member; its reader's pace may come with the request."""
         tpot_ms = self.config.answer_tpot_ms_of(req.sampling_params.custom_params)
         self._arrivals += 1
         pacer = Pacer(tpot_ms / 1000)
-        member = Member(self._arrivals, pacer, internal=is_internal(req), handle=req)
+        state = RequestState(self._arrivals, pacer, internal=is_internal(req), handle=req)
         reason = why_not_pausable(req)
         if reason:
-            member.pausable = False
+            state.pausable = False
             if not self.unpausable[reason]:
                 logger.warning("pascal_sglang does not pause requests with %s", reason)
             self.unpausable[reason] += 1
-        req.pascal_member = member
-        return member
+        req.pascal_state = state
+        return state
 
-    def observe(self, req: Req, moment: Moment) -> bool:
+    def observe(self, req: Req, pass_info: PassInfo) -> bool:
         """The request may have produced tokens: bring its member up to date, tell its reader.
 
         True if it has just ended its thinking."""
-        member, timeline = member_of(req), timeline_of(req)
-        if new := timeline.answer_tokens - member.pacer.delivered:
-            floor = fastest_pace(self.config.answer_tpot_ms / 1000, moment)
-            member.pacer.deliver(moment.now, new, floor=floor)
+        state, timeline = state_of(req), timeline_of(req)
+        if new := timeline.answer_tokens - state.pacer.delivered:
+            floor = fastest_pace(self.config.answer_tpot_ms / 1000, pass_info)
+            state.pacer.deliver(pass_info.now, new, floor=floor)
         answering = timeline.phase is Phase.ANSWERING
-        crossed = answering and member.phase is Phase.REASONING
-        if crossed:
-            member.phase = Phase.ANSWERING
-            member.credit = 0
-        member.phase_tokens = timeline.answer_tokens if answering else timeline.reasoning_tokens
-        member.total_tokens = timeline.reasoning_tokens + timeline.answer_tokens
-        return crossed and timeline.reasoning_tokens > 0 and not req.finished()
+        reasoning_ended = answering and state.phase is Phase.REASONING
+        if reasoning_ended:
+            state.phase = Phase.ANSWERING
+            state.credit = 0
+        state.phase_tokens = timeline.answer_tokens if answering else timeline.reasoning_tokens
+        state.total_tokens = timeline.reasoning_tokens + timeline.answer_tokens
+        return reasoning_ended and timeline.reasoning_tokens > 0 and not req.finished()
 
 
-def member_of(req: Req) -> Member:
-    member: Member = req.pascal_member
-    return member
+def state_of(req: Req) -> RequestState:
+    state: RequestState = req.pascal_state
+    return state
 
 
-def remaining_of(req: Req, member: Member) -> int:
+def remaining_of(req: Req, state: RequestState) -> int:
     """Tokens the request can still produce in its phase: what `max_new_tokens` leaves, and while it
     thinks no more than its `thinking_budget`."""
     params = req.sampling_params
@@ -78,10 +78,10 @@ def remaining_of(req: Req, member: Member) -> int:
     if params.max_new_tokens is not None:
         left = params.max_new_tokens - len(req.output_ids)
     custom = params.custom_params
-    if member.phase is Phase.REASONING and isinstance(custom, dict):
+    if state.phase is Phase.REASONING and isinstance(custom, dict):
         budget = custom.get("thinking_budget")
         if isinstance(budget, int) and budget >= 0:
-            left = min(left, budget + 1 - member.phase_tokens)
+            left = min(left, budget + 1 - state.phase_tokens)
     return max(0, left)
 
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from sglang.srt.managers.schedule_batch import Req
 
-from pascal_sglang.engine.plan_executor import Governor
-from pascal_sglang.policy.request import Place
+from pascal_sglang.engine.plan_executor import PlanExecutor
+from pascal_sglang.policy.request import RequestStatus
 
 
-def retract_held(governor: Governor) -> None:
+def retract_held(executor: PlanExecutor) -> None:
     """Drop the KV of every held request. No step is in flight.
 
     A request handed over to another instance waits only if that instance sends it back.
     """
-    for req in governor.ladder.drop():
-        if req not in governor.ladder.moving:
-            wait_again(governor, req)
+    for req in executor.paused_requests.drop():
+        if req not in executor.paused_requests.moving:
+            wait_again(executor, req)
 
 
-def wait_again(governor: Governor, req: Req) -> None:
+def wait_again(executor: PlanExecutor, req: Req) -> None:
     """The request, which holds no KV, waits to be prefilled again."""
-    governor.stopped(req, Place.WAITING)
-    governor.scheduler.waiting_queue.append(req)
+    executor.stopped(req, RequestStatus.WAITING)
+    executor.scheduler.waiting_queue.append(req)

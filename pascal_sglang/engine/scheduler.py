@@ -21,19 +21,19 @@ from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_priv
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
-from pascal_sglang.cluster.control_channel import POST_ENV, Box
+from pascal_sglang.cluster.control_channel import CONTROL_ENV, ControlReceiver
 from pascal_sglang.cluster.internal_requests import is_health_probe
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.engine.build import build_governor
-from pascal_sglang.engine.kv.paused import Ladder
-from pascal_sglang.engine.load_reporter import build_herald, figures
+from pascal_sglang.engine.build import build_executor
+from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.load_reporter import build_load_reporter, figures
 from pascal_sglang.engine.migration import location_replies
-from pascal_sglang.engine.migration.build import build_moves, letters_here
-from pascal_sglang.engine.migration.control_receiver import Letters, PascalRequestReceiver
-from pascal_sglang.engine.migration.manager import Moves
+from pascal_sglang.engine.migration.build import build_migrations, control_folder
+from pascal_sglang.engine.migration.control_receiver import ControlBatch, PascalRequestReceiver
+from pascal_sglang.engine.migration.manager import Migrations
 from pascal_sglang.engine.migration.revoked import Revoked
 from pascal_sglang.engine.observability.metrics import DecisionMetrics, PhaseMetrics
-from pascal_sglang.engine.observability.migration_metrics import MoveMetrics
+from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
 from pascal_sglang.engine.observability.phases import PhaseTracker, by_class, count_phases, describe
 from pascal_sglang.engine.operations import OperationsScheduler
 from pascal_sglang.engine.rendezvous import meet_on_loopback
@@ -63,18 +63,20 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
     """SGLang's leak checks, aware of requests that left the batch but still hold their KV, with or
     without a row."""
 
-    ladder: Ladder
-    moves: Moves | None = None
+    paused_requests: PausedRequests
+    moves: Migrations | None = None
 
     def _requests_owning_rows(self) -> list[Req]:
         owners = SchedulerInvariantChecker._requests_owning_rows(self)
         known = set(owners)
-        between = (*self.ladder.leaving, *self.ladder.arriving)
+        between = (*self.paused_requests.leaving, *self.paused_requests.arriving)
         return owners + [r for r in between if r not in known and r.kv.holds_kv]
 
     def _get_total_uncached_sizes(self) -> tuple[int, int]:
         full, swa = SchedulerInvariantChecker._get_total_uncached_sizes(self)
-        rowless = sum(kv_private_tokens(r.kv, self.page_size) for r in self.ladder.resident)
+        rowless = sum(
+            kv_private_tokens(r.kv, self.page_size) for r in self.paused_requests.resident
+        )
         reserved = 0 if self.moves is None else self.moves.reserved_tokens
         return full + rowless + reserved, swa
 
@@ -96,40 +98,42 @@ class PascalScheduler(OperationsScheduler):
         reports = self.metrics_reporter.enable_metrics and get_parallel().attn_tp_rank == 0
         labels = self.metrics_collector.labels if reports else {}
         metrics = PhaseMetrics(labels, self.pascal_config.qoe_slo) if reports else None
-        if reports and self.governor is not None:
-            per_token = self.governor.ladder.copies.bytes_per_token
-            self.governor.journal.metrics = DecisionMetrics(labels, per_token)
+        if reports and self.executor is not None:
+            per_token = self.executor.paused_requests.copies.bytes_per_token
+            self.executor.decision_log.metrics = DecisionMetrics(labels, per_token)
         if reports and self.moves is not None:
-            self.moves.report_to(MoveMetrics(labels))
-        self.phase_tracker = PhaseTracker(metrics, None if self.governor is None else self._observe)
+            self.moves.report_to(MigrationMetrics(labels))
+        self.phase_tracker = PhaseTracker(metrics, None if self.executor is None else self._observe)
         super().init_output_streamer()
         self.output_streamer.tracker = self.phase_tracker
-        self.output_streamer.revoked = None if self.moves is None else self.moves.arrivals.revoked
+        self.output_streamer.revoked = (
+            None if self.moves is None else self.moves.incoming_migrations.revoked
+        )
 
     def _observe(self, req: Req) -> None:
-        assert self.governor is not None
-        self.governor.observe(req)
-        if self.herald is not None and req.finished():
-            self.herald.gone(req)
+        assert self.executor is not None
+        self.executor.observe(req)
+        if self.load_reporter is not None and req.finished():
+            self.load_reporter.gone(req)
 
     def init_request_receiver(self) -> None:
         """Control messages come in with the requests."""
         super().init_request_receiver()
-        folder = letters_here(self.pascal_config)
+        folder = control_folder(self.pascal_config)
         if folder is None:
             return
-        self._request_dispatcher += TypeBasedDispatcher([(Letters, self.take_letters)])
+        self._request_dispatcher += TypeBasedDispatcher([(ControlBatch, self.take_letters)])
         if self.recv_from_tokenizer is None:
             return
         parallel = get_parallel()
-        box = Box(folder, parallel.dp_rank or 0, parallel.dp_size)
+        box = ControlReceiver(folder, parallel.dp_rank or 0, parallel.dp_size)
         stock = self.request_receiver
         fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
         self.request_receiver = PascalRequestReceiver(**fields, box=box)
         if self.idle_sleeper is not None:
             self.idle_sleeper.poller.register(box.socket, zmq.POLLIN)
 
-    def take_letters(self, letters: Letters) -> None:
+    def take_letters(self, letters: ControlBatch) -> None:
         if self.moves is not None:
             self.moves.hear(letters)
         else:
@@ -142,7 +146,7 @@ class PascalScheduler(OperationsScheduler):
         try:
             super().run_event_loop()
         except Exception:
-            if not (self.pascal_config.places and os.environ.get(POST_ENV)):
+            if not (self.pascal_config.places and os.environ.get(CONTROL_ENV)):
                 raise
             # SGLang's way out takes the controller along, and with it every instance. Ours sees
             # that this process has ended, whatever would keep it from ending in order.
@@ -159,65 +163,65 @@ class PascalScheduler(OperationsScheduler):
         kwargs = with_default_budget(recv_req, kwargs, self.pascal_config.default_thinking_budget)
         req = super()._create_generation_req(recv_req, *args, **kwargs)
         self.phase_tracker.arrived(req, getattr(recv_req.time_stats, "created_time", 0.0))
-        if self.governor is not None:
-            self.governor.members.arrived(req)
+        if self.executor is not None:
+            self.executor.request_states.arrived(req)
         return req
 
     def send_control_output(self, output: Any, recv_req: Any) -> None:
         """The controller answers for an instance that dies before it has."""
         super().send_control_output(output, recv_req)
-        if self.herald is not None:
-            self.herald.answered(recv_req)
+        if self.load_reporter is not None:
+            self.load_reporter.answered(recv_req)
 
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
-        if self.governor is None:
+        if self.executor is None:
             super()._add_request_to_queue(req, is_retracted=is_retracted)
             return
-        with self.governor.admission.everybody():
+        with self.executor.admission.everybody():
             super()._add_request_to_queue(req, is_retracted=is_retracted)
             if self.waiting_queue and self.waiting_queue[-1] is req:
-                self.governor.queued(req)
+                self.executor.queued(req)
 
     def init_invariant_checker(self) -> None:
         """The pools exist by now: build the governor, and let SGLang's leak checks count the KV of
         requests on their way out."""
         super().init_invariant_checker()
-        self.governor = build_governor(self, self.pascal_config)
-        self.herald = build_herald(self, self.governor)
-        if self.governor is not None:
+        self.executor = build_executor(self, self.pascal_config)
+        self.load_reporter = build_load_reporter(self, self.executor)
+        if self.executor is not None:
             stock = self.invariant_checker
             fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
             self.invariant_checker = PascalInvariantChecker(**fields)
-            self.invariant_checker.ladder = self.governor.ladder
-            self.moves = build_moves(self, self.governor, self.pascal_config)
-            self.governor.moves = self.invariant_checker.moves = self.moves
+            self.invariant_checker.paused_requests = self.executor.paused_requests
+            self.moves = build_migrations(self, self.executor, self.pascal_config)
+            self.executor.moves = self.invariant_checker.moves = self.moves
             if self.moves is not None:
                 self.moves.locate = partial(location_replies.reply, self)
 
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
     ) -> Any:
-        if self.governor is not None:
-            running_batch = self.governor.govern(running_batch, last_batch)
+        if self.executor is not None:
+            running_batch = self.executor.govern(running_batch, last_batch)
         plan = super().get_next_batch_to_run(running_batch=running_batch, last_batch=last_batch)
-        if self.herald is not None:
-            self.herald.tell(plan.batch_to_run)
+        if self.load_reporter is not None:
+            self.load_reporter.tell(plan.batch_to_run)
         return plan
 
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> Any:
-        if self.herald is not None and not is_health_probe(recv_req):
-            self.herald.received += 1
+        if self.load_reporter is not None and not is_health_probe(recv_req):
+            self.load_reporter.received += 1
         return super().handle_generate_request(recv_req, **kwargs)
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
-        if self.governor is not None:
-            if self.governor.relieve(batch):
+        if self.executor is not None:
+            if self.executor.relieve(batch):
                 batch.batch_is_full = False
                 return (
                     None  # As SGLang does where finishing requests are about to give memory back.
                 )
             # Read by `retract_decode`, which now strikes only what cannot be paused.
-            batch._get_decode_retraction_order = self.governor.retraction_order
+            batch._get_decode_retraction_order = self.executor.retraction_order
         try:
             updated: ScheduleBatch | None = super().update_running_batch(batch)
         finally:
@@ -225,9 +229,9 @@ class PascalScheduler(OperationsScheduler):
         return updated
 
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> Any:
-        if self.governor is None:
+        if self.executor is None:
             return super().get_new_batch_prefill(running_batch)
-        with self.governor.admission.only_planned(self.governor.prefilled):
+        with self.executor.admission.only_planned(self.executor.prefilled):
             return super().get_new_batch_prefill(running_batch)
 
     def _should_defer_prefill(self, running_batch: ScheduleBatch) -> bool:
@@ -242,7 +246,7 @@ class PascalScheduler(OperationsScheduler):
         disabled: bool = super().is_disable_overlap_for_batch(batch, last_batch=last_batch)
         if disabled or self.moves is None or not last_batch:
             return disabled
-        return self.moves.arrivals.came_with(self.result_queue[0][0])
+        return self.moves.incoming_migrations.came_with(self.result_queue[0][0])
 
     def abort_request(self, recv_req: AbortReq) -> None:
         def matches(rid: str) -> bool:
@@ -252,9 +256,9 @@ class PascalScheduler(OperationsScheduler):
             self.moves.aborted("" if recv_req.abort_all else recv_req.rid, matches)
         # Marks those that run, and those that we hold, with the reason.
         super().abort_request(recv_req)
-        if self.governor is None:
+        if self.executor is None:
             return
-        for req in self.governor.ladder.forget(lambda r: matches(r.rid)):
+        for req in self.executor.paused_requests.forget(lambda r: matches(r.rid)):
             self.end_early(req, None)
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> Any:
@@ -265,10 +269,12 @@ class PascalScheduler(OperationsScheduler):
     def pascal_status(self) -> dict[str, Any]:
         """This instance for `GET /pascal/status`: counts by phase, KV tokens, requests."""
         live = [req for req in Scheduler.collect_inflight_reqs(self) if not req.finished()]
-        governor = self.governor
-        ladder = None if governor is None else governor.ladder
-        paused = [] if ladder is None else [*ladder.leaving, *ladder.paused()]
-        arriving = [] if ladder is None else ladder.arriving
+        executor = self.executor
+        paused_requests = None if executor is None else executor.paused_requests
+        paused = (
+            [] if paused_requests is None else [*paused_requests.leaving, *paused_requests.paused()]
+        )
+        arriving = [] if paused_requests is None else paused_requests.arriving
         live = list(dict.fromkeys([*live, *paused, *arriving]))
         capacity = self.max_total_num_tokens
         free = self.token_to_kv_pool_allocator.available_size()
@@ -283,18 +289,18 @@ class PascalScheduler(OperationsScheduler):
                 "capacity": capacity,
                 "free": free,
                 "evictable": self.tree_cache.evictable_size(),
-                "host": 0 if ladder is None else ladder.host_tokens,
+                "host": 0 if paused_requests is None else paused_requests.host_tokens,
             },
-            "monitor": {} if governor is None else figures(self, governor, self.last_batch),
+            "monitor": {} if executor is None else figures(self, executor, self.last_batch),
             "paused": len(paused),
-            "pauses": {} if ladder is None else dict(ladder.counts),
-            "costs": {} if ladder is None else ladder.costs.describe(),
-            "decisions": {} if governor is None else dict(governor.journal.counts),
-            "queued": {} if governor is None else by_class(governor.planner.line.lengths()),
+            "pauses": {} if paused_requests is None else dict(paused_requests.counts),
+            "costs": {} if paused_requests is None else paused_requests.costs.describe(),
+            "decisions": {} if executor is None else dict(executor.decision_log.counts),
+            "queued": {} if executor is None else by_class(executor.planner.queue.lengths()),
             "migrations": None if self.moves is None else self.moves.describe(),
-            "unpausable": {} if governor is None else dict(governor.members.unpausable),
-            "policy_errors": 0 if governor is None else governor.errors,
-            "queue_errors": 0 if governor is None else governor.admission.errors,
+            "unpausable": {} if executor is None else dict(executor.request_states.unpausable),
+            "policy_errors": 0 if executor is None else executor.errors,
+            "queue_errors": 0 if executor is None else executor.admission.errors,
             "requests": [describe(req) for req in [*live, *self.waiting_queue]],
             "recent": list(self.phase_tracker.recent),
         }

@@ -16,16 +16,23 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.load_inquirer import SchedulerLoadInquirer
 from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 
-from pascal_sglang.engine.kv.paused import Ladder
+from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.observability.queue_times import with_paused
 
 if TYPE_CHECKING:
-    from pascal_sglang.engine.plan_executor import Governor
+    from pascal_sglang.engine.plan_executor import PlanExecutor
 
 
-def held_back(ladder: Ladder) -> list[Req]:
+def held_back(paused_requests: PausedRequests) -> list[Req]:
     """Every request that has begun and does not run: paused, on its way out, or on its way back."""
-    held = dict.fromkeys((*ladder.leaving, *ladder.resident, *ladder.host, *ladder.arriving))
+    held = dict.fromkeys(
+        (
+            *paused_requests.leaving,
+            *paused_requests.resident,
+            *paused_requests.host,
+            *paused_requests.arriving,
+        )
+    )
     return [req for req in held if not req.finished()]
 
 
@@ -56,8 +63,8 @@ class PascalMetricsReporter(SchedulerMetricsReporter):
 
     @contextmanager
     def _paused_queued(self) -> Iterator[None]:
-        governor = getattr(self.scheduler, "governor", None)
-        held = [] if governor is None else held_back(governor.ladder)
+        executor = getattr(self.scheduler, "governor", None)
+        held = [] if executor is None else held_back(executor.paused_requests)
         if not held:
             yield
             return
@@ -95,7 +102,7 @@ class PascalLoadInquirer(SchedulerLoadInquirer):
 class ReportingScheduler(Scheduler):
     """SGLang's scheduler that reports paused requests as queued."""
 
-    governor: Governor | None = None
+    executor: PlanExecutor | None = None
 
     def init_metrics_reporter(self) -> None:
         self.metrics_reporter = PascalMetricsReporter(
@@ -106,18 +113,18 @@ class ReportingScheduler(Scheduler):
 
     def init_load_inquirer(self) -> None:
         super().init_load_inquirer()
-        if self.governor is None:
+        if self.executor is None:
             return
-        ladder, stock = self.governor.ladder, self.load_inquirer
+        paused_requests, stock = self.executor.paused_requests, self.load_inquirer
         fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
         self.load_inquirer = PascalLoadInquirer(
             **fields,
-            get_held_back=lambda: held_back(ladder),
-            get_host_tokens=lambda: ladder.host_tokens,
+            get_held_back=lambda: held_back(paused_requests),
+            get_host_tokens=lambda: paused_requests.host_tokens,
         )
 
     def _poll_timeout_aborts(self) -> list[AbortReq]:
         aborts: list[AbortReq] = super()._poll_timeout_aborts()
-        if self.governor is None:
+        if self.executor is None:
             return aborts
-        return with_paused(aborts, self.waiting_queue, self.governor.ladder.paused())
+        return with_paused(aborts, self.waiting_queue, self.executor.paused_requests.paused())

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 from pascal_sglang.cluster.instance_failures import MESSAGE
-from pascal_sglang.cluster.output_order import InOrder, Row
+from pascal_sglang.cluster.output_order import OutputOrder, Row
 from pascal_sglang.config import PascalConfig
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def event_loop(original: Callable[[Any], None], manager: Any) -> None:
     if config is None or not config.moves or get_parallel().dp_size == 1:
         original(manager)
         return
-    order: InOrder[Any] = InOrder()
+    order: OutputOrder[Any] = OutputOrder()
     while True:
         with manager.soft_watchdog.disable():
             came = manager.recv_from_scheduler.poll(LOOK_MS if len(order) else None)

@@ -1,4 +1,4 @@
-"""The rungs of the pause ladder, and what each costs on this machine."""
+"""The tiers that paused KV can be in, and what each costs on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 
-class Rung(Enum):
+class KVTier(Enum):
     """Where a paused request's KV is, cheapest first."""
 
     RESIDENT = "resident"  # on the device; only the request slot is given back
@@ -45,12 +45,12 @@ class Costs:
             "prefill_token_s": self.prefill_token_s,
         }
 
-    def cheapest(self, tokens: int, host_free_tokens: int) -> Rung:
-        """The rung for KV that has to leave the device: `host` while the budget lasts, unless
+    def cheapest(self, tokens: int, host_free_tokens: int) -> KVTier:
+        """The tier for KV that has to leave the device: `host` while the budget lasts, unless
         prefilling it again takes less than carrying it there and back."""
         if tokens > host_free_tokens:
-            return Rung.RECOMPUTE
+            return KVTier.RECOMPUTE
         if self.prefill_token_s is None:
-            return Rung.HOST
+            return KVTier.HOST
         carried = 2 * (self.copy_s + tokens * self.copy_token_s)
-        return Rung.RECOMPUTE if tokens * self.prefill_token_s < carried else Rung.HOST
+        return KVTier.RECOMPUTE if tokens * self.prefill_token_s < carried else KVTier.HOST

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pascal_sglang.policy.making import GROWTH, Making
-from pascal_sglang.policy.queue import Line
-from pascal_sglang.policy.ranking import Moment, Order, Rank, Tuning, credit_of
-from pascal_sglang.policy.request import Member, Place
+from pascal_sglang.policy.queue import WaitQueue
+from pascal_sglang.policy.ranking import PassInfo, Policy, Rank, Tuning
+from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.victims import Victims
 
+# Tokens every running request may grow by before the next plan can react: a pause under overlap
+# scheduling takes two passes to free memory.
+GROWTH = 4
 # Passes before displacement is tried again for a request for whom it has just failed. Those who run
 # change rank but once in many passes, and looking at all of them costs.
 PATIENCE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Capacity:
     """What there is to give: KV tokens free or evictable, tokens that pauses under way will free,
     and request slots."""
 
@@ -27,11 +29,13 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Worth:
+class KVAccounting:
     """KV tokens a start takes and a pause gives back. The engine knows about shared prefixes."""
 
-    needs: Callable[[Member], int] = lambda m: 0 if m.place is Place.RESIDENT else m.kv_tokens
-    gives: Callable[[Member], int] = lambda m: m.kv_tokens
+    required: Callable[[RequestState], int] = lambda m: (
+        0 if m.status is RequestStatus.RESIDENT else m.kv_tokens
+    )
+    reclaimable: Callable[[RequestState], int] = lambda m: m.kv_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,136 +46,234 @@ class Plan:
     pause: running requests to pause, worst first; `park` says which of them keep their KV on the
     device because nobody needs its memory yet.
     spill: requests paused with their KV on the device that have to give it up now.
-    blocked, lacks: the best request that could not start, and what it lacked: `memory`, `slots`,
+    blocked, shortage: the best request that could not start, and what it lacked: `memory`, `slots`,
     or `rank` where others could give way but are not worse.
     """
 
-    start: tuple[Member, ...] = ()
-    pause: tuple[Member, ...] = ()
-    park: frozenset[Member] = frozenset()
-    spill: tuple[Member, ...] = ()
-    blocked: Member | None = None
-    lacks: str = ""
+    start: tuple[RequestState, ...] = ()
+    pause: tuple[RequestState, ...] = ()
+    park: frozenset[RequestState] = frozenset()
+    spill: tuple[RequestState, ...] = ()
+    blocked: RequestState | None = None
+    shortage: str = ""
 
 
 NOTHING = Plan()
-LACKS = ("memory", "slots", "rank")
+SHORTAGES = ("memory", "slots", "rank")
 
 
 class Planner:
     """Turns a view of the requests into one deterministic decision."""
 
-    def __init__(self, order: Order, tuning: Tuning, worth: Worth | None = None) -> None:
-        self.order = order
+    def __init__(
+        self, policy: Policy, tuning: Tuning, accounting: KVAccounting | None = None
+    ) -> None:
+        self.policy = policy
         self.tuning = tuning
-        self.worth = worth or Worth()
-        self.line = Line(order, tuning)
-        self.victims = Victims(order, tuning)
-        self.parked: dict[Member, None] = {}
-        self._blocked: Member | None = None
+        self.accounting = accounting or KVAccounting()
+        self.queue = WaitQueue(policy, tuning)
+        self.victims = Victims(policy, tuning)
+        self._blocked: RequestState | None = None
         self._look_again = 0
 
-    def plan(self, running: Sequence[Member], room: Room, moment: Moment, joining: int = 0) -> Plan:
-        """Decide a pass for those in `line` and those who run.
+    def plan(
+        self,
+        running: Sequence[RequestState],
+        capacity: Capacity,
+        pass_info: PassInfo,
+        joining: int = 0,
+    ) -> Plan:
+        """Decide a pass for those in `queue` and those who run.
 
         running: requests that decode. joining: how many more come out of a prefill in this pass and
         cannot be paused yet. Nobody is paused unless the decode step would run out of memory or
         somebody of strictly lower rank starts with what it gives back; nobody is started beyond
         memory and slots.
         """
-        budget = room.free_tokens + room.releasing_tokens - GROWTH * (len(running) + joining)
+        budget = (
+            capacity.free_tokens + capacity.releasing_tokens - GROWTH * (len(running) + joining)
+        )
         if self.is_content(budget):
             return NOTHING
-        made = Making(self, running, moment, budget, room.slots)
-        made.let_grow()
-        start: list[Member] = []
-        blocked: Member | None = None
-        for member in self.line.best_first(moment):
-            if member in made.spilled:
-                blocked = member  # It has just given way; nobody behind it goes first.
+        builder = PlanBuilder(self, running, pass_info, budget, capacity.slots)
+        builder.free_for_decode()
+        start: list[RequestState] = []
+        blocked: RequestState | None = None
+        for request in self.queue.best_first(pass_info):
+            if request in builder.spilled:
+                blocked = request  # It has just given way; nobody behind it goes first.
                 break
-            need = self.worth.needs(member) + self._headroom(member)
-            if (need > made.budget or made.slots < 1) and not made.room_for(member, need):
+            need = self.accounting.required(request) + self._headroom(request)
+            if (need > builder.budget or builder.slots < 1) and not builder.make_room_for(
+                request, need
+            ):
                 if not running and not joining and not start:
-                    start.append(member)  # An idle instance: let the engine try, or refuse it.
-                blocked = member
+                    start.append(request)  # An idle instance: let the engine try, or refuse it.
+                blocked = request
                 break
-            made.budget -= need
-            made.slots -= 1
-            made.starting.add(member)
-            start.append(member)
-        made.let_grow(whatever=True)
-        made.keep_what_nobody_needs()
+            builder.budget -= need
+            builder.slots -= 1
+            builder.starting.add(request)
+            start.append(request)
+        builder.free_for_decode(allow_better=True)
+        builder.park_what_fits()
         return Plan(
             tuple(start),
-            tuple(made.paused),
-            frozenset(made.parked),
-            tuple(made.spilled),
+            tuple(builder.paused),
+            frozenset(builder.parked),
+            tuple(builder.spilled),
             blocked,
-            "" if blocked is None else made.lacks,
+            "" if blocked is None else builder.shortage,
         )
 
     def is_content(self, spare_tokens: int) -> bool:
         """Whether there is nothing to decide: nobody waits, and with `spare_tokens` left after the
         next steps nobody has to give way."""
-        return spare_tokens >= 0 and not self.line
+        return spare_tokens >= 0 and not self.queue
 
-    def _headroom(self, member: Member) -> int:
-        return max(GROWTH, min(self.tuning.headroom, member.remaining))
+    def _headroom(self, request: RequestState) -> int:
+        return max(GROWTH, min(self.tuning.headroom, request.remaining))
 
-    def started(self, member: Member, moment: Moment) -> None:
-        """Take note that a request of the plan really started; it keeps what waiting earned it."""
-        self.left(member)
-        rank = self.order.rank(member, moment, self.tuning)[1]
-        member.enter(Place.RUNNING, moment.pass_no, moment.now)
-        member.credit += self.order.rank(member, moment, self.tuning)[1] - rank
+    def stays_blocked(self, request: RequestState, pass_info: PassInfo) -> bool:
+        return request is self._blocked and pass_info.pass_no < self._look_again
 
-    def stopped(self, member: Member, place: Place, moment: Moment) -> None:
-        """Take note that a request waits or is paused from now on."""
-        self.left(member)
-        member.credit = credit_of(member, self.tuning)
-        member.enter(place, moment.pass_no, moment.now)
-        self._stands(member)
+    def gave_up_on(self, request: RequestState, pass_info: PassInfo) -> None:
+        self._blocked = request
+        self._look_again = pass_info.pass_no + PATIENCE
 
-    def spilled(self, member: Member, place: Place) -> None:
-        """Take note that a paused request's KV has left the device; its waiting goes on."""
-        self.left(member)
-        member.place = place
-        self._stands(member)
 
-    def left(self, member: Member) -> None:
-        """Take note that a request does not wait any more, for whatever reason."""
-        self.line.remove(member)
-        self.parked.pop(member, None)
+class PlanBuilder:
+    """A plan in the making: what is left to give, and who gives way."""
 
-    def recount(self, members: Sequence[Member]) -> None:
-        """Make the line anew from those who truly wait."""
-        self.line.clear()
-        self.parked.clear()
-        for member in members:
-            self._stands(member)
+    def __init__(
+        self,
+        planner: Planner,
+        running: Sequence[RequestState],
+        pass_info: PassInfo,
+        budget: int,
+        slots: int,
+    ) -> None:
+        self.planner = planner
+        self.running = running
+        self.pass_info = pass_info
+        self.budget = budget
+        self.slots = slots
+        self.paused: list[RequestState] = []
+        self.parked: list[RequestState] = []
+        self.spilled: dict[RequestState, int] = {}
+        self.starting: set[RequestState] = set()
+        self.shortage = "memory"
+        self._parked: list[RequestState] | None = None
+        self._gave: dict[RequestState, int] = {}
 
-    def _stands(self, member: Member) -> None:
-        self.line.add(member)
-        if member.place is Place.RESIDENT:
-            self.parked[member] = None
+    def free_for_decode(self, *, allow_better: bool = False) -> None:
+        """Make the next decode steps fit: the worst give way, and of equals those who do not run,
+        for that costs nobody a step. The last who runs never gives way here, and before the line
+        has been served nobody better than it does (`allow_better`: afterwards they do)."""
+        if self.budget >= 0:
+            return
+        planner, pass_info = self.planner, self.pass_info
+        parked = [
+            m
+            for m in planner.queue.resident_worst_first(pass_info)[::-1]
+            if m not in self.spilled and m not in self.starting
+        ]
+        victims = [*planner.victims.worst_first(self.running, pass_info)][::-1]
+        running = [m for m in victims if m not in self._gave]
 
-    def best_first(self, members: Iterable[Member], moment: Moment) -> list[Member]:
-        """Any members by the one ordering key."""
+        def rank(request: RequestState) -> Rank:
+            return planner.policy.rank(request, pass_info, planner.tuning)
 
-        def place(member: Member) -> tuple[Rank, float, int]:
-            rank = self.order.rank(member, moment, self.tuning)
-            return rank, self.order.key(member, self.tuning), member.seq
+        while self.budget < 0:
+            runs_worse = bool(parked and running) and rank(running[-1]) > rank(parked[-1])
+            if running and len(self.running) - len(self.paused) > 1 and (runs_worse or not parked):
+                self._pause(running.pop())
+            elif parked and (allow_better or not runs_worse):
+                self._spill(parked.pop())
+            else:
+                return
 
-        return sorted(members, key=place)
+    def make_room_for(self, request: RequestState, need: int) -> bool:
+        """Make room for one who starts, by those of strictly worse rank alone; if they do not
+        suffice nobody gives way."""
+        planner = self.planner
+        tokens, slots = need - self.budget, 1 - self.slots
+        self.shortage = "slots" if slots > 0 else "memory"
+        spills = self._spills(tokens, besides=request)
+        tokens -= sum(planner.accounting.reclaimable(m) for m in spills)
+        if tokens > 0 or slots > 0:
+            if planner.stays_blocked(request, self.pass_info):
+                return False
+            rank = planner.policy.rank(request, self.pass_info, planner.tuning)
+            victims = self._displaced(rank, tokens, slots)
+            if victims is None:
+                planner.gave_up_on(request, self.pass_info)
+                return False
+            for victim in victims:
+                self._pause(victim)
+        for spill in spills:
+            self._spill(spill)
+        return True
 
-    def parked_worst_first(self, moment: Moment) -> list[Member]:
-        """Paused requests whose KV is on the device; who would come back last comes first."""
-        return self.best_first(self.parked, moment)[::-1]
+    def park_what_fits(self) -> None:
+        """KV whose memory is not wanted after all stays on the device, best first."""
+        for victim in reversed(self.paused):
+            if self._gave[victim] <= self.budget:
+                self.budget -= self._gave[victim]
+                self.parked.append(victim)
+        for request in reversed(list(self.spilled)):
+            if self.spilled[request] <= self.budget:
+                self.budget -= self.spilled.pop(request)
 
-    def stays_blocked(self, member: Member, moment: Moment) -> bool:
-        return member is self._blocked and moment.pass_no < self._look_again
+    def _spills(self, tokens: int, besides: RequestState | None = None) -> list[RequestState]:
+        """The fewest parked requests, worst first, that give back `tokens`, or all of them."""
+        if tokens <= 0 or not self.planner.queue.resident:
+            return []
+        if self._parked is None:
+            self._parked = self.planner.queue.resident_worst_first(self.pass_info)
+        chosen: list[RequestState] = []
+        for request in self._parked:
+            if tokens <= 0:
+                break
+            if request is besides or request in self.starting or request in self.spilled:
+                continue
+            chosen.append(request)
+            tokens -= self.planner.accounting.reclaimable(request)
+        return chosen
 
-    def gave_up_on(self, member: Member, moment: Moment) -> None:
-        self._blocked = member
-        self._look_again = moment.pass_no + PATIENCE
+    def _displaced(self, rank: Rank, tokens: int, slots: int) -> list[RequestState] | None:
+        """Who gives way to `rank`: as many as give back `tokens` and `slots`; None if those of
+        strictly worse rank do not suffice."""
+        planner = self.planner
+        if planner.policy.worst is not None and rank >= planner.policy.worst:
+            self.shortage = "rank"
+            return None
+        for fresh in (False, True):
+            if fresh and planner.victims.is_fresh(self.pass_info):
+                break
+            taken: list[RequestState] = []
+            left, lacking = tokens, slots
+            for victim in planner.victims.worst_first(self.running, self.pass_info, fresh=fresh):
+                if victim in self._gave:
+                    continue
+                if planner.policy.rank(victim, self.pass_info, planner.tuning) <= rank:
+                    self.shortage = "rank"
+                    break
+                taken.append(victim)
+                left -= planner.accounting.reclaimable(victim) + GROWTH
+                lacking -= 1
+                if left <= 0 and lacking <= 0:
+                    return taken
+        return None
+
+    def _pause(self, victim: RequestState) -> None:
+        given = self.planner.accounting.reclaimable(victim)
+        self._gave[victim] = given
+        self.paused.append(victim)
+        self.budget += given + GROWTH
+        self.slots += 1
+
+    def _spill(self, request: RequestState) -> None:
+        given = self.planner.accounting.reclaimable(request)
+        self.spilled[request] = given
+        self.budget += given

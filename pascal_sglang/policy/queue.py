@@ -1,97 +1,140 @@
-"""Who waits or is paused, best first, without sorting everybody in every pass."""
+"""Requests that wait or are paused, best first, without sorting all of them in every pass."""
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from pascal_sglang.policy.ranking import Moment, Order, Tuning
-from pascal_sglang.policy.request import Member, Place
+from pascal_sglang.policy.ranking import PassInfo, Policy, Rank, Tuning, credit_of
+from pascal_sglang.policy.request import RequestState, RequestStatus
 
-Entry = tuple[float, int, int, Member]
+Entry = tuple[float, int, int, RequestState]
 
 
-class Line:
-    """Members that do not run, in lanes whose inner order does not change while they wait.
+class WaitQueue:
+    """Requests that do not run, in priority classes whose inner order does not change meanwhile.
 
     Adding and removing cost O(log n); walking the first k costs O(k log n) and a comparison per
-    lane. A removed member's entry stays behind with an outdated ticket until it surfaces. A
-    member's place must not change while it is in line.
-
-    counts: members by (lane, place), without internal ones.
+    class. The entry of a removed request stays behind with an outdated ticket until it surfaces.
+    The status of a request must not change while it is in the queue.
     """
 
-    def __init__(self, order: Order, tuning: Tuning) -> None:
-        self.order = order
+    # Requests by (class, status), without internal ones.
+    counts: Counter[tuple[int, RequestStatus]]
+    # Paused requests whose KV is on the device, in the order in which they came.
+    resident: dict[RequestState, None]
+
+    def __init__(self, policy: Policy, tuning: Tuning) -> None:
+        self.policy = policy
         self.tuning = tuning
-        self._lanes: dict[int, list[Entry]] = {}
-        self.counts: Counter[tuple[int, Place]] = Counter()
+        self.counts = Counter()
+        self.resident = {}
+        self._classes: dict[int, list[Entry]] = {}
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
-    def add(self, member: Member) -> None:
-        """Put a member in line, or again after what orders it has changed."""
-        self.remove(member)
-        member.ticket += 1
-        key = self.order.key(member, self.tuning)
-        member.lane = self.order.lane(member, self.tuning)
-        lane = self._lanes.setdefault(member.lane, [])
-        heapq.heappush(lane, (key, member.seq, member.ticket, member))
-        self.counts[member.lane, member.place] += not member.internal
-        self._size += 1
+    def started(self, request: RequestState, pass_info: PassInfo) -> None:
+        """Note that a request runs from now on. It keeps the rank that its waiting earned."""
+        self.remove(request)
+        rank = self.policy.rank(request, pass_info, self.tuning)[1]
+        request.enter(RequestStatus.RUNNING, pass_info.pass_no, pass_info.now)
+        request.credit += self.policy.rank(request, pass_info, self.tuning)[1] - rank
 
-    def remove(self, member: Member) -> None:
-        """Take a member out; nothing happens if it is not in line."""
-        if self.holds(member):
-            member.ticket += 1
-            self.counts[member.lane, member.place] -= not member.internal
+    def stopped(self, request: RequestState, status: RequestStatus, pass_info: PassInfo) -> None:
+        """Note that a request waits or is paused from now on."""
+        self.remove(request)
+        request.credit = credit_of(request, self.tuning)
+        request.enter(status, pass_info.pass_no, pass_info.now)
+        self.add(request)
+
+    def spilled(self, request: RequestState, status: RequestStatus) -> None:
+        """Note that the KV of a paused request has left the device. Its waiting goes on."""
+        self.remove(request)
+        request.status = status
+        self.add(request)
+
+    def remove(self, request: RequestState) -> None:
+        """Note that a request does not wait any more; nothing happens if it is not here."""
+        self.resident.pop(request, None)
+        if self.holds(request):
+            request.ticket += 1
+            self.counts[request.priority_class, request.status] -= not request.internal
             self._size -= 1
 
-    def clear(self) -> None:
-        for lane in self._lanes.values():
-            for _, _, _, member in lane:
-                self.remove(member)
-        self._lanes.clear()
+    def recount(self, requests: Iterable[RequestState]) -> None:
+        """Make the queue anew from the requests that truly wait."""
+        for entries in self._classes.values():
+            for _, _, _, request in entries:
+                self.remove(request)
+        self._classes.clear()
+        for request in requests:
+            self.add(request)
 
-    def holds(self, member: Member) -> bool:
-        return member.ticket % 2 == 1
+    def add(self, request: RequestState) -> None:
+        """Put a request in the queue, or again after a change of what orders it."""
+        self.remove(request)
+        request.ticket += 1
+        key = self.policy.key(request, self.tuning)
+        request.priority_class = self.policy.priority_class(request, self.tuning)
+        entries = self._classes.setdefault(request.priority_class, [])
+        heapq.heappush(entries, (key, request.seq, request.ticket, request))
+        self.counts[request.priority_class, request.status] += not request.internal
+        self._size += 1
+        if request.status is RequestStatus.RESIDENT:
+            self.resident[request] = None
+
+    def holds(self, request: RequestState) -> bool:
+        return request.ticket % 2 == 1
 
     def lengths(self) -> dict[tuple[str, str], int]:
-        """Members by (name of the class, place). A paused answer counts as `answer` whether or not
-        its reader is about to run dry."""
+        """Requests by (name of the class, status). A paused answer counts as `answer` whether or
+        not its reader is about to run dry."""
         return {
-            (self.order.names[lane], place.value): count
-            for (lane, place), count in self.counts.items()
+            (self.policy.names[number], status.value): count
+            for (number, status), count in self.counts.items()
         }
 
-    def best_first(self, moment: Moment) -> Iterator[Member]:
-        """The members in line by `(rank, key, seq)`; the line stays as it is."""
+    def ranked(self, requests: Iterable[RequestState], pass_info: PassInfo) -> list[RequestState]:
+        """Any requests, in the queue or not, best first."""
+
+        def order(request: RequestState) -> tuple[Rank, float, int]:
+            rank = self.policy.rank(request, pass_info, self.tuning)
+            return rank, self.policy.key(request, self.tuning), request.seq
+
+        return sorted(requests, key=order)
+
+    def resident_worst_first(self, pass_info: PassInfo) -> list[RequestState]:
+        """Paused requests whose KV is on the device; the one that resumes last comes first."""
+        return self.ranked(self.resident, pass_info)[::-1]
+
+    def best_first(self, pass_info: PassInfo) -> Iterator[RequestState]:
+        """The requests in the queue by `(rank, key, seq)`; the queue stays as it is."""
         taken: list[tuple[list[Entry], Entry]] = []
         try:
             while True:
-                heads = [lane for lane in self._lanes.values() if self._surface(lane)]
+                heads = [entries for entries in self._classes.values() if self._surface(entries)]
                 if not heads:
                     return
-                lane = min(heads, key=lambda lane: self._place(lane[0], moment))
-                entry = heapq.heappop(lane)
-                taken.append((lane, entry))
+                best = min(heads, key=lambda entries: self._order(entries[0], pass_info))
+                entry = heapq.heappop(best)
+                taken.append((best, entry))
                 yield entry[3]
         finally:
-            for lane, entry in taken:
-                heapq.heappush(lane, entry)
+            for entries, entry in taken:
+                heapq.heappush(entries, entry)
 
-    def _place(self, entry: Entry, moment: Moment) -> tuple[tuple[int, int], float, int]:
-        return self.order.rank(entry[3], moment, self.tuning), entry[0], entry[1]
+    def _order(self, entry: Entry, pass_info: PassInfo) -> tuple[tuple[int, int], float, int]:
+        return self.policy.rank(entry[3], pass_info, self.tuning), entry[0], entry[1]
 
     @staticmethod
-    def _surface(lane: list[Entry]) -> bool:
+    def _surface(entries: list[Entry]) -> bool:
         """Drop outdated entries from the top; whether a true one is left."""
         with suppress(IndexError):
-            while lane[0][2] != lane[0][3].ticket:
-                heapq.heappop(lane)
+            while entries[0][2] != entries[0][3].ticket:
+                heapq.heappop(entries)
             return True
         return False

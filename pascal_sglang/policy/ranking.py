@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pascal_sglang.policy.request import Member, Place
+from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 Rank = tuple[int, int]
@@ -59,7 +59,7 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class PassInfo:
     """When a plan is made: the pass number, the clock (s), the recent length of a pass (s)."""
 
     pass_no: int
@@ -67,148 +67,151 @@ class Moment:
     pass_s: float
 
 
-def fastest_pace(usual: float, moment: Moment) -> float:
+def fastest_pace(usual: float, pass_info: PassInfo) -> float:
     """The fastest pace, in seconds per token, that a request can ask for with effect. usual: the
     pace of requests that ask for none, which all are owed whether or not it can be delivered."""
-    return min(usual, PASSES_PER_TOKEN * moment.pass_s)
+    return min(usual, PASSES_PER_TOKEN * pass_info.pass_s)
 
 
-def credit_of(member: Member, tuning: Tuning) -> int:
+def credit_of(request: RequestState, tuning: Tuning) -> int:
     """Quanta forgiven for waiting, which last one quantum of running."""
-    if member.place is Place.RUNNING and member.total_tokens - member.ran_from >= tuning.quantum:
+    if (
+        request.status is RequestStatus.RUNNING
+        and request.total_tokens - request.ran_from >= tuning.quantum
+    ):
         return 0
-    return member.credit
+    return request.credit
 
 
-def quanta(member: Member, moment: Moment, tuning: Tuning) -> int:
+def quanta(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> int:
     """Consumed quanta in this phase, less what waiting has earned; negative after a long wait.
 
     Bound on starvation: nobody's count grows while it waits, so after at most
     `ageing * quantum * (quanta + 1)` passes a waiting request outranks every request of its class
     that has not waited as long.
     """
-    consumed = member.phase_tokens // tuning.quantum
-    if member.credit:
-        consumed -= credit_of(member, tuning)
-    if member.place is Place.RUNNING:
+    consumed = request.phase_tokens // tuning.quantum
+    if request.credit:
+        consumed -= credit_of(request, tuning)
+    if request.status is RequestStatus.RUNNING:
         return consumed
-    waited = moment.pass_no - member.since_pass + member.head_start
+    waited = pass_info.pass_no - request.since_pass + request.head_start
     return consumed - waited // (tuning.ageing * tuning.quantum)
 
 
-def served(member: Member, tuning: Tuning) -> float:
+def served(request: RequestState, tuning: Tuning) -> float:
     """The pass at which a request of no quanta would have come to stand where this one stands: the
     order of `quanta` while everybody waits, without the clock."""
-    consumed = member.phase_tokens // tuning.quantum
-    if member.credit:
-        consumed -= credit_of(member, tuning)
-    stands_since = member.since_pass - member.head_start
+    consumed = request.phase_tokens // tuning.quantum
+    if request.credit:
+        consumed -= credit_of(request, tuning)
+    stands_since = request.since_pass - request.head_start
     return consumed * tuning.ageing * tuning.quantum + stands_since
 
 
-def is_demoted(member: Member, tuning: Tuning) -> bool:
+def is_demoted(request: RequestState, tuning: Tuning) -> bool:
     # Whoever has not written that much has not thought that much either.
-    if member.total_tokens <= tuning.demote or member.phase is not Phase.REASONING:
+    if request.total_tokens <= tuning.demote or request.phase is not Phase.REASONING:
         return False
-    return tuning.demote_on == "kv" or member.phase_tokens > tuning.demote
+    return tuning.demote_on == "kv" or request.phase_tokens > tuning.demote
 
 
-def pascal(member: Member, moment: Moment, tuning: Tuning) -> Rank:
+def pascal(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
     """Answers about to run dry, then those that have just come back, then thinking, then demoted
     thinking, then answers with slack."""
-    if member.phase is Phase.ANSWERING:
-        if is_urgent(member, moment, tuning):
+    if request.phase is Phase.ANSWERING:
+        if is_urgent(request, pass_info, tuning):
             return URGENT_RANK
-        return SETTLING_RANK if is_settling(member, moment, tuning) else AHEAD_RANK
-    lane = DEMOTED if is_demoted(member, tuning) else THINKING
-    return (lane, quanta(member, moment, tuning))
+        return SETTLING_RANK if is_settling(request, pass_info, tuning) else AHEAD_RANK
+    priority_class = DEMOTED if is_demoted(request, tuning) else THINKING
+    return (priority_class, quanta(request, pass_info, tuning))
 
 
-def is_urgent(member: Member, moment: Moment, tuning: Tuning) -> bool:
+def is_urgent(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> bool:
     """The SLO guard. A running answer stays urgent until it has a burst of lead, so that it does
     not come and go with every token; the first answering token is always urgent: TTFO waits."""
-    lead = tuning.burst * member.pacer.pace if member.place is Place.RUNNING else 0.0
-    return urgent_at(member, tuning) - lead < moment.now + REACTION_PASSES * moment.pass_s
+    lead = tuning.burst * request.pacer.pace if request.status is RequestStatus.RUNNING else 0.0
+    return urgent_at(request, tuning) - lead < pass_info.now + REACTION_PASSES * pass_info.pass_s
 
 
-def is_settling(member: Member, moment: Moment, tuning: Tuning) -> bool:
+def is_settling(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> bool:
     """A running answer that is not urgent any more, but whose pause would be over too soon."""
-    if member.place is not Place.RUNNING:
+    if request.status is not RequestStatus.RUNNING:
         return False
-    lead = tuning.settle * tuning.quantum * member.pacer.pace
-    return urgent_at(member, tuning) - lead < moment.now + REACTION_PASSES * moment.pass_s
+    lead = tuning.settle * tuning.quantum * request.pacer.pace
+    return urgent_at(request, tuning) - lead < pass_info.now + REACTION_PASSES * pass_info.pass_s
 
 
-def urgent_at(member: Member, tuning: Tuning) -> float:
+def urgent_at(request: RequestState, tuning: Tuning) -> float:
     """When a paused answer has to come back, in seconds; at once before its first token."""
-    pacer = member.pacer
+    pacer = request.pacer
     if not pacer.delivered:
         return -math.inf
     return pacer.shown + (1 - tuning.guard) * pacer.pace
 
 
-def paper(member: Member, moment: Moment, tuning: Tuning) -> Rank:
+def paper(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
     """PAPER.md: strict priority of thinking; both queues round robin on consumed quanta."""
-    return (paper_lane(member, tuning), by_quanta(member, tuning))
+    return (paper_class(request, tuning), by_quanta(request, tuning))
 
 
-def round_robin(member: Member, moment: Moment, tuning: Tuning) -> Rank:
+def round_robin(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
     """Phase-blind round robin: quanta counted over the whole request."""
-    return (HIGH, by_all_quanta(member, tuning))
+    return (HIGH, by_all_quanta(request, tuning))
 
 
-def round_robin_restart(member: Member, moment: Moment, tuning: Tuning) -> Rank:
+def round_robin_restart(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
     """Round robin whose count starts again at the phase boundary."""
-    return (HIGH, by_quanta(member, tuning))
+    return (HIGH, by_quanta(request, tuning))
 
 
-def by_quanta(member: Member, tuning: Tuning) -> int:
-    return member.phase_tokens // tuning.quantum
+def by_quanta(request: RequestState, tuning: Tuning) -> int:
+    return request.phase_tokens // tuning.quantum
 
 
-def by_all_quanta(member: Member, tuning: Tuning) -> int:
-    return member.total_tokens // tuning.quantum
+def by_all_quanta(request: RequestState, tuning: Tuning) -> int:
+    return request.total_tokens // tuning.quantum
 
 
-def pascal_key(member: Member, tuning: Tuning) -> float:
+def pascal_key(request: RequestState, tuning: Tuning) -> float:
     """Answers: who has to come back first; thinkers: who has been served least."""
-    if member.phase is Phase.ANSWERING:
-        return urgent_at(member, tuning)
-    return served(member, tuning)
+    if request.phase is Phase.ANSWERING:
+        return urgent_at(request, tuning)
+    return served(request, tuning)
 
 
-def pascal_lane(member: Member, tuning: Tuning) -> int:
-    if member.phase is Phase.ANSWERING:
+def pascal_lane(request: RequestState, tuning: Tuning) -> int:
+    if request.phase is Phase.ANSWERING:
         return AHEAD
-    return DEMOTED if is_demoted(member, tuning) else THINKING
+    return DEMOTED if is_demoted(request, tuning) else THINKING
 
 
-def paper_lane(member: Member, tuning: Tuning) -> int:
-    return LOW if member.phase is Phase.ANSWERING or is_demoted(member, tuning) else HIGH
+def paper_class(request: RequestState, tuning: Tuning) -> int:
+    return LOW if request.phase is Phase.ANSWERING or is_demoted(request, tuning) else HIGH
 
 
-def one_lane(member: Member, tuning: Tuning) -> int:
+def one_class(request: RequestState, tuning: Tuning) -> int:
     return HIGH
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """A policy. `key` and `lane` of a member do not change while it waits or is paused.
+class Policy:
+    """A policy. `key` and `priority_class` of a member do not change while it waits or is paused.
 
     names: what its classes are called. thinking_lane: where thinking that is not demoted stands.
     worst: a rank that none exceeds, if there is one.
     """
 
-    rank: Callable[[Member, Moment, Tuning], Rank]
-    key: Callable[[Member, Tuning], float]
-    lane: Callable[[Member, Tuning], int]
+    rank: Callable[[RequestState, PassInfo, Tuning], Rank]
+    key: Callable[[RequestState, Tuning], float]
+    priority_class: Callable[[RequestState, Tuning], int]
     names: tuple[str, ...]
     thinking_lane: int = HIGH
     worst: Rank | None = None
 
 
-ORDERS = {
-    "pascal": Order(
+POLICIES = {
+    "pascal": Policy(
         pascal,
         pascal_key,
         pascal_lane,
@@ -216,7 +219,7 @@ ORDERS = {
         thinking_lane=THINKING,
         worst=AHEAD_RANK,
     ),
-    "paper": Order(paper, by_quanta, paper_lane, ("high", "low")),
-    "rr": Order(round_robin, by_all_quanta, one_lane, ("all",)),
-    "rr-restart": Order(round_robin_restart, by_quanta, one_lane, ("all",)),
+    "paper": Policy(paper, by_quanta, paper_class, ("high", "low")),
+    "rr": Policy(round_robin, by_all_quanta, one_class, ("all",)),
+    "rr-restart": Policy(round_robin_restart, by_quanta, one_class, ("all",)),
 }

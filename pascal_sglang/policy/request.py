@@ -10,7 +10,7 @@ from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Phase
 
 
-class Place(Enum):
+class RequestStatus(Enum):
     """Where a request and its KV are."""
 
     WAITING = "waiting"  # no KV yet, or dropped for recompute: has to be prefilled
@@ -20,7 +20,7 @@ class Place(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Member:
+class RequestState:
     """One request. The adapter keeps it true; the policy keeps `credit` and the pass numbers.
 
     seq: order of arrival, unique.
@@ -43,7 +43,7 @@ class Member:
 
     seq: int
     pacer: Pacer
-    place: Place = Place.WAITING
+    status: RequestStatus = RequestStatus.WAITING
     phase: Phase = Phase.REASONING
     phase_tokens: int = 0
     total_tokens: int = 0
@@ -58,13 +58,13 @@ class Member:
     internal: bool = False
     handle: Any = None
     ticket: int = 0
-    lane: int = 0
+    priority_class: int = 0
 
-    def enter(self, place: Place, pass_no: int, now: float) -> None:
+    def enter(self, status: RequestStatus, pass_no: int, now: float) -> None:
         """Change place; waiting starts anew, and so does the count of what it runs."""
-        self.place = place
+        self.status = status
         self.since_pass = pass_no
         self.since = now
-        if place is Place.RUNNING:
+        if status is RequestStatus.RUNNING:
             self.ran_from = self.total_tokens
             self.head_start = 0

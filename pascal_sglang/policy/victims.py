@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pascal_sglang.policy.ranking import Moment, Order, Tuning
-from pascal_sglang.policy.request import Member
+from pascal_sglang.policy.ranking import PassInfo, Policy, Tuning
+from pascal_sglang.policy.request import RequestState
 
 # Passes a ranking of those who run is used for. Ranks change but once in many tokens, and whoever
 # takes a victim from an old ranking looks at its rank of today.
@@ -15,31 +15,31 @@ KEEP_PASSES = 32
 class Victims:
     """Running requests that may be paused, ranked once and used for several passes."""
 
-    def __init__(self, order: Order, tuning: Tuning) -> None:
-        self.order = order
+    def __init__(self, policy: Policy, tuning: Tuning) -> None:
+        self.policy = policy
         self.tuning = tuning
-        self._ranked: list[Member] = []
+        self._ranked: list[RequestState] = []
         self._ranked_in = -KEEP_PASSES
 
     def worst_first(
-        self, running: Sequence[Member], moment: Moment, *, fresh: bool = True
-    ) -> Iterator[Member]:
+        self, running: Sequence[RequestState], pass_info: PassInfo, *, fresh: bool = True
+    ) -> Iterator[RequestState]:
         """Pausable members of `running`. `fresh`: by today's ranking; otherwise an earlier one may
         serve, which lacks those who have started since."""
-        age = moment.pass_no - self._ranked_in
+        age = pass_info.pass_no - self._ranked_in
         if age >= KEEP_PASSES or (fresh and age):
-            self._rank(running, moment)
+            self._rank(running, pass_info)
         present = set(running)
         return (m for m in self._ranked if m in present)
 
-    def is_fresh(self, moment: Moment) -> bool:
-        return self._ranked_in == moment.pass_no
+    def is_fresh(self, pass_info: PassInfo) -> bool:
+        return self._ranked_in == pass_info.pass_no
 
-    def _rank(self, running: Sequence[Member], moment: Moment) -> None:
-        rank, key, tuning = self.order.rank, self.order.key, self.tuning
+    def _rank(self, running: Sequence[RequestState], pass_info: PassInfo) -> None:
+        rank, key, tuning = self.policy.rank, self.policy.key, self.tuning
         ranked = [
-            (*rank(m, moment, tuning), key(m, tuning), m.seq, m) for m in running if m.pausable
+            (*rank(m, pass_info, tuning), key(m, tuning), m.seq, m) for m in running if m.pausable
         ]
         ranked.sort(reverse=True)  # Never compares members: `seq` is unique.
         self._ranked = [entry[-1] for entry in ranked]
-        self._ranked_in = moment.pass_no
+        self._ranked_in = pass_info.pass_no

@@ -5,41 +5,41 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pascal_sglang.policy.ranking import ORDERS, Moment, Order, Rank, Tuning
-from pascal_sglang.policy.request import Member
-from pascal_sglang.sim.rank_forecast import Foresight
+from pascal_sglang.policy.ranking import POLICIES, PassInfo, Policy, Rank, Tuning
+from pascal_sglang.policy.request import RequestState
+from pascal_sglang.sim.rank_forecast import RankForecast
 
 
-def _nobody_first(member: Member, moment: Moment, tuning: Tuning) -> Rank:
+def _nobody_first(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
     return (0, 0)
 
 
-def _arrival(member: Member, tuning: Tuning) -> float:
-    return float(member.seq)
+def _arrival(request: RequestState, tuning: Tuning) -> float:
+    return float(request.seq)
 
 
-def _one_lane(member: Member, tuning: Tuning) -> int:
+def _one_lane(request: RequestState, tuning: Tuning) -> int:
     return 0
 
 
 # The paper's FCFS: nobody displaces anybody; who came last gives way when memory runs out.
-FCFS = Order(_nobody_first, _arrival, _one_lane, ("all",), worst=(0, 0))
+FCFS = Policy(_nobody_first, _arrival, _one_lane, ("all",), worst=(0, 0))
 
 STOCK = "sglang"
-SIM_ORDERS = {**ORDERS, "fcfs": FCFS}
+SIM_POLICIES = {**POLICIES, "fcfs": FCFS}
 FORESIGHTS = {
-    "fcfs": Foresight(),
-    "rr": Foresight(quanta="all"),
-    "rr-restart": Foresight(quanta="phase"),
-    "paper": Foresight(quanta="phase", demotes=True),
-    "pascal": Foresight(quanta="phase", demotes=True, paced=True),
-    STOCK: Foresight(),
+    "fcfs": RankForecast(),
+    "rr": RankForecast(quanta="all"),
+    "rr-restart": RankForecast(quanta="phase"),
+    "paper": RankForecast(quanta="phase", demotes=True),
+    "pascal": RankForecast(quanta="phase", demotes=True, paced=True),
+    STOCK: RankForecast(),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """order: one of `SIM_ORDERS`, or SGLang's own scheduling.
+    """order: one of `SIM_POLICIES`, or SGLang's own scheduling.
 
     on_pace: new requests avoid instances that miss their objective (Algorithm 1).
     sticky: the paper's status, running QoE; otherwise whether somebody waits now.
@@ -52,7 +52,7 @@ class Arm:
     """
 
     name: str
-    order: str
+    policy: str
     on_pace: bool = False
     sticky: bool = False
     optimistic: bool = True
@@ -70,7 +70,7 @@ class Arm:
 
 PAPER = Arm(
     name="paper",
-    order="paper",
+    policy="paper",
     on_pace=True,
     sticky=True,
     optimistic=False,
@@ -78,7 +78,7 @@ PAPER = Arm(
 )
 PASCAL = Arm(
     name="pascal",
-    order="pascal",
+    policy="pascal",
     on_pace=True,
     migration="adaptive",
     lazy=True,
@@ -89,10 +89,10 @@ PASCAL = Arm(
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm(name=STOCK, order=STOCK),
-        Arm(name="fcfs", order="fcfs"),
-        Arm(name="rr", order="rr"),
-        Arm(name="rr-restart", order="rr-restart"),
+        Arm(name=STOCK, policy=STOCK),
+        Arm(name="fcfs", policy="fcfs"),
+        Arm(name="rr", policy="rr"),
+        Arm(name="rr-restart", policy="rr-restart"),
         PAPER,
         PAPER.but("paper-no-migration", migration="off"),
         PAPER.but("paper-non-adaptive", migration="always"),

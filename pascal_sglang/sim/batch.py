@@ -8,10 +8,10 @@ from typing import overload
 
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.cost import Cost
-from pascal_sglang.sim.request import Job
+from pascal_sglang.sim.request import SimRequest
 
 
-class Batch(Sequence[Job]):
+class Batch(Sequence[SimRequest]):
     """The running batch. Step k ends `time_of(k)`; while its members stay the same, that is a
     quadratic of k, because every step adds one KV token per member.
 
@@ -23,41 +23,41 @@ class Batch(Sequence[Job]):
         self.steps = 0
         self.kv = 0
         self.origin = 0.0
-        self._jobs: dict[Job, None] = {}
+        self._jobs: dict[SimRequest, None] = {}
         self._synced = -1
 
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[SimRequest]:
         """Members, all of them up to date."""
         if self._synced != self.steps:
-            for job in self._jobs:
-                self.sync(job)
+            for request in self._jobs:
+                self.sync(request)
             self._synced = self.steps
         return iter(self._jobs)
 
     @overload
-    def __getitem__(self, index: int) -> Job: ...
+    def __getitem__(self, index: int) -> SimRequest: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Job]: ...
-    def __getitem__(self, index: int | slice) -> Job | Sequence[Job]:
+    def __getitem__(self, index: slice) -> Sequence[SimRequest]: ...
+    def __getitem__(self, index: int | slice) -> SimRequest | Sequence[SimRequest]:
         return list(self)[index]
 
-    def __contains__(self, job: object) -> bool:
-        return job in self._jobs
+    def __contains__(self, request: object) -> bool:
+        return request in self._jobs
 
-    def join(self, job: Job) -> None:
-        job.step, job.at = self.steps, self.origin
-        self._jobs[job] = None
-        self.kv += job.held
+    def join(self, request: SimRequest) -> None:
+        request.step, request.at = self.steps, self.origin
+        self._jobs[request] = None
+        self.kv += request.held
 
-    def leave(self, job: Job) -> None:
+    def leave(self, request: SimRequest) -> None:
         """Take a job out, up to date."""
-        self.sync(job)
-        del self._jobs[job]
-        job.due = 0
-        self.kv -= job.held
+        self.sync(request)
+        del self._jobs[request]
+        request.due = 0
+        self.kv -= request.held
 
     @property
     def step_s(self) -> float:
@@ -103,21 +103,21 @@ class Batch(Sequence[Job]):
         who misses none between two of them cannot tell.
         """
         if noticed:
-            for job in self._jobs:
-                if job.phase is Phase.ANSWERING:
-                    self.sync(job)
-                    job.at = self.origin + seconds
+            for request in self._jobs:
+                if request.phase is Phase.ANSWERING:
+                    self.sync(request)
+                    request.at = self.origin + seconds
         self.origin += seconds
 
-    def sync(self, job: Job) -> None:
+    def sync(self, request: SimRequest) -> None:
         """Let a member have the tokens of the steps that have ended since it was last looked at."""
-        tokens = self.steps - job.step
+        tokens = self.steps - request.step
         if not tokens:
-            job.at = self.origin
+            request.at = self.origin
             return
-        if job.phase is Phase.ANSWERING:
-            every = (self.origin - job.at) / tokens
-            job.pacer.deliver(job.at + every, tokens, every)
-        job.phase_tokens += tokens
-        job.total_tokens += tokens
-        job.step, job.at = self.steps, self.origin
+        if request.phase is Phase.ANSWERING:
+            every = (self.origin - request.at) / tokens
+            request.pacer.deliver(request.at + every, tokens, every)
+        request.phase_tokens += tokens
+        request.total_tokens += tokens
+        request.step, request.at = self.steps, self.origin

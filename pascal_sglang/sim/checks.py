@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pascal_sglang.sim.instance import Instance
-from pascal_sglang.sim.request import Job
+from pascal_sglang.sim.request import SimRequest
 from pascal_sglang.sim.workload import Workload
 
 
@@ -22,26 +22,35 @@ class Books:
         self.tokens = 0
         self._open: set[int] = set()
 
-    def opens(self, job: Job) -> None:
-        if job.index in self._open:
-            raise RuntimeError(f"request {job.index} arrived twice")
-        self._open.add(job.index)
+    def opens(self, request: SimRequest) -> None:
+        if request.index in self._open:
+            raise RuntimeError(f"request {request.index} arrived twice")
+        self._open.add(request.index)
         self.opened += 1
 
-    def closes(self, job: Job) -> None:
+    def closes(self, request: SimRequest) -> None:
         """A request ended: once, after all of its tokens, every answering one of them shown."""
-        if job.index not in self._open:
-            raise RuntimeError(f"request {job.index} ended twice, or before it came")
-        self._open.remove(job.index)
+        if request.index not in self._open:
+            raise RuntimeError(f"request {request.index} ended twice, or before it came")
+        self._open.remove(request.index)
         self.closed += 1
-        self.tokens += job.total_tokens
-        if job.total_tokens != job.reasoning + job.answer or job.pacer.delivered != job.answer:
+        self.tokens += request.total_tokens
+        if (
+            request.total_tokens != request.reasoning + request.answer
+            or request.pacer.delivered != request.answer
+        ):
             raise RuntimeError(
-                f"request {job.index} ended with {job.total_tokens} tokens, "
-                f"{job.pacer.delivered} of them shown, instead of {job.reasoning} and {job.answer}"
+                f"request {request.index} ended with {request.total_tokens} tokens, "
+                f"{request.pacer.delivered} of them shown, instead of {request.reasoning} and "
+                f"{request.answer}"
             )
-        if not job.arrival <= job.first_token <= job.reasoning_end <= job.first_answer:
-            raise RuntimeError(f"request {job.index} has its times out of order")
+        if (
+            not request.arrival
+            <= request.first_token
+            <= request.reasoning_end
+            <= request.first_answer
+        ):
+            raise RuntimeError(f"request {request.index} has its times out of order")
 
     def close(self, instances: Sequence[Instance], moves: int) -> None:
         """Everything has happened: nothing may be left, and nothing missing."""

@@ -12,17 +12,17 @@ from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.placement import Answer
 from pascal_sglang.policy.ranking import Tuning
 from pascal_sglang.policy.timeline import Phase
-from pascal_sglang.sim.arms import FORESIGHTS, SIM_ORDERS, STOCK, Arm
+from pascal_sglang.sim.arms import FORESIGHTS, SIM_POLICIES, STOCK, Arm
 from pascal_sglang.sim.checks import Books
 from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.controller import Controller
 from pascal_sglang.sim.cost import Cost
 from pascal_sglang.sim.instance import Instance
-from pascal_sglang.sim.migration import Move, Moves, Network
+from pascal_sglang.sim.migration import Migrations, Move, Network
 from pascal_sglang.sim.outcome import Outcome
-from pascal_sglang.sim.pascal_instance import Governed
-from pascal_sglang.sim.request import Job
-from pascal_sglang.sim.stock_instance import Stock
+from pascal_sglang.sim.pascal_instance import PascalInstance
+from pascal_sglang.sim.request import SimRequest
+from pascal_sglang.sim.stock_instance import StockInstance
 from pascal_sglang.sim.workload import Workload
 
 Progress = Callable[[int], None]
@@ -80,7 +80,7 @@ class Cluster:
         self.tuning = Tuning(**(numbers | dict(arm.tuning)))
         self.instances = [self._instance(index) for index in range(setup.instances)]
         self.controller = Controller(arm, self.clock, self.instances, setup.quantum)
-        self.moves = Moves(self.clock, Network(setup.cost, setup.instances), self._moved)
+        self.moves = Migrations(self.clock, Network(setup.cost, setup.instances), self._moved)
         self.outcome = Outcome.empty(len(workload))
         self.books = Books(workload)
         # Running mean per instance of the answers that ended there, in tokens.
@@ -95,17 +95,17 @@ class Cluster:
         setup, arm = self.setup, self.arm
         shared: dict[str, Any] = {
             "tuning": self.tuning,
-            "foresight": FORESIGHTS[arm.order],
+            "foresight": FORESIGHTS[arm.policy],
             "readers_sticky": arm.sticky,
             "slo": setup.slo,
             "tpot": setup.tpot,
             "step_by_step": setup.step_by_step,
             "knows_lengths": setup.knows_lengths,
         }
-        if arm.order == STOCK:
-            return Stock(index, setup.cost, self.clock, self, **shared)
-        order = SIM_ORDERS[arm.order]
-        return Governed(index, setup.cost, self.clock, self, order=order, **shared)
+        if arm.policy == STOCK:
+            return StockInstance(index, setup.cost, self.clock, self, **shared)
+        policy = SIM_POLICIES[arm.policy]
+        return PascalInstance(index, setup.cost, self.clock, self, policy=policy, **shared)
 
     def run(self) -> Outcome:
         self._next_arrival()
@@ -135,7 +135,7 @@ class Cluster:
                 f"request {index} needs {prompt + reasoning + answer} tokens of KV, more than the "
                 f"{self.setup.cost.capacity} of an instance"
             )
-        job = Job(
+        request = SimRequest(
             seq=self.books.opened + 1,
             pacer=Pacer(self.setup.tpot),
             index=index,
@@ -147,29 +147,29 @@ class Cluster:
             talk=load.talk[index] if load.talk else -1,
             history=load.history[index] if load.history else 0,
         )
-        self.books.opens(job)
-        self.instances[self.controller.place(prompt, job.talk)].arrive(job)
+        self.books.opens(request)
+        self.instances[self.controller.place(prompt, request.talk)].arrive(request)
         if index not in load.later:
             self._next_arrival()
 
-    def thought(self, instance: Instance, job: Job) -> bool:
+    def thought(self, instance: Instance, request: SimRequest) -> bool:
         """Algorithm 2, or ours; whether the request stops here."""
         if self.arm.migration == "off":
             return False
-        assert isinstance(instance, Governed)
-        remaining = job.left if self.setup.knows_lengths else UNLIMITED
+        assert isinstance(instance, PascalInstance)
+        remaining = request.left if self.setup.knows_lengths else UNLIMITED
         mean = self._answers[instance.index]
         likely = remaining if mean is None else min(remaining, int(mean))
         cost = self.setup.cost
-        passes = MOVE_PASSES + int(job.held * cost.move_token_s / cost.decode(1, job.held))
-        answer = Answer(instance.index, job.held, remaining, likely, passes)
+        passes = MOVE_PASSES + int(request.held * cost.move_token_s / cost.decode(1, request.held))
+        answer = Answer(instance.index, request.held, remaining, likely, passes)
         decision = self.controller.at_boundary(answer)
         self.outcome.decisions[decision.why] += 1
         if decision.target == instance.index:
             return False
         target = self.instances[decision.target]
-        assert isinstance(target, Governed)
-        self.moves.begin(job, instance, target, live=self.arm.live)
+        assert isinstance(target, PascalInstance)
+        self.moves.begin(request, instance, target, live=self.arm.live)
         return not self.arm.live
 
     def _moved(self, move: Move, done: bool) -> None:
@@ -177,18 +177,18 @@ class Cluster:
         source, target = views[move.source.index], views[move.target.index]
         self.controller.placement.moved(source, target, move.claimed, done=done)
 
-    def ended(self, instance: Instance, job: Job) -> None:
+    def ended(self, instance: Instance, request: SimRequest) -> None:
         now, load = self.clock.now, self.workload
-        job.phase, job.move = Phase.FINISHED, None
-        self.books.closes(job)
-        self.outcome.note(job, now, instance.index)
+        request.phase, request.move = Phase.FINISHED, None
+        self.books.closes(request)
+        self.outcome.note(request, now, instance.index)
         mean = self._answers[instance.index]
         self._answers[instance.index] = (
-            job.answer if mean is None else 0.9 * mean + 0.1 * job.answer
+            request.answer if mean is None else 0.9 * mean + 0.1 * request.answer
         )
-        follows = load.follows[job.index] if load.follows else -1
+        follows = load.follows[request.index] if load.follows else -1
         if follows >= 0:
-            instance.memory.remember(job.talk, job.held)
+            instance.memory.remember(request.talk, request.held)
             self.clock.at(now + load.pause_s[follows], self._arrive, follows)
         if self.progress is not None and self.books.closed % REPORT_EVERY == 0:
             self.progress(self.books.closed)

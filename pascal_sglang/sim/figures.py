@@ -79,7 +79,7 @@ def figures(setup: Setup, workload: Workload, outcome: Outcome) -> dict[str, Any
         "refused_moves": outcome.refused_moves,
         "paused": int((outcome.pauses > 0).sum()),
         "pauses": int(outcome.pauses.sum()),
-        "rungs": dict(outcome.rungs),
+        "tiers": dict(outcome.tiers),
         "decisions": dict(outcome.decisions),
         "recomputed_tokens": outcome.recomputed_tokens,
         "copied_tokens": outcome.copied_tokens,

@@ -8,25 +8,25 @@ from abc import ABC, abstractmethod
 from collections import deque
 from typing import Protocol
 
-from pascal_sglang.policy.ranking import Moment, Tuning
+from pascal_sglang.policy.ranking import PassInfo, Tuning
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.batch import Batch
 from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.cost import Cost
 from pascal_sglang.sim.memory import Memory
 from pascal_sglang.sim.passes import Passes
-from pascal_sglang.sim.rank_forecast import NEVER, Foresight
+from pascal_sglang.sim.rank_forecast import NEVER, RankForecast
 from pascal_sglang.sim.readers import Readers
-from pascal_sglang.sim.request import Job
+from pascal_sglang.sim.request import SimRequest
 
 
 class Listener(Protocol):
     """Who hears what becomes of requests."""
 
-    def thought(self, instance: Instance, job: Job) -> bool:
+    def thought(self, instance: Instance, request: SimRequest) -> bool:
         """Its thinking has ended; whether it stops here, to move."""
 
-    def ended(self, instance: Instance, job: Job) -> None: ...
+    def ended(self, instance: Instance, request: SimRequest) -> None: ...
 
 
 class Instance(ABC):
@@ -44,7 +44,7 @@ class Instance(ABC):
         listener: Listener,
         *,
         tuning: Tuning,
-        foresight: Foresight,
+        foresight: RankForecast,
         readers_sticky: bool,
         slo: float,
         tpot: float,
@@ -60,10 +60,10 @@ class Instance(ABC):
         self.batch = Batch(cost)
         self.memory = Memory(cost.capacity, cost.host)
         self.readers = Readers(self.batch, sticky=readers_sticky, slo=slo)
-        self.thinking: dict[Job, None] = {}
-        self.fresh: dict[Job, None] = {}
-        self.filling: deque[Job] = deque()
-        self.inbox: list[Job] = []
+        self.thinking: dict[SimRequest, None] = {}
+        self.fresh: dict[SimRequest, None] = {}
+        self.filling: deque[SimRequest] = deque()
+        self.inbox: list[SimRequest] = []
         self.stirred = False
         self.again = False
         self.look = NEVER
@@ -75,8 +75,8 @@ class Instance(ABC):
         self.busy_s = 0.0
         self._notice_s = tpot / 2
         self._hold_s = 0.0
-        self._filled: list[Job] | None = None
-        self._marks: list[tuple[int, int, Job]] = []
+        self._filled: list[SimRequest] | None = None
+        self._marks: list[tuple[int, int, SimRequest]] = []
         self._marked = 0
         self._alarm = (math.inf, 0)
         self._version = 0
@@ -103,11 +103,11 @@ class Instance(ABC):
         return 0.0
 
     @property
-    def moment(self) -> Moment:
-        return Moment(self.passes.count, self.clock.now, self.passes.mean_s)
+    def pass_info(self) -> PassInfo:
+        return PassInfo(self.passes.count, self.clock.now, self.passes.mean_s)
 
-    def arrive(self, job: Job) -> None:
-        self.inbox.append(job)
+    def arrive(self, request: SimRequest) -> None:
+        self.inbox.append(request)
         self.poke()
 
     def poke(self) -> None:
@@ -142,12 +142,12 @@ class Instance(ABC):
         self.batch.origin = max(self.batch.origin, self.clock.now)
         marks = self._marks
         while marks and marks[0][0] <= self.batch.steps:
-            due, _, job = heapq.heappop(marks)
-            if job.due == due and job in self.batch:
-                self.batch.sync(job)
+            due, _, request = heapq.heappop(marks)
+            if request.due == due and request in self.batch:
+                self.batch.sync(request)
                 self.stirred = True
-                if self._goes_on(job):
-                    self.watch(job)
+                if self._goes_on(request):
+                    self.watch(request)
         self.decide()
         self._begin_pass()
 
@@ -203,19 +203,19 @@ class Instance(ABC):
         self.batch.hold_up(seconds, noticed=noticed)
         self.busy_s += seconds
         if noticed and self.foresight.paced:
-            for job in self.batch:
-                if job.phase is Phase.ANSWERING:
-                    self.watch(job)
+            for request in self.batch:
+                if request.phase is Phase.ANSWERING:
+                    self.watch(request)
 
     def _prefill(self) -> None:
         """Begin a pass that prefills whoever is first, up to a chunk."""
         left, done = self.cost.chunk, []
         while self.filling and left > 0:
-            job = self.filling[0]
-            tokens = min(left, job.unfilled)
-            job.unfilled -= tokens
+            request = self.filling[0]
+            tokens = min(left, request.unfilled)
+            request.unfilled -= tokens
             left -= tokens
-            if job.unfilled:
+            if request.unfilled:
                 break
             done.append(self.filling.popleft())
         self._filled = done
@@ -235,83 +235,83 @@ class Instance(ABC):
         done, self._filled = self._filled or [], None
         self.batch.origin = max(self.batch.origin, self.clock.now)
         self.stirred = True
-        for job in done:
+        for request in done:
             self.tokens += 1
-            job.total_tokens += 1
-            job.phase_tokens += 1
-            if job.first_token < 0:
-                job.first_token = self.clock.now
-            if job.phase is Phase.ANSWERING:
-                job.pacer.deliver(self.clock.now, 1)
-            self.join(job)
-            if self._goes_on(job):
-                self.watch(job)
+            request.total_tokens += 1
+            request.phase_tokens += 1
+            if request.first_token < 0:
+                request.first_token = self.clock.now
+            if request.phase is Phase.ANSWERING:
+                request.pacer.deliver(self.clock.now, 1)
+            self.join(request)
+            if self._goes_on(request):
+                self.watch(request)
 
-    def join(self, job: Job) -> None:
+    def join(self, request: SimRequest) -> None:
         """The job decodes from the next step on."""
-        self.batch.join(job)
-        if job.phase is Phase.REASONING:
-            self.thinking[job] = None
+        self.batch.join(request)
+        if request.phase is Phase.REASONING:
+            self.thinking[request] = None
 
-    def leave(self, job: Job) -> None:
+    def leave(self, request: SimRequest) -> None:
         """The job, which has tokens to come, does not decode here any more."""
-        self.batch.leave(job)
-        self.thinking.pop(job, None)
+        self.batch.leave(request)
+        self.thinking.pop(request, None)
 
-    def forget(self, job: Job) -> None:
+    def forget(self, request: SimRequest) -> None:
         """The job has nothing to do with this instance any more."""
-        self.readers.ends(job)
-        self.fresh.pop(job, None)
+        self.readers.ends(request)
+        self.fresh.pop(request, None)
 
-    def answers_here(self, job: Job) -> None:
-        self.readers.begins(job)
-        if job.phase_tokens < self.tuning.quantum:
-            self.fresh[job] = None
+    def answers_here(self, request: SimRequest) -> None:
+        self.readers.begins(request)
+        if request.phase_tokens < self.tuning.quantum:
+            self.fresh[request] = None
 
-    def watch(self, job: Job) -> None:
+    def watch(self, request: SimRequest) -> None:
         """Note when something happens next to a member that is up to date."""
         batch = self.batch
-        first = job.phase is Phase.ANSWERING and not job.phase_tokens
-        steps = 1 if first else job.left
+        first = request.phase is Phase.ANSWERING and not request.phase_tokens
+        steps = 1 if first else request.left
         if not first or not self.foresight.paced:
             now, step_s = batch.origin, batch.step_s
-            seen = self.foresight.steps(job, self.tuning, step_s, now, self.passes.mean_s)
+            seen = self.foresight.steps(request, self.tuning, step_s, now, self.passes.mean_s)
             steps = min(steps, seen)
         due = batch.steps + steps
-        if due != job.due:
-            job.due = due
+        if due != request.due:
+            request.due = due
             self._marked += 1
-            heapq.heappush(self._marks, (due, self._marked, job))
+            heapq.heappush(self._marks, (due, self._marked, request))
 
-    def _goes_on(self, job: Job) -> bool:
+    def _goes_on(self, request: SimRequest) -> bool:
         """Take in that a member has reached the end of a phase, or not; whether it still runs."""
         now = self.clock.now
-        if job.phase is Phase.REASONING:
-            if job.left > 0:
-                if self.foresight.demotes and self.demoted(job):
-                    self.thinking.pop(job, None)
+        if request.phase is Phase.REASONING:
+            if request.left > 0:
+                if self.foresight.demotes and self.demoted(request):
+                    self.thinking.pop(request, None)
                 return True
-            job.phase, job.phase_tokens, job.credit = Phase.ANSWERING, 0, 0
-            job.reasoning_end = now
-            self.thinking.pop(job, None)
-            self.answers_here(job)
-            if self.listener.thought(self, job):
-                self.leave(job)
+            request.phase, request.phase_tokens, request.credit = Phase.ANSWERING, 0, 0
+            request.reasoning_end = now
+            self.thinking.pop(request, None)
+            self.answers_here(request)
+            if self.listener.thought(self, request):
+                self.leave(request)
                 return False
             return True
-        if job.first_answer < 0 and job.phase_tokens:
-            job.first_answer = now
-            self.readers.look_later(job)
-        if job.phase_tokens >= self.tuning.quantum:
-            self.fresh.pop(job, None)
-        if job.left > 0:
+        if request.first_answer < 0 and request.phase_tokens:
+            request.first_answer = now
+            self.readers.look_later(request)
+        if request.phase_tokens >= self.tuning.quantum:
+            self.fresh.pop(request, None)
+        if request.left > 0:
             return True
-        self.leave(job)
-        self.memory.give(job.held)
-        self.forget(job)
-        self.listener.ended(self, job)
+        self.leave(request)
+        self.memory.give(request.held)
+        self.forget(request)
+        self.listener.ended(self, request)
         return False
 
-    def demoted(self, job: Job) -> bool:
+    def demoted(self, request: SimRequest) -> bool:
         """Whether a thinker no longer counts among its instance's thinkers."""
         return False

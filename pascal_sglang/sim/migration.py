@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pascal_sglang.policy.request import Place
+from pascal_sglang.policy.request import RequestStatus
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.cost import Cost
-from pascal_sglang.sim.pascal_instance import Governed
-from pascal_sglang.sim.request import Job
+from pascal_sglang.sim.pascal_instance import PascalInstance
+from pascal_sglang.sim.request import SimRequest
 
 # Tokens a target keeps free beyond what it was asked for.
 SPARE = 64
@@ -39,9 +39,9 @@ class Move:
     """One move. asked: when it was decided (s). claimed: tokens it had then. reserved: tokens the
     target keeps for it. copied: tokens on their way or there."""
 
-    job: Job
-    source: Governed
-    target: Governed
+    request: SimRequest
+    source: PascalInstance
+    target: PascalInstance
     live: bool
     asked: float
     claimed: int
@@ -49,7 +49,7 @@ class Move:
     copied: int = 0
 
 
-class Moves:
+class Migrations:
     """Carries moves out: ask, reserve, copy, hand over, take over.
 
     ended: told of every move that is over, and whether it was done. transfers: seconds from asking
@@ -64,26 +64,31 @@ class Moves:
         self.refused = 0
         self.under_way = 0
 
-    def begin(self, job: Job, source: Governed, target: Governed, *, live: bool) -> None:
+    def begin(
+        self, request: SimRequest, source: PascalInstance, target: PascalInstance, *, live: bool
+    ) -> None:
         """The request moves; unless `live` it has left its batch already."""
-        move = job.move = Move(job, source, target, live, self.clock.now, job.held)
+        move = request.move = Move(request, source, target, live, self.clock.now, request.held)
         self.under_way += 1
         self.clock.at(self.clock.now + self.network.cost.move_s, self._asked, move)
 
     def _asked(self, move: Move) -> None:
-        target, job = move.target, move.job
+        target, request = move.target, move.request
         target.catch_up()
-        if job.move is not move:
+        if request.move is not move:
             return self._over(move, done=False)
         move.source.catch_up()
-        if job in move.source.batch:
-            move.source.batch.sync(job)
-        move.copied = job.held
+        if request in move.source.batch:
+            move.source.batch.sync(request)
+        move.copied = request.held
         wanted = move.copied + SPARE
         if move.live:
             copy_s = move.copied * self.network.cost.move_token_s
             wanted += int(2 * copy_s / self.network.cost.step_s)
-        if target.memory.free < wanted + len(target.batch) or job.place is Place.WAITING:
+        if (
+            target.memory.free < wanted + len(target.batch)
+            or request.status is RequestStatus.WAITING
+        ):
             self.refused += 1
             return self._over(move, done=False)
         target.memory.take(wanted)
@@ -97,7 +102,7 @@ class Moves:
         self.transfers.append(self.clock.now - move.asked)
         if not move.live:
             move.source.memory.give(move.copied)
-            move.source.forget(move.job)
+            move.source.forget(move.request)
             move.source.poke()
             self._land(move)
             return
@@ -105,18 +110,18 @@ class Moves:
 
     def handed_over(self, move: Move) -> None:
         """The source has let go of the request; what it decoded since follows."""
-        delta = move.job.held - move.copied
+        delta = move.request.held - move.copied
         now = self.clock.now
         end = self.network.send(move.source.index, move.target.index, delta, now)
         self.clock.at(end, self._land, move)
 
     def _land(self, move: Move) -> None:
-        job, target = move.job, move.target
+        request, target = move.request, move.target
         target.catch_up()
         target.memory.give(move.reserved)
         move.reserved = 0
-        job.moved += 1
-        target.takes_over(job)
+        request.moved += 1
+        target.takes_over(request)
         self._over(move, done=True)
 
     def cancel(self, move: Move) -> None:
@@ -124,15 +129,15 @@ class Moves:
         self._over(move, done=False)
 
     def _over(self, move: Move, *, done: bool) -> None:
-        job = move.job
+        request = move.request
         if move.reserved:
             move.target.catch_up()
             move.target.memory.give(move.reserved)
             move.reserved = 0
             move.target.poke()
-        if not done and not move.live and job.phase is not Phase.FINISHED:
-            move.source.takes_back(job)
-        if job.move is move:
-            job.move = None
+        if not done and not move.live and request.phase is not Phase.FINISHED:
+            move.source.takes_back(request)
+        if request.move is move:
+            request.move = None
         self.under_way -= 1
         self.ended(move, done)

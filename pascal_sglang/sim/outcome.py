@@ -10,16 +10,16 @@ import numpy as np
 
 from pascal_sglang.sim.instance import Instance
 from pascal_sglang.sim.loads.lengths import Floats
-from pascal_sglang.sim.pascal_instance import Governed
-from pascal_sglang.sim.request import Job
-from pascal_sglang.sim.stock_instance import Stock
+from pascal_sglang.sim.pascal_instance import PascalInstance
+from pascal_sglang.sim.request import SimRequest
+from pascal_sglang.sim.stock_instance import StockInstance
 
 
 @dataclass(slots=True)
 class Outcome:
     """Columns by request; seconds of simulated time unless said otherwise.
 
-    decisions: of migration, by reason. pauses: by rung. transfers_s: of the KV of moves.
+    decisions: of migration, by reason. pauses: by tier. transfers_s: of the KV of moves.
     wall_s, events: what the run itself took.
     """
 
@@ -33,7 +33,7 @@ class Outcome:
     moved: Floats
     instance: Floats
     decisions: Counter[str] = field(default_factory=Counter)
-    rungs: Counter[str] = field(default_factory=Counter)
+    tiers: Counter[str] = field(default_factory=Counter)
     transfers_s: list[float] = field(default_factory=list)
     refused_moves: int = 0
     tokens: int = 0
@@ -62,17 +62,17 @@ class Outcome:
             instance=column(),
         )
 
-    def note(self, job: Job, now: float, instance: int) -> None:
+    def note(self, request: SimRequest, now: float, instance: int) -> None:
         """A request has ended."""
-        i = job.index
-        self.arrival[i] = job.arrival
-        self.first_token[i] = job.first_token
-        self.reasoning_end[i] = job.reasoning_end
-        self.first_answer[i] = job.first_answer
+        i = request.index
+        self.arrival[i] = request.arrival
+        self.first_token[i] = request.first_token
+        self.reasoning_end[i] = request.reasoning_end
+        self.first_answer[i] = request.first_answer
         self.finished[i] = now
-        self.qoe[i] = job.pacer.qoe
-        self.pauses[i] = job.pauses
-        self.moved[i] = job.moved
+        self.qoe[i] = request.pacer.qoe
+        self.pauses[i] = request.pauses
+        self.moved[i] = request.moved
         self.instance[i] = instance
 
     def take_in(self, instances: Sequence[Instance]) -> None:
@@ -84,8 +84,8 @@ class Outcome:
             self.busy_s += each.busy_s
             share = each.memory.most_held / each.memory.capacity
             self.most_held = max(self.most_held, share)
-            if isinstance(each, Governed):
-                for rung, count in each.pauses.items():
-                    self.rungs[rung.value] += count
-            if isinstance(each, Stock):
-                self.rungs["retracted"] += each.retracted
+            if isinstance(each, PascalInstance):
+                for tier, count in each.pauses.items():
+                    self.tiers[tier.value] += count
+            if isinstance(each, StockInstance):
+                self.tiers["retracted"] += each.retracted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 
 from pascal_sglang.sim.batch import Batch
-from pascal_sglang.sim.request import Job
+from pascal_sglang.sim.request import SimRequest
 
 
 class Readers:
@@ -22,39 +22,41 @@ class Readers:
         self.batch = batch
         self.sticky = sticky
         self.slo = slo
-        self.answering: dict[Job, None] = {}
-        self._dry: list[tuple[float, int, Job]] = []
-        self._suspects: dict[Job, None] = {}
+        self.answering: dict[SimRequest, None] = {}
+        self._dry: list[tuple[float, int, SimRequest]] = []
+        self._suspects: dict[SimRequest, None] = {}
 
-    def begins(self, job: Job) -> None:
+    def begins(self, request: SimRequest) -> None:
         """The job answers here from now on."""
-        self.answering[job] = None
-        if job.pacer.delivered:
-            self.look_later(job)
+        self.answering[request] = None
+        if request.pacer.delivered:
+            self.look_later(request)
 
-    def look_later(self, job: Job) -> None:
-        heapq.heappush(self._dry, (job.pacer.last_shown + job.pacer.tpot, job.seq, job))
+    def look_later(self, request: SimRequest) -> None:
+        heapq.heappush(
+            self._dry, (request.pacer.last_shown + request.pacer.tpot, request.seq, request)
+        )
 
-    def ends(self, job: Job) -> None:
-        self.answering.pop(job, None)
-        self._suspects.pop(job, None)
+    def ends(self, request: SimRequest) -> None:
+        self.answering.pop(request, None)
+        self._suspects.pop(request, None)
 
     def on_pace(self, now: float) -> bool:
         """The status, with the batch advanced to `now`."""
         dry = self._dry
         while dry and dry[0][0] < now:
-            job = heapq.heappop(dry)[2]
-            if job in self.answering:
-                self._suspects[job] = None
+            request = heapq.heappop(dry)[2]
+            if request in self.answering:
+                self._suspects[request] = None
         good = True
-        for job in list(self._suspects):
-            if job in self.batch:
-                self.batch.sync(job)
-            waits = job.pacer.last_shown + job.pacer.tpot < now
-            bad = self.sticky and job.pacer.qoe < self.slo
+        for request in list(self._suspects):
+            if request in self.batch:
+                self.batch.sync(request)
+            waits = request.pacer.last_shown + request.pacer.tpot < now
+            bad = self.sticky and request.pacer.qoe < self.slo
             if bad or (waits and not self.sticky):
                 good = False
             if not bad and not waits:
-                del self._suspects[job]
-                self.look_later(job)
+                del self._suspects[request]
+                self.look_later(request)
         return good

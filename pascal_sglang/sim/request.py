@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pascal_sglang.policy.request import Member
+from pascal_sglang.policy.request import RequestState
 from pascal_sglang.policy.timeline import Phase
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Job(Member):
+class SimRequest(RequestState):
     """A request that runs is brought up to date when somebody looks at it (`Batch.sync`).
 
     index: its place in the workload. prompt, reasoning, answer: tokens, `reasoning` with the

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-Chunk = dict[str, Any]
+KVChunk = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -31,13 +31,13 @@ class Text:
 class Held:
     """One chunk without its text, and the lengths of its text and lists when it was made."""
 
-    chunk: Chunk
+    chunk: KVChunk
     text: Text | None
     text_length: int
     lengths: dict[str, int]
     meta_lengths: dict[str, int]
 
-    def as_it_was(self) -> Chunk:
+    def as_it_was(self) -> KVChunk:
         """The chunk as SGLang made it; the original dictionaries stay untouched."""
         chunk = _cut(self.chunk, self.lengths)
         if self.text is not None:
@@ -53,7 +53,7 @@ class Holder:
     def __init__(self) -> None:
         self._text = Text()
 
-    def hold(self, chunk: Chunk) -> Held:
+    def hold(self, chunk: KVChunk) -> Held:
         text = chunk.get("text")
         meta = chunk.get("meta_info")
         lengths, meta_lengths = _lengths(chunk), _lengths(meta) if isinstance(meta, dict) else {}

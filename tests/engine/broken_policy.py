@@ -10,10 +10,10 @@ SOUND_PASSES = 120
 sound = Planner.plan
 
 
-def breaking(planner, running, room, moment, joining=0):
-    if moment.pass_no > SOUND_PASSES:
+def breaking(planner, running, room, pass_info, joining=0):
+    if pass_info.pass_no > SOUND_PASSES:
         raise ZeroDivisionError("broken on purpose")
-    return sound(planner, running, room, moment, joining)
+    return sound(planner, running, room, pass_info, joining)
 
 
 Planner.plan = breaking

@@ -13,21 +13,20 @@ import sys
 import threading
 import time
 
-from pascal_sglang.cluster.control_channel import Box, Pen
-from pascal_sglang.cluster.messages import Message
+from pascal_sglang.cluster.control_channel import ControlReceiver, ControlSender
+from pascal_sglang.cluster.messages import Message, RequestFinished
 from pascal_sglang.cluster.migration_source import Terms
-from pascal_sglang.cluster.orders import Gone
-from pascal_sglang.cluster.output_order import InOrder
+from pascal_sglang.cluster.output_order import OutputOrder
 from pascal_sglang.entrypoints import detokenizer
 
 PIPE_DELAY_S = 0.15
 dice = random.Random(4)
-sound_write, sound_admit, sound_handle = Pen.write, InOrder.admit, detokenizer._handle
+sound_write, sound_admit, sound_handle = ControlSender.write, OutputOrder.admit, detokenizer._handle
 seen = {}
 
 
 def write(pen, to, message):
-    if isinstance(message, Gone) and dice.random() < 0.2:
+    if isinstance(message, RequestFinished) and dice.random() < 0.2:
         return True
     if not isinstance(message, Message):
         return sound_write(pen, to, message)
@@ -111,9 +110,9 @@ def slow_down_this_instance():
     PascalScheduler.init_output_streamer = init_output_streamer
 
 
-sound_open = Box.__init__
-Box.__init__, InOrder.admit, detokenizer._handle = open_box, admit, handle
-Pen.late, Pen.write = [], write
+sound_open = ControlReceiver.__init__
+ControlReceiver.__init__, OutputOrder.admit, detokenizer._handle = open_box, admit, handle
+ControlSender.late, ControlSender.write = [], write
 # Shorter than a request of the load lasts, so that waiting in vain is seen.
 Terms.__init__.__kwdefaults__["patience_s"] = 0.5
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import orjson
 
-from pascal_sglang.cluster.control_channel import Box
+from pascal_sglang.cluster.control_channel import ControlReceiver
 from pascal_sglang.cluster.migration_source import Source, SourceState, Terms
 from pascal_sglang.cluster.migration_target import Target
 
 FOLDER = Path(os.environ["HOLD_FOLDER"])
 LATER_S = 1000.0
 GROWTH = 2000
-sound_open, sound_letters = Box.__init__, Box.letters
+sound_open, sound_letters = ControlReceiver.__init__, ControlReceiver.letters
 sound_copy, sound_far, ticks = Source.copy, Source._far_enough, (Source.tick, Target.tick)
 sound_due = Source._is_due
 
@@ -83,7 +83,7 @@ def late(tick):
     return lambda side, now: tick(side, now + LATER_S if told("later") else now)
 
 
-Box.__init__, Box.letters = open_box, letters
+ControlReceiver.__init__, ControlReceiver.letters = open_box, letters
 Source.copy, Source._far_enough = copy, far_enough
 Source.tick, Target.tick, Source._is_due = *map(late, ticks), is_due
 # A test looks around while it holds something.

@@ -95,7 +95,7 @@ class Reader(threading.Thread):
         return self.ids, self.ends
 
 
-def mover(**more):
+def coordinator(**more):
     body = generate(PROMPT, THINK, LONG, rid=uuid.uuid4().hex, routed_dp_rank=0)
     body["sampling_params"].update(more)
     return body
@@ -121,7 +121,7 @@ class Scene:
 
     def start(self, **more):
         self.movers += 1
-        return Reader(self.server, mover(**more))
+        return Reader(self.server, coordinator(**more))
 
     def states(self, rid):
         """Source's and target's state of a move under way; None without one."""

@@ -22,7 +22,7 @@ ARMS = {
 }
 
 
-def chaos(server, reference, *rungs):
+def chaos(server, reference, *tiers):
     """The load under chaos: nothing of that shows in what comes back, nor afterwards."""
     whole, _ = run(server)
     assert [i for i, (a, b) in enumerate(zip(whole, reference, strict=True)) if a != b] == []
@@ -31,9 +31,9 @@ def chaos(server, reference, *rungs):
     assert instance["queue_errors"] == 0, "the policy's queue was not SGLang's"
     assert sum(instance["ended"].values()) >= REQUESTS
     metrics = server.get("/metrics")
-    for rung in rungs:
-        assert instance["pauses"][rung] > 50
-        assert f'rung="{rung}"' in metrics
+    for tier in tiers:
+        assert instance["pauses"][tier] > 50
+        assert f'tier="{tier}"' in metrics
     kv = instance["kv_tokens"]
     assert (kv["free"] + kv["evictable"], kv["host"]) == (kv["capacity"], 0)
     assert instance["requests"] == []

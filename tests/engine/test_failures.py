@@ -119,11 +119,11 @@ def takes_only_its_own_along(server, number, death):
         generate(f"{death.__name__} {i}", think=20 + i, total=500, rid=uuid.uuid4().hex)
         for i in range(24)
     ]
-    before = total(at_rest(server), "arrivals", "taken")
+    before = total(at_rest(server), "incoming", "taken")
     with ThreadPoolExecutor(len(bodies)) as pool:
         replies = [pool.submit(ask, server, body) for body in bodies]
         deadline = time.monotonic() + 30
-        while total(alive(server), "arrivals", "taken") == before:
+        while total(alive(server), "incoming", "taken") == before:
             assert time.monotonic() < deadline
         failed = death(server)
         replies = [reply.result() for reply in replies]

@@ -107,13 +107,13 @@ def flood(server, count, reference):
     """The load with everybody moving: nothing of that shows in what comes back, nor afterwards."""
     whole, _ = run(server, count)
     instances = at_rest(server)
-    moved = total(instances, "departures", "moved")
+    moved = total(instances, "outgoing", "moved")
     shown = controller(server, moved)
     metrics = server.get("/metrics")
     assert differences(whole, reference) == []
     nothing_left(instances)
     assert moved > count / 3
-    assert moved == total(instances, "arrivals", "taken")
+    assert moved == total(instances, "incoming", "taken")
     assert all(i["migrations"]["rejected"] == {} for i in instances)
     breaks = [b for i in instances for ended in i["recent"] for b in ended["breaks"]]
     assert sum(kind == "moved" for kind, _, _ in breaks) > count / 6
@@ -152,10 +152,8 @@ def test_lost_late_and_repeated_messages_and_a_slow_pipe(serve, reference):
     assert shown["controller"]["forgotten"] > 0, "every end was heard of: this shows nothing"
     assert differences(whole, reference) == []
     nothing_left(instances)
-    assert total(instances, "departures", "moved") > 20
-    waited = total(instances, "departures", "kept:timeout") + total(
-        instances, "arrivals", "timeout"
-    )
+    assert total(instances, "outgoing", "moved") > 20
+    waited = total(instances, "outgoing", "kept:timeout") + total(instances, "incoming", "timeout")
     assert waited > 0, "nobody waited in vain: nothing was lost"
     assert "HELD BACK" in output, "the pipes were never out of order: this shows nothing"
     assert "OUT OF ORDER" not in output
@@ -202,7 +200,7 @@ def test_who_hangs_up_at_any_point_of_a_move_leaves_nothing(flooded):
     instances = at_rest(flooded)
     nothing_left(instances)
     assert sum(i["ended"].get("aborted", 0) for i in instances) == before + len(jobs)
-    assert total(instances, "departures", "moved") > 0
+    assert total(instances, "outgoing", "moved") > 0
 
 
 def test_what_cannot_travel_stays_and_says_why(flooded):
@@ -214,11 +212,11 @@ def test_what_cannot_travel_stays_and_says_why(flooded):
 
 
 def test_an_id_of_any_allowed_length_travels(flooded):
-    before = total(at_rest(flooded), "departures", "moved")
+    before = total(at_rest(flooded), "outgoing", "moved")
     rids = [uuid.uuid4().hex.ljust(MAX_ID, "\x01é"[i % 2]) for i in range(4)]
     for rid in rids:
         flooded.post("/generate", generate("a long name", think=4, total=120, rid=rid))
-    assert total(at_rest(flooded), "departures", "moved") > before
+    assert total(at_rest(flooded), "outgoing", "moved") > before
     shown = wait_for(flooded, lambda shown: not shown["controller"]["residents"])
     assert shown["controller"]["rejected"] == {}
 

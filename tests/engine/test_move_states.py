@@ -23,8 +23,8 @@ from tests.engine.stage import (
     Hold,
     Reader,
     Scene,
+    coordinator,
     held_in,
-    mover,
     neighbour,
 )
 from tests.requests import generate
@@ -45,7 +45,7 @@ def alone(stock_server):
     def ask(body):
         return stock_server.post("/generate", {**body, "routed_dp_rank": None})
 
-    whole = ask(mover())
+    whole = ask(coordinator())
     return {
         "mover": whole["output_ids"],
         "text": whole["text"],
@@ -69,7 +69,7 @@ def endings(alone):
     }
     found = {}
     for name, params in asked.items():
-        reply = alone["ask"](mover(**params))
+        reply = alone["ask"](coordinator(**params))
         reason = "length" if name == "length" else "stop"
         assert reply["meta_info"]["finish_reason"]["type"] == reason, asked
         assert THINK + 40 < len(reply["output_ids"]) < LONG
@@ -106,7 +106,7 @@ def test_what_was_held_goes_on(state, scene):
     scene.hold.clear()
     assert reader.end() == (scene.alone["mover"], ["length"])
     scene.over()
-    assert scene.gained("departures", "moved") == scene.gained("arrivals", "taken") == 1
+    assert scene.gained("outgoing", "moved") == scene.gained("incoming", "taken") == 1
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -125,8 +125,8 @@ def test_who_gives_up(how, state, scene):
     assert ids == scene.alone["mover"][: len(ids)]
     scene.over()
     moved = state == "owned"
-    assert scene.gained("departures", "moved" if moved else "kept:aborted") == 1
-    assert scene.gained("arrivals", "taken") == moved
+    assert scene.gained("outgoing", "moved" if moved else "kept:aborted") == 1
+    assert scene.gained("incoming", "taken") == moved
 
 
 @pytest.mark.parametrize("state", DECODING)
@@ -137,8 +137,8 @@ def test_who_ends(ending, state, scene, endings):
     assert reader.end() == expected
     scene.over()
     moved = state == "owned"
-    assert scene.gained("departures", "moved" if moved else "kept:ended") == 1
-    assert scene.gained("arrivals", "taken") == moved
+    assert scene.gained("outgoing", "moved" if moved else "kept:ended") == 1
+    assert scene.gained("incoming", "taken") == moved
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -151,8 +151,8 @@ def test_who_ends_around_the_stop(ending, scene, endings):
         scene.hold.say("stop-at", str(stop_at))
         assert scene.start(**params).end() == expected
     scene.over()
-    ended = scene.gained("departures", "kept:ended")
-    assert ended + scene.gained("departures", "moved") == scene.movers
+    ended = scene.gained("outgoing", "kept:ended")
+    assert ended + scene.gained("outgoing", "moved") == scene.movers
     assert 0 < ended < scene.movers
 
 
@@ -165,13 +165,13 @@ def test_a_busy_target_refuses(scene):
         assert time.monotonic() < deadline
     scene.hold.say("hold-Chunk")
     (scene.hold.folder / "hold-Ask").unlink()
-    scene.wait_for("arrivals", "busy")
+    scene.wait_for("incoming", "busy")
     scene.hold.clear()
     for reader in readers:
         assert reader.end() == (scene.alone["mover"][:200], ["length"])
     scene.over()
-    assert scene.gained("departures", "kept:busy") == 1
-    assert scene.gained("departures", "moved") == WINDOWS
+    assert scene.gained("outgoing", "kept:busy") == 1
+    assert scene.gained("outgoing", "moved") == WINDOWS
 
 
 def start_and_lose(scene, kind):
@@ -186,11 +186,11 @@ def start_and_lose(scene, kind):
 def test_a_lost_message_is_not_waited_for(lost, scene):
     reader = start_and_lose(scene, lost)
     scene.hold.say("later")
-    scene.wait_for("departures", "kept:timeout")
+    scene.wait_for("outgoing", "kept:timeout")
     scene.hold.clear()
     assert reader.end() == (scene.alone["mover"], ["length"])
     scene.over()
-    assert scene.gained("arrivals", "taken") == 0
+    assert scene.gained("incoming", "taken") == 0
 
 
 @pytest.mark.parametrize("lost", ["Handover", "Mine"])
@@ -198,7 +198,7 @@ def test_a_lost_decision_is_said_again(lost, scene):
     reader = start_and_lose(scene, lost)
     assert reader.end() == (scene.alone["mover"], ["length"])
     scene.over()
-    assert scene.gained("departures", "moved") == 1
+    assert scene.gained("outgoing", "moved") == 1
 
 
 def test_a_lost_cancellation_is_not_waited_for(scene, endings):
@@ -209,9 +209,9 @@ def test_a_lost_cancellation_is_not_waited_for(scene, endings):
     scene.hold.wait_for("lose-Cancelled", there=False)
     assert scene.states(reader.rid) == (None, "receiving")
     scene.hold.say("later")
-    scene.wait_for("arrivals", "timeout")
+    scene.wait_for("incoming", "timeout")
     scene.over()
-    assert scene.gained("departures", "kept:ended") == 1
+    assert scene.gained("outgoing", "kept:ended") == 1
 
 
 @pytest.mark.parametrize("state", ["asking", "asking, granted", "copying, not read", "stopping"])
@@ -219,11 +219,11 @@ def test_a_slow_target_is_not_waited_for(state, scene):
     """The request goes on where it is, and what comes too late changes nothing."""
     reader, _ = held_in(scene, state)
     scene.hold.say("later")
-    scene.wait_for("departures", "kept:timeout")
+    scene.wait_for("outgoing", "kept:timeout")
     scene.hold.clear()
     assert reader.end() == (scene.alone["mover"], ["length"])
     scene.over()
-    assert scene.gained("arrivals", "taken") == 0
+    assert scene.gained("incoming", "taken") == 0
 
 
 @pytest.mark.parametrize("state", ["handed", "owned"])
@@ -233,7 +233,7 @@ def test_a_target_that_is_stopped_after_the_handover(state, scene):
     scene.hold.say(f"hold-{what}")
     scene.movers += 1
     with ThreadPoolExecutor(1) as pool:
-        reply = pool.submit(scene.server.post, "/generate", mover())
+        reply = pool.submit(scene.server.post, "/generate", coordinator())
         scene.hold.wait_for(f"held-{what}")
         scene.hold.say("impatient")
         with pytest.raises(urllib.error.HTTPError) as caught:
@@ -241,10 +241,10 @@ def test_a_target_that_is_stopped_after_the_handover(state, scene):
     assert caught.value.code == 503
     assert "does not answer" in caught.value.read().decode()
     scene.hold.clear()
-    scene.wait_for("departures", "kept:no answer")
-    scene.wait_for("arrivals", "revoked")
+    scene.wait_for("outgoing", "kept:no answer")
+    scene.wait_for("incoming", "revoked")
     scene.over()
-    assert scene.gained("departures", "moved") == 0
+    assert scene.gained("outgoing", "moved") == 0
 
 
 def test_a_full_target_refuses(scene):
@@ -257,10 +257,10 @@ def test_a_full_target_refuses(scene):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     reader = scene.start()
-    scene.wait_for("arrivals", "full")
+    scene.wait_for("incoming", "full")
     assert not filling.ends
     filling.hang_up()
     assert reader.end() == (scene.alone["mover"], ["length"])
     scene.over()
-    assert scene.gained("departures", "kept:full") == 1
-    assert scene.gained("arrivals", "taken") == 0
+    assert scene.gained("outgoing", "kept:full") == 1
+    assert scene.gained("incoming", "taken") == 0

@@ -47,16 +47,16 @@ def test_without_slots_kv_stays_on_the_device(serve, reference):
     assert all(kind == "paused" and 0 < start < end for kind, start, end in breaks)
     kinds = {
         kind: [w for w in written if w["decision"] == kind]
-        for kind in ("pause", "rung", "start", "blocked")
+        for kind in ("pause", "tier", "start", "blocked")
     }
     paused = sum(n for name, n in instance["decisions"].items() if name.startswith("pause:"))
     assert len(kinds["pause"]) == paused
-    assert {w["rung"] for w in kinds["rung"]} == {"resident"}
+    assert {w["tier"] for w in kinds["tier"]} == {"resident"}
     assert {w["why"] for w in kinds["pause"]} == {"displaced"}
     # Some are aborted where they wait.
     lost = sum(i < COUNT for i in ABORTED)
-    assert len(kinds["start"]) >= COUNT + len(kinds["rung"]) - lost
-    assert {w["lacks"] for w in kinds["blocked"]} <= {"slots", "rank"}
+    assert len(kinds["start"]) >= COUNT + len(kinds["tier"]) - lost
+    assert {w["shortage"] for w in kinds["blocked"]} <= {"slots", "rank"}
     for series in (
         'pascal:wait_seconds_count{class="all"',
         "pascal:blocked_passes_total{",

@@ -95,7 +95,7 @@ class TestTwoInstances:
     def test_they_serve_and_move(self, two, reference):
         whole, _ = run(two, COUNT)
         instances = at_rest(two)
-        moved = total(instances, "departures", "moved")
+        moved = total(instances, "outgoing", "moved")
         controller(two, moved)
         metrics = two.get("/metrics")
         assert differences(whole, reference) == []

@@ -1,6 +1,6 @@
 """Two sides of a move with a network in between that a test may disturb."""
 
-from pascal_sglang.cluster.messages import Ask, Chunk, Granted, Handover
+from pascal_sglang.cluster.messages import Handover, KVChunk, ReserveGranted, ReserveRequest
 from pascal_sglang.cluster.migration_source import Source, Terms
 from pascal_sglang.cluster.migration_target import Target, TargetState
 
@@ -108,11 +108,11 @@ class World:
     def hear_target(self, message):
         if not self.asked:
             # Only an Ask reserves; before it the move is unknown here.
-            if isinstance(message, Ask):
+            if isinstance(message, ReserveRequest):
                 self.asked = True
                 self.target.heard = self.now
-                self.to_source.append(Granted("m1", ["here"], 0, WINDOW))
-        elif not isinstance(message, Ask):
+                self.to_source.append(ReserveGranted("m1", ["here"], 0, WINDOW))
+        elif not isinstance(message, ReserveRequest):
             self.to_source += self.target.hear(message, self.now)
 
     def step(self):
@@ -127,7 +127,7 @@ class World:
         if self.running:
             self.kv = min(self.limit - 1, self.kv + 1)
         for message in self.source.copy(self.now, self.kv, still=not self.running):
-            if isinstance(message, Chunk):
+            if isinstance(message, KVChunk):
                 self.window = (message.begin, message.end)
             if isinstance(message, Handover):
                 self.window = (message.begin, message.kv_tokens)

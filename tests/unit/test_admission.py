@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 
 from pascal_sglang.engine.admission import Admission
-from pascal_sglang.engine.request_states import member_of
+from pascal_sglang.engine.request_states import state_of
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.plan import Planner
-from pascal_sglang.policy.ranking import ORDERS, Moment, Tuning
-from pascal_sglang.policy.request import Member, Place
+from pascal_sglang.policy.ranking import POLICIES, PassInfo, Tuning
+from pascal_sglang.policy.request import RequestState, RequestStatus
 
-MOMENT = Moment(1, 1.0, 0.01)
+MOMENT = PassInfo(1, 1.0, 0.01)
 
 
 class Request(SimpleNamespace):
@@ -23,9 +23,9 @@ class World:
 
     def __init__(self):
         self.scheduler = SimpleNamespace(waiting_queue=[])
-        self.ladder = SimpleNamespace(resident={}, host={}, moving=set())
-        self.planner = Planner(ORDERS["pascal"], Tuning())
-        self.admission = Admission(self.scheduler, self.ladder, self.planner)
+        self.paused_requests = SimpleNamespace(resident={}, host={}, moving=set())
+        self.planner = Planner(POLICIES["pascal"], Tuning())
+        self.admission = Admission(self.scheduler, self.paused_requests, self.planner)
         self.started = []
         self.requests = [self.request(seq) for seq in range(4)]
         for request in self.requests:
@@ -33,19 +33,19 @@ class World:
         self.admission.plan = self.requests[1::-1]
 
     def request(self, seq):
-        return Request(rid=str(seq), pascal_member=Member(seq, Pacer(0.1), kv_tokens=10))
+        return Request(rid=str(seq), pascal_state=RequestState(seq, Pacer(0.1), kv_tokens=10))
 
     def enqueue(self, request):
         """As `Scheduler._add_request_to_queue` does."""
         with self.admission.everybody():
             self.scheduler.waiting_queue.append(request)
-            self.planner.stopped(member_of(request), Place.WAITING, MOMENT)
+            self.planner.queue.stopped(state_of(request), RequestStatus.WAITING, MOMENT)
 
     def remove(self, request):
         """As an abort, or `--max-queued-requests` with priorities."""
         with self.admission.everybody():
             self.scheduler.waiting_queue.remove(request)
-            self.planner.left(member_of(request))
+            self.planner.queue.remove(state_of(request))
 
     def take(self, request):
         """As the end of SGLang's prefill step."""
@@ -54,7 +54,7 @@ class World:
 
     def start(self, request):
         self.started.append(request)
-        self.planner.started(member_of(request), MOMENT)
+        self.planner.queue.started(state_of(request), MOMENT)
 
     @property
     def is_true(self):
@@ -128,15 +128,15 @@ def test_a_ghost_and_a_stranger_are_seen_and_mended(world):
 
 def test_paused_requests_are_in_the_policys_queue_alone(world):
     paused, leaving = world.request(4), world.request(5)
-    world.ladder.host = {paused: None, leaving: None}
-    world.ladder.moving = {leaving}
+    world.paused_requests.host = {paused: None, leaving: None}
+    world.paused_requests.moving = {leaving}
     assert not world.admission.is_true(thorough=False)
-    world.planner.stopped(member_of(paused), Place.HOST, MOMENT)
+    world.planner.queue.stopped(state_of(paused), RequestStatus.HOST, MOMENT)
     assert world.is_true
-    world.ladder.host, world.ladder.resident = {leaving: None}, {paused: None}
+    world.paused_requests.host, world.paused_requests.resident = {leaving: None}, {paused: None}
     assert world.admission.is_true(thorough=False)
     assert not world.admission.is_true(thorough=True), "its KV is elsewhere"
     world.admission.check(thorough=True)
     assert world.is_true
-    assert member_of(paused).place is Place.RESIDENT
-    assert sum(world.planner.line.counts.values()) == 5
+    assert state_of(paused).status is RequestStatus.RESIDENT
+    assert sum(world.planner.queue.counts.values()) == 5

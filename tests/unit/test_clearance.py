@@ -3,37 +3,37 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pascal_sglang.engine.migration.prefill_gate import LANDING_PASSES, Clearance
+from pascal_sglang.engine.migration.prefill_gate import LANDING_PASSES, PrefillGate
 
 
 def test_a_prefill_waits_until_the_request_is_here():
-    clearance = Clearance()
-    clearance.ask(5, LANDING_PASSES)
-    assert clearance.defers(5, prefill_waits=True, moving=True)
-    assert not clearance.defers(6, prefill_waits=True, moving=False)
+    prefill_gate = PrefillGate()
+    prefill_gate.ask(5, LANDING_PASSES)
+    assert prefill_gate.defers(5, prefill_waits=True, moving=True)
+    assert not prefill_gate.defers(6, prefill_waits=True, moving=False)
 
 
 def test_what_is_asked_for_one_pass_holds_for_one():
-    clearance = Clearance()
-    clearance.ask(5, 1)
-    assert clearance.defers(5, prefill_waits=True, moving=True)
-    assert not clearance.defers(6, prefill_waits=True, moving=True)
+    prefill_gate = PrefillGate()
+    prefill_gate.ask(5, 1)
+    assert prefill_gate.defers(5, prefill_waits=True, moving=True)
+    assert not prefill_gate.defers(6, prefill_waits=True, moving=True)
 
 
 def test_passes_in_which_no_prefill_waits_do_not_count():
-    clearance = Clearance()
+    prefill_gate = PrefillGate()
     for pass_no in range(3 * LANDING_PASSES):
-        clearance.ask(pass_no, LANDING_PASSES)
-        assert not clearance.defers(pass_no, prefill_waits=False, moving=True)
-    assert clearance.defers(pass_no + 1, prefill_waits=True, moving=True)
+        prefill_gate.ask(pass_no, LANDING_PASSES)
+        assert not prefill_gate.defers(pass_no, prefill_waits=False, moving=True)
+    assert prefill_gate.defers(pass_no + 1, prefill_waits=True, moving=True)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 2 * LANDING_PASSES)), min_size=60))
 def test_prefills_have_at_least_as_many_passes_after_a_long_wait(asked):
-    clearance, deferred = Clearance(), []
+    prefill_gate, deferred = PrefillGate(), []
     for pass_no, (moving, passes) in enumerate(asked):
-        clearance.ask(pass_no, passes)
-        deferred.append(clearance.defers(pass_no, prefill_waits=True, moving=moving))
+        prefill_gate.ask(pass_no, passes)
+        deferred.append(prefill_gate.defers(pass_no, prefill_waits=True, moving=moving))
     runs = "".join("x" if held else "." for held in deferred)
     assert "x" * (LANDING_PASSES + 1) not in runs
     after = runs.split("x" * LANDING_PASSES)[1:]

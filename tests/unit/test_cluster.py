@@ -3,11 +3,15 @@
 import subprocess
 import sys
 
-from pascal_sglang.cluster.load_tracker import OPEN_DISPATCHES, SILENT_S, Monitor
-from pascal_sglang.cluster.migration_coordinator import FORGET_S, Mover
-from pascal_sglang.cluster.orders import Boundary, Order, Over
-from pascal_sglang.cluster.prefix_index import COMMON, Prefixes, block_names
-from pascal_sglang.cluster.status import Status
+from pascal_sglang.cluster.load_tracker import OPEN_DISPATCHES, SILENT_S, LoadTracker
+from pascal_sglang.cluster.messages import (
+    LoadReport,
+    MigrateCommand,
+    MigrationEnded,
+    ReasoningEnded,
+)
+from pascal_sglang.cluster.migration_coordinator import FORGET_S, MigrationCoordinator
+from pascal_sglang.cluster.prefix_index import COMMON, PrefixIndex, block_names
 from pascal_sglang.policy.placement import Placement
 
 
@@ -27,7 +31,7 @@ def status(**more):
         "pass_us": 5000,
         "prefill_ns": 800,
     }
-    return Status(**{**figures, **more})
+    return LoadReport(**{**figures, **more})
 
 
 def names(ids, block_tokens, salt=None):
@@ -35,7 +39,7 @@ def names(ids, block_tokens, salt=None):
 
 
 def test_a_prefix_is_found_by_whole_blocks_where_it_was_sent():
-    prefixes = Prefixes(block_tokens=4)
+    prefixes = PrefixIndex(block_tokens=4)
     prefixes.sent(0, names([1, 2, 3, 4, 5, 6, 7, 8, 9], 4))
     prefixes.sent(1, names([1, 2, 3, 4, 9, 9, 9, 9], 4))
     assert prefixes.hits(names([1, 2, 3, 4, 5, 6, 7, 8, 1], 4)) == {0: 8, 1: 4}
@@ -47,7 +51,7 @@ def test_a_prefix_is_found_by_whole_blocks_where_it_was_sent():
 
 
 def test_the_memory_of_prefixes_is_bounded():
-    prefixes = Prefixes(block_tokens=2, capacity=3)
+    prefixes = PrefixIndex(block_tokens=2, capacity=3)
     for start in range(10):
         prefixes.sent(0, names([start, start], 2))
     assert len(prefixes) == 3
@@ -56,7 +60,7 @@ def test_the_memory_of_prefixes_is_bounded():
 
 
 def test_a_conversations_next_turn_is_found_where_its_last_one_ended():
-    prefixes = Prefixes(block_tokens=2)
+    prefixes = PrefixIndex(block_tokens=2)
     prefixes.sent(0, names([1, 1, 2, 2], 2))
     prefixes.ended(1, names([1, 1, 2, 2, 3, 3], 2))
     assert prefixes.hits(names([1, 1, 2, 2, 3, 3, 4, 4], 2)) == {1: 6}
@@ -65,7 +69,7 @@ def test_a_conversations_next_turn_is_found_where_its_last_one_ended():
 
 
 def test_what_many_conversations_share_stays_known_everywhere():
-    prefixes = Prefixes(block_tokens=2)
+    prefixes = PrefixIndex(block_tokens=2)
     for turn in range(COMMON):
         prefixes.sent(0, names([1, 1, turn, turn], 2))
     prefixes.ended(1, names([1, 1, 0, 0], 2))
@@ -81,7 +85,7 @@ def test_blocks_have_the_same_name_in_every_process():
 
 
 def test_a_dispatch_counts_until_its_instance_has_taken_it_in():
-    monitor = Monitor(2)
+    monitor = LoadTracker(2)
     monitor.sent(0, 20)
     monitor.sent(0, 30)
     monitor.hear(status(received=0), 1.0)
@@ -94,7 +98,7 @@ def test_a_dispatch_counts_until_its_instance_has_taken_it_in():
 
 
 def test_an_instance_that_never_reports_does_not_fill_the_memory():
-    monitor = Monitor(1)
+    monitor = LoadTracker(1)
     for _ in range(OPEN_DISPATCHES + 10):
         monitor.sent(0, 1)
     monitor.hear(status(thinking=0, waiting=0), 1.0)
@@ -102,15 +106,15 @@ def test_an_instance_that_never_reports_does_not_fill_the_memory():
 
 
 def test_an_instance_that_stops_reporting_is_noticed():
-    monitor = Monitor(2)
+    monitor = LoadTracker(2)
     monitor.hear(status(), 1.0)
     assert not monitor.is_silent(0, 1.0 + SILENT_S)
     assert monitor.is_silent(0, 1.1 + SILENT_S)
     assert not monitor.is_silent(1, 99.0), "it has not started to report"
 
 
-def mover(reachable=True, **more):
-    monitor, orders = Monitor(2), []
+def coordinator(reachable=True, **more):
+    monitor, orders = LoadTracker(2), []
 
     def order(to, what):
         orders.append((to, what))
@@ -119,40 +123,40 @@ def mover(reachable=True, **more):
     monitor.hear(status(dp_rank=0, free=0), 1.0)
     monitor.hear(status(dp_rank=1, free=900), 1.0)
     placement = Placement(quantum=100, lazy=True)
-    return Mover(monitor, placement, order, **more), monitor, orders
+    return MigrationCoordinator(monitor, placement, order, **more), monitor, orders
 
 
-BOUNDARY = Boundary(0, "r", 50, 200, 200, 4)
+BOUNDARY = ReasoningEnded(0, "r", 50, 200, 200, 4)
 
 
 def test_a_decision_looks_at_few_instances_and_at_the_one_it_is_about():
-    monitor, placement = Monitor(40), Placement(quantum=100, lazy=True, sight=4)
+    monitor, placement = LoadTracker(40), Placement(quantum=100, lazy=True, sight=4)
     for index in range(40):
         monitor.hear(status(dp_rank=index, free=0 if index == 30 else 900 + index), 1.0)
-    moving = Mover(monitor, placement, lambda to, what: True)
-    at = Boundary(30, "r", 50, 200, 200, 4)
+    moving = MigrationCoordinator(monitor, placement, lambda to, what: True)
+    at = ReasoningEnded(30, "r", 50, 200, 200, 4)
     assert moving.boundary(at, monitor.instances, 1.0).target == 3
 
 
 def test_a_move_is_ordered_and_counted_until_it_is_over():
-    moving, monitor, orders = mover()
+    moving, monitor, orders = coordinator()
     decision = moving.boundary(BOUNDARY, monitor.instances, 1.0)
     assert (decision.target, decision.why) == (1, "room_there")
     ((to, order),) = orders
-    assert (to, order) == (0, Order(order.move, "r", 1))
+    assert (to, order) == (0, MigrateCommand(order.move, "r", 1))
     assert (monitor.instances[0].moves, monitor.instances[1].arriving) == (1, 50)
-    assert moving.over(Over(1, order.move, True, "")).target == 1
+    assert moving.over(MigrationEnded(1, order.move, True, "")).target == 1
     assert (monitor.instances[0].moves, monitor.instances[1].arriving) == (0, 0)
-    assert moving.over(Over(0, order.move, True, "")) is None, "both sides report it"
+    assert moving.over(MigrationEnded(0, order.move, True, "")) is None, "both sides report it"
     assert moving.ended == {"moved": 1}
 
 
 def test_a_move_that_cannot_be_ordered_or_is_never_reported_stops_counting():
-    moving, monitor, _ = mover(reachable=False)
+    moving, monitor, _ = coordinator(reachable=False)
     moving.boundary(BOUNDARY, monitor.instances, 1.0)
     assert monitor.instances[1].arriving == 0
     assert moving.ended == {"kept:unreachable": 1}
-    moving, monitor, _ = mover()
+    moving, monitor, _ = coordinator()
     moving.boundary(BOUNDARY, monitor.instances, 1.0)
     moving.forget_old(FORGET_S)
     assert len(moving.under_way) == 1
@@ -162,13 +166,13 @@ def test_a_move_that_cannot_be_ordered_or_is_never_reported_stops_counting():
 
 
 def test_a_boundary_of_an_instance_that_is_no_more_leads_nowhere():
-    moving, monitor, orders = mover()
+    moving, monitor, orders = coordinator()
     assert moving.boundary(BOUNDARY, monitor.instances[1:], 1.0) is None
     assert orders == []
 
 
 def test_the_flood_moves_everybody():
-    moving, monitor, orders = mover(flood=True)
+    moving, monitor, orders = coordinator(flood=True)
     monitor.hear(status(dp_rank=0, free=900), 1.0)
     assert moving.boundary(BOUNDARY, monitor.instances, 1.0).why == "flood"
     assert moving.boundary(BOUNDARY, monitor.instances[:1], 1.0).why == "alone"

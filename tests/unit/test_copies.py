@@ -7,7 +7,7 @@ import torch
 from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
-from pascal_sglang.engine.kv.host_copies import Copies
+from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
 
 ENTRIES = 96
@@ -50,7 +50,7 @@ def copies_of(pool, room=ENTRIES):
     scheduler = SimpleNamespace(
         token_to_kv_pool_allocator=allocator, device="cpu", max_total_num_tokens=ENTRIES - 1
     )
-    copies = Copies(scheduler)
+    copies = HostCopies(scheduler)
     copies.reserve(room)
     return copies, scheduler
 

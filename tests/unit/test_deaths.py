@@ -7,61 +7,63 @@ import time
 
 import pytest
 
-from pascal_sglang.cluster.instance_failures import CLAIM_S, Undertaker
-from pascal_sglang.cluster.load_tracker import Monitor
-from pascal_sglang.cluster.migration_coordinator import Mover, UnderWay
-from pascal_sglang.cluster.request_locations import Residents
-from pascal_sglang.cluster.scheduler_processes import QUIT_S, Processes
+from pascal_sglang.cluster.instance_failures import CLAIM_S, InstanceFailures
+from pascal_sglang.cluster.load_tracker import LoadTracker
+from pascal_sglang.cluster.migration_coordinator import MigrationCoordinator, UnderWay
+from pascal_sglang.cluster.request_locations import RequestLocations
+from pascal_sglang.cluster.scheduler_processes import QUIT_S, SchedulerProcesses
 from pascal_sglang.policy.placement import Placement
 
 
 def scene():
-    residents, failed = Residents(), []
-    mover = Mover(Monitor(2), Placement(quantum=1, lazy=True), lambda to, order: True)
-    return residents, mover, failed, Undertaker(residents, mover, failed.append)
+    residents, failed = RequestLocations(), []
+    coordinator = MigrationCoordinator(
+        LoadTracker(2), Placement(quantum=1, lazy=True), lambda to, order: True
+    )
+    return residents, coordinator, failed, InstanceFailures(residents, coordinator, failed.append)
 
 
 def test_its_own_requests_end_and_no_others():
-    residents, _, failed, undertaker = scene()
+    residents, _, failed, instance_failures = scene()
     for rid, home in (("a", 0), ("b", 1), ("c", 1), ("d", 1)):
         residents.lives(rid, home)
     residents.gone("d")
-    undertaker.died(1, 0.0)
+    instance_failures.died(1, 0.0)
     assert failed == ["b", "c"]
     assert residents.home("a") == 0
     assert residents.of(1) == []
 
 
 def test_who_was_moving_away_is_asked_after_where_it_went():
-    residents, mover, failed, undertaker = scene()
+    residents, coordinator, failed, instance_failures = scene()
     for rid in ("arrived", "dropped", "nobody knows"):
         residents.lives(rid, 1)
-        mover.under_way[rid] = UnderWay(rid, 1, 0, 10, 0.0)
-    undertaker.died(1, 0.0)
+        coordinator.under_way[rid] = UnderWay(rid, 1, 0, 10, 0.0)
+    instance_failures.died(1, 0.0)
     assert failed == []
     residents.lives("arrived", 0)
-    undertaker.settled("arrived")
-    undertaker.settled("dropped")
+    instance_failures.settled("arrived")
+    instance_failures.settled("dropped")
     assert failed == ["dropped"]
-    undertaker.tick(CLAIM_S)
-    undertaker.tick(CLAIM_S + 1)
+    instance_failures.tick(CLAIM_S)
+    instance_failures.tick(CLAIM_S + 1)
     assert failed == ["dropped", "nobody knows"]
     assert residents.home("arrived") == 0
 
 
 def test_who_arrives_at_the_dead_ends_too():
-    residents, mover, failed, undertaker = scene()
+    residents, coordinator, failed, instance_failures = scene()
     residents.lives("r", 0)
-    mover.under_way["r"] = UnderWay("r", 0, 1, 10, 0.0)
-    undertaker.died(1, 0.0)
+    coordinator.under_way["r"] = UnderWay("r", 0, 1, 10, 0.0)
+    instance_failures.died(1, 0.0)
     assert failed == []
     residents.lives("r", 1)
-    undertaker.settled("r")
+    instance_failures.settled("r")
     assert failed == ["r"]
 
 
 def test_the_memory_of_homes_is_bounded():
-    residents = Residents(capacity=2)
+    residents = RequestLocations(capacity=2)
     for number in range(5):
         residents.lives(str(number), 0)
     assert len(residents) == 2
@@ -77,7 +79,9 @@ def sleeper():
 def test_the_end_of_a_process_is_seen_and_its_other_ranks_follow():
     ranks = [sleeper() for _ in range(3)]
     try:
-        watched = Processes(ranks, {p.pid: home for p, home in zip(ranks, (0, 1, 1), strict=True)})
+        watched = SchedulerProcesses(
+            ranks, {p.pid: home for p, home in zip(ranks, (0, 1, 1), strict=True)}
+        )
         ranks[1].kill()
         (ended,) = multiprocessing.connection.wait(watched.sentinels, 30)
         assert watched.ended(ended) == (1, False)
@@ -93,7 +97,7 @@ def test_the_end_of_a_process_is_seen_and_its_other_ranks_follow():
 
 def asked_to_quit(dies):
     """A controller whose scheduler asks for the end, and then ends or hangs."""
-    watched = Processes([], {})
+    watched = SchedulerProcesses([], {})
     watched.outlive_schedulers()
     os.kill(os.getpid(), signal.SIGQUIT)
     watched.tick(0.0)

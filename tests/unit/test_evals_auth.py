@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from evals import arms, serving
-from evals.bench import agreement
 from evals.gpu import identity
 from evals.grading import chat
 from evals.load import auth, remote

@@ -221,11 +221,11 @@ def test_counters_are_summed_over_labels_that_do_not_say_what_happened():
     text = "\n".join(
         (
             "# TYPE pascal:pauses counter",
-            'pascal:paused_kv_total{dp_rank="0",rung="host",model="a b"} 3.0',
-            'pascal:paused_kv_total{dp_rank="1",rung="host",model="a b"} 4.0',
-            'pascal:paused_kv_total{dp_rank="0",rung="recompute",model="a b"} 2.0',
-            'pascal:starts_total{class="x",place="waiting"} 6.0',
-            'pascal:starts_total{class="y",place="host"} 1.0',
+            'pascal:paused_kv_total{dp_rank="0",tier="host",model="a b"} 3.0',
+            'pascal:paused_kv_total{dp_rank="1",tier="host",model="a b"} 4.0',
+            'pascal:paused_kv_total{dp_rank="0",tier="recompute",model="a b"} 2.0',
+            'pascal:starts_total{class="x",status="waiting"} 6.0',
+            'pascal:starts_total{class="y",status="host"} 1.0',
             'pascal:ttfo_seconds_bucket{le="1.0"} 9.0',
             "pascal:ttfo_seconds_sum 1.5",
             "sglang:num_retracted_requests_total 4.0",
@@ -234,8 +234,8 @@ def test_counters_are_summed_over_labels_that_do_not_say_what_happened():
         )
     )
     assert parse_counters(text) == {
-        'pascal:paused_kv_total{rung="host"}': 7.0,
-        'pascal:paused_kv_total{rung="recompute"}': 2.0,
+        'pascal:paused_kv_total{tier="host"}': 7.0,
+        'pascal:paused_kv_total{tier="recompute"}': 2.0,
         "pascal:starts_total": 7.0,
         "pascal:ttfo_seconds_sum": 1.5,
         "sglang:num_retracted_requests_total": 4.0,

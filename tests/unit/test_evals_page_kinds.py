@@ -59,7 +59,7 @@ def no_servers(monkeypatch):
         monkeypatch.setattr(arms, name, lambda *_: "")
     rest = {
         "pauses": {"host": 1},
-        "migrations": {"departures": {"moved": 2}},
+        "migrations": {"outgoing": {"moved": 2}},
         "policy_errors": 0,
         "kv_tokens": {"capacity": 9, "free": 9, "evictable": 0, "host": 0},
         "costs": {},

@@ -205,7 +205,7 @@ IDLE = {
     "queued": {},
     "kv_tokens": {"capacity": 9, "free": 9, "evictable": 0, "host": 0},
     "policy_errors": 0,
-    "migrations": {"in": [], "out": [], "rejected": {}, "departures": {"moved": 3}},
+    "migrations": {"in": [], "out": [], "rejected": {}, "outgoing": {"moved": 3}},
     "pauses": {"host": 2},
     "ended": {"answered": 5},
     "recent": [],

@@ -7,11 +7,11 @@ import torch
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopy
-from pascal_sglang.engine.plan_executor import Governor
+from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.request_states import remaining_of, why_not_pausable
-from pascal_sglang.policy.kv_tier import Costs, Rung
+from pascal_sglang.policy.kv_tier import Costs, KVTier
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.request import Member, Place
+from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 
@@ -102,81 +102,83 @@ def paused():
         output_ids=[3],
         extra_key=None,
         cache_salt=None,
-        pascal_member=Member(0, Pacer(0.1)),
+        pascal_state=RequestState(0, Pacer(0.1)),
         kv=SimpleNamespace(cache_protected_len=0),
     )
 
 
 @pytest.fixture
-def governor(monkeypatch):
+def executor(monkeypatch):
     monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda _, now: now)
-    return Governor(scheduler(), PascalConfig(), FailingCopies(), Costs())
+    return PlanExecutor(scheduler(), PascalConfig(), FailingCopies(), Costs())
 
 
-def test_a_failing_policy_is_counted_and_everybody_admitted(governor, monkeypatch):
+def test_a_failing_policy_is_counted_and_everybody_admitted(executor, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(governor, "_carry_out", fail)
-    governor.scheduler.waiting_queue.append("waiting")
+    monkeypatch.setattr(executor, "_carry_out", fail)
+    executor.scheduler.waiting_queue.append("waiting")
     running = SimpleNamespace(reqs=[])
-    assert governor.govern(running, None) is running
-    assert governor.errors == 1
-    assert governor.admission.plan == ["waiting"]
+    assert executor.govern(running, None) is running
+    assert executor.errors == 1
+    assert executor.admission.plan == ["waiting"]
 
 
 @pytest.mark.parametrize(("device", "passes"), [("cpu", 1), ("cuda", 2)])
-def test_a_prefill_is_timed_when_its_result_was_waited_for(governor, monkeypatch, device, passes):
-    governor.scheduler.device = device
-    monkeypatch.setattr(governor, "_carry_out", lambda running, last: running)
+def test_a_prefill_is_timed_when_its_result_was_waited_for(executor, monkeypatch, device, passes):
+    executor.scheduler.device = device
+    monkeypatch.setattr(executor, "_carry_out", lambda running, last: running)
     mode = SimpleNamespace(is_extend=lambda: True)
     prefill = SimpleNamespace(forward_mode=mode, extend_num_tokens=10)
-    governor._alone = False
+    executor._alone = False
     clock = iter([1.0, 1.5, 1.7])
     monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda *_: next(clock))
     for last in (None, prefill, None)[: passes + 1]:
-        governor.govern(SimpleNamespace(reqs=[]), last)
+        executor.govern(SimpleNamespace(reqs=[]), last)
     took = 0.5 if device == "cpu" else 0.2
-    assert governor.ladder.costs.prefill_token_s == pytest.approx(took / 10)
+    assert executor.paused_requests.costs.prefill_token_s == pytest.approx(took / 10)
 
 
-def test_idle_passes_do_not_say_how_long_a_step_takes(governor, monkeypatch):
+def test_idle_passes_do_not_say_how_long_a_step_takes(executor, monkeypatch):
     """An idle engine may spin: its status must stay as it is, or it would be told in every pass."""
-    governor._alone = False
-    monkeypatch.setattr(governor, "_carry_out", lambda running, last: running)
+    executor._alone = False
+    monkeypatch.setattr(executor, "_carry_out", lambda running, last: running)
     clock = iter([1.0, 1.02, 1.0201, 1.0202, 1.04])
     monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda *_: next(clock))
     decode = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: False))
     seen = []
     for last in (None, decode, None, None, decode):
-        governor.govern(SimpleNamespace(reqs=[]), last)
-        seen.append(governor.moment.pass_s)
+        executor.govern(SimpleNamespace(reqs=[]), last)
+        seen.append(executor.pass_info.pass_s)
     assert seen[1] > 0
     assert seen[1] == seen[2] == seen[3] < seen[4]
 
 
 @pytest.mark.parametrize("rows", [0, 1])
-def test_a_resume_the_pool_refuses_leaves_the_request_paused(governor, rows):
-    ladder, pool = governor.ladder, scheduler(rows)
-    ladder.scheduler = ladder.pool.scheduler = pool
+def test_a_resume_the_pool_refuses_leaves_the_request_paused(executor, rows):
+    paused_requests, pool = executor.paused_requests, scheduler(rows)
+    paused_requests.scheduler = paused_requests.pool.scheduler = pool
     request, copy = paused(), HostCopy(tokens=10, shared=0, prefix=None, own=object())
-    ladder.host[request] = copy
-    assert ladder.resume(request, SimpleNamespace(reqs=[])) is None
-    assert ladder.host == {request: copy}
+    paused_requests.host[request] = copy
+    assert paused_requests.resume(request, SimpleNamespace(reqs=[])) is None
+    assert paused_requests.host == {request: copy}
     assert pool.req_to_token_pool.freed == ([request] if rows else [])
 
 
-def test_a_copy_that_fails_turns_into_recompute(governor):
-    ladder, request, released = governor.ladder, paused(), []
+def test_a_copy_that_fails_turns_into_recompute(executor):
+    paused_requests, request, released = executor.paused_requests, paused(), []
     request.reset_for_retract = lambda: released.append("reset")
-    assert ladder._begin_copy(request, torch.arange(10), None), "other ranks may have begun it"
-    assert ladder._off_device(request, 10, released.append) is Rung.RECOMPUTE
+    assert paused_requests._begin_copy(request, torch.arange(10), None), (
+        "other ranks may have begun it"
+    )
+    assert paused_requests._off_device(request, 10, released.append) is KVTier.RECOMPUTE
     assert released == [request, "reset"]
-    assert not ladder.host
-    assert not ladder.copying
-    assert ladder.host_tokens == 0
-    assert ladder.copies.room == 100
-    assert ladder.counts["copy_failed"] == 1
+    assert not paused_requests.host
+    assert not paused_requests.copying
+    assert paused_requests.host_tokens == 0
+    assert paused_requests.copies.room == 100
+    assert paused_requests.counts["copy_failed"] == 1
 
 
 def request(**changes):
@@ -228,7 +230,7 @@ def test_what_may_still_come_is_known_by_phase():
     """Thinking ends with its budget (and the marker), all ends with `max_new_tokens`."""
     params = SimpleNamespace(max_new_tokens=100, custom_params={"thinking_budget": 20})
     req = SimpleNamespace(sampling_params=params, output_ids=[0] * 15)
-    member = Member(0, Pacer(0.1), phase_tokens=15)
+    member = RequestState(0, Pacer(0.1), phase_tokens=15)
     assert remaining_of(req, member) == 6
     member.phase = Phase.ANSWERING
     assert remaining_of(req, member) == 85
@@ -236,16 +238,18 @@ def test_what_may_still_come_is_known_by_phase():
     assert remaining_of(req, member) > 1_000_000
 
 
-@pytest.mark.parametrize(("place", "tokens"), [(Place.RESIDENT, 7), (Place.WAITING, 9)])
-def test_what_a_start_takes_is_known_by_place(governor, place, tokens):
+@pytest.mark.parametrize(
+    ("status", "tokens"), [(RequestStatus.RESIDENT, 7), (RequestStatus.WAITING, 9)]
+)
+def test_what_a_start_takes_is_known_by_place(executor, status, tokens):
     """A dropped request is prefilled with its last token, whose KV it never had."""
     params = SimpleNamespace(max_new_tokens=20, custom_params=None)
     req = paused()
     req.sampling_params = params
     req.origin_input_ids, req.output_ids = [1] * 5, [2] * 4
     req.kv.kv_committed_len = 7
-    governor._stands(req, place)
-    assert (req.pascal_member.kv_tokens, req.pascal_member.remaining) == (tokens, 16)
+    executor._stands(req, status)
+    assert (req.pascal_state.kv_tokens, req.pascal_state.remaining) == (tokens, 16)
 
 
 class Running(SimpleNamespace):
@@ -263,18 +267,18 @@ class Running(SimpleNamespace):
 
 def running(*, pausable):
     request = paused()
-    member = request.pascal_member
-    member.handle, member.place, member.pausable = request, Place.RUNNING, pausable
+    member = request.pascal_state
+    member.handle, member.status, member.pausable = request, RequestStatus.RUNNING, pausable
     request.kv.kv_committed_len, request.to_finish = 10, None
     return request
 
 
-def test_who_cannot_be_paused_waits_for_memory_that_is_on_its_way_back(governor):
+def test_who_cannot_be_paused_waits_for_memory_that_is_on_its_way_back(executor):
     """SGLang would end the last request of a batch whose step does not fit."""
     stays, leaves = running(pausable=False), running(pausable=True)
     batch = Running(reqs=[stays, leaves])
-    assert governor.relieve(batch)
+    assert executor.relieve(batch)
     assert batch.reqs == [stays]
-    assert list(governor.ladder.leaving) == [leaves]
-    governor.ladder.leaving.clear()
-    assert not governor.relieve(batch), "nothing comes back: it fits nowhere"
+    assert list(executor.paused_requests.leaving) == [leaves]
+    executor.paused_requests.leaving.clear()
+    assert not executor.relieve(batch), "nothing comes back: it fits nowhere"

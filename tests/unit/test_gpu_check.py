@@ -10,7 +10,7 @@ from pascal_sglang.demo.dummy import ARCHITECTURES
 
 AT_REST = {
     "pauses": {"host": 3, "resident": 2, "host_tokens": 900},
-    "migrations": {"departures": {"moved": 2, "kept:timeout": 1}},
+    "migrations": {"outgoing": {"moved": 2, "kept:timeout": 1}},
     "policy_errors": 0,
     "kv_tokens": {"capacity": 100, "free": 60, "evictable": 40, "host": 0},
     "costs": {"copy_s": 1e-4, "copy_token_s": 1e-6, "prefill_token_s": 2e-5},
@@ -47,7 +47,7 @@ def test_identity_does_not_hold_for_other_tokens_or_if_nothing_happened():
     assert not other.holds
     for pauses in ({"resident": 5}, {"host": 5}):
         assert not found(pauses=pauses).holds
-    assert not found(migrations={"departures": {"kept:timeout": 9}}).holds
+    assert not found(migrations={"outgoing": {"kept:timeout": 9}}).holds
     assert not found(stopped=0).holds
 
 

@@ -3,11 +3,11 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pascal_sglang.cluster.output_order import CAPACITY, PATIENCE_S, InOrder, Row
+from pascal_sglang.cluster.output_order import CAPACITY, PATIENCE_S, OutputOrder, Row
 
 
 def test_what_is_early_waits_and_its_pipe_behind_it():
-    order = InOrder()
+    order = OutputOrder()
     assert order.admit(0, "a", [Row("r", 0, 3, False)], 0.0) == ["a"]
     assert order.admit(1, "c", [Row("r", 5, 6, False)], 0.1) == []
     assert order.admit(1, "d", [Row("s", 0, 1, False)], 0.2) == [], "behind it in the same pipe"
@@ -17,7 +17,7 @@ def test_what_is_early_waits_and_its_pipe_behind_it():
 
 
 def test_a_name_that_comes_again_begins_anew():
-    order = InOrder()
+    order = OutputOrder()
     for _ in range(2):
         assert order.admit(0, "a", [Row("r", 0, 3, False)], 0.0) == ["a"]
         assert order.admit(0, "b", [Row("r", 3, 4, True)], 0.0) == ["b"]
@@ -27,7 +27,7 @@ def test_a_name_that_comes_again_begins_anew():
 
 
 def test_what_never_comes_ends_the_request_it_is_missing_from():
-    order = InOrder()
+    order = OutputOrder()
     order.admit(1, "b", [Row("s", 0, 1, False), Row("r", 5, 6, False)], 0.0)
     order.admit(1, "c", [Row("r", 6, 7, True)], 0.0)
     assert order.overdue(PATIENCE_S) == []
@@ -38,7 +38,7 @@ def test_what_never_comes_ends_the_request_it_is_missing_from():
 def test_who_is_silent_for_the_longest_time_is_forgotten_first():
     """Requests that were aborted while they waited leave no last row; they must not push out one
     that is told of in between."""
-    order = InOrder()
+    order = OutputOrder()
     order.admit(0, "a", [Row("r", 0, 1, False)], 0.0)
     for number in range(1, 4):
         rows = [Row(f"{number} {i}", 0, 1, False) for i in range(CAPACITY // 2)]
@@ -62,7 +62,7 @@ def test_any_mixture_of_pipes_is_put_in_order(data):
                 tokens[rid] = begin + data.draw(st.integers(0, 2))
                 rows.append(Row(rid, begin, tokens[rid], False))
         pipes[home].append(rows)
-    order, seen = InOrder(), {}
+    order, seen = OutputOrder(), {}
     while any(pipes):
         home = data.draw(st.sampled_from([i for i in range(3) if pipes[i]]))
         rows = pipes[home].pop(0)

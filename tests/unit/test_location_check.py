@@ -3,15 +3,15 @@
 import random
 
 from pascal_sglang.cluster.location_check import EVERY_S, MAX_ASKED, MAX_CHARACTERS, LocationCheck
-from pascal_sglang.cluster.orders import LocationReply
-from pascal_sglang.cluster.request_locations import Residents
+from pascal_sglang.cluster.messages import LocationReply
+from pascal_sglang.cluster.request_locations import RequestLocations
 
 
 class World:
     """A controller's residents and what really lives on each of two instances."""
 
     def __init__(self):
-        self.residents, self.questions = Residents(), []
+        self.residents, self.questions = RequestLocations(), []
         self.live = [set(), set()]
         self.sent, self.taken = [0, 0], [0, 0]
         self.moving, self.now = set(), 0.0

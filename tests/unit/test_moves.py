@@ -4,13 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pascal_sglang.cluster.messages import (
-    Cancelled,
-    Chunk,
-    Got,
-    Granted,
+    ChunkAck,
+    CommitAck,
     Handover,
-    Mine,
-    Refused,
+    KVChunk,
+    MigrationCancelled,
+    ReserveGranted,
+    ReserveRefused,
     WriteQuery,
 )
 from pascal_sglang.cluster.migration_source import OVER, SourceState
@@ -103,28 +103,28 @@ def test_without_trouble_it_moves_and_stops_for_the_tail_alone():
 def test_the_last_piece_before_the_stop_says_so():
     """So that the target begins nothing long."""
     world = World()
-    world.source.hear(Granted("m1", ["here"], 0, WINDOW), 0.1)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, WINDOW), 0.1)
     pieces = []
     while not world.events:
         for piece in world.source.copy(0.1, world.kv, still=False):
             pieces.append(piece)
-            world.source.hear(Got("m1", piece.end), 0.1)
+            world.source.hear(ChunkAck("m1", piece.end), 0.1)
     assert [p.last for p in pieces] == [False] * (len(pieces) - 1) + [True]
     assert (pieces[-1].end, world.events) == (world.kv, ["stop"])
 
 
 def test_stop_and_copy_stops_before_the_first_piece():
     world = World(terms(live=False))
-    world.source.hear(Granted("m1", ["here"], 0, WINDOW), 0.1)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, WINDOW), 0.1)
     assert world.source.copy(0.1, world.kv, still=False) == []
     assert world.events == ["stop"]
-    assert world.source.copy(0.2, world.kv, still=True) == [Chunk("m1", 0, WINDOW)]
+    assert world.source.copy(0.2, world.kv, still=True) == [KVChunk("m1", 0, WINDOW)]
 
 
 def handed():
     """A source that has handed over, and its Handover."""
     world = World(terms(live=False), kv=10)
-    world.source.hear(Granted("m1", ["here"], 0, WINDOW), 0.1)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, WINDOW), 0.1)
     world.source.copy(0.1, 10, still=False)
     (handover,) = world.source.copy(0.2, 10, still=True)
     assert handover == Handover("m1", 0, 10, {"kv": 10})
@@ -133,20 +133,20 @@ def handed():
 
 def test_a_refusal_costs_the_request_nothing():
     world = World()
-    assert world.source.hear(Refused("m1", "full"), 0.1) == [Cancelled("m1")]
+    assert world.source.hear(ReserveRefused("m1", "full"), 0.1) == [MigrationCancelled("m1")]
     assert (world.source.state, world.source.why) == (SourceState.KEPT, "full")
     assert world.events == []
 
 
 def test_silence_before_the_handover_leaves_the_request_here():
     world = World()
-    assert world.source.tick(2.5) == [Cancelled("m1")]
+    assert world.source.tick(2.5) == [MigrationCancelled("m1")]
     assert world.source.why == "timeout"
     world = World()
-    world.source.hear(Granted("m1", ["here"], 0, WINDOW), 0.1)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, WINDOW), 0.1)
     world.source.copy(0.2, 100, still=False)
     assert world.source.copy(0.3, 101, still=False) == [], "one piece at a time"
-    assert world.source.tick(2.5) == [Cancelled("m1")]
+    assert world.source.tick(2.5) == [MigrationCancelled("m1")]
     assert world.running
 
 
@@ -156,9 +156,9 @@ def test_a_handover_is_said_again_until_answered_and_never_taken_back():
     assert world.source.tick(0.5) == [handover]
     assert world.source.tick(99.0) == [handover], "it may decode there already"
     assert world.source.keep("abort") == []
-    assert world.source.hear(Mine("m1"), 99.1) == []
+    assert world.source.hear(CommitAck("m1"), 99.1) == []
     assert world.source.state is SourceState.DONE
-    assert world.source.hear(Refused("m1", "late"), 99.2) == []
+    assert world.source.hear(ReserveRefused("m1", "late"), 99.2) == []
     assert world.events == ["stop", "release"]
 
 
@@ -175,13 +175,17 @@ def test_a_target_that_never_answers_ends_the_request_and_is_told_until_it_hears
     """The target may have taken over before it was stopped: the source does not go on."""
     world, handover = handed()
     said, took = times_out(world)
-    assert said == [handover] * (TERMS.handovers - 1) + [Cancelled("m1")]
+    assert said == [handover] * (TERMS.handovers - 1) + [MigrationCancelled("m1")]
     assert 9 < took < 11
     assert (world.source.why, world.events) == ("no answer", ["stop", "lose"])
     assert world.source.keep("abort") == []
-    assert world.source.tick(20.0) == world.source.hear(Mine("m1"), 20.1) == [Cancelled("m1")]
+    assert (
+        world.source.tick(20.0)
+        == world.source.hear(CommitAck("m1"), 20.1)
+        == [MigrationCancelled("m1")]
+    )
     assert world.source.state is SourceState.REVOKING
-    assert world.source.hear(Refused("m1", "cancelled"), 20.2) == []
+    assert world.source.hear(ReserveRefused("m1", "cancelled"), 20.2) == []
     assert world.source.state is SourceState.LOST
     assert world.source.tick(99.0) == []
 
@@ -206,7 +210,7 @@ def test_a_source_that_was_stopped_itself_hears_before_it_gives_up():
     """An hour without a pass is one Handover without an answer."""
     world, handover = handed()
     assert world.source.tick(3600.0) == [handover]
-    assert world.source.hear(Mine("m1"), 3600.1) == []
+    assert world.source.hear(CommitAck("m1"), 3600.1) == []
     assert world.events == ["stop", "release"]
 
 
@@ -214,31 +218,33 @@ def test_a_target_that_took_over_drops_the_request_when_it_hears():
     world = World(terms(live=False), kv=0)
     world.received = 0
     handover = Handover("m1", 0, 0, {"kv": 0})
-    assert world.target.hear(handover, 0.1) == [Mine("m1")]
+    assert world.target.hear(handover, 0.1) == [CommitAck("m1")]
     for _ in range(2):
-        assert world.target.hear(Cancelled("m1"), 60.0) == [Refused("m1", "cancelled")]
-    assert world.target.hear(handover, 60.1) == [Refused("m1", "cancelled")]
+        assert world.target.hear(MigrationCancelled("m1"), 60.0) == [
+            ReserveRefused("m1", "cancelled")
+        ]
+    assert world.target.hear(handover, 60.1) == [ReserveRefused("m1", "cancelled")]
     assert world.events == ["take", "revoke"]
 
 
 def test_a_source_that_is_asked_whether_it_writes_stops_and_says_so():
     world = World()
-    assert world.source.hear(WriteQuery("m1"), 0.1) == [Cancelled("m1")]
+    assert world.source.hear(WriteQuery("m1"), 0.1) == [MigrationCancelled("m1")]
     assert world.source.state is SourceState.KEPT
     world, _ = handed()
-    assert world.source.hear(WriteQuery("m1"), 0.3) == [Cancelled("m1")]
+    assert world.source.hear(WriteQuery("m1"), 0.3) == [MigrationCancelled("m1")]
     assert world.events == ["stop", "resume"]
 
 
 def test_a_refused_handover_brings_the_request_back():
     world, _ = handed()
-    assert world.source.hear(Refused("m1", "timeout"), 0.5) == [Cancelled("m1")]
+    assert world.source.hear(ReserveRefused("m1", "timeout"), 0.5) == [MigrationCancelled("m1")]
     assert world.events == ["stop", "resume"]
 
 
 def test_what_did_not_reach_the_window_stays():
     world, _ = handed()
-    assert world.source.unsent("transport") == [Cancelled("m1")]
+    assert world.source.unsent("transport") == [MigrationCancelled("m1")]
     assert world.events == ["stop", "resume"]
 
 
@@ -255,12 +261,12 @@ def test_a_dead_source_leaves_nothing_behind():
     world = World()
     world.target.give_up("source died")
     assert world.events == ["drop"]
-    assert world.target.hear(Handover("m1", 0, 0, {}), 0.2) == [Refused("m1", "source died")]
+    assert world.target.hear(Handover("m1", 0, 0, {}), 0.2) == [ReserveRefused("m1", "source died")]
 
 
 def test_a_request_that_outgrows_its_reservation_stops_in_time():
     world = World(limit=105)
-    world.source.hear(Granted("m1", ["here"], 0, WINDOW), 0.1)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, WINDOW), 0.1)
     world.source.copy(0.1, 103, still=False)
     assert world.events == ["stop"]
 
@@ -268,22 +274,26 @@ def test_a_request_that_outgrows_its_reservation_stops_in_time():
 def test_a_target_refuses_what_it_cannot_continue_by_name():
     world = World()
     world.target.valid = lambda state, tokens: "state of version 2"
-    assert world.target.hear(Handover("m1", 0, 0, {}), 0.1) == [Refused("m1", "state of version 2")]
+    assert world.target.hear(Handover("m1", 0, 0, {}), 0.1) == [
+        ReserveRefused("m1", "state of version 2")
+    ]
     assert world.events == ["drop"]
     world = World()
-    assert world.target.hear(Handover("m1", 7, 9, {}), 0.1) == [Refused("m1", "a hole in the KV")]
+    assert world.target.hear(Handover("m1", 7, 9, {}), 0.1) == [
+        ReserveRefused("m1", "a hole in the KV")
+    ]
     world = World()
     why = "outgrew its reservation"
-    assert world.target.hear(Handover("m1", 0, 999, {}), 0.1) == [Refused("m1", why)]
+    assert world.target.hear(Handover("m1", 0, 999, {}), 0.1) == [ReserveRefused("m1", why)]
     world = World()
     world.target.fetch = lambda begin, end: False
-    assert world.target.hear(Chunk("m1", 0, 40), 0.1) == [Refused("m1", "transport")]
+    assert world.target.hear(KVChunk("m1", 0, 40), 0.1) == [ReserveRefused("m1", "transport")]
 
 
 def test_a_piece_said_again_is_not_read_again():
     world = World()
     world.window = (0, 40)
-    assert world.target.hear(Chunk("m1", 0, 40), 0.1) == [Got("m1", 40)]
+    assert world.target.hear(KVChunk("m1", 0, 40), 0.1) == [ChunkAck("m1", 40)]
     world.window = (40, 80)
-    assert world.target.hear(Chunk("m1", 0, 40), 0.2) == [Got("m1", 40)]
-    assert world.target.hear(Chunk("m1", 40, 80), 0.3) == [Got("m1", 80)]
+    assert world.target.hear(KVChunk("m1", 0, 40), 0.2) == [ChunkAck("m1", 40)]
+    assert world.target.hear(KVChunk("m1", 40, 80), 0.3) == [ChunkAck("m1", 80)]

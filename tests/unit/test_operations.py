@@ -33,7 +33,7 @@ class Ending(SimpleNamespace):
 
     def __init__(self, *, governed=True):
         self.gone, self.outputs, self.alone, self.moves = [], [], [], None
-        self.governor = SimpleNamespace(gone=self.gone.append) if governed else None
+        self.executor = SimpleNamespace(gone=self.gone.append) if governed else None
         self.output_streamer = SimpleNamespace(
             stream_output=lambda reqs, logprobs: self.outputs.append((reqs, logprobs))
         )

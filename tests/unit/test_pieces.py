@@ -3,11 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pascal_sglang.engine.kv.range_allocator import Pieces
+from pascal_sglang.engine.kv.range_allocator import RangeAllocator
 
 
 def test_the_smallest_hole_that_fits_is_taken_and_neighbours_become_one():
-    pieces = Pieces(100)
+    pieces = RangeAllocator(100)
     starts = [pieces.take(n) for n in (10, 30, 10, 20, 30)]
     assert starts == [0, 10, 40, 50, 70]
     assert pieces.largest == 0
@@ -21,14 +21,14 @@ def test_the_smallest_hole_that_fits_is_taken_and_neighbours_become_one():
 
 
 def test_nothing_to_give():
-    assert Pieces(0).largest == 0
-    assert Pieces(0).take(1) is None
+    assert RangeAllocator(0).largest == 0
+    assert RangeAllocator(0).take(1) is None
 
 
 @given(st.lists(st.integers(-20, 40).filter(bool), max_size=60))
 def test_pieces_never_overlap_and_all_come_back(steps):
     """A positive step takes so many entries; a negative one gives that piece of those held back."""
-    pieces, held = Pieces(128), []
+    pieces, held = RangeAllocator(128), []
     for step in steps:
         if step < 0:
             if held:

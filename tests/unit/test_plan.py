@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.plan import GROWTH, PATIENCE, Plan, Planner, Room
-from pascal_sglang.policy.ranking import AHEAD, ORDERS, URGENT, Moment, Tuning, is_demoted
-from pascal_sglang.policy.request import Member, Place
+from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, Plan, Planner
+from pascal_sglang.policy.ranking import AHEAD, POLICIES, URGENT, PassInfo, Tuning, is_demoted
+from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 HEADROOM = 20
@@ -17,18 +17,18 @@ TPOT = 0.1
 
 
 @st.composite
-def member(draw, seq, place):
+def request(draw, seq, status):
     pacer = Pacer(TPOT)
-    answering = place is not Place.WAITING and draw(st.booleans())
+    answering = status is not RequestStatus.WAITING and draw(st.booleans())
     tokens = draw(st.integers(0, 600))
     if answering and tokens:
         pacer.delivered = tokens
         pacer.first_shown = NOW - 50
         pacer.last_shown = NOW + draw(st.floats(-2, 5))
-    return Member(
+    return RequestState(
         seq=seq,
         pacer=pacer,
-        place=place,
+        status=status,
         phase=Phase.ANSWERING if answering else Phase.REASONING,
         phase_tokens=tokens,
         total_tokens=tokens + (draw(st.integers(0, 300)) if answering else 0),
@@ -40,59 +40,61 @@ def member(draw, seq, place):
 
 @st.composite
 def situation(draw):
-    places = draw(st.lists(st.sampled_from(list(Place)), max_size=14))
-    members = [draw(member(i, place)) for i, place in enumerate(places)]
-    room = Room(draw(st.integers(0, 1500)), draw(st.integers(0, 300)), draw(st.integers(0, 6)))
-    running = [m for m in members if m.place is Place.RUNNING]
-    return running, [m for m in members if m.place is not Place.RUNNING], room
+    places = draw(st.lists(st.sampled_from(list(RequestStatus)), max_size=14))
+    requests = [draw(request(i, status)) for i, status in enumerate(places)]
+    capacity = Capacity(
+        draw(st.integers(0, 1500)), draw(st.integers(0, 300)), draw(st.integers(0, 6))
+    )
+    running = [m for m in requests if m.status is RequestStatus.RUNNING]
+    return running, [m for m in requests if m.status is not RequestStatus.RUNNING], capacity
 
 
-MOMENT = Moment(5000, NOW, 0.01)
-policies = st.sampled_from(sorted(ORDERS))
+MOMENT = PassInfo(5000, NOW, 0.01)
+policies = st.sampled_from(sorted(POLICIES))
 
 
 def planner_with(policy, others):
-    planner = Planner(ORDERS[policy], TUNING)
-    planner.recount(others)
+    planner = Planner(POLICIES[policy], TUNING)
+    planner.queue.recount(others)
     return planner
 
 
-def decide(policy, running, others, room):
+def decide(policy, running, others, capacity):
     planner = planner_with(policy, others)
-    return planner, planner.plan(running, room, MOMENT)
+    return planner, planner.plan(running, capacity, MOMENT)
 
 
 @given(policies, situation())
 @settings(max_examples=200, deadline=None)
 def test_never_beyond_memory_or_slots(policy, case):
-    running, others, room = case
-    _, plan = decide(policy, running, others, room)
+    running, others, capacity = case
+    _, plan = decide(policy, running, others, capacity)
     if not running and len(plan.start) == 1:
         return  # An idle instance may try what does not fit; the engine refuses it.
     given_back = sum(m.kv_tokens for m in plan.pause if m not in plan.park)
     given_back += sum(m.kv_tokens for m in plan.spill)
-    left = room.free_tokens + room.releasing_tokens + given_back
+    left = capacity.free_tokens + capacity.releasing_tokens + given_back
     growing = len(running) - len(plan.pause) + len(plan.start)
     if plan.start:
         assert sum(map(needs, plan.start)) + GROWTH * growing <= left
-        assert len(plan.start) <= max(0, room.slots) + len(plan.pause)
+        assert len(plan.start) <= max(0, capacity.slots) + len(plan.pause)
 
 
 def needs(m):
-    return 0 if m.place is Place.RESIDENT else m.kv_tokens
+    return 0 if m.status is RequestStatus.RESIDENT else m.kv_tokens
 
 
 @given(policies, situation())
 @settings(max_examples=200, deadline=None)
 def test_kv_leaves_the_device_only_for_memory(policy, case):
     """Nobody's KV is copied away while what is free covers all that starts and grows."""
-    running, others, room = case
-    _, plan = decide(policy, running, others, room)
-    assert all(m.place is Place.RESIDENT and m not in plan.start for m in plan.spill)
+    running, others, capacity = case
+    _, plan = decide(policy, running, others, capacity)
+    assert all(m.status is RequestStatus.RESIDENT and m not in plan.start for m in plan.spill)
     assert plan.park <= set(plan.pause)
     if not running and len(plan.start) == 1:
         return
-    left = room.free_tokens + room.releasing_tokens
+    left = capacity.free_tokens + capacity.releasing_tokens
     left -= sum(needs(m) + HEADROOM for m in plan.start)
     left -= GROWTH * (len(running) - len(plan.pause))
     gone = [m for m in plan.pause if m not in plan.park] + list(plan.spill)
@@ -103,13 +105,13 @@ def test_kv_leaves_the_device_only_for_memory(policy, case):
 def test_a_pause_for_a_slot_leaves_the_kv_where_it_is():
     """Two slots' worth of memory, one slot: the thinker gets the answer's slot, not its memory."""
     pacer = Pacer(TPOT, delivered=50, last_shown=NOW + 9)
-    answer = Member(0, pacer, Place.RUNNING, Phase.ANSWERING, 50, 100, kv_tokens=100)
-    thinker = Member(1, Pacer(TPOT), kv_tokens=30)
-    planner, plan = decide("pascal", [answer], [thinker], Room(500, 0, 0))
+    answer = RequestState(0, pacer, RequestStatus.RUNNING, Phase.ANSWERING, 50, 100, kv_tokens=100)
+    thinker = RequestState(1, Pacer(TPOT), kv_tokens=30)
+    planner, plan = decide("pascal", [answer], [thinker], Capacity(500, 0, 0))
     assert plan == Plan(start=(thinker,), pause=(answer,), park=frozenset({answer}))
-    planner.stopped(answer, Place.RESIDENT, MOMENT)
-    planner.started(thinker, MOMENT)
-    tight = planner.plan([thinker], Room(2, 0, 0), MOMENT)
+    planner.queue.stopped(answer, RequestStatus.RESIDENT, MOMENT)
+    planner.queue.started(thinker, MOMENT)
+    tight = planner.plan([thinker], Capacity(2, 0, 0), MOMENT)
     assert tight.spill == (answer,), "who does not run gives up its KV first"
     assert not tight.pause
 
@@ -117,24 +119,24 @@ def test_a_pause_for_a_slot_leaves_the_kv_where_it_is():
 @given(policies, situation())
 @settings(max_examples=200, deadline=None)
 def test_nobody_is_paused_for_nothing(policy, case):
-    running, others, room = case
-    _, plan = decide(policy, running, others, room)
-    short = room.free_tokens + room.releasing_tokens < GROWTH * len(running)
+    running, others, capacity = case
+    _, plan = decide(policy, running, others, capacity)
+    short = capacity.free_tokens + capacity.releasing_tokens < GROWTH * len(running)
     assert plan.start or short or not (plan.pause or plan.spill)
-    assert all(m.pausable and m.place is Place.RUNNING for m in plan.pause)
+    assert all(m.pausable and m.status is RequestStatus.RUNNING for m in plan.pause)
     assert len(set(map(id, plan.pause))) == len(plan.pause)
 
 
 @given(policies, situation())
 @settings(max_examples=200, deadline=None)
 def test_only_a_strictly_better_rank_displaces(policy, case):
-    running, others, room = case
-    short = room.free_tokens + room.releasing_tokens < GROWTH * len(running)
-    planner, plan = decide(policy, running, others, room)
+    running, others, capacity = case
+    short = capacity.free_tokens + capacity.releasing_tokens < GROWTH * len(running)
+    planner, plan = decide(policy, running, others, capacity)
     if plan.start and not short:
 
         def rank(m):
-            return planner.order.rank(m, MOMENT, TUNING)
+            return planner.policy.rank(m, MOMENT, TUNING)
 
         assert all(rank(v) > min(map(rank, plan.start)) for v in plan.pause)
 
@@ -142,10 +144,10 @@ def test_only_a_strictly_better_rank_displaces(policy, case):
 @given(policies, situation())
 @settings(max_examples=200, deadline=None)
 def test_the_same_view_gives_the_same_plan(policy, case):
-    running, others, room = case
-    planner, first = decide(policy, running, others, room)
-    planner.recount([])
-    _, again = decide(policy, list(reversed(running)), list(reversed(others)), room)
+    running, others, capacity = case
+    planner, first = decide(policy, running, others, capacity)
+    planner.queue.recount([])
+    _, again = decide(policy, list(reversed(running)), list(reversed(others)), capacity)
     assert first == again
 
 
@@ -154,94 +156,94 @@ def test_the_same_view_gives_the_same_plan(policy, case):
 def test_the_line_is_in_the_order_of_the_one_key(policy, case):
     _, others, _ = case
     planner = planner_with(policy, others)
-    assert list(planner.line.best_first(MOMENT)) == sorted(others, key=place_in(planner))
-    assert len(planner.line) == len(others)
+    assert list(planner.queue.best_first(MOMENT)) == sorted(others, key=place_in(planner))
+    assert len(planner.queue) == len(others)
     for m in others[::2]:
-        planner.line.remove(m)
-        planner.line.remove(m)
+        planner.queue.remove(m)
+        planner.queue.remove(m)
     for m in others[:1]:
-        planner.line.add(m)
+        planner.queue.add(m)
     left = [m for m in others if m in others[:1] or m not in others[::2]]
-    assert list(planner.line.best_first(MOMENT)) == sorted(left, key=place_in(planner))
-    assert len(planner.line) == len(left)
+    assert list(planner.queue.best_first(MOMENT)) == sorted(left, key=place_in(planner))
+    assert len(planner.queue) == len(left)
 
 
 def place_in(planner):
-    order = planner.order
-    return lambda m: (order.rank(m, MOMENT, TUNING), order.key(m, TUNING), m.seq)
+    policy = planner.policy
+    return lambda m: (policy.rank(m, MOMENT, TUNING), policy.key(m, TUNING), m.seq)
 
 
 @given(situation())
 @settings(max_examples=200, deadline=None)
 def test_no_thinker_waits_behind_an_answer_with_slack(case):
     """Under `pascal`, the first thinker in line starts if pausing answers with slack makes room."""
-    running, others, room = case
-    planner, plan = decide("pascal", running, others, room)
-    ranks = {m.seq: planner.order.rank(m, MOMENT, TUNING) for m in [*running, *others]}
-    line = sorted(others, key=place_in(planner))
-    if not line or ranks[line[0].seq][0] in (URGENT, AHEAD):
+    running, others, capacity = case
+    planner, plan = decide("pascal", running, others, capacity)
+    ranks = {m.seq: planner.policy.rank(m, MOMENT, TUNING) for m in [*running, *others]}
+    queue = sorted(others, key=place_in(planner))
+    if not queue or ranks[queue[0].seq][0] in (URGENT, AHEAD):
         return
-    first = line[0]
+    first = queue[0]
     slack = [m for m in running if m.pausable and ranks[m.seq][0] == AHEAD]
-    room_made = room.free_tokens + room.releasing_tokens - GROWTH * len(running)
+    room_made = capacity.free_tokens + capacity.releasing_tokens - GROWTH * len(running)
     room_made += sum(m.kv_tokens + GROWTH for m in slack)
-    if needs(first) + HEADROOM <= room_made and room.slots + len(slack) >= 1:
+    if needs(first) + HEADROOM <= room_made and capacity.slots + len(slack) >= 1:
         assert first in plan.start
 
 
 @given(situation())
 @settings(max_examples=200, deadline=None)
 def test_an_answer_about_to_run_dry_comes_back_if_any_order_allows(case):
-    running, others, room = case
-    planner, plan = decide("pascal", running, others, room)
+    running, others, capacity = case
+    planner, plan = decide("pascal", running, others, capacity)
 
     def urgent(m):
-        return planner.order.rank(m, MOMENT, TUNING)[0] == URGENT
+        return planner.policy.rank(m, MOMENT, TUNING)[0] == URGENT
 
     dry = sorted((m for m in others if urgent(m)), key=place_in(planner))
     if not dry:
         return
     yielding = [m for m in running if m.pausable and not urgent(m)]
-    most = room.free_tokens + room.releasing_tokens - GROWTH * len(running)
+    most = capacity.free_tokens + capacity.releasing_tokens - GROWTH * len(running)
     most += sum(m.kv_tokens + GROWTH for m in yielding)
-    if needs(dry[0]) + HEADROOM <= most and room.slots + len(yielding) >= 1:
+    if needs(dry[0]) + HEADROOM <= most and capacity.slots + len(yielding) >= 1:
         assert dry[0] in plan.start
 
 
 def test_an_answer_that_came_back_settles_before_thinking_displaces_it():
     """Its lead grows to `settle` quanta first; one about to run dry does not wait for that."""
     pacer = Pacer(TPOT, delivered=5, last_shown=NOW + 1.5)  # More than a burst, less than settled.
-    back = Member(0, pacer, Place.RUNNING, Phase.ANSWERING, 5, 50, kv_tokens=90)
-    thinker, later = (Member(seq, Pacer(TPOT), kv_tokens=50) for seq in (1, 2))
+    back = RequestState(0, pacer, RequestStatus.RUNNING, Phase.ANSWERING, 5, 50, kv_tokens=90)
+    thinker, later = (RequestState(seq, Pacer(TPOT), kv_tokens=50) for seq in (1, 2))
     dry_pacer = Pacer(TPOT, delivered=5, last_shown=NOW)
-    dry = Member(3, dry_pacer, Place.HOST, Phase.ANSWERING, 5, 50, kv_tokens=50)
-    blocked = planner_with("pascal", [thinker]).plan([back], Room(10, 0, 4), MOMENT)
-    assert blocked == Plan(blocked=thinker, lacks="rank")
-    hurried = planner_with("pascal", [dry]).plan([back], Room(10, 0, 4), MOMENT)
+    dry = RequestState(3, dry_pacer, RequestStatus.HOST, Phase.ANSWERING, 5, 50, kv_tokens=50)
+    blocked = planner_with("pascal", [thinker]).plan([back], Capacity(10, 0, 4), MOMENT)
+    assert blocked == Plan(blocked=thinker, shortage="rank")
+    hurried = planner_with("pascal", [dry]).plan([back], Capacity(10, 0, 4), MOMENT)
     assert (hurried.pause, hurried.start) == ((back,), (dry,))
     pacer.last_shown = NOW + 2.5
-    settled = planner_with("pascal", [later]).plan([back], Room(10, 0, 4), MOMENT)
+    settled = planner_with("pascal", [later]).plan([back], Capacity(10, 0, 4), MOMENT)
     assert (settled.pause, settled.start) == ((back,), (later,))
 
 
-@pytest.mark.parametrize("policy", sorted(ORDERS))
+@pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_no_ping_pong_within_a_quantum(policy):
     """Two thinkers, room for one: the one that runs keeps running for a quantum."""
-    planner = Planner(ORDERS[policy], TUNING)
-    members = [Member(seq=i, pacer=Pacer(TPOT), kv_tokens=20) for i in range(2)]
-    for m in members:
-        planner.line.add(m)
+    planner = Planner(POLICIES[policy], TUNING)
+    requests = [RequestState(seq=i, pacer=Pacer(TPOT), kv_tokens=20) for i in range(2)]
+    for m in requests:
+        planner.queue.add(m)
     switches, running = 0, None
     for pass_no in range(1, 2000):
-        moment = Moment(pass_no, NOW + pass_no * 0.01, 0.01)
+        pass_info = PassInfo(pass_no, NOW + pass_no * 0.01, 0.01)
         free = 50 - (running.kv_tokens if running else 0)
-        plan = planner.plan([running] if running else [], Room(free, 0, 2), moment)
+        plan = planner.plan([running] if running else [], Capacity(free, 0, 2), pass_info)
         if plan.pause:
-            planner.stopped(running, Place.HOST, moment)
+            planner.queue.stopped(running, RequestStatus.HOST, pass_info)
             running = None
         if plan.start:
             running = plan.start[0]
-            planner.started(running, moment)
+            planner.queue.started(running, pass_info)
             switches += 1
         running.phase_tokens += 1
         running.total_tokens += 1
@@ -251,53 +253,55 @@ def test_no_ping_pong_within_a_quantum(policy):
 def test_displacement_finds_todays_victim_behind_an_old_ranking():
     """Victims are ranked for many passes; an answer that has gained slack since is found."""
     pacer = Pacer(TPOT, delivered=5, last_shown=NOW)
-    answer = Member(0, pacer, Place.RUNNING, Phase.ANSWERING, 5, 50, kv_tokens=90)
-    thinker = Member(1, Pacer(TPOT), Place.RUNNING, kv_tokens=90)
-    fresh = Member(2, Pacer(TPOT), kv_tokens=50, since_pass=MOMENT.pass_no)
+    answer = RequestState(0, pacer, RequestStatus.RUNNING, Phase.ANSWERING, 5, 50, kv_tokens=90)
+    thinker = RequestState(1, Pacer(TPOT), RequestStatus.RUNNING, kv_tokens=90)
+    fresh = RequestState(2, Pacer(TPOT), kv_tokens=50, since_pass=MOMENT.pass_no)
     planner = planner_with("pascal", [fresh])
-    first = planner.plan([answer, thinker], Room(10, 0, 4), MOMENT)
-    assert first == Plan(blocked=fresh, lacks="rank")
+    first = planner.plan([answer, thinker], Capacity(10, 0, 4), MOMENT)
+    assert first == Plan(blocked=fresh, shortage="rank")
     pacer.last_shown = NOW + 9
-    later = Moment(MOMENT.pass_no + PATIENCE, NOW, 0.01)
-    assert planner.plan([answer, thinker], Room(10, 0, 4), later).pause == (answer,)
+    later = PassInfo(MOMENT.pass_no + PATIENCE, NOW, 0.01)
+    assert planner.plan([answer, thinker], Capacity(10, 0, 4), later).pause == (answer,)
 
 
 def test_a_prefix_on_the_device_counts_as_having_waited():
     """Arrived in the same pass: the one that needs less goes first; a quantum outweighs it."""
-    cold = Member(0, Pacer(TPOT), kv_tokens=50, since_pass=4990)
-    warm = Member(1, Pacer(TPOT), kv_tokens=50, since_pass=4995, head_start=10)
-    assert list(planner_with("pascal", [cold, warm]).line.best_first(MOMENT)) == [warm, cold]
+    cold = RequestState(0, Pacer(TPOT), kv_tokens=50, since_pass=4990)
+    warm = RequestState(1, Pacer(TPOT), kv_tokens=50, since_pass=4995, head_start=10)
+    assert list(planner_with("pascal", [cold, warm]).queue.best_first(MOMENT)) == [warm, cold]
     warm.phase_tokens = TUNING.quantum
-    assert list(planner_with("pascal", [cold, warm]).line.best_first(MOMENT)) == [cold, warm]
+    assert list(planner_with("pascal", [cold, warm]).queue.best_first(MOMENT)) == [cold, warm]
 
 
 @pytest.mark.parametrize(("on", "demoted"), [("kv", True), ("thinking", False)])
 def test_what_counts_towards_demotion(on, demoted):
-    late = Member(0, Pacer(TPOT), phase_tokens=100, total_tokens=500)
+    late = RequestState(0, Pacer(TPOT), phase_tokens=100, total_tokens=500)
     assert is_demoted(late, Tuning(demote=400, demote_on=on)) is demoted
 
 
 def test_waiting_is_bounded_under_endless_new_thinkers():
     """A long thinker, one slot, always a fresh short one in line: it runs within the bound."""
-    planner = Planner(ORDERS["pascal"], TUNING)
-    long = Member(seq=0, pacer=Pacer(TPOT), place=Place.HOST, phase_tokens=300, kv_tokens=20)
+    planner = Planner(POLICIES["pascal"], TUNING)
+    long = RequestState(
+        seq=0, pacer=Pacer(TPOT), status=RequestStatus.HOST, phase_tokens=300, kv_tokens=20
+    )
     quanta = long.phase_tokens // TUNING.quantum
     bound = TUNING.ageing * TUNING.quantum * (quanta + 2)
-    planner.line.add(long)
+    planner.queue.add(long)
     running, seq = None, 1
     for pass_no in range(1, bound + TUNING.quantum + 2):
-        moment = Moment(pass_no, NOW, 0.01)
-        fresh = Member(seq=seq, pacer=Pacer(TPOT), kv_tokens=20, since_pass=pass_no)
-        planner.line.add(fresh)
+        pass_info = PassInfo(pass_no, NOW, 0.01)
+        fresh = RequestState(seq=seq, pacer=Pacer(TPOT), kv_tokens=20, since_pass=pass_no)
+        planner.queue.add(fresh)
         seq += 1
         free = 50 - (running.kv_tokens if running else 0)
-        plan = planner.plan([running] if running else [], Room(free, 0, 1), moment)
+        plan = planner.plan([running] if running else [], Capacity(free, 0, 1), pass_info)
         if long in plan.start:
             return
-        planner.left(fresh)
+        planner.queue.remove(fresh)
         if plan.start:
             running = plan.start[0]
-            planner.started(running, moment)
+            planner.queue.started(running, pass_info)
         running.phase_tokens += 1
         running.total_tokens += 1
     pytest.fail(f"starved for more than {bound} passes")

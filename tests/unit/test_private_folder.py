@@ -12,7 +12,7 @@ import pytest
 
 from pascal_sglang.cluster import control_channel, private_folder, status_file
 from pascal_sglang.cluster.private_folder import LONGEST_NAME, PrivateFolder, remove_ownerless
-from pascal_sglang.cluster.status_file import Board
+from pascal_sglang.cluster.status_file import StatusFile
 from pascal_sglang.entrypoints.preflight import (
     SGLANG_SOCKET,
     SOCKET_ADDRESS,
@@ -62,7 +62,7 @@ def test_what_is_not_ours_stays(temporary):
 
 def test_a_folder_that_was_removed_comes_back_with_the_next_write(temporary):
     folder = temporary / "pascal-abcdefgh"
-    shown = Board(str(folder))
+    shown = StatusFile(str(folder))
     shown.show(0.0, lambda: {"n": 1})
     assert status_file.read(shown.path)["n"] == 1
     shutil.rmtree(folder)
@@ -75,14 +75,14 @@ def test_a_folder_that_was_removed_comes_back_with_the_next_write(temporary):
 
 def test_a_folder_of_somebody_elses_is_not_written_into(temporary):
     (temporary / "pascal-abcdefgh").write_text("theirs")
-    shown = Board(str(temporary / "pascal-abcdefgh"))
+    shown = StatusFile(str(temporary / "pascal-abcdefgh"))
     shown.show(0.0, lambda: {})
     assert shown.failed == 1
 
 
 def full(folder, told):
     """No file may grow: as on a full disk, a write fails."""
-    shown = Board(folder)
+    shown = StatusFile(folder)
     shown.show(0.0, lambda: {"n": 1})
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -121,7 +121,7 @@ def test_a_temporary_folder_with_too_long_a_name_is_refused_in_one_line(
 
 def test_the_longest_name_is_that_of_a_letter_box(temporary):
     folder = PrivateFolder()
-    address = control_channel.box_of(folder.path, control_channel.CONTROLLER).removeprefix(
+    address = control_channel.address_of(folder.path, control_channel.CONTROLLER).removeprefix(
         f"ipc://{temporary}/"
     )
     private_folder.remove_all()

@@ -13,7 +13,7 @@ from pascal_sglang.engine.observability.queue_times import (
     with_paused,
 )
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.request import Member
+from pascal_sglang.policy.request import RequestState
 
 
 class Clock:
@@ -43,7 +43,7 @@ def running(clock):
     clock.now += 2
     stats.set_forward_entry_time()
     clock.now += 3
-    return SimpleNamespace(rid="r", time_stats=stats, pascal_member=Member(0, Pacer(0.1)))
+    return SimpleNamespace(rid="r", time_stats=stats, pascal_state=RequestState(0, Pacer(0.1)))
 
 
 def test_a_pause_is_queue_time(clock, running):
@@ -92,7 +92,7 @@ def test_without_a_time_out_nobody_is_looked_at(clock, running):
 @pytest.mark.parametrize("kept", [True, False])
 def test_an_answer_waits_once_its_reader_has_caught_up(clock, running, four_seconds, kept):
     """Ten seconds of reading, paused with its KV, or without it in SGLang's waiting queue."""
-    running.pascal_member.pacer.deliver(clock.now, 101)
+    running.pascal_state.pacer.deliver(clock.now, 101)
     entered_queue(running)
     other = AbortReq(rid="o", abort_message=MESSAGE, finished_reason={"status_code": 503})
 

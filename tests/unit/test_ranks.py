@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pascal_sglang.engine.migration.manager import Moves
+from pascal_sglang.engine.migration.manager import Migrations
 from pascal_sglang.engine.tp_ranks import RanksDiverged, agree, all_agree, catch_on_all_ranks
 
 here = threading.local()
@@ -112,7 +112,7 @@ def test_a_message_that_fails_on_one_rank_only_ends_the_instance(both, monkeypat
     monkeypatch.setattr(f"{module}.unpack", lambda letter, instances: (1, letter))
 
     def work(rank, scheduler):
-        moves = Moves(SimpleNamespace(scheduler=scheduler), SimpleNamespace(), None, None, 0.0)
+        moves = Migrations(SimpleNamespace(scheduler=scheduler), SimpleNamespace(), None, None, 0.0)
         moves._take_in = lambda sender, message, now: broken(0) if rank in message else None
         moves.hear(SimpleNamespace(letters=[(), (0, 1)], now=1.0))
         rejected = dict(moves.rejected)

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.ranking import ORDERS, URGENT, Moment, Tuning, fastest_pace
-from pascal_sglang.policy.request import Member, Place
+from pascal_sglang.policy.ranking import POLICIES, URGENT, PassInfo, Tuning, fastest_pace
+from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.request_checks import problem_with
 
@@ -41,13 +41,13 @@ def decode(tpot, passes, pass_s=0.02, usual=0.1):
     """An answer that gets a token in every pass; its member, and the passes in which it was urgent
     and in which it starved."""
     pacer = Pacer(tpot)
-    member = Member(0, pacer, Place.RUNNING, Phase.ANSWERING)
+    member = RequestState(0, pacer, RequestStatus.RUNNING, Phase.ANSWERING)
     urgent = starved = 0
     for pass_no in range(passes):
-        moment = Moment(pass_no, pass_no * pass_s, pass_s)
-        urgent += ORDERS["pascal"].rank(member, moment, Tuning())[0] == URGENT
-        starved += bool(pacer.delivered) and pacer.slack(moment.now) < 0
-        pacer.deliver(moment.now, 1, floor=fastest_pace(usual, moment))
+        pass_info = PassInfo(pass_no, pass_no * pass_s, pass_s)
+        urgent += POLICIES["pascal"].rank(member, pass_info, Tuning())[0] == URGENT
+        starved += bool(pacer.delivered) and pacer.slack(pass_info.now) < 0
+        pacer.deliver(pass_info.now, 1, floor=fastest_pace(usual, pass_info))
     return member, urgent, starved
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from pascal_sglang.cluster import messages
-from pascal_sglang.cluster.orders import Order
+from pascal_sglang.cluster.messages import MigrateCommand
 from pascal_sglang.engine.kv.host_copies import HostCopy
 from pascal_sglang.engine.retraction import retract_held
-from pascal_sglang.policy.kv_tier import Rung
-from pascal_sglang.policy.request import Place
+from pascal_sglang.policy.kv_tier import KVTier
+from pascal_sglang.policy.request import RequestStatus
 from tests.unit import test_arriving, test_move_copies
 
-governor, sides = test_arriving.governor, test_move_copies.sides
+executor, sides = test_arriving.executor, test_move_copies.sides
 OWN = test_arriving.OWN
 
 
@@ -38,58 +38,60 @@ class Request(SimpleNamespace):
 
 
 @pytest.fixture
-def released(governor, monkeypatch):
+def released(executor, monkeypatch):
     """What has been given back to the pool."""
-    found, pool = [], governor.ladder.pool
+    found, pool = [], executor.paused_requests.pool
     monkeypatch.setattr(pool, "release", found.append)
     monkeypatch.setattr(pool, "release_rowless", lambda req, locations: found.append(req))
-    monkeypatch.setattr(governor, "stopped", lambda req, place: found.append((req, place)))
-    governor.scheduler.waiting_queue = []
+    monkeypatch.setattr(executor, "stopped", lambda req, status: found.append((req, status)))
+    executor.scheduler.waiting_queue = []
     return found
 
 
 def test_everybody_held_waits_without_kv_and_who_was_handed_over_comes_back_only_if_refused(
-    governor, released
+    executor, released
 ):
-    ladder = governor.ladder
+    paused_requests = executor.paused_requests
     resident, host, arriving, leaving, ended, handed = (Request() for _ in range(6))
     ended.over = True
     for req in (resident, handed):
-        ladder.resident[req] = torch.arange(3)
-    ladder.host[host] = HostCopy(10, 0, None, OWN)
-    ladder.arriving[arriving] = HostCopy(10, 0, None, OWN)
-    ladder.leaving = {leaving: Rung.HOST, ended: None}
-    ladder.copying[leaving] = HostCopy(10, 0, None, OWN)
-    ladder.host_tokens = 20
-    ladder.moving.add(handed)
-    assert ladder.held() == {resident, host, arriving, leaving, ended, handed}
-    retract_held(governor)
+        paused_requests.resident[req] = torch.arange(3)
+    paused_requests.host[host] = HostCopy(10, 0, None, OWN)
+    paused_requests.arriving[arriving] = HostCopy(10, 0, None, OWN)
+    paused_requests.leaving = {leaving: KVTier.HOST, ended: None}
+    paused_requests.copying[leaving] = HostCopy(10, 0, None, OWN)
+    paused_requests.host_tokens = 20
+    paused_requests.moving.add(handed)
+    assert paused_requests.held() == {resident, host, arriving, leaving, ended, handed}
+    retract_held(executor)
     waiting = [resident, host, arriving, leaving]
-    assert governor.scheduler.waiting_queue == waiting
-    assert [r for r in released if isinstance(r, tuple)] == [(r, Place.WAITING) for r in waiting]
+    assert executor.scheduler.waiting_queue == waiting
+    assert [r for r in released if isinstance(r, tuple)] == [
+        (r, RequestStatus.WAITING) for r in waiting
+    ]
     assert {r for r in released if not isinstance(r, tuple)} == {
         resident,
         handed,
         arriving,
         leaving,
     }
-    assert ladder.is_empty()
-    assert (ladder.host_tokens, ladder.copying) == (0, {})
-    assert ladder.copies.held == [OWN], "who gets its memory waits for the copy"
+    assert paused_requests.is_empty()
+    assert (paused_requests.host_tokens, paused_requests.copying) == (0, {})
+    assert paused_requests.copies.held == [OWN], "who gets its memory waits for the copy"
     assert [r.retractions for r in (*waiting, handed, ended)] == [1, 1, 1, 1, 1, 0]
     # A second time there is nothing to drop.
-    retract_held(governor)
+    retract_held(executor)
     assert handed.retractions == 1
-    assert ladder.held() == {handed}
+    assert paused_requests.held() == {handed}
 
 
 def handed_over(source, target):
     """The move's request, and its Handover, which the target has not read."""
     source.step()
-    target.arrivals.hear(0, *source.take(messages.Chunk), 1.0)
+    target.incoming_migrations.hear(0, *source.take(messages.KVChunk), 1.0)
     target.step()
     (request,) = source.scheduler.running_batch.reqs
-    source.departures.hear(1, *target.take(messages.Got), 1.0)
+    source.outgoing_migrations.hear(1, *target.take(messages.ChunkAck), 1.0)
     source.step()
     (handover,) = source.take(messages.Handover)
     return request, handover
@@ -99,47 +101,47 @@ def test_a_target_that_pauses_refuses_and_the_source_has_dropped_the_kv(sides):
     source, target = sides
     request, handover = handed_over(source, target)
     waiting = []
-    source.governor.scheduler = SimpleNamespace(waiting_queue=waiting)
+    source.executor.scheduler = SimpleNamespace(waiting_queue=waiting)
     request.time_stats = SimpleNamespace(set_wait_queue_entry_time=lambda: None)
-    source.departures.give_up("generation paused")
-    assert source.departures.under_way, "it may be the target's"
-    source.ladder.moving.add(request)
-    source.ladder.resident.clear()
-    target.arrivals.give_up("generation paused")
-    assert not target.arrivals.under_way
-    assert target.landing.reserved == 0
-    target.arrivals.hear(0, handover, 1.0)
-    assert target.take(messages.Mine) == []
-    source.departures.hear(1, target.take(messages.Refused)[0], 1.0)
-    assert source.departures.counts == {"kept:generation paused": 1}
+    source.outgoing_migrations.give_up("generation paused")
+    assert source.outgoing_migrations.under_way, "it may be the target's"
+    source.paused_requests.moving.add(request)
+    source.paused_requests.resident.clear()
+    target.incoming_migrations.give_up("generation paused")
+    assert not target.incoming_migrations.under_way
+    assert target.receive_buffer.reserved == 0
+    target.incoming_migrations.hear(0, handover, 1.0)
+    assert target.take(messages.CommitAck) == []
+    source.outgoing_migrations.hear(1, target.take(messages.ReserveRefused)[0], 1.0)
+    assert source.outgoing_migrations.counts == {"kept:generation paused": 1}
     assert source.said[-1].why == "generation paused"
-    assert ("stopped", Place.WAITING) in source.said
+    assert ("stopped", RequestStatus.WAITING) in source.said
     assert waiting == [request]
-    assert not source.ladder.moving
+    assert not source.paused_requests.moving
 
 
 def test_who_is_not_handed_over_stays(sides):
     source, target = sides
-    source.departures.give_up("weights changed")
+    source.outgoing_migrations.give_up("weights changed")
     assert source.copies.under_way == []
-    assert source.take(messages.Cancelled) == [messages.Cancelled("m")]
-    assert source.departures.counts == {"kept:weights changed": 1}
-    target.arrivals.give_up("weights changed")
-    assert target.arrivals.counts == {"weights changed": 1}
+    assert source.take(messages.MigrationCancelled) == [messages.MigrationCancelled("m")]
+    assert source.outgoing_migrations.counts == {"kept:weights changed": 1}
+    target.incoming_migrations.give_up("weights changed")
+    assert target.incoming_migrations.counts == {"weights changed": 1}
 
 
 @pytest.mark.parametrize("paused", [True, False])
 def test_no_move_begins_while_generation_is_paused_or_between_other_weights(paused, sides):
     source, target = sides
-    ask = messages.Ask("n", "other", 10, target.kv.layout)
+    ask = messages.ReserveRequest("n", "other", 10, target.kv.layout)
     if paused:
         source.scheduler._engine_paused = target.scheduler._engine_paused = True
-        source.departures.ordered(Order("n", "r", 1), 1.0)
-        assert source.take(messages.Ask) == []
-        assert source.departures.under_way.keys() == {"m"}
+        source.outgoing_migrations.ordered(MigrateCommand("n", "r", 1), 1.0)
+        assert source.take(messages.ReserveRequest) == []
+        assert source.outgoing_migrations.under_way.keys() == {"m"}
     else:
         target.kv._weights = lambda: "second"
-    target.arrivals.asked(0, ask, 1.0)
-    (refused,) = target.take(messages.Refused)
+    target.incoming_migrations.asked(0, ask, 1.0)
+    (refused,) = target.take(messages.ReserveRefused)
     expected = "generation paused" if paused else "another KV layout or other weights"
     assert refused.why == expected

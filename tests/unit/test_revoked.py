@@ -19,11 +19,15 @@ class Request:
 @pytest.fixture
 def revoked():
     gone = []
-    ladder = SimpleNamespace(held=[], forget=lambda matches: [r for r in ladder.held if matches(r)])
+    paused_requests = SimpleNamespace(
+        held=[], forget=lambda matches: [r for r in paused_requests.held if matches(r)]
+    )
     scheduler = SimpleNamespace(waiting_queue=[], _release_aborted_request=gone.append)
-    moment = SimpleNamespace(now=2.0)
-    governor = SimpleNamespace(ladder=ladder, gone=gone.append, moment=moment)
-    made = Revoked(scheduler, governor)
+    pass_info = SimpleNamespace(now=2.0)
+    executor = SimpleNamespace(
+        paused_requests=paused_requests, gone=gone.append, pass_info=pass_info
+    )
+    made = Revoked(scheduler, executor)
     made.gone = gone
     return made
 
@@ -31,7 +35,7 @@ def revoked():
 @pytest.mark.parametrize("where", ["waiting", "held"])
 def test_one_that_does_not_run_is_gone_at_once(where, revoked):
     req, other = Request(), Request()
-    waiting, held = revoked.scheduler.waiting_queue, revoked.governor.ladder.held
+    waiting, held = revoked.scheduler.waiting_queue, revoked.executor.paused_requests.held
     (waiting if where == "waiting" else held).append(req)
     waiting.append(other)
     revoked.add(req)

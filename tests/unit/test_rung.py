@@ -1,21 +1,21 @@
-"""Which rung of the pause ladder is cheapest."""
+"""Which tier is cheapest for paused KV."""
 
 import pytest
 
-from pascal_sglang.policy.kv_tier import Costs, Rung
+from pascal_sglang.policy.kv_tier import Costs, KVTier
 
 
 def test_a_spent_budget_leaves_only_recompute():
-    assert Costs().cheapest(10, host_free_tokens=9) is Rung.RECOMPUTE
-    assert Costs().cheapest(10, host_free_tokens=10) is Rung.HOST
+    assert Costs().cheapest(10, host_free_tokens=9) is KVTier.RECOMPUTE
+    assert Costs().cheapest(10, host_free_tokens=10) is KVTier.HOST
 
 
 def test_recompute_only_where_it_is_cheaper_than_both_copies():
     # There and back: 2 * (1 ms + 10 * 0.1 ms) = 4 ms.
     costs = Costs(copy_s=0.001, copy_token_s=0.0001, prefill_token_s=0.0003)
-    assert costs.cheapest(10, 100) is Rung.RECOMPUTE  # 3 ms
+    assert costs.cheapest(10, 100) is KVTier.RECOMPUTE  # 3 ms
     costs.prefill_token_s = 0.0005
-    assert costs.cheapest(10, 100) is Rung.HOST  # 5 ms
+    assert costs.cheapest(10, 100) is KVTier.HOST  # 5 ms
 
 
 def test_prefill_cost_is_learned_and_nonsense_is_not():

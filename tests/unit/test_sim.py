@@ -128,16 +128,16 @@ def test_stock_retracts_when_it_promised_too_much():
     work = load("reasoning-heavy", 100, 3.0, seed=1)
     outcome = simulate(Setup(cost=SMALL, instances=2), ARMS["sglang"], work)
     known = simulate(Setup(cost=SMALL, instances=2, knows_lengths=True), ARMS["sglang"], work)
-    assert outcome.rungs["retracted"] > 0
+    assert outcome.tiers["retracted"] > 0
     assert outcome.recomputed_tokens > 0
     # A known length is reserved whole, up to 4,096 tokens.
-    assert known.rungs["retracted"] < outcome.rungs["retracted"]
+    assert known.tiers["retracted"] < outcome.tiers["retracted"]
 
 
 def test_pauses_without_host_memory_are_recomputed():
     cost = dataclasses.replace(SMALL, host=0)
     outcome = simulate(Setup(cost=cost, instances=2), ARMS["rr"], load("arena-hard", 80, 1.5, 1))
-    assert outcome.rungs["host"] == 0 < outcome.rungs["recompute"]
+    assert outcome.tiers["host"] == 0 < outcome.tiers["recompute"]
     assert outcome.recomputed_tokens > 0
 
 

@@ -29,7 +29,7 @@ from pascal_sglang.engine.migration.snapshot_fields import (
     TIMES,
 )
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.request import Member
+from pascal_sglang.policy.request import RequestState
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline
 
 PROMPT, OUTPUT = [5, 6, 7, 8], [9, 10, 11]
@@ -81,7 +81,9 @@ def request(**more):
     req.pascal_timeline.stopped("paused", 2.6)
     req.pascal_timeline.stopped("moved", 3.5)
     pacer = Pacer(0.04, 1, 2.5, 2.5, 0.0)
-    req.pascal_member = Member(seq=4, pacer=pacer, phase=Phase.ANSWERING, phase_tokens=1, credit=2)
+    req.pascal_state = RequestState(
+        seq=4, pacer=pacer, phase=Phase.ANSWERING, phase_tokens=1, credit=2
+    )
     return req
 
 
@@ -112,12 +114,12 @@ def test_everything_listed_arrives():
         assert len(there) == len(made), name
         assert repr(there[2:]) == repr(made[2:]), name
     assert new.pascal_timeline == req.pascal_timeline
-    new.pascal_member = Member(seq=9, pacer=Pacer(0.1), handle=new)
+    new.pascal_state = RequestState(seq=9, pacer=Pacer(0.1), handle=new)
     restore_member(new, state)
-    was = req.pascal_member
+    was = req.pascal_state
     for name in ("pacer", "phase", "phase_tokens", "total_tokens", "credit"):
-        assert getattr(new.pascal_member, name) == getattr(was, name), name
-    assert new.pascal_member.seq == 9, "its place in line is that of its arrival here"
+        assert getattr(new.pascal_state, name) == getattr(was, name), name
+    assert new.pascal_state.seq == 9, "its place in line is that of its arrival here"
 
 
 def test_a_state_has_the_keys_that_are_looked_for():

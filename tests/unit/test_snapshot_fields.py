@@ -14,7 +14,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from pascal_sglang.engine.migration import snapshot_fields as fields
 from pascal_sglang.engine.migration.request_snapshot import why_not_movable
-from pascal_sglang.policy.request import Member
+from pascal_sglang.policy.request import RequestState
 
 
 def in_all(table):
@@ -72,9 +72,9 @@ def test_every_field_of_our_own_is_decided_on():
     """`PhaseTimeline` and `Pacer` travel whole."""
     carried = ("pacer", "phase", "phase_tokens", "total_tokens", "credit")
     made_here = ("seq", "handle", "pausable", "internal")
-    of_its_place = ("place", "since", "since_pass", "kv_tokens", "remaining", "head_start")
-    of_its_place += ("ran_from", "ticket", "lane")
-    assert_decided(of(Member), carried, made_here, of_its_place)
+    of_its_place = ("status", "since", "since_pass", "kv_tokens", "remaining", "head_start")
+    of_its_place += ("ran_from", "ticket", "priority_class")
+    assert_decided(of(RequestState), carried, made_here, of_its_place)
 
 
 @pytest.mark.parametrize("value", [None, False, 0, -1, "", [], (), {}, array("q")])

@@ -62,9 +62,9 @@ def test_another_process_writes_into_the_landing(kind):
     writer.join(60)
     assert writer.exitcode == 0
     end = 8192 + len(PATTERN) + 256
-    assert here.landing[8192:end] == PATTERN + PATTERN[:256]
-    assert not any(here.landing[:8192])
-    assert not any(here.landing[end:])
+    assert here.receive_buffer[8192:end] == PATTERN + PATTERN[:256]
+    assert not any(here.receive_buffer[:8192])
+    assert not any(here.receive_buffer[end:])
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -79,14 +79,14 @@ def test_what_cannot_be_written_is_an_error(kind):
     if not peer.direct:
         with pytest.raises(TransportError, match="staging"):
             peer.room(here.address, 0, 4097)
-    assert not any(here.landing)
+    assert not any(here.receive_buffer)
 
 
 @pytest.mark.parametrize("kind", kinds())
 def test_all_that_a_device_touches_is_pinned_once(kind):
     here, pinned = transport.make(kind, 8192, 4096), []
     peer = transport.make(kind, 4096, 2048, pinned.append)
-    assert pinned[0] is peer.landing
+    assert pinned[0] is peer.receive_buffer
     room = [peer.room(here.address, at, 16) for at in (0, 64)]
     assert len(pinned) == 2
     assert [memory.nbytes for memory in pinned] == [4096, 8192 if peer.direct else 2048]

@@ -16,8 +16,8 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.watchdog import Watchdog
 
 from pascal_sglang.cluster import controller as controller_module
-from pascal_sglang.cluster.control_channel import CONTROLLER, POST_ENV, Pen
-from pascal_sglang.cluster.orders import Answered
+from pascal_sglang.cluster.control_channel import CONTROL_ENV, CONTROLLER, ControlSender
+from pascal_sglang.cluster.messages import ControlAnswered
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
 
 BOUND_S = 30
@@ -43,7 +43,7 @@ class Scene:
 
     def __init__(self, folder, monkeypatch, **settings):
         monkeypatch.setenv(CONFIG_ENV, PascalConfig(**settings).to_json())
-        monkeypatch.setenv(POST_ENV, "")  # Put back afterwards: the controller sets it.
+        monkeypatch.setenv(CONTROL_ENV, "")  # Put back afterwards: the controller sets it.
         monkeypatch.setattr(
             controller_module, "get_observability", lambda: SimpleNamespace(enable_metrics=False)
         )
@@ -210,10 +210,10 @@ def test_for_a_dead_instance_the_controller_answers_control_requests(scene):
     one.send(io.FlushCacheReqInput())
     assert isinstance(one.hear(one.instances[1]), io.FlushCacheReqInput)
     one.kill(1)
-    pen = Pen(one.controller._folder.path, 0)
+    pen = ControlSender(one.controller._folder.path, 0)
     for _ in range(2):
         assert isinstance(one.hear(one.instances[0]), io.FlushCacheReqInput)
-        pen.write(CONTROLLER, Answered(0, "FlushCacheReqInput"))
+        pen.write(CONTROLLER, ControlAnswered(0, "FlushCacheReqInput"))
         reply = one.hear(one.manager)
         assert (reply.success, reply.message) == (True, "Instance 1 is dead.")
         one.send(io.FlushCacheReqInput())

@@ -3,11 +3,17 @@ whatever is lost and whoever is stopped in the middle of a write for however lon
 
 import random
 
-from pascal_sglang.cluster.messages import Ask, Cancelled, Chunk, Granted, Handover
+from pascal_sglang.cluster.messages import (
+    Handover,
+    KVChunk,
+    MigrationCancelled,
+    ReserveGranted,
+    ReserveRequest,
+)
 from pascal_sglang.cluster.messages import WriteQuery as Query
 from pascal_sglang.cluster.migration_source import OVER, Source, SourceState, Terms
 from pascal_sglang.cluster.migration_target import Target
-from pascal_sglang.cluster.receive_slots import ASK_AT_MOST_S, ASK_S, DEAD_S, Windows
+from pascal_sglang.cluster.receive_slots import ASK_AT_MOST_S, ASK_S, DEAD_S, ReceiveSlots
 
 COUNT, SENDERS, PIECE = 2, 3, 40
 # How often what happens that `played` chooses from.
@@ -15,7 +21,7 @@ WEIGHTS = (25, 60, 6, 6, 3)
 
 
 def test_a_window_goes_to_the_next_move_once_its_source_is_through():
-    windows = Windows(1)
+    windows = ReceiveSlots(1)
     window = windows.take()
     assert windows.free == 0
     windows.give_back(window)
@@ -30,7 +36,7 @@ def test_a_window_goes_to_the_next_move_once_its_source_is_through():
 
 
 def test_a_source_that_says_nothing_is_asked_for_ever_and_ever_less_often():
-    windows = Windows(1)
+    windows = ReceiveSlots(1)
     windows.doubt(windows.take(), "m", 3, 0.0, dead=False)
     asked = [t for t in range(1000) if windows.tick(float(t)) == [(3, "m")]]
     assert asked[:3] == [ASK_S, 3 * ASK_S, 7 * ASK_S]
@@ -39,7 +45,7 @@ def test_a_source_that_says_nothing_is_asked_for_ever_and_ever_less_often():
 
 
 def test_a_source_that_has_died_is_waited_for_once_more():
-    windows = Windows(2)
+    windows = ReceiveSlots(2)
     windows.doubt(windows.take(), "m", 3, 0.0, dead=False)
     windows.doubt(windows.take(), "n", 4, 0.0, dead=True)
     windows.died(3, 1.0)
@@ -100,7 +106,7 @@ class World:
     """A target with a few windows, and sources that may stop in the middle of a write."""
 
     def __init__(self):
-        self.now, self.windows = 0.0, Windows(COUNT)
+        self.now, self.windows = 0.0, ReceiveSlots(COUNT)
         self.memory, self.moves, self.taken = {}, {}, 0
         self.stopped, self.lose = set(), False
         self.inbox = {who: [] for who in range(-1, SENDERS)}
@@ -114,24 +120,24 @@ class World:
             _, message = self.inbox[sender].pop(0)
             move = self.moves[message.move]
             known = move.source.state not in OVER
-            if known and isinstance(message, Granted):
+            if known and isinstance(message, ReserveGranted):
                 move.at = message.offset
             said = move.source.hear(message, self.now) if known else []
             if not known and isinstance(message, Query):
-                said = [Cancelled(message.move)]
+                said = [MigrationCancelled(message.move)]
             self.say(-1, sender, said)
 
     def hear_target(self):
         while self.inbox[-1]:
             sender, message = self.inbox[-1].pop(0)
             move = self.moves[message.move]
-            if isinstance(message, Ask):
+            if isinstance(message, ReserveRequest):
                 if self.windows.free:
                     move.granted(self.windows.take())
-                    there = Granted(message.move, ["here"], move.window, PIECE)
+                    there = ReserveGranted(message.move, ["here"], move.window, PIECE)
                     self.say(sender, -1, [there])
                 continue
-            if isinstance(message, Cancelled):
+            if isinstance(message, MigrationCancelled):
                 self.windows.confirmed(message.move, sender)
             if move.target is not None:
                 self.say(sender, -1, move.target.hear(message, self.now))
@@ -147,7 +153,7 @@ class World:
                 continue
             move.kv += move.source.state is SourceState.COPYING
             for message in move.source.copy(self.now, move.kv, still=True):
-                if isinstance(message, Chunk | Handover):
+                if isinstance(message, KVChunk | Handover):
                     move.writing = message
                 else:
                     self.say(-1, sender, [message])

@@ -15,33 +15,31 @@ from pascal_sglang.cluster.codec import (
     pack,
     unpack,
 )
-from pascal_sglang.cluster.control_channel import CONTROLLER, Box, Pen
+from pascal_sglang.cluster.control_channel import CONTROLLER, ControlReceiver, ControlSender
 from pascal_sglang.cluster.location_check import MAX_ASKED, MAX_CHARACTERS
 from pascal_sglang.cluster.messages import (
-    Ask,
-    Cancelled,
-    Chunk,
-    Got,
-    Granted,
+    ChunkAck,
+    CommitAck,
+    ControlAnswered,
     Handover,
-    Landings,
-    Mine,
-    WriteQuery,
-)
-from pascal_sglang.cluster.orders import (
-    Answered,
-    Boundary,
-    Died,
-    Gone,
+    InstanceDown,
+    KVChunk,
+    LoadReport,
     LocationQuery,
     LocationReply,
-    Order,
-    Over,
+    MigrateCommand,
+    MigrationCancelled,
+    MigrationEnded,
+    ReasoningEnded,
+    ReceiveBuffers,
+    RequestFinished,
+    ReserveGranted,
+    ReserveRequest,
+    WriteQuery,
 )
 from pascal_sglang.cluster.prefix_index import block_names
-from pascal_sglang.cluster.status import Status
 
-STATUS = Status(
+STATUS = LoadReport(
     dp_rank=1,
     received=2,
     on_pace=True,
@@ -57,23 +55,23 @@ STATUS = Status(
     prefill_ns=11,
 )
 ALL = [
-    Landings(["a", "b"]),
-    Ask("m", "r", 70, "layout"),
-    Granted("m", ["a", "b"], 4096, 512),
-    Chunk("m", 0, 40),
-    Got("m", 40),
+    ReceiveBuffers(["a", "b"]),
+    ReserveRequest("m", "r", 70, "layout"),
+    ReserveGranted("m", ["a", "b"], 4096, 512),
+    KVChunk("m", 0, 40),
+    ChunkAck("m", 40),
     Handover("m", 40, 50, {"output_ids": [1, 2], "deep": {"er": None}}),
-    Mine("m"),
-    Cancelled("m"),
+    CommitAck("m"),
+    MigrationCancelled("m"),
     WriteQuery("m"),
-    Boundary(1, "r", 70, 200, 100, 4),
-    Order("m", "r", 1),
-    Over(1, "m", False, "full"),
-    Gone(1, "r", [1, 2**47]),
-    Died(0),
+    ReasoningEnded(1, "r", 70, 200, 100, 4),
+    MigrateCommand("m", "r", 1),
+    MigrationEnded(1, "m", False, "full"),
+    RequestFinished(1, "r", [1, 2**47]),
+    InstanceDown(0),
     LocationQuery(3, ["r", "s"]),
     LocationReply(1, 3, 70, ["s"]),
-    Answered(0, "FlushCacheReqInput"),
+    ControlAnswered(0, "FlushCacheReqInput"),
     STATUS,
 ]
 
@@ -87,12 +85,12 @@ def test_a_message_survives_the_wire(message):
 TEXT, NUMBER = "\x01" * MAX_TEXT, (1 << 53) - 1
 IDS = [TEXT[: MAX_CHARACTERS // MAX_ASKED]] * MAX_ASKED
 LONGEST = [
-    Ask("m" * 32, TEXT, NUMBER, TEXT),
-    Granted("m" * 32, ["x" * 300] * 64, NUMBER, NUMBER),
-    Boundary(1, TEXT, NUMBER, NUMBER, NUMBER, NUMBER),
-    Order("m" * 32, TEXT, 1),
-    Over(1, "m" * 32, False, TEXT),
-    Gone(1, TEXT, [(1 << 48) - 1] * MAX_ITEMS),
+    ReserveRequest("m" * 32, TEXT, NUMBER, TEXT),
+    ReserveGranted("m" * 32, ["x" * 300] * 64, NUMBER, NUMBER),
+    ReasoningEnded(1, TEXT, NUMBER, NUMBER, NUMBER, NUMBER),
+    MigrateCommand("m" * 32, TEXT, 1),
+    MigrationEnded(1, "m" * 32, False, TEXT),
+    RequestFinished(1, TEXT, [(1 << 48) - 1] * MAX_ITEMS),
     LocationQuery(NUMBER, IDS),
     LocationReply(1, NUMBER, NUMBER, IDS),
 ]
@@ -106,11 +104,11 @@ def test_the_longest_message_fits(message):
 def test_the_end_of_a_request_of_any_length_fits():
     blocks = list(block_names(range(64 * MAX_ITEMS), None))
     assert len(blocks) == MAX_ITEMS
-    assert unpack(pack(Gone(0, TEXT, blocks)), 1)[1].blocks == blocks
+    assert unpack(pack(RequestFinished(0, TEXT, blocks)), 1)[1].blocks == blocks
 
 
 def test_every_kind_is_among_those():
-    assert {type(m).__name__ for m in ALL} | {"Refused"} == set(KINDS)
+    assert {type(m).__name__ for m in ALL} | {"ReserveRefused"} == set(KINDS)
 
 
 def altered(message, **changes):
@@ -126,19 +124,25 @@ def altered(message, **changes):
         (b"\x80\x04K\x01.", "not JSON"),
         (altered(STATUS, version=1), "another version"),
         (altered(STATUS, kind="Bogus"), "unknown kind"),
-        (altered(STATUS, kind=["Status"]), "unknown kind"),
+        (altered(STATUS, kind=["LoadReport"]), "unknown kind"),
         (altered(STATUS, sender=2), "no such sender"),
         (altered(STATUS, sender="0"), "no such sender"),
-        (altered(STATUS, fre=1), "Status: unknown or missing"),
-        (altered(STATUS, free=-1), "Status: bad free"),
-        (altered(STATUS, free=9.5), "Status: bad free"),
-        (altered(STATUS, free=2**53), "Status: bad free"),
-        (altered(STATUS, on_pace=1), "Status: bad on_pace"),
-        (altered(STATUS, dp_rank=7), "Status: no such instance"),
-        (altered(Order("m", "r", 0), target=7), "Order: no such instance"),
-        (altered(Order("m", "r", 0), rid="x" * (MAX_TEXT + 1)), "Order: bad rid"),
-        (altered(Granted("m", [], 0, 0), landings=[1]), "Granted: bad landings"),
-        (altered(Granted("m", [], 0, 0), landings="a"), "Granted: bad landings"),
+        (altered(STATUS, fre=1), "LoadReport: unknown or missing"),
+        (altered(STATUS, free=-1), "LoadReport: bad free"),
+        (altered(STATUS, free=9.5), "LoadReport: bad free"),
+        (altered(STATUS, free=2**53), "LoadReport: bad free"),
+        (altered(STATUS, on_pace=1), "LoadReport: bad on_pace"),
+        (altered(STATUS, dp_rank=7), "LoadReport: no such instance"),
+        (altered(MigrateCommand("m", "r", 0), target=7), "MigrateCommand: no such instance"),
+        (altered(MigrateCommand("m", "r", 0), rid="x" * (MAX_TEXT + 1)), "MigrateCommand: bad rid"),
+        (
+            altered(ReserveGranted("m", [], 0, 0), receive_buffers=[1]),
+            "ReserveGranted: bad receive_buffers",
+        ),
+        (
+            altered(ReserveGranted("m", [], 0, 0), receive_buffers="a"),
+            "ReserveGranted: bad receive_buffers",
+        ),
         (altered(Handover("m", 0, 0, {}), state=[]), "Handover: bad state"),
         (b" " * (MAX_BYTES + 1) + pack(STATUS), "oversized"),
         (b" " * (MAX_HANDOVER_BYTES + 1), "oversized"),
@@ -166,7 +170,7 @@ def test_no_values_take_the_reader_down(value):
 
 
 def test_letters_arrive_in_order_and_bad_ones_are_counted(tmp_path):
-    box, pen = Box(str(tmp_path), CONTROLLER, 2), Pen(str(tmp_path), sender=1)
+    box, pen = ControlReceiver(str(tmp_path), CONTROLLER, 2), ControlSender(str(tmp_path), sender=1)
     assert all(pen.write(CONTROLLER, m) for m in ALL)
     pen._sockets[CONTROLLER].send(b"bogus")
     got = []
@@ -178,13 +182,13 @@ def test_letters_arrive_in_order_and_bad_ones_are_counted(tmp_path):
 
 
 def test_what_json_cannot_say_is_dropped_not_raised(tmp_path):
-    pen = Pen(str(tmp_path))
-    assert not pen.write(0, Mine("\ud800"))
+    pen = ControlSender(str(tmp_path))
+    assert not pen.write(0, CommitAck("\ud800"))
     assert pen.dropped == 1
 
 
 def test_nobody_waits_for_who_does_not_listen(tmp_path):
-    pen = Pen(str(tmp_path))
-    while pen.write(0, Mine("m")):
+    pen = ControlSender(str(tmp_path))
+    while pen.write(0, CommitAck("m")):
         pass
     assert pen.dropped == 1

@@ -28,7 +28,7 @@ class Transport(ABC):
 
     kind: str
     address: str
-    landing: memoryview
+    receive_buffer: memoryview
     direct: bool
 
     def open_peer(self, address: str) -> None:
@@ -54,23 +54,23 @@ class Transport(ABC):
 
 def make(
     kind: str,
-    landing: int,
+    receive_buffer: int,
     staging: int,
     pin: Callable[[memoryview], None] = lambda memory: None,
     listen: str | None = None,
 ) -> Transport:
-    """A transport of a kind; `landing` is its bytes of memory, `staging` of what one `put` brings.
-    `auto` is `shm`: all instances of one controller run on its host. `pin` is given all memory that
-    a device reads or writes, once. `listen` is the address at which peers on a network reach this
-    one, none by default. Raises: `TransportError`."""
+    """A transport of a kind; `receive_buffer` is its bytes of memory, `staging` of what one `put`
+    brings. `auto` is `shm`: all instances of one controller run on its host. `pin` is given all
+    memory that a device reads or writes, once. `listen` is the address at which peers on a network
+    reach this one, none by default. Raises: `TransportError`."""
     if kind in ("auto", "shm"):
         from pascal_sglang.cluster.transport.shm import SharedMemory
 
-        return SharedMemory(landing, pin)
+        return SharedMemory(receive_buffer, pin)
     if kind == "mooncake":
         from pascal_sglang.cluster.transport.mooncake import Mooncake
 
-        return Mooncake(landing, staging, pin, listen)
+        return Mooncake(receive_buffer, staging, pin, listen)
     raise TransportError(f"KV transport must be one of auto, {', '.join(KINDS)}, not {kind!r}")
 
 

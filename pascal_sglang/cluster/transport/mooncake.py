@@ -33,7 +33,7 @@ class Mooncake(Transport):
 
     def __init__(
         self,
-        landing: int,
+        receive_buffer: int,
         staging: int,
         pin: Callable[[memoryview], None],
         listen: str | None = None,
@@ -60,13 +60,13 @@ class Mooncake(Transport):
             " and ".join(map(str, ports)),
             "every user of this host" if local else "everybody who reaches that address",
         )
-        self._landing, self._landing_at = self._registered(landing)
+        self._landing, self._landing_at = self._registered(receive_buffer)
         self._staging, self._staging_at = self._registered(staging)
-        self.landing = memoryview(self._landing)
-        pin(self.landing)
+        self.receive_buffer = memoryview(self._landing)
+        pin(self.receive_buffer)
         pin(memoryview(self._staging))
         session = f"{host}:{self._engine.get_rpc_port()}"
-        self.address = f"{session}/{self._landing_at}+{landing}"
+        self.address = f"{session}/{self._landing_at}+{receive_buffer}"
 
     def _registered(self, size: int) -> tuple[mmap.mmap, int]:
         """Page-aligned memory that the engine may read and write, and where it is."""

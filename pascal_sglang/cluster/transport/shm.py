@@ -25,21 +25,21 @@ class SharedMemory(Transport):
     kind = "shm"
     direct = True
 
-    def __init__(self, landing: int, pin: Callable[[memoryview], None]) -> None:
+    def __init__(self, receive_buffer: int, pin: Callable[[memoryview], None]) -> None:
         try:
             self._file = os.memfd_create("pascal-landing")
             os.fchmod(self._file, 0o600)
-            os.ftruncate(self._file, landing)
-            self._memory = mmap.mmap(self._file, landing)
+            os.ftruncate(self._file, receive_buffer)
+            self._memory = mmap.mmap(self._file, receive_buffer)
         except (OSError, ValueError) as error:
             raise TransportError(
-                f"cannot make {landing} bytes of shared memory: {error}"
+                f"cannot make {receive_buffer} bytes of shared memory: {error}"
             ) from error
         self.address = f"/proc/{os.getpid()}/fd/{self._file}"
-        self.landing = memoryview(self._memory)
+        self.receive_buffer = memoryview(self._memory)
         self._peers: dict[str, memoryview] = {}
         self._pin = pin
-        pin(self.landing)
+        pin(self.receive_buffer)
 
     def open_peer(self, address: str) -> None:
         with suppress(TransportError):
@@ -76,6 +76,6 @@ class SharedMemory(Transport):
 
     def close(self) -> None:
         self._peers.clear()
-        self.landing.release()
+        self.receive_buffer.release()
         self._memory.close()
         os.close(self._file)

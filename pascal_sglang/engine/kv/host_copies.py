@@ -12,7 +12,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 from pascal_sglang.engine.kv.copy_stream import CopyStream, copy_stream_of
 from pascal_sglang.engine.kv.pinning import pin
-from pascal_sglang.engine.kv.range_allocator import Pieces
+from pascal_sglang.engine.kv.range_allocator import RangeAllocator
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ class HostKV:
     """KV of some tokens in host memory, in the pool's own format.
 
     parts: one tensor per buffer of the pool, shape (tokens, ...). done: the event after which they
-    are complete; None if they are. start: where they are in the memory of `Copies`; None elsewhere.
-    failed: the device did not copy them.
+    are complete; None if they are. start: where they are in the memory of `HostCopies`; None
+    elsewhere. failed: the device did not copy them.
     """
 
     parts: list[torch.Tensor]
@@ -61,7 +61,7 @@ class HostCopy:
         return any(half.failed for half in self.halves())
 
 
-class Copies:
+class HostCopies:
     """Host memory for KV entries of one device pool, and the copies there and back.
 
     All of the memory is taken at the start, and on CUDA pinned: pinning costs seconds for tens of
@@ -79,7 +79,7 @@ class Copies:
         self._scheduler = scheduler
         self.buffers = _buffers_of(scheduler.token_to_kv_pool_allocator.get_kvcache())
         self._memory: list[torch.Tensor] = []
-        self._pieces = Pieces(0)
+        self._pieces = RangeAllocator(0)
         self._stream = copy_stream_of(scheduler) if self.buffers else CopyStream()
         self.deferred = self._stream.deferred
         self._pins = str(scheduler.device).startswith("cuda")
@@ -115,7 +115,7 @@ class Copies:
                     f"(CUDA error {failed}); lower --pascal-host-kv-gb"
                 )
             self._memory.append(block)
-        self._pieces = Pieces(tokens)
+        self._pieces = RangeAllocator(tokens)
 
     def pin(self, memory: memoryview) -> None:
         """Have the device read and write `memory` by itself; if it cannot be pinned, which is

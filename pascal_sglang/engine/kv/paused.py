@@ -17,29 +17,29 @@ import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.kv.decode_batch import decoding, joined
-from pascal_sglang.engine.kv.host_copies import Copies, HostCopy
+from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
 from pascal_sglang.engine.kv.pool import Pool
 from pascal_sglang.engine.tp_ranks import all_agree
-from pascal_sglang.policy.kv_tier import Costs, Rung
+from pascal_sglang.policy.kv_tier import Costs, KVTier
 
 
-class Ladder:
+class PausedRequests:
     """Owns every request that is between the running batch and its KV's return.
 
-    leaving: out of the batch, its KV not yet handled; the rung it was told, or None for the
+    leaving: out of the batch, its KV not yet handled; the tier it was told, or None for the
     cheapest off the device. copying: who of them is being copied to the host since the last pass.
     resident: where on the device the KV is. host: its copy. arriving: who has a row and device
     memory again, and joins the batch in the next pass; the copy it comes from.
     moving: those of them that leave for another instance; nobody brings them back meanwhile.
-    counts: pauses and KV entries by rung, spills, resumes, copies that failed.
+    counts: pauses and KV entries by tier, spills, resumes, copies that failed.
     """
 
-    def __init__(self, scheduler: Any, copies: Copies, costs: Costs) -> None:
+    def __init__(self, scheduler: Any, copies: HostCopies, costs: Costs) -> None:
         self.scheduler = scheduler
         self.pool = Pool(scheduler)
         self.copies = copies
         self.costs = costs
-        self.leaving: dict[Req, Rung | None] = {}
+        self.leaving: dict[Req, KVTier | None] = {}
         self.copying: dict[Req, HostCopy] = {}
         self.resident: dict[Req, torch.Tensor] = {}
         self.host: dict[Req, HostCopy] = {}
@@ -53,8 +53,8 @@ class Ladder:
         """Device KV that requests on their way out will give back."""
         return sum(
             req.kv.kv_committed_len
-            for req, rung in self.leaving.items()
-            if rung is not Rung.RESIDENT
+            for req, tier in self.leaving.items()
+            if tier is not KVTier.RESIDENT
         )
 
     def paused(self) -> Iterator[Req]:
@@ -67,16 +67,16 @@ class Ladder:
         return not (self.leaving or self.resident or self.host or self.arriving)
 
     def leave(
-        self, reqs: Iterable[Req], batch: ScheduleBatch, rung: Callable[[Req], Rung | None]
+        self, reqs: Iterable[Req], batch: ScheduleBatch, tier: Callable[[Req], KVTier | None]
     ) -> None:
         """Take `reqs` out of the running batch; their KV follows in `settle`."""
-        leaving = {req: rung(req) for req in reqs}
+        leaving = {req: tier(req) for req in reqs}
         batch.filter_batch(reqs_to_exclude=list(leaving))
         batch.batch_is_full = False
         self.leaving.update(leaving)
 
-    def settle(self) -> Iterator[tuple[Req, Rung]]:
-        """Handle the KV of everybody whose last token has arrived; yields each with its rung.
+    def settle(self) -> Iterator[tuple[Req, KVTier]]:
+        """Handle the KV of everybody whose last token has arrived; yields each with its tier.
 
         Who is dropped for recompute has to go back to the waiting queue. Requests that finished
         with their last token were released by SGLang and are forgotten.
@@ -84,43 +84,43 @@ class Ladder:
         if not self.leaving:
             return
         in_flight = self._in_flight()
-        for req, rung in list(self.leaving.items()):
+        for req, tier in list(self.leaving.items()):
             if req in in_flight:
                 continue
             if req.finished() or not req.kv.holds_kv:
                 del self.leaving[req]
                 self._drop_copy(self.copying, req)
                 continue
-            if rung is Rung.RESIDENT:
+            if tier is KVTier.RESIDENT:
                 self.resident[req] = self.pool.locations(req)
                 self.pool.rows.free(req)
-                self._count(rung, req.kv.kv_committed_len)
+                self._count(tier, req.kv.kv_committed_len)
             else:
                 tokens = req.kv.kv_committed_len
                 started = req in self.copying
-                begun = not started and self._begin_copy(req, self.pool.locations(req), rung)
+                begun = not started and self._begin_copy(req, self.pool.locations(req), tier)
                 if begun and self.copies.deferred:
                     continue
-                rung = self._off_device(req, tokens, self.pool.release)
+                tier = self._off_device(req, tokens, self.pool.release)
             del self.leaving[req]
-            yield req, rung
+            yield req, tier
 
-    def spill(self, req: Req) -> Rung:
-        """Take the KV of a resident request off the device; returns the rung it went to."""
+    def spill(self, req: Req) -> KVTier:
+        """Take the KV of a resident request off the device; returns the tier it went to."""
         locations = self.resident[req]
         self._begin_copy(req, locations, None)
-        rung = self._off_device(
+        tier = self._off_device(
             req, len(locations), lambda r: self.pool.release_rowless(r, locations)
         )
         del self.resident[req]
         self.counts["spilled"] += 1
-        return rung
+        return tier
 
-    def _begin_copy(self, req: Req, locations: torch.Tensor, rung: Rung | None) -> bool:
-        """Copy the KV to the host if that is the rung and there is room; False where it is to be
+    def _begin_copy(self, req: Req, locations: torch.Tensor, tier: KVTier | None) -> bool:
+        """Copy the KV to the host if that is the tier and there is room; False where it is to be
         recomputed."""
         tokens, room = len(locations), self.copies.room
-        if (rung or self.costs.cheapest(tokens, room)) is not Rung.HOST or tokens > room:
+        if (tier or self.costs.cheapest(tokens, room)) is not KVTier.HOST or tokens > room:
             return False
         shared = min(req.kv.cache_protected_len, tokens)
         prefix = self.copies.to_host(locations[:shared]) if shared else None
@@ -129,14 +129,14 @@ class Ladder:
         self.host_tokens += tokens
         return True
 
-    def _off_device(self, req: Req, tokens: int, release: Callable[[Req], None]) -> Rung:
+    def _off_device(self, req: Req, tokens: int, release: Callable[[Req], None]) -> KVTier:
         """Give back the device KV of a request, whose copy is in `copying` if there is one."""
         copied = self._await_copy(req)
         release(req)
         if not copied:
             req.reset_for_retract()
-            self._count(Rung.RECOMPUTE, tokens)
-            return Rung.RECOMPUTE
+            self._count(KVTier.RECOMPUTE, tokens)
+            return KVTier.RECOMPUTE
         req.prefix_len = 0
         req.last_node = None
         req.lock = None
@@ -145,8 +145,8 @@ class Ladder:
         req.kv.cache_inserted_len = 0
         req.kv.kv_committed_len = 0
         self.host[req] = self.copying.pop(req)
-        self._count(Rung.HOST, tokens)
-        return Rung.HOST
+        self._count(KVTier.HOST, tokens)
+        return KVTier.HOST
 
     def _await_copy(self, req: Req) -> bool:
         """Whether there is a copy, complete on every rank: one that failed would leave that rank
@@ -168,9 +168,9 @@ class Ladder:
             for half in copy.halves():
                 self.copies.free(half)
 
-    def _count(self, rung: Rung, tokens: int) -> None:
-        self.counts[rung.value] += 1
-        self.counts[f"{rung.value}_tokens"] += tokens
+    def _count(self, tier: KVTier, tokens: int) -> None:
+        self.counts[tier.value] += 1
+        self.counts[f"{tier.value}_tokens"] += tokens
 
     def _in_flight(self) -> set[Req]:
         """Requests with a forward whose result the scheduler has not processed yet."""
@@ -240,7 +240,7 @@ class Ladder:
         self.counts["copy_failed"] += 1
         self._drop_copy(self.host, req)
         req.reset_for_retract()
-        self._count(Rung.RECOMPUTE, copy.tokens)
+        self._count(KVTier.RECOMPUTE, copy.tokens)
 
     def _hold_steps(self, copy: HostCopy) -> None:
         for half in copy.halves():

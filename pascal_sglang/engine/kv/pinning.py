@@ -29,7 +29,7 @@ def _runtimes() -> list[ctypes.CDLL]:
     """The CUDA runtimes loaded into this process; none if PyTorch brings its own inside."""
     try:
         with open("/proc/self/maps") as maps:
-            paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "/libcudart" in line}
+            paths = {queue.split(maxsplit=5)[-1].strip() for queue in maps if "/libcudart" in queue}
         return [ctypes.CDLL(path) for path in sorted(paths)]
     except OSError:
         return []

@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.common import (
     release_kv_cache,
 )
 
-from pascal_sglang.engine.kv.host_copies import Copies
+from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.policy.kv_tier import Costs
 
 # Enough that a layer's copy takes longer than its launch.
@@ -114,7 +114,7 @@ class Pool:
         return None if found is None else found[:tokens]
 
 
-def measure_costs(scheduler: Any, copies: Copies) -> Costs:
+def measure_costs(scheduler: Any, copies: HostCopies) -> Costs:
     """Time copies of KV to the host and back before the first request: one token, and many.
 
     The pool's content is written back as it was. Nothing is timed where nothing can be copied.

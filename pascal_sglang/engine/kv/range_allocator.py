@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 
 
-class Pieces:
+class RangeAllocator:
     """Gives out pieces of `size` entries and takes them back.
 
     Best fit: the smallest hole that is large enough, and of equals the first, so that ranks that

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from sglang.srt.runtime_context import get_parallel, get_serving
 
-from pascal_sglang.engine.kv.host_copies import Copies, HostKV
+from pascal_sglang.engine.kv.host_copies import HostCopies, HostKV
 
 
-class KvBytes:
+class KVSerializer:
     """Reads and writes KV entries of one rank's pool.
 
     per_token: bytes of one entry.
@@ -19,7 +19,7 @@ class KvBytes:
 
     def __init__(
         self,
-        copies: Copies,
+        copies: HostCopies,
         buffers: Sequence[torch.Tensor],
         model: str,
         weights: Callable[[], str],
@@ -69,10 +69,10 @@ class KvBytes:
             at += count * buffer.element_size()
 
 
-def kv_bytes_of(scheduler: Any, copies: Copies) -> KvBytes | str:
+def kv_bytes_of(scheduler: Any, copies: HostCopies) -> KVSerializer | str:
     """Access to the scheduler's pool, or why its KV cannot travel."""
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     if copies.buffers is None:
         return f"KV in a {type(pool).__name__} of this layout does not travel yet"
     model = str(scheduler.server_args.model_path)
-    return KvBytes(copies, copies.buffers, model, lambda: str(get_serving().weight_version))
+    return KVSerializer(copies, copies.buffers, model, lambda: str(get_serving().weight_version))

@@ -9,38 +9,44 @@ from typing import Any
 from sglang.srt.runtime_context import get_parallel, get_serving
 
 from pascal_sglang.cluster import messages
-from pascal_sglang.cluster.control_channel import POST_ENV, Pen
+from pascal_sglang.cluster.control_channel import CONTROL_ENV, ControlSender
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.transport import TransportError, make
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.serializer import kv_bytes_of
-from pascal_sglang.engine.migration.control_receiver import Voice
-from pascal_sglang.engine.migration.incoming import Arrivals
-from pascal_sglang.engine.migration.manager import Moves
-from pascal_sglang.engine.migration.outgoing import Departures
-from pascal_sglang.engine.migration.prefill_gate import Clearance
-from pascal_sglang.engine.migration.receive_buffer import Landing, landing_bytes, window_tokens
-from pascal_sglang.engine.plan_executor import Governor
+from pascal_sglang.engine.migration.control_receiver import Rank0Sender
+from pascal_sglang.engine.migration.incoming import IncomingMigrations
+from pascal_sglang.engine.migration.manager import Migrations
+from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
+from pascal_sglang.engine.migration.prefill_gate import PrefillGate
+from pascal_sglang.engine.migration.receive_buffer import (
+    ReceiveBuffer,
+    landing_bytes,
+    window_tokens,
+)
+from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.tp_ranks import all_agree, from_every_rank
 
 logger = logging.getLogger(__name__)
 
 
-def letters_here(config: PascalConfig) -> str | None:
+def control_folder(config: PascalConfig) -> str | None:
     """The folder of the letter boxes where the controller places this process's requests; None
     otherwise."""
-    return os.environ.get(POST_ENV) if config.places and get_parallel().dp_size > 1 else None
+    return os.environ.get(CONTROL_ENV) if config.places and get_parallel().dp_size > 1 else None
 
 
 def moves_here(config: PascalConfig) -> str | None:
     """The folder of the letter boxes where this process's requests may move; None otherwise."""
-    return os.environ.get(POST_ENV) if config.moves and get_parallel().dp_size > 1 else None
+    return os.environ.get(CONTROL_ENV) if config.moves and get_parallel().dp_size > 1 else None
 
 
-def build_moves(scheduler: Any, governor: Governor | None, config: PascalConfig) -> Moves | None:
+def build_migrations(
+    scheduler: Any, executor: PlanExecutor | None, config: PascalConfig
+) -> Migrations | None:
     """The moves of a scheduler with a governor; None, and logged, where requests cannot move."""
     folder = moves_here(config)
-    if folder is None or governor is None:
+    if folder is None or executor is None:
         return None
     serving = get_serving()
     reasons = {
@@ -50,7 +56,7 @@ def build_moves(scheduler: Any, governor: Governor | None, config: PascalConfig)
         "--skip-tokenizer-init": serving.skip_tokenizer_init,
         "SGLANG_RUST_SERVER": scheduler.rust_server is not None,
     }
-    kv = kv_bytes_of(scheduler, governor.ladder.copies)
+    kv = kv_bytes_of(scheduler, executor.paused_requests.copies)
     problem = next((f"with {name}" for name, holds in reasons.items() if holds), None)
     problem = kv if isinstance(kv, str) else problem
     transport = None
@@ -69,15 +75,19 @@ def build_moves(scheduler: Any, governor: Governor | None, config: PascalConfig)
     assert transport is not None
     assert not isinstance(kv, str)
     leads = get_parallel().attn_tp_rank == 0
-    voice = Voice(Pen(folder, get_parallel().dp_rank or 0) if leads else None)
+    voice = Rank0Sender(ControlSender(folder, get_parallel().dp_rank or 0) if leads else None)
     terms = Terms(live=config.live_migration)
-    landing = Landing(governor.pool, kv, transport.landing)
-    landings = from_every_rank(scheduler, transport.address)
+    receive_buffer = ReceiveBuffer(executor.pool, kv, transport.receive_buffer)
+    receive_buffers = from_every_rank(scheduler, transport.address)
     for other in range(get_parallel().dp_size):
         if other != (get_parallel().dp_rank or 0):
-            voice.say(other, [messages.Landings(landings)])
-    clearance = Clearance()
-    window = landing.window
-    departures = Departures(scheduler, governor, terms, transport, kv, window, voice, clearance)
-    arrivals = Arrivals(scheduler, governor, terms, landing, landings, voice, clearance)
-    return Moves(governor, departures, arrivals, voice, config.flood)
+            voice.say(other, [messages.ReceiveBuffers(receive_buffers)])
+    prefill_gate = PrefillGate()
+    window = receive_buffer.window
+    outgoing_migrations = OutgoingMigrations(
+        scheduler, executor, terms, transport, kv, window, voice, prefill_gate
+    )
+    incoming_migrations = IncomingMigrations(
+        scheduler, executor, terms, receive_buffer, receive_buffers, voice, prefill_gate
+    )
+    return Migrations(executor, outgoing_migrations, incoming_migrations, voice, config.flood)

@@ -10,11 +10,11 @@ from typing import Any
 
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 
-from pascal_sglang.cluster.control_channel import Box, Pen
+from pascal_sglang.cluster.control_channel import ControlReceiver, ControlSender
 
 
 @dataclass(frozen=True, slots=True)
-class Letters:
+class ControlBatch:
     """What came into the letter box before a pass, unread; `now` is rank 0's clock in seconds."""
 
     now: float
@@ -25,20 +25,20 @@ class Letters:
 class PascalRequestReceiver(SchedulerRequestReceiver):
     """SGLang's, with the letter box as one more source on rank 0."""
 
-    box: Box
+    box: ControlReceiver
 
     def _pull_raw_reqs(self) -> list[Any] | None:
         requests = SchedulerRequestReceiver._pull_raw_reqs(self)
         if requests is not None and (letters := self.box.letters()):
             # First: an abort that comes with them is to find a request where it then is.
-            requests.insert(0, Letters(time.perf_counter(), letters))
+            requests.insert(0, ControlBatch(time.perf_counter(), letters))
         return requests
 
 
-class Voice:
+class Rank0Sender:
     """Writes letters on rank 0; on the other ranks it is silent."""
 
-    def __init__(self, pen: Pen | None) -> None:
+    def __init__(self, pen: ControlSender | None) -> None:
         self.pen = pen
 
     def say(self, to: str | int, said: Sequence[Any]) -> None:

@@ -11,25 +11,25 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
-from pascal_sglang.cluster import messages, orders
+from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.control_channel import CONTROLLER
 from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.migration_target import Target, TargetState
-from pascal_sglang.engine.migration.control_receiver import Voice
-from pascal_sglang.engine.migration.prefill_gate import LANDING_PASSES, Clearance
-from pascal_sglang.engine.migration.receive_buffer import Incoming, Landing
-from pascal_sglang.engine.migration.recent_aborts import Tombstones
+from pascal_sglang.engine.migration.control_receiver import Rank0Sender
+from pascal_sglang.engine.migration.prefill_gate import LANDING_PASSES, PrefillGate
+from pascal_sglang.engine.migration.receive_buffer import IncomingMigration, ReceiveBuffer
+from pascal_sglang.engine.migration.recent_aborts import RecentAborts
 from pascal_sglang.engine.migration.request_snapshot import (
     import_state,
     problem_with,
     restore_member,
 )
 from pascal_sglang.engine.migration.revoked import Revoked
-from pascal_sglang.engine.observability.migration_metrics import MoveMetrics
-from pascal_sglang.engine.plan_executor import Governor
+from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
+from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.tp_ranks import all_agree
-from pascal_sglang.policy.request import Place
+from pascal_sglang.policy.request import RequestStatus
 
 logger = logging.getLogger(__name__)
 
@@ -37,31 +37,35 @@ logger = logging.getLogger(__name__)
 REMEMBERED = 4096
 
 
-class Arrivals:
+class IncomingMigrations:
     """Moves to here. counts: how they ended, `taken` or why not. arrived: requests that came and
     have not produced a token here yet, and when their last one left elsewhere, in seconds."""
 
     def __init__(
         self,
         scheduler: Any,
-        governor: Governor,
+        executor: PlanExecutor,
         terms: Terms,
-        landing: Landing,
-        landings: list[str],
-        voice: Voice,
-        clearance: Clearance,
+        receive_buffer: ReceiveBuffer,
+        receive_buffers: list[str],
+        voice: Rank0Sender,
+        prefill_gate: PrefillGate,
     ) -> None:
         """landings: addresses of this instance's landings, by TP rank."""
-        self.scheduler, self.governor, self.terms = scheduler, governor, terms
-        self.landing, self.landings, self.voice = landing, landings, voice
-        self.clearance = clearance
-        self.under_way: dict[str, Incoming] = {}
+        self.scheduler, self.executor, self.terms = scheduler, executor, terms
+        self.receive_buffer, self.receive_buffers, self.voice = (
+            receive_buffer,
+            receive_buffers,
+            voice,
+        )
+        self.prefill_gate = prefill_gate
+        self.under_way: dict[str, IncomingMigration] = {}
         self.counts: Counter[str] = Counter()
         self.arrived: dict[Req, float] = {}
-        self.metrics: MoveMetrics | None = None
-        self._past: OrderedDict[str, Incoming] = OrderedDict()
-        self._tombstones = Tombstones()
-        self.revoked = Revoked(scheduler, governor)
+        self.metrics: MigrationMetrics | None = None
+        self._past: OrderedDict[str, IncomingMigration] = OrderedDict()
+        self._tombstones = RecentAborts()
+        self.revoked = Revoked(scheduler, executor)
         self._dp_rank = get_parallel().dp_rank or 0
 
     def came_with(self, batch: ScheduleBatch) -> bool:
@@ -70,17 +74,17 @@ class Arrivals:
 
     @property
     def is_idle(self) -> bool:
-        return not (self.under_way or self.landing.closing)
+        return not (self.under_way or self.receive_buffer.closing)
 
-    def asked(self, sender: int, ask: messages.Ask, now: float) -> None:
+    def asked(self, sender: int, ask: messages.ReserveRequest, now: float) -> None:
         if ask.move in self.under_way or ask.move in self._past:
             return
         problem = self._why_not(ask, now)
-        incoming = None if problem else self.landing.reserve(sender, ask.tokens)
+        incoming = None if problem else self.receive_buffer.reserve(sender, ask.tokens)
         if incoming is None:
             why = problem or "full"
             self._count(why)
-            self.voice.say(sender, [messages.Refused(ask.move, why)])
+            self.voice.say(sender, [messages.ReserveRefused(ask.move, why)])
             return
         incoming.target = Target(
             ask.move,
@@ -89,33 +93,41 @@ class Arrivals:
             ask.tokens,
             fetch=lambda begin, end: self._fetch(incoming, begin, end),
             take=lambda state, tokens: self._take(incoming, state, tokens),
-            drop=lambda: self.landing.drop(incoming, self.governor.moment.now),
+            drop=lambda: self.receive_buffer.drop(incoming, self.executor.pass_info.now),
             revoke=lambda: self._revoke(incoming),
             valid=lambda state, tokens: self._problem(incoming, state, tokens),
             heard=now,
         )
         self.under_way[ask.move] = incoming
-        offset, window = self.landing.offset(incoming), self.landing.window
-        self.voice.say(sender, [messages.Granted(ask.move, self.landings, offset, window)])
+        offset, window = self.receive_buffer.offset(incoming), self.receive_buffer.window
+        self.voice.say(
+            sender, [messages.ReserveGranted(ask.move, self.receive_buffers, offset, window)]
+        )
 
-    def _why_not(self, ask: messages.Ask, now: float) -> str | None:
-        if ask.layout != self.landing.kv.layout:
+    def _why_not(self, ask: messages.ReserveRequest, now: float) -> str | None:
+        if ask.layout != self.receive_buffer.kv.layout:
             return "another KV layout or other weights"
         if self.scheduler._engine_paused:
             return "generation paused"
         if self._tombstones.covers(ask.rid, now):
             return "aborted"
-        if not self.landing.windows.free:
+        if not self.receive_buffer.windows.free:
             return "busy"
-        running = len(self.scheduler.running_batch.reqs) + len(self.governor.ladder.arriving)
-        pool = self.landing.pool
-        room = pool.free_tokens - self.governor.view.promised_tokens() - pool.in_pages(running + 1)
+        running = len(self.scheduler.running_batch.reqs) + len(
+            self.executor.paused_requests.arriving
+        )
+        pool = self.receive_buffer.pool
+        room = (
+            pool.free_tokens - self.executor.capacity.promised_tokens() - pool.in_pages(running + 1)
+        )
         return None if room >= pool.in_pages(ask.tokens) else "full"
 
-    def _fetch(self, incoming: Incoming, begin: int, end: int) -> bool:
-        return all_agree(self.scheduler, self.landing.fetch(incoming, begin, end))
+    def _fetch(self, incoming: IncomingMigration, begin: int, end: int) -> bool:
+        return all_agree(self.scheduler, self.receive_buffer.fetch(incoming, begin, end))
 
-    def _problem(self, incoming: Incoming, state: dict[str, Any], tokens: int) -> str | None:
+    def _problem(
+        self, incoming: IncomingMigration, state: dict[str, Any], tokens: int
+    ) -> str | None:
         problem = problem_with(state, tokens, self.scheduler.max_req_len)
         if problem is not None:
             return problem
@@ -126,17 +138,17 @@ class Arrivals:
             return "state that cannot be continued"
         return None
 
-    def _take(self, incoming: Incoming, state: dict[str, Any], tokens: int) -> None:
+    def _take(self, incoming: IncomingMigration, state: dict[str, Any], tokens: int) -> None:
         req = incoming.req
-        locations = self.landing.keep(incoming, tokens, self.governor.moment.now)
-        self.governor.members.arrived(req)
+        locations = self.receive_buffer.keep(incoming, tokens, self.executor.pass_info.now)
+        self.executor.request_states.arrived(req)
         restore_member(req, state)
-        self.governor.ladder.adopt(req, locations)
-        self.governor.stopped(req, Place.RESIDENT)
+        self.executor.paused_requests.adopt(req, locations)
+        self.executor.stopped(req, RequestStatus.RESIDENT)
         self.arrived[req] = state["blocked_since"]
         incoming.taken = weakref.ref(req)
 
-    def _revoke(self, incoming: Incoming) -> None:
+    def _revoke(self, incoming: IncomingMigration) -> None:
         """The request was ended by its source, which waited in vain for this instance."""
         req = None if incoming.taken is None else incoming.taken()
         if req is not None and not req.finished():
@@ -155,7 +167,9 @@ class Arrivals:
         taken = target.state is TargetState.OWNED
         self._count("taken" if taken else target.why)
         # The source says so too, unless it has died.
-        self.voice.say(CONTROLLER, [orders.Over(self._dp_rank, move, taken, target.why)])
+        self.voice.say(
+            CONTROLLER, [messages.MigrationEnded(self._dp_rank, move, taken, target.why)]
+        )
         incoming.req, incoming.locations = None, incoming.locations[:0].clone()
         self._past[move] = incoming
         while len(self._past) > REMEMBERED:
@@ -168,8 +182,8 @@ class Arrivals:
 
     def hear(self, sender: int, message: Message, now: float) -> None:
         """A source's message about a move that is known here."""
-        if isinstance(message, messages.Cancelled):
-            self.landing.through(message.move, sender)
+        if isinstance(message, messages.MigrationCancelled):
+            self.receive_buffer.through(message.move, sender)
         incoming = self.under_way.get(message.move) or self._past.get(message.move)
         if incoming is None or incoming.sender != sender or incoming.target is None:
             return
@@ -179,21 +193,21 @@ class Arrivals:
             incoming.unsaid = said
         else:
             self.voice.say(sender, said)
-        if isinstance(message, messages.Chunk) and message.last:
-            self.clearance.ask(self.governor.moment.pass_no, LANDING_PASSES)
+        if isinstance(message, messages.KVChunk) and message.last:
+            self.prefill_gate.ask(self.executor.pass_info.pass_no, LANDING_PASSES)
         self._settle(message.move)
 
     def step(self, now: float) -> None:
         """Once per pass."""
-        if self.landing.closing:
+        if self.receive_buffer.closing:
             # Before rank 0 grants one again, the other ranks must be done with it too.
-            all_agree(self.scheduler, self.landing.close(now))
-        for sender, move in self.landing.windows.tick(now):
+            all_agree(self.scheduler, self.receive_buffer.close(now))
+        for sender, move in self.receive_buffer.windows.tick(now):
             self.voice.say(sender, [messages.WriteQuery(move)])
         for move, incoming in list(self.under_way.items()):
             assert incoming.target is not None
             if incoming.reading is not None:
-                done = all_agree(self.scheduler, self.landing.read(incoming))
+                done = all_agree(self.scheduler, self.receive_buffer.read(incoming))
                 said = incoming.unsaid if done else incoming.target.give_up("transport")
                 self.voice.say(incoming.sender, said)
             self.voice.say(incoming.sender, incoming.target.tick(now))
@@ -222,4 +236,4 @@ class Arrivals:
             if incoming.sender == instance and incoming.target is not None:
                 incoming.target.give_up("source died")
                 self._settle(move)
-        self.landing.died(instance, self.governor.moment.now)
+        self.receive_buffer.died(instance, self.executor.pass_info.now)

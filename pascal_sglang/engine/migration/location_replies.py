@@ -8,13 +8,13 @@ from typing import Any
 from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster.codec import BadMessage, unpack
-from pascal_sglang.cluster.orders import LocationQuery
-from pascal_sglang.engine.migration.control_receiver import Letters
+from pascal_sglang.cluster.messages import LocationQuery
+from pascal_sglang.engine.migration.control_receiver import ControlBatch
 
 logger = logging.getLogger(__name__)
 
 
-def hear(scheduler: Any, letters: Letters) -> None:
+def hear(scheduler: Any, letters: ControlBatch) -> None:
     """Answer the controller where no requests move; nothing else is for such an instance."""
     for letter in letters.letters:
         try:
@@ -28,13 +28,19 @@ def hear(scheduler: Any, letters: Letters) -> None:
 
 def reply(scheduler: Any, query: LocationQuery) -> None:
     """Say which of some requests live here, those on their way out included."""
-    if scheduler.herald is None or scheduler.governor is None:
+    if scheduler.load_reporter is None or scheduler.executor is None:
         return
-    ladder = scheduler.governor.ladder
-    held = (ladder.leaving, ladder.arriving, ladder.resident, ladder.host, ladder.moving)
+    paused_requests = scheduler.executor.paused_requests
+    held = (
+        paused_requests.leaving,
+        paused_requests.arriving,
+        paused_requests.resident,
+        paused_requests.host,
+        paused_requests.moving,
+    )
     queues = (scheduler.waiting_queue, scheduler.grammar_manager.grammar_queue, *held)
     alive = {req.rid for queue in queues for req in queue}
     alive |= {req.rid for req in scheduler.collect_inflight_reqs()}
     if scheduler.chunked_req is not None:
         alive.add(scheduler.chunked_req.rid)
-    scheduler.herald.located(query, alive)
+    scheduler.load_reporter.located(query, alive)

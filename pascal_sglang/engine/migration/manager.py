@@ -18,34 +18,34 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
-from pascal_sglang.cluster import messages, orders
+from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.codec import BadMessage, unpack
 from pascal_sglang.cluster.control_channel import CONTROLLER
-from pascal_sglang.engine.migration.control_receiver import Letters, Voice
-from pascal_sglang.engine.migration.incoming import Arrivals
-from pascal_sglang.engine.migration.outgoing import Departures
+from pascal_sglang.engine.migration.control_receiver import ControlBatch, Rank0Sender
+from pascal_sglang.engine.migration.incoming import IncomingMigrations
+from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
 from pascal_sglang.engine.migration.request_snapshot import why_not_movable
-from pascal_sglang.engine.observability.migration_metrics import MoveMetrics
-from pascal_sglang.engine.plan_executor import ERRORS_LOGGED, Governor
-from pascal_sglang.engine.request_states import member_of, remaining_of
+from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
+from pascal_sglang.engine.plan_executor import ERRORS_LOGGED, PlanExecutor
+from pascal_sglang.engine.request_states import remaining_of, state_of
 from pascal_sglang.engine.tp_ranks import catch_on_all_ranks
 from pascal_sglang.policy.timeline import Phase
 
 logger = logging.getLogger(__name__)
 
 TO_SOURCE = (
-    messages.Granted,
-    messages.Refused,
-    messages.Got,
-    messages.Mine,
+    messages.ReserveGranted,
+    messages.ReserveRefused,
+    messages.ChunkAck,
+    messages.CommitAck,
     messages.WriteQuery,
 )
-TO_TARGET = (messages.Chunk, messages.Handover, messages.Cancelled)
+TO_TARGET = (messages.KVChunk, messages.Handover, messages.MigrationCancelled)
 # Passes that a move takes besides one per window.
 PASSES = 4
 
 
-class Moves:
+class Migrations:
     """All moves of one scheduler.
 
     stayed: requests that reached their boundary and cannot move, by reason. rejected: letters that
@@ -54,24 +54,28 @@ class Moves:
 
     def __init__(
         self,
-        governor: Governor,
-        departures: Departures,
-        arrivals: Arrivals,
-        voice: Voice,
+        executor: PlanExecutor,
+        outgoing_migrations: OutgoingMigrations,
+        incoming_migrations: IncomingMigrations,
+        voice: Rank0Sender,
         flood: float,
     ) -> None:
         """flood: for tests: the chance per pass that an answer asks to move again."""
-        self.governor, self.departures, self.arrivals = governor, departures, arrivals
+        self.executor, self.outgoing_migrations, self.incoming_migrations = (
+            executor,
+            outgoing_migrations,
+            incoming_migrations,
+        )
         self.voice = voice
-        self.departures.left = self.gone
+        self.outgoing_migrations.left = self.gone
         self.stayed: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self.blocked_s: deque[float] = deque(maxlen=1024)
         # Tokens that an answer has here, on average; None before the first.
         self.answer_tokens: float | None = None
-        self.metrics: MoveMetrics | None = None
+        self.metrics: MigrationMetrics | None = None
         # Answers the controller which requests live here.
-        self.locate: Callable[[orders.LocationQuery], None] = lambda query: None
+        self.locate: Callable[[messages.LocationQuery], None] = lambda query: None
         self._flood = flood
         self._dice = random.Random(0)
         self._dp_rank, self._instances = get_parallel().dp_rank or 0, get_parallel().dp_size
@@ -79,28 +83,34 @@ class Moves:
     @property
     def reserved_tokens(self) -> int:
         """KV entries that no request owns yet."""
-        return self.arrivals.landing.reserved
+        return self.incoming_migrations.receive_buffer.reserved
 
     def is_empty(self) -> bool:
-        return not self.departures.holds_requests and self.arrivals.is_idle
+        return not self.outgoing_migrations.holds_requests and self.incoming_migrations.is_idle
 
     def holds_no_kv(self) -> bool:
         """Whether all KV may be dropped; that of requests on their way out is the ladder's."""
-        return not self.arrivals.under_way
+        return not self.incoming_migrations.under_way
 
     def give_up(self, why: str) -> None:
         """End every move that can still be ended: the request stays at its source."""
-        self.departures.give_up(why)
-        self.arrivals.give_up(why)
+        self.outgoing_migrations.give_up(why)
+        self.incoming_migrations.give_up(why)
 
     def defers_prefill(self, prefill_waits: bool) -> bool:
         """Whether the prefill of this pass, if there is one, stands back for a move."""
-        arrivals = self.arrivals
-        moving = bool(self.departures.under_way or arrivals.under_way or arrivals.arrived)
-        pass_no = self.governor.moment.pass_no
-        return arrivals.clearance.defers(pass_no, prefill_waits=prefill_waits, moving=moving)
+        incoming_migrations = self.incoming_migrations
+        moving = bool(
+            self.outgoing_migrations.under_way
+            or incoming_migrations.under_way
+            or incoming_migrations.arrived
+        )
+        pass_no = self.executor.pass_info.pass_no
+        return incoming_migrations.prefill_gate.defers(
+            pass_no, prefill_waits=prefill_waits, moving=moving
+        )
 
-    def hear(self, letters: Letters) -> None:
+    def hear(self, letters: ControlBatch) -> None:
         """Take in what has come since the last pass."""
         for letter in letters.letters:
             try:
@@ -109,7 +119,7 @@ class Moves:
                 self._reject(str(error))
                 continue
             error = catch_on_all_ranks(
-                self.governor.scheduler, partial(self._take_in, sender, message, letters.now)
+                self.executor.scheduler, partial(self._take_in, sender, message, letters.now)
             )
             if error is not None:
                 self._reject("failed")
@@ -117,26 +127,26 @@ class Moves:
                     logger.error("pascal_sglang: a message about a move failed", exc_info=error)
 
     def _take_in(self, sender: int, message: Any, now: float) -> None:
-        if isinstance(message, orders.Order):
-            self.departures.ordered(message, now)
-        elif isinstance(message, orders.Died):
-            self.departures.died(message.dp_rank)
-            self.arrivals.died(message.dp_rank)
-        elif isinstance(message, messages.Ask):
-            self.arrivals.asked(sender, message, now)
-        elif isinstance(message, messages.Landings):
-            self.departures.open_peer(message.landings)
+        if isinstance(message, messages.MigrateCommand):
+            self.outgoing_migrations.ordered(message, now)
+        elif isinstance(message, messages.InstanceDown):
+            self.outgoing_migrations.died(message.dp_rank)
+            self.incoming_migrations.died(message.dp_rank)
+        elif isinstance(message, messages.ReserveRequest):
+            self.incoming_migrations.asked(sender, message, now)
+        elif isinstance(message, messages.ReceiveBuffers):
+            self.outgoing_migrations.open_peer(message.receive_buffers)
         elif isinstance(message, TO_SOURCE):
-            self.departures.hear(sender, message, now)
+            self.outgoing_migrations.hear(sender, message, now)
         elif isinstance(message, TO_TARGET):
-            self.arrivals.hear(sender, message, now)
-        elif isinstance(message, orders.LocationQuery):
+            self.incoming_migrations.hear(sender, message, now)
+        elif isinstance(message, messages.LocationQuery):
             self.locate(message)
         else:
             self._reject("not for an instance")
 
-    def report_to(self, metrics: MoveMetrics) -> None:
-        self.metrics = self.departures.metrics = self.arrivals.metrics = metrics
+    def report_to(self, metrics: MigrationMetrics) -> None:
+        self.metrics = self.outgoing_migrations.metrics = self.incoming_migrations.metrics = metrics
 
     def _reject(self, reason: str) -> None:
         self.rejected[reason] += 1
@@ -145,17 +155,20 @@ class Moves:
 
     def step(self, running: ScheduleBatch) -> None:
         """Once per pass, before the plan."""
-        now = self.governor.moment.now
-        if self.departures.under_way:
-            self.departures.step(running, now)
-        if not self.arrivals.is_idle or self.arrivals.landing.windows.in_doubt:
-            self.arrivals.step(now)
+        now = self.executor.pass_info.now
+        if self.outgoing_migrations.under_way:
+            self.outgoing_migrations.step(running, now)
+        if (
+            not self.incoming_migrations.is_idle
+            or self.incoming_migrations.receive_buffer.windows.in_doubt
+        ):
+            self.incoming_migrations.step(now)
         if self._flood:
             for req in running.reqs:
-                if member_of(req).phase is Phase.ANSWERING and self._dice.random() < self._flood:
-                    self.crossed(req)
+                if state_of(req).phase is Phase.ANSWERING and self._dice.random() < self._flood:
+                    self.reasoning_ended(req)
 
-    def crossed(self, req: Req) -> None:
+    def reasoning_ended(self, req: Req) -> None:
         """The request has just ended its thinking: ask the controller where it goes on."""
         reason = why_not_movable(req)
         if reason is not None:
@@ -164,13 +177,13 @@ class Moves:
                 self.metrics.stayed(reason)
             return
         kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
-        remaining = remaining_of(req, member_of(req))
+        remaining = remaining_of(req, state_of(req))
         likely = remaining if self.answer_tokens is None else int(self.answer_tokens)
-        passes = PASSES + kv_tokens // self.departures.window
+        passes = PASSES + kv_tokens // self.outgoing_migrations.window
         self.voice.say(
             CONTROLLER,
             [
-                orders.Boundary(
+                messages.ReasoningEnded(
                     self._dp_rank, req.rid, kv_tokens, remaining, min(remaining, likely), passes
                 )
             ],
@@ -178,45 +191,49 @@ class Moves:
 
     def observe(self, req: Req) -> None:
         """The request may have produced a token."""
-        since = self.arrivals.arrived.pop(req, None) if self.arrivals.arrived else None
+        since = (
+            self.incoming_migrations.arrived.pop(req, None)
+            if self.incoming_migrations.arrived
+            else None
+        )
         if since is not None:
             blocked_s = max(0.0, time.perf_counter() - since)
             self.blocked_s.append(blocked_s)
             if self.metrics is not None:
                 self.metrics.blocked(blocked_s)
-        if req.finished() and (spoke := member_of(req).pacer.delivered):
+        if req.finished() and (spoke := state_of(req).pacer.delivered):
             before = self.answer_tokens
             self.answer_tokens = spoke if before is None else 0.9 * before + 0.1 * spoke
 
     def gone(self, req: Req) -> None:
         """The request has ended here, or moved on, without another token."""
-        self.arrivals.arrived.pop(req, None)
+        self.incoming_migrations.arrived.pop(req, None)
 
     def aborted(self, rid: str, matches: Callable[[str], bool]) -> None:
         """An abort has come, before it is looked for among the requests here."""
-        self.departures.aborted(matches)
-        self.arrivals.aborted(rid, matches, self.governor.moment.now)
+        self.outgoing_migrations.aborted(matches)
+        self.incoming_migrations.aborted(rid, matches, self.executor.pass_info.now)
 
     def describe(self) -> dict[str, Any]:
         """For `GET /pascal/status`."""
-        windows = self.arrivals.landing.windows
+        windows = self.incoming_migrations.receive_buffer.windows
         return {
             "out": [
                 {"rid": out.req.rid, "to": out.target, "state": out.source.state.value}
-                for out in self.departures.under_way.values()
+                for out in self.outgoing_migrations.under_way.values()
                 if out.source is not None
             ],
             "in": [
                 {"rid": target.rid, "from": incoming.sender, "state": target.state.value}
-                for incoming in self.arrivals.under_way.values()
+                for incoming in self.incoming_migrations.under_way.values()
                 if (target := incoming.target) is not None
             ],
             "windows": {"free": windows.free, "in_doubt": windows.in_doubt},
-            "departures": dict(self.departures.counts),
-            "arrivals": dict(self.arrivals.counts),
+            "outgoing": dict(self.outgoing_migrations.counts),
+            "incoming": dict(self.incoming_migrations.counts),
             "stayed": dict(self.stayed),
             "rejected": dict(self.rejected),
-            "awaiting_token": len(self.arrivals.arrived),
-            "bytes": self.departures.bytes_sent,
+            "awaiting_token": len(self.incoming_migrations.arrived),
+            "bytes": self.outgoing_migrations.bytes_sent,
             "blocked_s": list(self.blocked_s),
         }

@@ -10,23 +10,23 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
-from pascal_sglang.cluster import messages, orders
+from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.control_channel import CONTROLLER
 from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.migration_source import OPEN, OVER, Source, SourceState, Terms
 from pascal_sglang.cluster.transport import Transport
-from pascal_sglang.engine.kv.serializer import KvBytes
-from pascal_sglang.engine.migration.control_receiver import Voice
-from pascal_sglang.engine.migration.outgoing_migration import Outgoing, find
-from pascal_sglang.engine.migration.prefill_gate import Clearance
+from pascal_sglang.engine.kv.serializer import KVSerializer
+from pascal_sglang.engine.migration.control_receiver import Rank0Sender
+from pascal_sglang.engine.migration.outgoing_migration import OutgoingMigration, find
+from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.request_snapshot import export_state, why_not_movable
-from pascal_sglang.engine.observability.migration_metrics import MoveMetrics
+from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
 from pascal_sglang.engine.observability.phases import timeline_of
-from pascal_sglang.engine.plan_executor import Governor
-from pascal_sglang.engine.request_states import member_of, remaining_of
+from pascal_sglang.engine.plan_executor import PlanExecutor
+from pascal_sglang.engine.request_states import remaining_of, state_of
 from pascal_sglang.engine.retraction import wait_again
 from pascal_sglang.engine.tp_ranks import all_agree
-from pascal_sglang.policy.request import Place
+from pascal_sglang.policy.request import RequestStatus
 
 logger = logging.getLogger(__name__)
 
@@ -34,38 +34,42 @@ logger = logging.getLogger(__name__)
 GROWTH = 64
 
 
-class Departures:
+class OutgoingMigrations:
     """Moves from here. counts: how they ended, `moved` or `kept:<why>`. bytes_sent: by this
     rank."""
 
     def __init__(
         self,
         scheduler: Any,
-        governor: Governor,
+        executor: PlanExecutor,
         terms: Terms,
         transport: Transport,
-        kv: KvBytes,
+        kv: KVSerializer,
         window: int,
-        voice: Voice,
-        clearance: Clearance,
+        voice: Rank0Sender,
+        prefill_gate: PrefillGate,
     ) -> None:
         """window: KV entries that go between two decode steps."""
-        self.scheduler, self.governor, self.ladder = scheduler, governor, governor.ladder
+        self.scheduler, self.executor, self.paused_requests = (
+            scheduler,
+            executor,
+            executor.paused_requests,
+        )
         self.terms, self.transport, self.kv, self.window = terms, transport, kv, window
-        self.voice, self.clearance = voice, clearance
-        self.under_way: dict[str, Outgoing] = {}
+        self.voice, self.prefill_gate = voice, prefill_gate
+        self.under_way: dict[str, OutgoingMigration] = {}
         self.counts: Counter[str] = Counter()
         self.bytes_sent = 0
-        self.metrics: MoveMetrics | None = None
+        self.metrics: MigrationMetrics | None = None
         # Told of each request that has left for good.
         self.left: Callable[[Req], None] = lambda req: None
         self._dp_rank, self._tp_rank = get_parallel().dp_rank or 0, get_parallel().tp_rank
         self._running: ScheduleBatch | None = None
 
-    def open_peer(self, landings: Sequence[str]) -> None:
-        """Open and pin another instance's landing; `landings` are addresses, by TP rank."""
-        if self._tp_rank < len(landings):
-            self.transport.open_peer(landings[self._tp_rank])
+    def open_peer(self, receive_buffers: Sequence[str]) -> None:
+        """Open and pin another instance's landing; `receive_buffers` are addresses, by TP rank."""
+        if self._tp_rank < len(receive_buffers):
+            self.transport.open_peer(receive_buffers[self._tp_rank])
 
     @property
     def holds_requests(self) -> bool:
@@ -75,8 +79,8 @@ class Departures:
             for out in self.under_way.values()
         )
 
-    def ordered(self, order: orders.Order, now: float) -> None:
-        req = find(order.rid, self.scheduler, self.ladder)
+    def ordered(self, order: messages.MigrateCommand, now: float) -> None:
+        req = find(order.rid, self.scheduler, self.paused_requests)
         problem = "not here" if req is None else why_not_movable(req)
         if self.scheduler._engine_paused:
             problem = "generation paused"
@@ -87,8 +91,8 @@ class Departures:
             return
         held = len(req.origin_input_ids) + len(req.output_ids)
         growth = GROWTH + held // self.window
-        reserve = held + min(remaining_of(req, member_of(req)), growth) + 2
-        out = Outgoing(req, order.target, self.ladder, now)
+        reserve = held + min(remaining_of(req, state_of(req)), growth) + 2
+        out = OutgoingMigration(req, order.target, self.paused_requests, now)
         out.source = Source(
             order.move,
             req.rid,
@@ -107,10 +111,10 @@ class Departures:
         out = self.under_way.get(message.move)
         if out is None and isinstance(message, messages.WriteQuery):
             # What was under way has been waited for before the move was forgotten.
-            self.voice.say(sender, [messages.Cancelled(message.move)])
+            self.voice.say(sender, [messages.MigrationCancelled(message.move)])
         if out is None or out.target != sender or out.source is None:
             return
-        if isinstance(message, messages.Granted):
+        if isinstance(message, messages.ReserveGranted):
             out.granted = message
         self._say(out, out.source.hear(message, now))
         self._settle(message.move)
@@ -126,7 +130,7 @@ class Departures:
             self._say(out, out.source.tick(now))
             self._settle(move)
 
-    def _say(self, out: Outgoing, said: Sequence[Message]) -> None:
+    def _say(self, out: OutgoingMigration, said: Sequence[Message]) -> None:
         """Tell the target. If the move is over, it gives the window to others: nothing may be on
         its way there."""
         assert out.source is not None
@@ -134,10 +138,10 @@ class Departures:
             self._wait(out)
         self.voice.say(out.target, said)
 
-    def _advance(self, out: Outgoing, source: Source, alive: set[Req], now: float) -> None:
+    def _advance(self, out: OutgoingMigration, source: Source, alive: set[Req], now: float) -> None:
         if source.state not in OPEN:
             return
-        why = "recompute" if out.place(alive) is Place.WAITING else None
+        why = "recompute" if out.status(alive) is RequestStatus.WAITING else None
         if out.req.finished() or out.req.to_finish is not None:
             why = "ended"
         if why is not None:
@@ -150,41 +154,45 @@ class Departures:
                 return
         if self._copy(out, source, alive, now) and source.state is SourceState.STOPPING:
             # Without overlap nothing of it is under way, and it stands still at once.
-            self.governor.settle()
+            self.executor.settle()
             self._copy(out, source, alive, now)
 
-    def _copy(self, out: Outgoing, source: Source, alive: set[Req], now: float) -> bool:
+    def _copy(self, out: OutgoingMigration, source: Source, alive: set[Req], now: float) -> bool:
         """Send what can be sent; True if the request was told to stop by this."""
-        place = out.place(alive)
-        if place is None or place is Place.WAITING:
+        status = out.status(alive)
+        if status is None or status is RequestStatus.WAITING:
             return False
         before = source.state
-        still = place is not Place.RUNNING and out.req in self.ladder.moving
-        tokens = out.kv_tokens(place, place is Place.RUNNING and self.scheduler.enable_overlap)
+        still = status is not RequestStatus.RUNNING and out.req in self.paused_requests.moving
+        tokens = out.kv_tokens(
+            status, status is RequestStatus.RUNNING and self.scheduler.enable_overlap
+        )
         try:
             said = source.copy(now, tokens, still=still)
         except (TypeError, ValueError):
             logger.exception("pascal_sglang: the state of %s does not travel", out.req.rid)
             said = source.keep("state")
         for message in said:
-            if isinstance(message, messages.Chunk | messages.Handover):
-                said = self._sent(out, source, message, place)
+            if isinstance(message, messages.KVChunk | messages.Handover):
+                said = self._sent(out, source, message, status)
         self._say(out, said)
         return before is not source.state
 
-    def _sent(self, out: Outgoing, source: Source, message: Any, place: Place) -> list[Message]:
+    def _sent(
+        self, out: OutgoingMigration, source: Source, message: Any, status: RequestStatus
+    ) -> list[Message]:
         """Put the KV that `message` speaks of where the target finds it; what can be said now. The
         device copies a Chunk while the next step decodes. A Handover is little, and its reader
         waits for it."""
-        chunk = message if isinstance(message, messages.Chunk) else None
+        chunk = message if isinstance(message, messages.KVChunk) else None
         end = message.kv_tokens if chunk is None else chunk.end
-        out.write(message.begin, end, place, self.transport, self.kv, self._tp_rank)
+        out.write(message.begin, end, status, self.transport, self.kv, self._tp_rank)
         if chunk is not None and self.kv.copies.deferred and self.transport.direct:
             out.unsaid = chunk
             return []
         return [message] if self._wait(out) else source.unsent("transport")
 
-    def _wait(self, out: Outgoing) -> bool:
+    def _wait(self, out: OutgoingMigration) -> bool:
         """Whether the KV last written is in the window, on every rank: rank 0 speaks for all."""
         out.unsaid = None
         problem = out.written(self.transport, self.kv)
@@ -192,28 +200,28 @@ class Departures:
             logger.warning("pascal_sglang: %s stays: %s", out.req.rid, problem)
         return all_agree(self.scheduler, problem is None)
 
-    def _stop(self, out: Outgoing) -> None:
+    def _stop(self, out: OutgoingMigration) -> None:
         assert self._running is not None
         if self.terms.live:
             # What it has produced last is told after the step that begins now.
-            self.clearance.ask(self.governor.moment.pass_no, 1)
-        out.stopped_at = self.governor.moment.now
+            self.prefill_gate.ask(self.executor.pass_info.pass_no, 1)
+        out.stopped_at = self.executor.pass_info.now
         timeline_of(out.req).stopped("moved", out.stopped_at)
-        out.take_out(self._running, lambda req: self.governor.planner.left(member_of(req)))
+        out.take_out(self._running, lambda req: self.executor.planner.queue.remove(state_of(req)))
 
-    def _resume(self, out: Outgoing) -> None:
-        place = out.put_back()
-        if place is None:
+    def _resume(self, out: OutgoingMigration) -> None:
+        status = out.put_back()
+        if status is None:
             return
         if out.aborted:
             out.let_go()
             self.scheduler.end_early(out.req, None)
-        elif place is Place.WAITING:
-            wait_again(self.governor, out.req)
+        elif status is RequestStatus.WAITING:
+            wait_again(self.executor, out.req)
         else:
-            self.governor.stopped(out.req, place)
+            self.executor.stopped(out.req, status)
 
-    def _lose(self, out: Outgoing) -> None:
+    def _lose(self, out: OutgoingMigration) -> None:
         out.let_go()
         assert out.source is not None
         died = out.source.state is SourceState.LOST
@@ -240,7 +248,7 @@ class Departures:
         self._report(move, done, source.why)
 
     def _report(self, move: str, done: bool, why: str) -> None:
-        self.voice.say(CONTROLLER, [orders.Over(self._dp_rank, move, done, why)])
+        self.voice.say(CONTROLLER, [messages.MigrationEnded(self._dp_rank, move, done, why)])
 
     def give_up(self, why: str) -> None:
         """Every request that is not handed over stays."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 LANDING_PASSES = 8
 
 
-class Clearance:
+class PrefillGate:
     """Defers prefills while somebody changes instances, at most `LANDING_PASSES` passes in a row;
     then prefills have as many for themselves."""
 

@@ -12,10 +12,10 @@ from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.migration_target import Target
-from pascal_sglang.cluster.receive_slots import Windows
+from pascal_sglang.cluster.receive_slots import ReceiveSlots
 from pascal_sglang.engine.kv.host_copies import HostKV
 from pascal_sglang.engine.kv.pool import Pool
-from pascal_sglang.engine.kv.serializer import KvBytes
+from pascal_sglang.engine.kv.serializer import KVSerializer
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +25,13 @@ WINDOW_BYTES = 4 << 20
 WINDOW_TOKENS = 512
 
 
-def window_tokens(kv: KvBytes) -> int:
+def window_tokens(kv: KVSerializer) -> int:
     """KV entries that a window takes: what is copied between two decode steps."""
     return max(16, min(WINDOW_TOKENS, WINDOW_BYTES // kv.per_token))
 
 
 @dataclass(slots=True, eq=False)
-class Incoming:
+class IncomingMigration:
     """One move to here. sender: the instance it comes from. locations: the KV entries reserved, in
     whole pages. req: made of its state, once that is here. reading: its window is read, since the
     last pass; unsaid: what is said once that is over. taken: the request, once it is this
@@ -49,36 +49,36 @@ class Incoming:
     dead: bool = False
 
 
-class Landing:
+class ReceiveBuffer:
     """Memory for KV on its way in: entries of the pool, and windows.
 
     reserved: KV entries held. A window is given to the next move when nothing uses it any more:
-    closing are moves that are over and whose windows are read; `Windows` knows which of the others
-    a source may still write into.
+    closing are moves that are over and whose windows are read; `ReceiveSlots` knows which of the
+    others a source may still write into.
     """
 
-    def __init__(self, pool: Pool, kv: KvBytes, memory: memoryview) -> None:
+    def __init__(self, pool: Pool, kv: KVSerializer, memory: memoryview) -> None:
         self.pool = pool
         self.kv = kv
         self.memory = memory
         self.window = window_tokens(kv)
         self.reserved = 0
-        self.closing: list[Incoming] = []
-        self.windows = Windows(WINDOWS)
+        self.closing: list[IncomingMigration] = []
+        self.windows = ReceiveSlots(WINDOWS)
 
-    def reserve(self, sender: int, tokens: int) -> Incoming | None:
+    def reserve(self, sender: int, tokens: int) -> IncomingMigration | None:
         """Memory for `tokens` KV entries and a window; None if there is none."""
         locations = self.pool.take(self.pool.in_pages(tokens))
         if locations is None:
             return None
         self.reserved += len(locations)
-        return Incoming(sender, locations, self.windows.take())
+        return IncomingMigration(sender, locations, self.windows.take())
 
-    def offset(self, incoming: Incoming) -> int:
+    def offset(self, incoming: IncomingMigration) -> int:
         """Where its window begins, in bytes."""
         return incoming.window * self.window * self.kv.per_token
 
-    def fetch(self, incoming: Incoming, begin: int, end: int) -> bool:
+    def fetch(self, incoming: IncomingMigration, begin: int, end: int) -> bool:
         """Take KV of the tokens `begin`..`end` out of the window; whether that worked. Deferred
         copies read it until `read` returns."""
         if end - begin > self.window:
@@ -97,7 +97,7 @@ class Landing:
             return not incoming.reading.failed
         return self.read(incoming)
 
-    def read(self, incoming: Incoming) -> bool:
+    def read(self, incoming: IncomingMigration) -> bool:
         """Wait until nothing reads the window any more; False if the device failed."""
         reading, incoming.reading = incoming.reading, None
         return reading is None or self.kv.copies.wait(reading)
@@ -124,7 +124,7 @@ class Landing:
             incoming.dead |= incoming.sender == sender
         self.windows.died(sender, now)
 
-    def _leave_window(self, incoming: Incoming, now: float) -> None:
+    def _leave_window(self, incoming: IncomingMigration, now: float) -> None:
         """Nothing reads the window any more."""
         if incoming.through or incoming.target is None:
             self.windows.give_back(incoming.window)
@@ -132,7 +132,7 @@ class Landing:
             move, sender = incoming.target.move, incoming.sender
             self.windows.doubt(incoming.window, move, sender, now, dead=incoming.dead)
 
-    def keep(self, incoming: Incoming, tokens: int, now: float) -> torch.Tensor:
+    def keep(self, incoming: IncomingMigration, tokens: int, now: float) -> torch.Tensor:
         """The move is done: where its `tokens` KV entries are. The rest is given back. A source
         writes nothing after its Handover."""
         used = self.pool.in_pages(tokens)
@@ -140,14 +140,14 @@ class Landing:
         self._give_back(incoming, incoming.locations[used:], now)
         return incoming.locations[:tokens]
 
-    def drop(self, incoming: Incoming, now: float) -> None:
+    def drop(self, incoming: IncomingMigration, now: float) -> None:
         """The move has failed: all is given back."""
         assert incoming.target is not None
         incoming.through = incoming.target.why == "cancelled"
         incoming.dead = incoming.target.why == "source died"
         self._give_back(incoming, incoming.locations, now)
 
-    def _give_back(self, incoming: Incoming, locations: torch.Tensor, now: float) -> None:
+    def _give_back(self, incoming: IncomingMigration, locations: torch.Tensor, now: float) -> None:
         self.reserved -= len(incoming.locations)
         if incoming.reading is not None:
             # Steps that read this KV, or write where it is given back, come after the copy.
@@ -159,6 +159,6 @@ class Landing:
             self.pool.allocator.free(locations)
 
 
-def landing_bytes(kv: KvBytes) -> int:
+def landing_bytes(kv: KVSerializer) -> int:
     """Bytes of a rank's landing."""
     return WINDOWS * window_tokens(kv) * kv.per_token

@@ -8,7 +8,7 @@ REMEMBERED = 1024
 LASTS_S = 30.0
 
 
-class Tombstones:
+class RecentAborts:
     """Names, or beginnings of names, of requests that were aborted lately."""
 
     def __init__(self) -> None:

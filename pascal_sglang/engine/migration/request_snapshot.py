@@ -28,7 +28,7 @@ from pascal_sglang.engine.migration.snapshot_fields import (
     refused_by,
 )
 from pascal_sglang.engine.observability.phases import timeline_of
-from pascal_sglang.engine.request_states import member_of, why_not_pausable
+from pascal_sglang.engine.request_states import state_of, why_not_pausable
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Break, Phase, PhaseTimeline
 
@@ -73,7 +73,7 @@ def export_state(req: Req, blocked_since: float) -> dict[str, Any]:
         params = msgspec.structs.replace(
             params, custom_params={k: v for k, v in custom.items() if k != "__req__"}
         )
-    member = member_of(req)
+    member = state_of(req)
     state = {
         "version": VERSION,
         "given": {name: getattr(req, name) for name in GIVEN},
@@ -181,7 +181,7 @@ def import_state(scheduler: Any, state: dict[str, Any]) -> Req:
 
 def restore_member(req: Req, state: dict[str, Any]) -> None:
     """Its place in the policy's eyes; the request's member is made already."""
-    member, was = member_of(req), state["member"]
+    member, was = state_of(req), state["member"]
     member.pacer = _pacer(state)
     member.phase = Phase(was["phase"])
     member.phase_tokens = was["phase_tokens"]

@@ -100,7 +100,7 @@ TIMES = tuple(
 REBUILT: dict[str, tuple[str, ...]] = {
     "belongs to the instance": ("tokenizer", "eos_token_ids", "vocab_size", "metrics_collector"),
     "made of the token ids on first use": ("_think_end_matcher",),
-    "says where the KV is, which `Ladder.adopt` decides": (
+    "says where the KV is, which `PausedRequests.adopt` decides": (
         "kv",
         "prefix_len",
         "extend_end",

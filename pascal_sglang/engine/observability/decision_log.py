@@ -10,96 +10,98 @@ from typing import Any
 
 from pascal_sglang.engine.observability.metrics import DecisionMetrics
 from pascal_sglang.engine.observability.phases import timeline_of
-from pascal_sglang.policy.kv_tier import Rung
-from pascal_sglang.policy.ranking import Moment, Order, Tuning
-from pascal_sglang.policy.request import Member
+from pascal_sglang.policy.kv_tier import KVTier
+from pascal_sglang.policy.ranking import PassInfo, Policy, Tuning
+from pascal_sglang.policy.request import RequestState
 
 logger = logging.getLogger("pascal_sglang.decisions")
 
 
-class Journal:
+class DecisionLog:
     """Takes note of every decision about a user's request.
 
     metrics: None on ranks that do not report.
     counts: decisions by kind and class, for the status route.
     """
 
-    def __init__(self, order: Order, tuning: Tuning, *, log: bool) -> None:
-        self.order = order
+    def __init__(self, policy: Policy, tuning: Tuning, *, log: bool) -> None:
+        self.policy = policy
         self.tuning = tuning
         self.log = log
         if log:
             logger.setLevel(logging.INFO)  # Asked for, whatever --log-level says of the rest.
         self.metrics: DecisionMetrics | None = None
         self.counts: Counter[str] = Counter()
-        self._last_blocked: tuple[Member, str] | None = None
+        self._last_blocked: tuple[RequestState, str] | None = None
 
-    def class_of(self, member: Member, moment: Moment) -> str:
-        return self.order.names[self.order.rank(member, moment, self.tuning)[0]]
+    def class_of(self, state: RequestState, pass_info: PassInfo) -> str:
+        return self.policy.names[self.policy.rank(state, pass_info, self.tuning)[0]]
 
-    def paused(self, member: Member, moment: Moment, why: str) -> None:
-        """`member` leaves the batch: `growth` (the next steps would not fit), `displaced` (for a
+    def paused(self, state: RequestState, pass_info: PassInfo, why: str) -> None:
+        """`state` leaves the batch: `growth` (the next steps would not fit), `displaced` (for a
         better one), `memory` (SGLang found no KV for this very step) or `chaos` (a test)."""
-        timeline_of(member.handle).stopped("paused", moment.now)
-        if member.internal:
+        timeline_of(state.handle).stopped("paused", pass_info.now)
+        if state.internal:
             return
-        name = self.class_of(member, moment)
+        name = self.class_of(state, pass_info)
         self.counts[f"pause:{name}:{why}"] += 1
         if self.metrics is not None:
             self.metrics.paused(name, why)
-        self._write("pause", member, moment, name, why=why)
+        self._write("pause", state, pass_info, name, why=why)
 
-    def left_device(self, member: Member, rung: Rung, moment: Moment) -> None:
-        """The KV of a paused request is now on `rung`."""
-        if member.internal:
+    def left_device(self, state: RequestState, tier: KVTier, pass_info: PassInfo) -> None:
+        """The KV of a paused request is now on `tier`."""
+        if state.internal:
             return
         if self.metrics is not None:
-            self.metrics.left_device(rung, member.kv_tokens)
-        self._write("rung", member, moment, self.class_of(member, moment), rung=rung.value)
+            self.metrics.left_device(tier, state.kv_tokens)
+        self._write("tier", state, pass_info, self.class_of(state, pass_info), tier=tier.value)
 
-    def started(self, member: Member, moment: Moment) -> None:
-        """`member`, still in its place of waiting, is admitted or resumed."""
-        timeline_of(member.handle).went_on(moment.now)
-        if member.internal:
+    def started(self, state: RequestState, pass_info: PassInfo) -> None:
+        """`state`, still in its place of waiting, is admitted or resumed."""
+        timeline_of(state.handle).went_on(pass_info.now)
+        if state.internal:
             return
-        name = self.class_of(member, moment)
-        waited_s = max(0.0, moment.now - member.since) if member.since else 0.0
-        self.counts[f"start:{name}:{member.place.value}"] += 1
+        name = self.class_of(state, pass_info)
+        waited_s = max(0.0, pass_info.now - state.since) if state.since else 0.0
+        self.counts[f"start:{name}:{state.status.value}"] += 1
         if self.metrics is not None:
-            self.metrics.started(name, member.place.value, waited_s)
+            self.metrics.started(name, state.status.value, waited_s)
         self._write(
             "start",
-            member,
-            moment,
+            state,
+            pass_info,
             name,
-            place=member.place.value,
-            waited_passes=moment.pass_no - member.since_pass,
+            status=state.status.value,
+            waited_passes=pass_info.pass_no - state.since_pass,
             waited_s=round(waited_s, 6),
         )
 
-    def blocked(self, member: Member | None, lacks: str, moment: Moment) -> None:
+    def blocked(self, state: RequestState | None, shortage: str, pass_info: PassInfo) -> None:
         """The best request in line could not start; written once per request and reason."""
-        if member is None or member.internal:
+        if state is None or state.internal:
             return
         if self.metrics is not None:
-            self.metrics.blocked(lacks)
-        if self._last_blocked != (member, lacks):
-            self._last_blocked = (member, lacks)
-            self._write("blocked", member, moment, self.class_of(member, moment), lacks=lacks)
+            self.metrics.blocked(shortage)
+        if self._last_blocked != (state, shortage):
+            self._last_blocked = (state, shortage)
+            self._write(
+                "blocked", state, pass_info, self.class_of(state, pass_info), shortage=shortage
+            )
 
     def _write(
-        self, decision: str, member: Member, moment: Moment, name: str, **more: object
+        self, decision: str, state: RequestState, pass_info: PassInfo, name: str, **more: object
     ) -> None:
         if not self.log:
             return
-        line: dict[str, Any] = {
+        queue: dict[str, Any] = {
             "decision": decision,
-            "pass": moment.pass_no,
-            "rid": getattr(member.handle, "rid", member.seq),
+            "pass": pass_info.pass_no,
+            "rid": getattr(state.handle, "rid", state.seq),
             "class": name,
-            "phase": member.phase.value,
-            "phase_tokens": member.phase_tokens,
-            "kv_tokens": member.kv_tokens,
+            "phase": state.phase.value,
+            "phase_tokens": state.phase_tokens,
+            "kv_tokens": state.kv_tokens,
             **more,
         }
-        logger.info(json.dumps(line))
+        logger.info(json.dumps(queue))

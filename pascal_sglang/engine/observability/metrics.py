@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pascal_sglang.policy.kv_tier import Rung
-from pascal_sglang.policy.plan import LACKS
+from pascal_sglang.policy.kv_tier import KVTier
+from pascal_sglang.policy.plan import SHORTAGES
 from pascal_sglang.policy.timeline import PhaseTimeline
 
 _LATENCY = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480)
@@ -97,26 +97,26 @@ class DecisionMetrics:
         )
         self._rungs = counter(
             "paused_kv",
-            "Times KV was taken to a rung: resident (stays on the device), host, recompute.",
-            "rung",
+            "Times KV was taken to a tier: resident (stays on the device), host, recompute.",
+            "tier",
         )
-        self._rung_tokens = counter("paused_tokens", "KV entries taken to a rung.", "rung")
-        self._rung_bytes = counter("paused_bytes", "Bytes of KV taken to a rung, per rank.", "rung")
+        self._tier_tokens = counter("paused_tokens", "KV entries taken to a tier.", "tier")
+        self._tier_bytes = counter("paused_bytes", "Bytes of KV taken to a tier, per rank.", "tier")
         self._starts = counter(
-            "starts", "Requests admitted (from waiting) or resumed, by class.", "class", "place"
+            "starts", "Requests admitted (from waiting) or resumed, by class.", "class", "status"
         )
         self._waits = Histogram(
             "pascal:wait_seconds",
-            "How long a request waited for its start. place: waiting (never ran, or has to be "
+            "How long a request waited for its start. status: waiting (never ran, or has to be "
             "prefilled again), resident or host (was paused).",
-            [*names, "class", "place"],
+            [*names, "class", "status"],
             buckets=_LATENCY,
         )
         self._blocked = counter(
             "blocked_passes",
             "Passes in which the best request in line could not start, by what it lacked: memory, "
             "slots, or rank (nobody worse to displace).",
-            "lacks",
+            "shortage",
         )
         self._totals = {
             "errors": counter("policy_errors", "Passes in which SGLang's order stood in."),
@@ -125,45 +125,45 @@ class DecisionMetrics:
         }
         self._queued = Gauge(
             "pascal:queued_requests",
-            "Requests that do not run, by class and place (waiting, resident, host).",
-            [*names, "class", "place"],
+            "Requests that do not run, by class and status (waiting, resident, host).",
+            [*names, "class", "status"],
             multiprocess_mode="mostrecent",
         )
         self._reported: dict[str, float] = dict.fromkeys(self._totals, 0.0)
         # Shown from the start: none so far is an answer too.
         for series in self._totals.values():
             series.labels(**self._labels)
-        for lacks in LACKS:
-            self._blocked.labels(**self._labels, lacks=lacks)
+        for shortage in SHORTAGES:
+            self._blocked.labels(**self._labels, shortage=shortage)
         self._shown: dict[tuple[str, str], int] = {}
 
     def paused(self, name: str, why: str) -> None:
         self._paused.labels(**self._labels, **{"class": name}, why=why).inc()
 
-    def left_device(self, rung: Rung, tokens: int) -> None:
+    def left_device(self, tier: KVTier, tokens: int) -> None:
         for series, amount in (
             (self._rungs, 1.0),
-            (self._rung_tokens, tokens),
-            (self._rung_bytes, tokens * self._bytes),
+            (self._tier_tokens, tokens),
+            (self._tier_bytes, tokens * self._bytes),
         ):
-            series.labels(**self._labels, rung=rung.value).inc(amount)
+            series.labels(**self._labels, tier=tier.value).inc(amount)
 
-    def started(self, name: str, place: str, waited_s: float) -> None:
-        where = {**self._labels, "class": name, "place": place}
+    def started(self, name: str, status: str, waited_s: float) -> None:
+        where = {**self._labels, "class": name, "status": status}
         self._starts.labels(**where).inc()
         self._waits.labels(**where).observe(waited_s)
 
-    def blocked(self, lacks: str) -> None:
-        self._blocked.labels(**self._labels, lacks=lacks).inc()
+    def blocked(self, shortage: str) -> None:
+        self._blocked.labels(**self._labels, shortage=shortage).inc()
 
     def update(self, totals: Mapping[str, float], queued: Mapping[tuple[str, str], int]) -> None:
-        """Report what has changed: running totals, and requests queued by (class, place)."""
+        """Report what has changed: running totals, and requests queued by (class, status)."""
         for name, total in totals.items():
             if total != self._reported[name]:
                 self._totals[name].labels(**self._labels).inc(total - self._reported[name])
                 self._reported[name] = total
         for key, count in queued.items():
             if self._shown.get(key) != count:
-                where = {**self._labels, "class": key[0], "place": key[1]}
+                where = {**self._labels, "class": key[0], "status": key[1]}
                 self._queued.labels(**where).set(count)
                 self._shown[key] = count

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 _SECONDS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
-class MoveMetrics:
+class MigrationMetrics:
     """Built inside the scheduler process, like `engine.metrics`."""
 
     def __init__(self, labels: Mapping[str, str]) -> None:

@@ -90,8 +90,8 @@ class PhaseTracker:
 
 def qoe_of(req: Req) -> float | None:
     """The reader's QoE of an answer so far; None without one, or under `fcfs`."""
-    member = getattr(req, "pascal_member", None)
-    return member.pacer.qoe if member is not None and member.pacer.delivered else None
+    state = getattr(req, "pascal_state", None)
+    return state.pacer.qoe if state is not None and state.pacer.delivered else None
 
 
 def describe(req: Req) -> dict[str, Any]:
@@ -128,9 +128,9 @@ def count_phases(reqs: Iterable[Req]) -> dict[str, int]:
 
 
 def by_class(lengths: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
-    """Queue lengths by (class, place) for `GET /pascal/status`, without the empty ones."""
+    """Queue lengths by (class, status) for `GET /pascal/status`, without the empty ones."""
     shown: dict[str, dict[str, int]] = {}
-    for (name, place), count in lengths.items():
+    for (name, status), count in lengths.items():
         if count:
-            shown.setdefault(name, {})[place] = count
+            shown.setdefault(name, {})[status] = count
     return shown

@@ -18,7 +18,7 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import Req
 
-from pascal_sglang.engine.request_states import member_of
+from pascal_sglang.engine.request_states import state_of
 
 # SGLang's own words, which clients may look for.
 MESSAGE = "Request waiting timeout reached."
@@ -38,7 +38,7 @@ def left_queue(req: Req) -> None:
 def waiting_since(req: Req) -> float:
     """When somebody began to wait for the request, in seconds of `time.perf_counter`."""
     entered: float = req.time_stats.wait_queue_entry_time
-    pacer = member_of(req).pacer
+    pacer = state_of(req).pacer
     return max(entered, pacer.shown) if pacer.delivered else entered
 
 
