@@ -162,7 +162,7 @@ class Comparison:
             goodput_ms=self.plan.goodput_ms,
         )
         summary |= details(back.records, items) | seen.summary()
-        summary["moves_per_request"] = report.moves(counters) / len(items)
+        summary["moves_per_request"] = report.migrations(counters) / len(items)
         tokens = [len(record.token_s) for record in back.records]
         self.runs.append(Run(arm.name, rate.name, seed, summary, tokens, counters, back.lag_p99_ms))
         if self.verbose:

@@ -60,8 +60,8 @@ class PascalConfig:
         flag is given. `--demo`, which gives it for its own ones, says no.
     chaos: for tests: the chance per pass that a running request is paused, or a paused one resumed,
         whatever the policy says.
-    flood: for tests: every request moves at the end of its thinking, and with this chance per pass
-        again.
+    force_migration: for tests: every request moves at the end of its thinking, and with this chance
+        per pass again.
     """
 
     policy: str = "pascal"
@@ -83,7 +83,7 @@ class PascalConfig:
     default_thinking_budget: int | None = None
     client_processors: bool = True
     chaos: float = 0.0
-    flood: float = 0.0
+    force_migration: float = 0.0
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -115,8 +115,11 @@ class PascalConfig:
         _require(self.qoe_slo <= 1, f"qoe_slo is at most 1, not {self.qoe_slo!r}")
         self._require_number("host_kv_gb", above=-1e-9, optional=True)
         self._require_number("chaos", above=-1e-9)
-        self._require_number("flood", above=-1e-9)
-        _require(max(self.chaos, self.flood) <= 1, "chaos and flood are probabilities")
+        self._require_number("force_migration", above=-1e-9)
+        _require(
+            max(self.chaos, self.force_migration) <= 1,
+            "chaos and force_migration are probabilities",
+        )
 
     def _require_one_address(self) -> None:
         try:

@@ -17,7 +17,7 @@ def introduced(info: dict[str, Any], instance: int) -> dict[str, Any]:
     return {**info, INIT_INFO_KEY: own_config(), PROCESS_KEY: (os.getpid(), instance)}
 
 
-def homes_of(infos: list[dict[str, Any]]) -> dict[int, int]:
+def instances_by_pid(infos: list[dict[str, Any]]) -> dict[int, int]:
     """The instance of each scheduler process, by its id."""
     return dict(info[PROCESS_KEY] for info in infos)
 

@@ -26,7 +26,7 @@ from pascal_sglang.entrypoints.preflight import (
     check_frontend,
     check_given,
     check_machine,
-    check_moves,
+    check_migrations,
     check_policy,
     check_temporary_folder,
     one_line,
@@ -117,7 +117,7 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     server_args = check_arguments(sglang_argv)
     check_policy(config.policy, server_args)
     check_frontend(config, server_args)
-    check_moves(config, server_args)
+    check_migrations(config, server_args)
     check_temporary_folder(server_args)
     print(config.banner(), file=sys.stderr, flush=True)
     if (warning := open_to_others()) is not None:

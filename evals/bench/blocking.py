@@ -28,8 +28,10 @@ PASCAL_FLAGS = ("--pascal-policy", "paper", "--pascal-migration", "always")
 
 def blocked_s(base_url: str) -> tuple[list[float], int]:
     """Blocking times of all moves so far, and bytes of KV sent."""
-    moves = [instance["migrations"] for instance in remote.instances(base_url)]
-    return [s for move in moves for s in move["blocked_s"]], sum(m["bytes"] for m in moves)
+    migrations = [instance["migrations"] for instance in remote.instances(base_url)]
+    return [s for move in migrations for s in move["blocked_s"]], sum(
+        m["bytes"] for m in migrations
+    )
 
 
 def run(arm: Arm, plan: Plan, items: list[Item], model: Path, processor: str) -> str:

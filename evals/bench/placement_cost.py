@@ -42,7 +42,7 @@ class Cluster:
         self.dice = random.Random(0)
         self.load_tracker = LoadTracker(instances)
         self.prefixes = PrefixIndex()
-        self.residents = RequestLocations()
+        self.request_locations = RequestLocations()
         self.placement = Placement(quantum=500, lazy=lazy, predict=lazy)
         self.orders: list[tuple[int, MigrateCommand]] = []
         self.coordinator = MigrationCoordinator(self.load_tracker, self.placement, self._order)
@@ -92,7 +92,7 @@ class Cluster:
         index = self.placement.place(candidates, len(prompt), hits)
         self.load_tracker.sent(index, len(prompt))
         self.prefixes.sent(index, blocks)
-        self.residents.lives(str(number), index)
+        self.request_locations.lives(str(number), index)
         took = (time.perf_counter() - began) * 1e6
         self.received[index] += 1
         self.live.append((str(number), index, prompt))
@@ -101,21 +101,21 @@ class Cluster:
     def cross(self) -> float:
         """A request ends its thinking; microseconds that deciding took, its message included."""
         rid, index, _ = self.live[self.dice.randrange(min(1000, len(self.live)))]
-        letter = pack(ReasoningEnded(index, rid, 3000, 2000, 600, 10), index)
+        data = pack(ReasoningEnded(index, rid, 3000, 2000, 600, 10), index)
         began = time.perf_counter()
-        _, boundary = unpack(letter, self.instances)
+        _, boundary = unpack(data, self.instances)
         self.coordinator.boundary(boundary, self.load_tracker.instances, 0.0)
         took = (time.perf_counter() - began) * 1e6
         for to, order in self.orders:
-            self.coordinator.over(MigrationEnded(to, order.move, True, ""))
+            self.coordinator.over(MigrationEnded(to, order.migration, True, ""))
         self.orders.clear()
         return took
 
     def end(self) -> None:
         rid, index, prompt = self.live.popleft()
-        letter = pack(RequestFinished(index, rid, list(block_names(prompt, None))), index)
-        _, gone = unpack(letter, self.instances)
-        self.residents.gone(gone.rid)
+        data = pack(RequestFinished(index, rid, list(block_names(prompt, None))), index)
+        _, gone = unpack(data, self.instances)
+        self.request_locations.gone(gone.rid)
         self.prefixes.ended(gone.dp_rank, gone.blocks)
 
 

@@ -14,13 +14,13 @@ Figures = dict[str, float | None]
 
 def identity_lines(found: Identity) -> list[str]:
     pauses = ", ".join(f"{count} {tier}" for tier, count in found.pauses.items())
-    moves = ", ".join(f"{count} {outcome}" for outcome, count in found.moves.items())
+    migrations = ", ".join(f"{count} {outcome}" for outcome, count in found.migrations.items())
     return [
         _line("requests with other tokens", f"{len(found.different)} of {found.requests}"),
         _line("tokens compared", str(found.tokens)),
         _line("ended by a stop token", str(found.stopped)),
         _line("pauses forced", pauses),
-        _line("moves forced", moves or "none"),
+        _line("moves forced", migrations or "none"),
         _line("passes that failed, KV that stayed behind", f"{found.errors}, {found.left}"),
         _line("token identity", "holds" if found.holds else "DOES NOT HOLD"),
     ]

@@ -1,8 +1,9 @@
 """Whether pauses and moves change a token: the same greedy requests to two servers.
 
-The second pauses and moves requests at random, whatever its policy says (`chaos` and `flood` of its
-configuration), so that a few seconds of load meet every path. A third of the requests end by a stop
-token: a scheduler learns of that a step late, when the next step already runs.
+The second pauses and moves requests at random, whatever its policy says (`chaos` and
+`force_migration` of its configuration), so that a few seconds of load meet every path. A third of
+the requests end by a stop token: a scheduler learns of that a step late, when the next step already
+runs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CONCURRENCY = 24
 REQUEST_TIMEOUT_S = 120.0
 REST_TIMEOUT_S = 30.0
 # Every request is moved at the end of its thinking; pauses and more moves come by chance per step.
-FORCED = {"policy": "pascal", "quantum_tokens": 50, "chaos": 0.02, "flood": 0.02}
+FORCED = {"policy": "pascal", "quantum_tokens": 50, "chaos": 0.02, "force_migration": 0.02}
 INSTANCES = 2
 # Token ids of letters, as the tiny model writes them: each is as likely as 63 others.
 LETTERS = range(64, 90)
@@ -45,7 +46,7 @@ class Identity:
     stopped: int
     different: list[int]
     pauses: dict[str, int]
-    moves: dict[str, int]
+    migrations: dict[str, int]
     errors: int
     left: int
     costs: list[dict[str, float | None]] = field(default_factory=list)
@@ -55,7 +56,7 @@ class Identity:
         """No token differs, nothing stayed behind, and pauses on the device and to the host, moves
         and early ends really happened."""
         paused = self.pauses.get("resident", 0) and self.pauses.get("host", 0)
-        happened = paused and self.moves.get("moved", 0) and self.stopped
+        happened = paused and self.migrations.get("moved", 0) and self.stopped
         return bool(happened) and not (self.different or self.errors or self.left)
 
 
@@ -155,7 +156,7 @@ def compare(
         stopped=stopped,
         different=[i for i, (a, b) in enumerate(zip(expected, seen, strict=True)) if a != b],
         pauses=added([i["pauses"] for i in found], "resident", "host", "recompute"),
-        moves=added([i["migrations"]["outgoing"] for i in found]),
+        migrations=added([i["migrations"]["outgoing"] for i in found]),
         errors=sum(i["policy_errors"] for i in found),
         left=sum(each["capacity"] - each["free"] - each["evictable"] + each["host"] for each in kv),
         costs=[i["costs"] for i in found],

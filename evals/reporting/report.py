@@ -95,7 +95,7 @@ def totals(counters: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in counters.items() if "_total" in name}
 
 
-def moves(counters: Mapping[str, float]) -> float:
+def migrations(counters: Mapping[str, float]) -> float:
     """Requests that went on at another instance."""
     ends = ((name, n) for name, n in counters.items() if name.startswith("pascal:migrations_total"))
     return sum(n for name, n in ends if 'outcome="moved"' in name)

@@ -50,7 +50,7 @@ ENV = {
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
 }
 # Besides pauses for want of memory, some by chance, so that every tier is met.
-FORCED = {"policy": "pascal", "quantum_tokens": 50, "chaos": 0.004, "flood": 0.02}
+FORCED = {"policy": "pascal", "quantum_tokens": 50, "chaos": 0.004, "force_migration": 0.02}
 HARMLESS = ("look", "junk")
 AFTER_DEATH = ("look", "junk", "abort all", "update")
 # Where the log has to speak of errors: requests that are refused, and the instance that is killed.
@@ -143,7 +143,10 @@ def _log_of(server: Server) -> list[str]:
 
 def plan_of(asked: argparse.Namespace, size: int, folder: str) -> Plan:
     """How the server is started; what it writes to temporary files is in `folder`."""
-    forced = FORCED | {"chaos": asked.chaos, "flood": asked.flood if size > 1 else 0.0}
+    forced = FORCED | {
+        "chaos": asked.chaos,
+        "force_migration": asked.force_migration if size > 1 else 0.0,
+    }
     pascal = {"PASCAL_SGLANG_CONFIG": json.dumps(forced)} if asked.arm == "pascal" else {}
     arm = Arm(
         name=f"soak-{asked.arm}",
@@ -236,7 +239,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--kv-tokens", type=count, default=3000, help="per instance; less than the load wants")
     add("--chaos", type=float, default=FORCED["chaos"], help="chance of a pause, per pass")
-    add("--flood", type=float, default=FORCED["flood"], help="chance of a move, per pass")
+    add(
+        "--force-migration",
+        type=float,
+        default=FORCED["force_migration"],
+        help="chance of a move, per pass",
+    )
     add("--server-flags", default="", help="more of the server's, in one string")
     add("--model", type=Path, help="folder that the tiny model is built in")
     add("--seed", type=int, default=1)

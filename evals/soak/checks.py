@@ -127,13 +127,13 @@ def wait_for_rest(base_url: str) -> None:
 
 def busy(instance: Mapping[str, Any]) -> list[str]:
     """What an instance still has to do, by its own account."""
-    moves = instance["migrations"] or {"in": (), "out": ()}
+    migrations = instance["migrations"] or {"in": (), "out": ()}
     found = {
         "requests": [each["rid"] for each in instance["requests"]],
         "paused": instance["paused"],
         "queued": instance["queued"],
-        "moves in": moves["in"],
-        "moves out": moves["out"],
+        "moves in": migrations["in"],
+        "moves out": migrations["out"],
     }
     return [f"{name} {what}" for name, what in found.items() if what]
 
@@ -159,7 +159,7 @@ def status_at_rest(status: Mapping[str, Any], dead: Sequence[int], findings: Fin
         if failed := instance["pauses"].get("copy_failed"):
             findings.add("copies failed", f"{name}: {failed}")
     controller = status.get("controller", {})
-    at_rest = {"rejected": {}, "unsent": 0, "residents": 0, "moves_under_way": 0}
+    at_rest = {"rejected": {}, "unsent": 0, "live_requests": 0, "migrations_under_way": 0}
     for name, value in at_rest.items():
         if controller.get(name, value) != value:
             findings.add("controller", f"{name} {controller[name]}")

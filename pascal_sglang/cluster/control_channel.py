@@ -1,7 +1,7 @@
-"""Sockets between the controller and its instances: one letter box each, in a private folder.
+"""Sockets between the controller and its instances: one control socket each, in a private folder.
 
 The controller makes the folder, readable by its user alone, and names it in the environment of the
-schedulers that it starts. A letter to somebody who does not listen is dropped, never waited for.
+schedulers that it starts. A data to somebody who does not listen is dropped, never waited for.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pascal_sglang.cluster.codec import MAX_HANDOVER_BYTES, BadMessage, pack, un
 # The folder's address; inherited by the schedulers, which the controller starts.
 CONTROL_ENV = "PASCAL_SGLANG_POST"
 CONTROLLER = "controller"
-# Letters that wait for a slow reader before further ones are dropped.
+# Messages that wait for a slow reader before further ones are dropped.
 WAITING = 4096
 
 
 def address_of(folder: str, name: str | int) -> str:
-    """The address of the letter box of the controller or of an instance."""
+    """The address of the control socket of the controller or of an instance."""
     return f"ipc://{os.path.join(folder, str(name))}"
 
 
@@ -35,12 +35,12 @@ class ControlReceiver:
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RCVHWM, WAITING)
-        # Above what `wire` reads, so that oversized letters are counted, not only cut off.
+        # Above what `wire` reads, so that oversized messages are counted, not only cut off.
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_HANDOVER_BYTES)
         self.socket.bind(address_of(folder, name))
 
-    def letters(self) -> list[bytes]:
-        """Every letter that has arrived, unread."""
+    def receive(self) -> list[bytes]:
+        """Every data that has arrived, unread."""
         found: list[bytes] = []
         while len(found) < WAITING:
             try:
@@ -49,17 +49,17 @@ class ControlReceiver:
                 break
         return found
 
-    def read(self, letter: bytes) -> tuple[int, Any] | None:
+    def read(self, data: bytes) -> tuple[int, Any] | None:
         """Sender and message; None, and counted, if it is none."""
         try:
-            return unpack(letter, self.instances)
+            return unpack(data, self.instances)
         except BadMessage as error:
             self.rejected[str(error)] += 1
             return None
 
 
 class ControlSender:
-    """Writes to others. dropped: letters that nobody could take, or that have no form in JSON."""
+    """Writes to others. dropped: messages that nobody could take, or that have no form in JSON."""
 
     def __init__(self, folder: str, sender: int = 0) -> None:
         self.folder = folder
@@ -67,7 +67,7 @@ class ControlSender:
         self.dropped = 0
         self._sockets: dict[str | int, zmq.Socket[bytes]] = {}
 
-    def write(self, to: str | int, message: Any) -> bool:
+    def send(self, to: str | int, message: Any) -> bool:
         """Send `message`; False if it was dropped."""
         socket = self._sockets.get(to)
         if socket is None:

@@ -45,7 +45,7 @@ from pascal_sglang.cluster.scheduler_processes import SchedulerProcesses
 from pascal_sglang.cluster.status_file import StatusFile
 from pascal_sglang.cluster.watched_controller import WatchedController
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.handshake import handed_on, homes_of, require_same_config
+from pascal_sglang.handshake import handed_on, instances_by_pid, require_same_config
 from pascal_sglang.policy.placement import Instance, Placement
 
 # How often to look which instances have fallen silent, in seconds.
@@ -66,8 +66,8 @@ class PascalController(WatchedController):
         self._homes = homes
         super().__init__(*args, **kwargs)
         instances = len(self.workers)
-        self.box = ControlReceiver(self._folder.path, CONTROLLER, instances)
-        self.pen = ControlSender(self._folder.path)
+        self.control_receiver = ControlReceiver(self._folder.path, CONTROLLER, instances)
+        self.control_sender = ControlSender(self._folder.path)
         self.load_tracker = LoadTracker(instances)
         self.prefixes = PrefixIndex()
         self.placement = Placement(
@@ -77,15 +77,22 @@ class PascalController(WatchedController):
             predict=config.policy != "paper",
         )
         self.coordinator = MigrationCoordinator(
-            self.load_tracker, self.placement, self.pen.write, flood=config.flood > 0
+            self.load_tracker,
+            self.placement,
+            self.control_sender.send,
+            force_migration=config.force_migration > 0,
         )
         self._active: list[Instance] = []
         self._active_at = -math.inf
         self.placed: Counter[str] = Counter()
         self._probes = 0
-        self.residents = RequestLocations()
-        self.instance_failures = InstanceFailures(self.residents, self.coordinator, self._fail)
-        self.locations = LocationCheck(self.residents, self.pen.write, self.coordinator.moving)
+        self.request_locations = RequestLocations()
+        self.instance_failures = InstanceFailures(
+            self.request_locations, self.coordinator, self._fail
+        )
+        self.locations = LocationCheck(
+            self.request_locations, self.control_sender.send, self.coordinator.moving
+        )
         self.processes = SchedulerProcesses(self.schedulers(), homes)
         self.status_file = StatusFile(self._folder.path)
         reports = get_observability().enable_metrics
@@ -109,7 +116,7 @@ class PascalController(WatchedController):
 
     def _record_scheduler_init_infos(self, infos: list[dict[str, Any]]) -> None:
         require_same_config(infos)
-        self._homes.update(homes_of(infos))
+        self._homes.update(instances_by_pid(infos))
         super()._record_scheduler_init_infos(infos)
 
     def get_init_info(self) -> dict[str, Any]:
@@ -160,7 +167,7 @@ class PascalController(WatchedController):
         self.prefixes.sent(index, blocks)
         if not (isinstance(req, TokenizedGenerateReqInput) and is_internal(req)):
             self.placed[str(index)] += 1
-        self.residents.lives(req.rid, index, req.http_worker_ipc)
+        self.request_locations.lives(req.rid, index, req.http_worker_ipc)
 
     def on_instance_down(self, instance: int) -> None:
         """An instance has died: nothing goes there any more, and its requests end."""
@@ -172,13 +179,13 @@ class PascalController(WatchedController):
         self.hear_all()
         self.instance_failures.died(instance, time.monotonic())
         for index in self._active_workers:
-            self.pen.write(index, InstanceDown(instance))
+            self.control_sender.send(index, InstanceDown(instance))
 
     def hear_all(self) -> None:
         """Take in everything that the instances have said."""
         now = time.monotonic()
-        for letter in self.box.letters():
-            read = self.box.read(letter)
+        for data in self.control_receiver.receive():
+            read = self.control_receiver.read(data)
             if read is not None:
                 with self.errors.kept("control message"):
                     self._hear(read[1], now)
@@ -190,18 +197,20 @@ class PascalController(WatchedController):
             self.coordinator.boundary(message, self.active(), now)
         elif isinstance(message, MigrationEnded):
             going = self.coordinator.over(message)
-            if going is not None and self.residents.home(going.rid) is not None:
-                self.residents.lives(going.rid, going.target if message.done else going.source)
+            if going is not None and self.request_locations.home(going.rid) is not None:
+                self.request_locations.lives(
+                    going.rid, going.target if message.done else going.source
+                )
                 self.instance_failures.settled(going.rid)
         elif isinstance(message, RequestFinished):
-            self.residents.gone(message.rid)
+            self.request_locations.gone(message.rid)
             self.prefixes.ended(message.dp_rank, message.blocks)
         elif isinstance(message, LocationReply):
             self.locations.hear(message)
         elif isinstance(message, ControlAnswered):
             self.replies.answered(message.dp_rank, message.request)
         else:
-            self.box.rejected["not for the controller"] += 1
+            self.control_receiver.rejected["not for the controller"] += 1
 
     def _tick(self, now: float) -> None:
         super()._tick(now)
@@ -212,7 +221,7 @@ class PascalController(WatchedController):
         if self.metrics is not None:
             self.metrics.follow("placed_requests", self.placed)
             self.metrics.follow("boundary_decisions", self.coordinator.decisions)
-            self.metrics.follow("controller_rejected", self.box.rejected)
+            self.metrics.follow("controller_rejected", self.control_receiver.rejected)
             self.metrics.follow("controller_errors", self.errors.counts)
             self.metrics.count_instances(Counter(self.states().values()))
 
@@ -225,13 +234,14 @@ class PascalController(WatchedController):
             "states": [states[i] for i in sorted(states)],
             "placed": dict(self.placed),
             "decisions": dict(self.coordinator.decisions),
-            "moves": dict(self.coordinator.ended),
-            "moves_under_way": len(self.coordinator.under_way),
-            "rejected": dict(self.box.rejected),
+            "migrations": dict(self.coordinator.ended),
+            "migrations_under_way": len(self.coordinator.under_way),
+            "rejected": dict(self.control_receiver.rejected),
             "errors": dict(self.errors.counts),
-            "unsent": self.pen.dropped + sum(w.dropped for w in self.workers if w is not None),
+            "unsent": self.control_sender.dropped
+            + sum(w.dropped for w in self.workers if w is not None),
             "unwritten": self.status_file.failed,
-            "residents": len(self.residents),
+            "live_requests": len(self.request_locations),
             "forgotten": self.locations.forgotten,
             "silent_s": [None if at is None else round(now - at, 3) for at in heard],
             "silent": [i for i in states if states[i] == "silent"],

@@ -24,11 +24,11 @@ class InstanceFailures:
 
     def __init__(
         self,
-        residents: RequestLocations,
+        request_locations: RequestLocations,
         coordinator: MigrationCoordinator,
         fail: Callable[[str], None],
     ) -> None:
-        self.residents, self.coordinator, self._fail = residents, coordinator, fail
+        self.request_locations, self.coordinator, self._fail = request_locations, coordinator, fail
         self.dead: set[int] = set()
         self._claimed: dict[str, float] = {}
 
@@ -37,7 +37,7 @@ class InstanceFailures:
         whether they had arrived, and reports it."""
         self.dead.add(instance)
         leaving = {m.rid for m in self.coordinator.under_way.values() if m.source == instance}
-        for rid in self.residents.of(instance):
+        for rid in self.request_locations.of(instance):
             if rid in leaving:
                 self._claimed[rid] = now + CLAIM_S
             else:
@@ -46,7 +46,7 @@ class InstanceFailures:
     def settled(self, rid: str) -> None:
         """A move of the request has ended, and its home is known for good."""
         self._claimed.pop(rid, None)
-        if self.residents.home(rid) in self.dead:
+        if self.request_locations.home(rid) in self.dead:
             self.fail(rid)
 
     def tick(self, now: float) -> None:
@@ -57,4 +57,4 @@ class InstanceFailures:
 
     def fail(self, rid: str) -> None:
         self._fail(rid)
-        self.residents.gone(rid)
+        self.request_locations.gone(rid)

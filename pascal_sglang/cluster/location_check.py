@@ -27,11 +27,11 @@ class LocationCheck:
 
     def __init__(
         self,
-        residents: RequestLocations,
+        request_locations: RequestLocations,
         ask: Callable[[int, LocationQuery], bool],
         moving: Callable[[], set[str]],
     ) -> None:
-        self.residents, self._ask, self._moving = residents, ask, moving
+        self.request_locations, self._ask, self._moving = request_locations, ask, moving
         self.forgotten = 0
         self._number = 0
         self._asked_at = float("-inf")
@@ -48,15 +48,15 @@ class LocationCheck:
         self._conclude()
         self._asked_at = now
         moving, characters = self._moving(), 0
-        for rid in islice(self.residents, MAX_ASKED):
+        for rid in islice(self.request_locations, MAX_ASKED):
             characters += len(rid)
             if characters > MAX_CHARACTERS and self._asked:
                 break
-            home = self.residents.home(rid)
+            home = self.request_locations.home(rid)
             if rid not in moving and home is not None:
                 self._asked[rid] = home
         for rid in self._asked:
-            self.residents.asked_about(rid)
+            self.request_locations.asked_about(rid)
         if self._asked:
             self._number += 1
             self._sent = dict(sent)
@@ -75,13 +75,13 @@ class LocationCheck:
         alive = {rid: reply.dp_rank for reply in self._replies.values() for rid in reply.rids}
         moving = self._moving()
         for rid, home in self._asked.items():
-            if rid in moving or self.residents.home(rid) != home:
+            if rid in moving or self.request_locations.home(rid) != home:
                 continue
             reply = self._replies.get(home)
             if rid in alive:
-                self.residents.lives(rid, alive[rid])
+                self.request_locations.lives(rid, alive[rid])
             elif reply is not None and reply.received >= self._sent[home]:
                 # The instance has taken in all that was sent to it before, this one included.
-                self.residents.gone(rid)
+                self.request_locations.gone(rid)
                 self.forgotten += 1
         self._asked, self._sent, self._replies = {}, {}, {}

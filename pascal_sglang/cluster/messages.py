@@ -1,7 +1,7 @@
 """What two schedulers say to each other about one migration, and each to the controller.
 
-`move` names the move, not the request: a request that stays after a failed move and moves later
-does so under a new name, and whatever is late from the first is recognised by it.
+`migration` names the migration, not the request: a request that stays after a failed one and moves
+later does so under a new name, and whatever is late from the first is recognised by it.
 
 KV itself never goes this way. It goes through the target's landing window (`cluster.transport`),
 one piece at a time: the next one is written only once the target has said that it took the last.
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    move: str
+    migration: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class ReasoningEnded:
 class MigrateCommand:
     """Controller to instance: move the request to the instance `target`."""
 
-    move: str
+    migration: str
     rid: str
     target: int
 
@@ -128,7 +128,7 @@ class MigrationEnded:
     otherwise `why` it stays."""
 
     dp_rank: int
-    move: str
+    migration: str
     done: bool
     why: str
 

@@ -26,9 +26,8 @@ class UnderWay:
 class MigrationCoordinator:
     """Decides at boundaries and remembers what it ordered.
 
-    order: sends a `MigrateCommand` to an instance; False if that failed. flood: for tests: every
-    request moves.
-    decisions: by reason. ended: moves by outcome.
+    order: sends a `MigrateCommand` to an instance; False if that failed. force_migration: for
+    tests: every request moves. decisions: by reason. ended: moves by outcome.
     """
 
     def __init__(
@@ -37,9 +36,14 @@ class MigrationCoordinator:
         placement: Placement,
         order: Callable[[int, MigrateCommand], bool],
         *,
-        flood: bool = False,
+        force_migration: bool = False,
     ) -> None:
-        self.load_tracker, self.placement, self.order, self.flood = monitor, placement, order, flood
+        self.load_tracker, self.placement, self.order, self.force_migration = (
+            monitor,
+            placement,
+            order,
+            force_migration,
+        )
         self.decisions: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
         self.under_way: OrderedDict[str, UnderWay] = OrderedDict()
@@ -53,7 +57,7 @@ class MigrationCoordinator:
         if all(i.index != at.dp_rank for i in active):
             return None
         answer = Answer(at.dp_rank, at.kv_tokens, at.remaining, at.likely, at.passes)
-        if self.flood:
+        if self.force_migration:
             decision = self._elsewhere(at, active)
         else:
             candidates = self.placement.in_sight(active, (at.dp_rank,))
@@ -61,11 +65,11 @@ class MigrationCoordinator:
         self.decisions[decision.why] += 1
         if decision.target != at.dp_rank:
             self._count += 1
-            move = f"{at.dp_rank}-{decision.target}-{self._count}"
+            migration = f"{at.dp_rank}-{decision.target}-{self._count}"
             going = UnderWay(at.rid, at.dp_rank, decision.target, at.kv_tokens, now)
-            self.under_way[move] = going
-            if not self.order(at.dp_rank, MigrateCommand(move, at.rid, decision.target)):
-                self._end(move, done=False, why="unreachable")
+            self.under_way[migration] = going
+            if not self.order(at.dp_rank, MigrateCommand(migration, at.rid, decision.target)):
+                self._end(migration, done=False, why="unreachable")
         return decision
 
     def moving(self) -> set[str]:
@@ -74,22 +78,22 @@ class MigrationCoordinator:
 
     def over(self, report: MigrationEnded) -> UnderWay | None:
         """A move has ended; None if that was known already."""
-        return self._end(report.move, done=report.done, why=report.why)
+        return self._end(report.migration, done=report.done, why=report.why)
 
     def forget_old(self, now: float) -> None:
         """Once in a while: moves that nobody reports any more."""
         while self.under_way:
-            move, going = next(iter(self.under_way.items()))
+            migration, going = next(iter(self.under_way.items()))
             if now - going.since < FORGET_S:
                 return
-            self._end(move, done=False, why="forgotten")
+            self._end(migration, done=False, why="forgotten")
 
-    def _end(self, move: str, *, done: bool, why: str) -> UnderWay | None:
-        going = self.under_way.pop(move, None)
+    def _end(self, migration: str, *, done: bool, why: str) -> UnderWay | None:
+        going = self.under_way.pop(migration, None)
         if going is None:
             return None
         self.ended["moved" if done else f"kept:{why}"] += 1
-        if not self.flood:
+        if not self.force_migration:
             instances = self.load_tracker.instances
             self.placement.moved(
                 instances[going.source], instances[going.target], going.kv_tokens, done=done
@@ -100,4 +104,4 @@ class MigrationCoordinator:
         others = [i.index for i in active if i.index != at.dp_rank]
         if not others:
             return Decision(at.dp_rank, "alone")
-        return Decision(others[self._count % len(others)], "flood")
+        return Decision(others[self._count % len(others)], "force_migration")

@@ -80,7 +80,7 @@ class Terms:
 
 
 @dataclass(slots=True)
-class Source:
+class MigrationSource:
     """One move. What it returns has to be sent to the target, in order.
 
     reserve: KV entries asked for; the request must not outgrow them. stop: called once, when the
@@ -89,7 +89,7 @@ class Source:
     died or does not answer.
     """
 
-    move: str
+    migration: str
     rid: str
     terms: Terms
     reserve: int
@@ -110,7 +110,7 @@ class Source:
 
     def begin(self, now: float, layout: str) -> list[Message]:
         self.heard = now
-        return [ReserveRequest(self.move, self.rid, self.reserve, layout)]
+        return [ReserveRequest(self.migration, self.rid, self.reserve, layout)]
 
     def hear(self, message: Message, now: float) -> list[Message]:
         """Take in the target's message; one that does not fit the state is ignored."""
@@ -118,7 +118,9 @@ class Source:
             if self.state is SourceState.HANDED:
                 self.state = SourceState.DONE
                 self.release()
-            return [MigrationCancelled(self.move)] if self.state is SourceState.REVOKING else []
+            return (
+                [MigrationCancelled(self.migration)] if self.state is SourceState.REVOKING else []
+            )
         if isinstance(message, ReserveRefused | WriteQuery):
             why = message.why if isinstance(message, ReserveRefused) else "over"
             return self._refused(why)
@@ -154,7 +156,7 @@ class Source:
         """What `copy` has just returned could not be put into the window: the request stays."""
         if self.state is SourceState.HANDED:
             self._stay(why)
-            return [MigrationCancelled(self.move)]
+            return [MigrationCancelled(self.migration)]
         return self.keep(why)
 
     def tick(self, now: float) -> list[Message]:
@@ -172,7 +174,7 @@ class Source:
         if self.state is SourceState.REVOKING and self._is_due(now, self.terms.revoke_at_most_s):
             if self._times < self.terms.cancellations:
                 self._say_again(now)
-                return [MigrationCancelled(self.move)]
+                return [MigrationCancelled(self.migration)]
             self.state = SourceState.LOST
         return []
 
@@ -188,7 +190,7 @@ class Source:
     def _refused(self, why: str) -> list[Message]:
         if self.state is SourceState.HANDED:
             self._stay(why)
-            return [MigrationCancelled(self.move)]
+            return [MigrationCancelled(self.migration)]
         if self.state is SourceState.REVOKING:
             self.state = SourceState.LOST
         return self.keep(why)
@@ -198,7 +200,7 @@ class Source:
         if self.state not in OPEN:
             return []
         self._stay(why)
-        return [MigrationCancelled(self.move)]
+        return [MigrationCancelled(self.migration)]
 
     def target_died(self) -> None:
         """Before the Handover the request stays. After it nobody knows which tokens its reader has
@@ -225,12 +227,12 @@ class Source:
     def _chunk(self, kv_tokens: int) -> KVChunk:
         end = min(kv_tokens, self.sent + self.window)
         last = self.state is SourceState.COPYING and end == kv_tokens
-        chunk = KVChunk(self.move, self.sent, end, last)
+        chunk = KVChunk(self.migration, self.sent, end, last)
         self.sent = end
         return chunk
 
     def _hand(self, now: float, kv_tokens: int) -> Handover:
-        handover = Handover(self.move, self.sent, kv_tokens, self.snapshot())
+        handover = Handover(self.migration, self.sent, kv_tokens, self.snapshot())
         self.state, self._handover = SourceState.HANDED, handover
         self._say_again(now)
         return handover

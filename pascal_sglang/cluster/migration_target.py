@@ -40,7 +40,7 @@ class TargetState(Enum):
 
 
 @dataclass(slots=True)
-class Target:
+class MigrationTarget:
     """One move. What it returns has to be sent to the source, in order.
 
     tokens: KV entries reserved. fetch: take KV of the tokens from..to out of the landing window;
@@ -49,7 +49,7 @@ class Target:
     state, None if it can be continued here.
     """
 
-    move: str
+    migration: str
     rid: str
     terms: Terms
     tokens: int
@@ -67,9 +67,9 @@ class Target:
         """Take in the source's message, whatever its order."""
         if isinstance(message, MigrationCancelled):
             self._cancelled()
-            return [ReserveRefused(self.move, self.why)]
+            return [ReserveRefused(self.migration, self.why)]
         if self.state is TargetState.OWNED:
-            return [CommitAck(self.move)] if isinstance(message, Handover) else []
+            return [CommitAck(self.migration)] if isinstance(message, Handover) else []
         if isinstance(message, KVChunk):
             return self._chunk(message, now)
         if isinstance(message, Handover):
@@ -87,7 +87,7 @@ class Target:
             return []
         self.state, self.why = TargetState.DROPPED, why
         self.drop()
-        return [ReserveRefused(self.move, why)]
+        return [ReserveRefused(self.migration, why)]
 
     def _cancelled(self) -> None:
         if self.state is TargetState.OWNED:
@@ -97,17 +97,17 @@ class Target:
 
     def _chunk(self, chunk: KVChunk, now: float) -> list[Message]:
         if self.state is not TargetState.RECEIVING:
-            return [ReserveRefused(self.move, self.why)]
+            return [ReserveRefused(self.migration, self.why)]
         self.heard = now
         # Only the next piece is in the window. An earlier one said again is there already, and a
         # later one cannot be: the source waits for our word before it writes.
         if chunk.begin == self.upto and not self._fetched(chunk.begin, chunk.end):
             return self.give_up("transport")
-        return [ChunkAck(self.move, self.upto)]
+        return [ChunkAck(self.migration, self.upto)]
 
     def _handover(self, handover: Handover, now: float) -> list[Message]:
         if self.state is not TargetState.RECEIVING:
-            return [ReserveRefused(self.move, self.why)]
+            return [ReserveRefused(self.migration, self.why)]
         self.heard = now
         if handover.begin != self.upto:
             return self.give_up("a hole in the KV")
@@ -120,7 +120,7 @@ class Target:
             return self.give_up("transport")
         self.state = TargetState.OWNED
         self.take(handover.state, handover.kv_tokens)
-        return [CommitAck(self.move)]
+        return [CommitAck(self.migration)]
 
     def _fetched(self, begin: int, end: int) -> bool:
         if not begin <= end <= self.tokens or not self.fetch(begin, end):

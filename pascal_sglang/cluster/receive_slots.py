@@ -59,16 +59,16 @@ class ReceiveSlots:
         """No source writes into the window any more."""
         self._free.append(window)
 
-    def doubt(self, window: int, move: str, sender: int, now: float, *, dead: bool) -> None:
+    def doubt(self, window: int, migration: str, sender: int, now: float, *, dead: bool) -> None:
         """The move is over, and its source may still write. dead: it has died."""
         free_at = now + DEAD_S if dead else float("inf")
-        self._in_doubt[move] = _Doubt(window, sender, now + ASK_S, free_at=free_at)
+        self._in_doubt[migration] = _Doubt(window, sender, now + ASK_S, free_at=free_at)
 
-    def confirmed(self, move: str, sender: int) -> None:
+    def confirmed(self, migration: str, sender: int) -> None:
         """The move's source writes no more."""
-        doubt = self._in_doubt.get(move)
+        doubt = self._in_doubt.get(migration)
         if doubt is not None and doubt.sender == sender:
-            del self._in_doubt[move]
+            del self._in_doubt[migration]
             self._free.append(doubt.window)
 
     def died(self, sender: int, now: float) -> None:
@@ -79,11 +79,13 @@ class ReceiveSlots:
 
     def tick(self, now: float) -> list[tuple[int, str]]:
         """Time has passed: the sources to ask now, each with its move."""
-        for move, doubt in list(self._in_doubt.items()):
+        for migration, doubt in list(self._in_doubt.items()):
             if now >= doubt.free_at:
-                self.confirmed(move, doubt.sender)
-        due = [(move, doubt) for move, doubt in self._in_doubt.items() if now >= doubt.ask_at]
+                self.confirmed(migration, doubt.sender)
+        due = [
+            (migration, doubt) for migration, doubt in self._in_doubt.items() if now >= doubt.ask_at
+        ]
         for _, doubt in due:
             doubt.wait = min(2 * doubt.wait, ASK_AT_MOST_S)
             doubt.ask_at = now + doubt.wait
-        return [(doubt.sender, move) for move, doubt in due]
+        return [(doubt.sender, migration) for migration, doubt in due]

@@ -56,9 +56,9 @@ class WatchedController(DataParallelController):
 
     pascal_config: PascalConfig
     processes: SchedulerProcesses
-    residents: RequestLocations
+    request_locations: RequestLocations
     instance_failures: InstanceFailures
-    box: ControlReceiver
+    control_receiver: ControlReceiver
     workers: list[Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -123,11 +123,11 @@ class WatchedController(DataParallelController):
         except Exception as error:
             if not isinstance(error, DeadInstance):
                 self.errors.note("dispatch", error)
-            self.residents.gone(req.rid)
+            self.request_locations.gone(req.rid)
             self._end(req.rid, req.http_worker_ipc, str(error) or repr(error))
 
     def _fail(self, rid: str) -> None:
-        self._end(rid, self.residents.worker_ipc(rid), MESSAGE)
+        self._end(rid, self.request_locations.worker_ipc(rid), MESSAGE)
 
     def _end(self, rid: str, worker_ipc: str | None, message: str) -> None:
         status = HTTPStatus.SERVICE_UNAVAILABLE
@@ -173,7 +173,11 @@ class WatchedController(DataParallelController):
 
         Raises: RuntimeError when there is nobody left to serve.
         """
-        for waited_for in (self.recv_from_tokenizer, self.box.socket, *self.processes.sentinels):
+        for waited_for in (
+            self.recv_from_tokenizer,
+            self.control_receiver.socket,
+            *self.processes.sentinels,
+        ):
             self._poller.register(waited_for, zmq.POLLIN)
         while not self._over:
             self.soft_watchdog.feed()
@@ -183,7 +187,7 @@ class WatchedController(DataParallelController):
                 self._tick(time.monotonic())
             for worker in unsent:
                 worker.flush()
-            if self.box.socket in ready:
+            if self.control_receiver.socket in ready:
                 self.hear_all()
             self.look_for_ended(at_once=not ready.keys().isdisjoint(self.processes.sentinels))
             if self.recv_from_tokenizer in ready:

@@ -33,10 +33,12 @@ class LoadReporter:
     """Sends a `Status` when something has changed, at most every `EVERY_S` seconds while busy, and
     at least every `ALIVE_S` seconds."""
 
-    def __init__(self, scheduler: Any, executor: PlanExecutor, pen: ControlSender) -> None:
+    def __init__(
+        self, scheduler: Any, executor: PlanExecutor, control_sender: ControlSender
+    ) -> None:
         self.scheduler = scheduler
         self.executor = executor
-        self.pen = pen
+        self.control_sender = control_sender
         self.received = 0
         self._dp_rank = get_parallel().dp_rank or 0
         self._last: LoadReport | None = None
@@ -50,24 +52,24 @@ class LoadReporter:
         status = self.status(batch)
         if status == self._last and now - self._sent_at < ALIVE_S:
             return
-        if self.pen.write(CONTROLLER, status):
+        if self.control_sender.send(CONTROLLER, status):
             self._last, self._sent_at = status, now
 
     def gone(self, req: Req) -> None:
         """The request has ended here: its KV may serve its conversation's next turn."""
         ids = req.origin_input_ids + req.output_ids_through_stop
         blocks = list(islice(block_names(ids, req.extra_key), MAX_ITEMS))
-        self.pen.write(CONTROLLER, RequestFinished(self._dp_rank, req.rid, blocks))
+        self.control_sender.send(CONTROLLER, RequestFinished(self._dp_rank, req.rid, blocks))
 
     def located(self, query: LocationQuery, alive: set[str]) -> None:
         """Answer which of some requests live here. alive: the ids of all that do."""
         here = [rid for rid in query.rids if rid in alive]
         reply = LocationReply(self._dp_rank, query.number, self.received, here)
-        self.pen.write(CONTROLLER, reply)
+        self.control_sender.send(CONTROLLER, reply)
 
     def answered(self, request: Any) -> None:
         """A control request has been answered to the tokenizer manager."""
-        self.pen.write(CONTROLLER, ControlAnswered(self._dp_rank, type(request).__name__))
+        self.control_sender.send(CONTROLLER, ControlAnswered(self._dp_rank, type(request).__name__))
 
     def status(self, batch: ScheduleBatch | None) -> LoadReport:
         return LoadReport(

@@ -27,7 +27,7 @@ class OperationsScheduler(ReportingScheduler):
     """SGLang's scheduler, whose operations reach the requests that we hold."""
 
     load_reporter: LoadReporter | None = None
-    moves: Migrations | None = None
+    migrations: Migrations | None = None
     phase_tracker: PhaseTracker
 
     def collect_inflight_reqs(self) -> set[Req]:
@@ -43,8 +43,10 @@ class OperationsScheduler(ReportingScheduler):
         idle: bool = super().is_fully_idle(for_health_check, ignore_waiting)
         if self.executor is not None:
             idle = idle and self.executor.paused_requests.is_empty()
-        if self.moves is not None:
-            idle = idle and (self.moves.holds_no_kv() if ignore_waiting else self.moves.is_empty())
+        if self.migrations is not None:
+            idle = idle and (
+                self.migrations.holds_no_kv() if ignore_waiting else self.migrations.is_empty()
+            )
         return idle
 
     def pause_generation(self, recv_req: PauseGenerationReqInput) -> None:
@@ -53,15 +55,15 @@ class OperationsScheduler(ReportingScheduler):
         meanwhile, and so no pause, no resume and no step of a migration."""
         super().pause_generation(recv_req)
         if self.executor is not None and recv_req.mode == "retract":
-            if self.moves is not None:
-                self.moves.give_up("generation paused")
+            if self.migrations is not None:
+                self.migrations.give_up("generation paused")
             retract_held(self.executor)
 
     def record_weight_version_change(self, new_version: str | None) -> None:
         """Which weights made which token is kept where a request is: it does not travel."""
         changes = new_version is not None and new_version != get_serving().weight_version
-        if self.moves is not None and changes:
-            self.moves.give_up("weights changed")
+        if self.migrations is not None and changes:
+            self.migrations.give_up("weights changed")
         super().record_weight_version_change(new_version)
 
     def _record_scheduler_state_for_paused_engine(self) -> None:
@@ -76,8 +78,8 @@ class OperationsScheduler(ReportingScheduler):
         SGLang's message for this carries no tokens: right for a request that has not begun. One
         that has ends like a running one, with a last output, so that no token is lost.
         """
-        if self.moves is not None:
-            self.moves.gone(req)
+        if self.migrations is not None:
+            self.migrations.gone(req)
         if self.executor is not None:
             self.executor.gone(req)
             if req.output_ids and req.beam_group is None:

@@ -75,7 +75,7 @@ class PlanExecutor:
         self.batch = 0.0
         self.errors = 0
         self.policy_s = 0.0
-        self.moves: Migrations | None = None
+        self.migrations: Migrations | None = None
         self._chaos = Chaos(config.chaos) if config.chaos else None
         self._extended_before = 0
         self._reported = 0.0
@@ -134,8 +134,8 @@ class PlanExecutor:
             self.paused_requests.copies.deferred = self._chaos.defers()
         self.settle()
         running = self._running = self.paused_requests.arrive(running)
-        if self.moves is not None:
-            self.moves.step(running)
+        if self.migrations is not None:
+            self.migrations.step(running)
         self.admission.check(thorough=self._chaos is not None)
         self.admission.plan = []
         if self._chaos is None and self.planner.is_content(
@@ -317,7 +317,7 @@ class PlanExecutor:
 
     def observe(self, req: Req) -> None:
         reasoning_ended = self.request_states.observe(req, self.pass_info)
-        if self.moves is not None:
-            self.moves.observe(req)
+        if self.migrations is not None:
+            self.migrations.observe(req)
             if reasoning_ended:
-                self.moves.reasoning_ended(req)
+                self.migrations.reasoning_ended(req)

@@ -64,7 +64,7 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
     without a row."""
 
     paused_requests: PausedRequests
-    moves: Migrations | None = None
+    migrations: Migrations | None = None
 
     def _requests_owning_rows(self) -> list[Req]:
         owners = SchedulerInvariantChecker._requests_owning_rows(self)
@@ -77,7 +77,7 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
         rowless = sum(
             kv_private_tokens(r.kv, self.page_size) for r in self.paused_requests.resident
         )
-        reserved = 0 if self.moves is None else self.moves.reserved_tokens
+        reserved = 0 if self.migrations is None else self.migrations.reserved_tokens
         return full + rowless + reserved, swa
 
 
@@ -101,13 +101,13 @@ class PascalScheduler(OperationsScheduler):
         if reports and self.executor is not None:
             per_token = self.executor.paused_requests.copies.bytes_per_token
             self.executor.decision_log.metrics = DecisionMetrics(labels, per_token)
-        if reports and self.moves is not None:
-            self.moves.report_to(MigrationMetrics(labels))
+        if reports and self.migrations is not None:
+            self.migrations.report_to(MigrationMetrics(labels))
         self.phase_tracker = PhaseTracker(metrics, None if self.executor is None else self._observe)
         super().init_output_streamer()
         self.output_streamer.tracker = self.phase_tracker
         self.output_streamer.revoked = (
-            None if self.moves is None else self.moves.incoming_migrations.revoked
+            None if self.migrations is None else self.migrations.incoming_migrations.revoked
         )
 
     def _observe(self, req: Req) -> None:
@@ -122,22 +122,22 @@ class PascalScheduler(OperationsScheduler):
         folder = control_folder(self.pascal_config)
         if folder is None:
             return
-        self._request_dispatcher += TypeBasedDispatcher([(ControlBatch, self.take_letters)])
+        self._request_dispatcher += TypeBasedDispatcher([(ControlBatch, self.take_control_batch)])
         if self.recv_from_tokenizer is None:
             return
         parallel = get_parallel()
-        box = ControlReceiver(folder, parallel.dp_rank or 0, parallel.dp_size)
+        control_receiver = ControlReceiver(folder, parallel.dp_rank or 0, parallel.dp_size)
         stock = self.request_receiver
         fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
-        self.request_receiver = PascalRequestReceiver(**fields, box=box)
+        self.request_receiver = PascalRequestReceiver(**fields, control_receiver=control_receiver)
         if self.idle_sleeper is not None:
-            self.idle_sleeper.poller.register(box.socket, zmq.POLLIN)
+            self.idle_sleeper.poller.register(control_receiver.socket, zmq.POLLIN)
 
-    def take_letters(self, letters: ControlBatch) -> None:
-        if self.moves is not None:
-            self.moves.hear(letters)
+    def take_control_batch(self, control_batch: ControlBatch) -> None:
+        if self.migrations is not None:
+            self.migrations.hear(control_batch)
         else:
-            location_replies.hear(self, letters)
+            location_replies.hear(self, control_batch)
 
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         return PascalOutputStreamer
@@ -193,10 +193,10 @@ class PascalScheduler(OperationsScheduler):
             fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
             self.invariant_checker = PascalInvariantChecker(**fields)
             self.invariant_checker.paused_requests = self.executor.paused_requests
-            self.moves = build_migrations(self, self.executor, self.pascal_config)
-            self.executor.moves = self.invariant_checker.moves = self.moves
-            if self.moves is not None:
-                self.moves.locate = partial(location_replies.reply, self)
+            self.migrations = build_migrations(self, self.executor, self.pascal_config)
+            self.executor.migrations = self.invariant_checker.migrations = self.migrations
+            if self.migrations is not None:
+                self.migrations.locate = partial(location_replies.reply, self)
 
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
@@ -237,23 +237,23 @@ class PascalScheduler(OperationsScheduler):
     def _should_defer_prefill(self, running_batch: ScheduleBatch) -> bool:
         deferred: bool = super()._should_defer_prefill(running_batch)
         waits = bool(self.waiting_queue) or self.chunked_req is not None
-        return deferred or (self.moves is not None and self.moves.defers_prefill(waits))
+        return deferred or (self.migrations is not None and self.migrations.defers_prefill(waits))
 
     def is_disable_overlap_for_batch(
         self, batch: ScheduleBatch, last_batch: ScheduleBatch | None
     ) -> bool:
         """Whoever has just arrived gets its first token before the next step, not after it."""
         disabled: bool = super().is_disable_overlap_for_batch(batch, last_batch=last_batch)
-        if disabled or self.moves is None or not last_batch:
+        if disabled or self.migrations is None or not last_batch:
             return disabled
-        return self.moves.incoming_migrations.came_with(self.result_queue[0][0])
+        return self.migrations.incoming_migrations.came_with(self.result_queue[0][0])
 
     def abort_request(self, recv_req: AbortReq) -> None:
         def matches(rid: str) -> bool:
             return recv_req.abort_all or rid.startswith(recv_req.rid)
 
-        if self.moves is not None:
-            self.moves.aborted("" if recv_req.abort_all else recv_req.rid, matches)
+        if self.migrations is not None:
+            self.migrations.aborted("" if recv_req.abort_all else recv_req.rid, matches)
         # Marks those that run, and those that we hold, with the reason.
         super().abort_request(recv_req)
         if self.executor is None:
@@ -291,13 +291,13 @@ class PascalScheduler(OperationsScheduler):
                 "evictable": self.tree_cache.evictable_size(),
                 "host": 0 if paused_requests is None else paused_requests.host_tokens,
             },
-            "monitor": {} if executor is None else figures(self, executor, self.last_batch),
+            "load": {} if executor is None else figures(self, executor, self.last_batch),
             "paused": len(paused),
             "pauses": {} if paused_requests is None else dict(paused_requests.counts),
             "costs": {} if paused_requests is None else paused_requests.costs.describe(),
             "decisions": {} if executor is None else dict(executor.decision_log.counts),
             "queued": {} if executor is None else by_class(executor.planner.queue.lengths()),
-            "migrations": None if self.moves is None else self.moves.describe(),
+            "migrations": None if self.migrations is None else self.migrations.describe(),
             "unpausable": {} if executor is None else dict(executor.request_states.unpausable),
             "policy_errors": 0 if executor is None else executor.errors,
             "queue_errors": 0 if executor is None else executor.admission.errors,

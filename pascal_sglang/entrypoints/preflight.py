@@ -120,7 +120,7 @@ def check_policy(policy: str, server_args: Any) -> None:
         )
 
 
-def check_moves(config: PascalConfig, server_args: Any) -> None:
+def check_migrations(config: PascalConfig, server_args: Any) -> None:
     """Refuse a KV transport that was asked for and is not there, and an address of another host."""
     if not config.moves or server_args.dp_size <= 1:
         return

@@ -41,7 +41,7 @@ class Instance:
     free: int = 0
     waiting: int = 0
     arriving: int = 0
-    moves: int = 0
+    migrations: int = 0
     capacity: int = 0
     load: int = 0
     pass_us: int = 0
@@ -88,7 +88,7 @@ class Placement:
         quantum: int,
         lazy: bool,
         adaptive: bool = True,
-        max_moves: int = 4,
+        max_migrations: int = 4,
         sight: int = 16,
         predict: bool = False,
     ) -> None:
@@ -100,7 +100,7 @@ class Placement:
         self.quantum = quantum
         self.lazy = lazy
         self.adaptive = adaptive
-        self.max_moves = max_moves
+        self.max_migrations = max_migrations
         self.sight = sight
         self.predict = predict
         self._turn = 0
@@ -166,16 +166,16 @@ class Placement:
         target = next(i for i in instances if i.index == decision.target)
         target.fresh += 1
         if target is not here:
-            here.moves += 1
-            target.moves += 1
+            here.migrations += 1
+            target.migrations += 1
             target.arriving += answer.kv_tokens
             target.footprint += answer.kv_tokens
         return decision
 
     def moved(self, source: Instance, target: Instance, kv_tokens: int, *, done: bool) -> None:
         """A move has ended: `done`, or the source goes on with the request."""
-        source.moves = max(0, source.moves - 1)
-        target.moves = max(0, target.moves - 1)
+        source.migrations = max(0, source.migrations - 1)
+        target.migrations = max(0, target.migrations - 1)
         target.arriving = max(0, target.arriving - kv_tokens)
         if not done:
             target.footprint = max(0, target.footprint - kv_tokens)
@@ -224,7 +224,7 @@ class Placement:
         likely = answer.remaining if answer.likely is None else answer.likely
         if likely <= answer.passes:
             return Decision(here.index, "nearly_done")
-        if max(here.moves, target.moves) >= self.max_moves:
+        if max(here.migrations, target.migrations) >= self.max_migrations:
             return Decision(here.index, "too_many_moves")
         return decision
 

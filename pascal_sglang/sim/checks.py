@@ -52,7 +52,7 @@ class Books:
         ):
             raise RuntimeError(f"request {request.index} has its times out of order")
 
-    def close(self, instances: Sequence[Instance], moves: int) -> None:
+    def close(self, instances: Sequence[Instance], migrations: int) -> None:
         """Everything has happened: nothing may be left, and nothing missing."""
         wanted = len(self.workload), self.workload.output_tokens
         if (self.closed, self.tokens) != wanted or self._open:
@@ -67,5 +67,5 @@ class Books:
             left = instance.memory.held, instance.memory.host, len(instance.batch)
             if any(left) or instance.thinking or instance.readers.answering or instance.fresh:
                 raise RuntimeError(f"instance {instance.index} is left with {left}")
-        if moves:
-            raise RuntimeError(f"{moves} moves never ended")
+        if migrations:
+            raise RuntimeError(f"{migrations} moves never ended")

@@ -18,7 +18,7 @@ from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.controller import Controller
 from pascal_sglang.sim.cost import Cost
 from pascal_sglang.sim.instance import Instance
-from pascal_sglang.sim.migration import Migrations, Move, Network
+from pascal_sglang.sim.migration import Migration, Migrations, Network
 from pascal_sglang.sim.outcome import Outcome
 from pascal_sglang.sim.pascal_instance import PascalInstance
 from pascal_sglang.sim.request import SimRequest
@@ -28,7 +28,7 @@ from pascal_sglang.sim.workload import Workload
 Progress = Callable[[int], None]
 REPORT_EVERY = 100
 UNLIMITED = 1 << 30
-# Passes that a move takes besides those of its transfer (`engine.moves`).
+# Passes that a move takes besides those of its transfer (`engine.migrations`).
 MOVE_PASSES = 4
 
 
@@ -80,7 +80,9 @@ class Cluster:
         self.tuning = Tuning(**(numbers | dict(arm.tuning)))
         self.instances = [self._instance(index) for index in range(setup.instances)]
         self.controller = Controller(arm, self.clock, self.instances, setup.quantum)
-        self.moves = Migrations(self.clock, Network(setup.cost, setup.instances), self._moved)
+        self.migrations = Migrations(
+            self.clock, Network(setup.cost, setup.instances), self._migrated
+        )
         self.outcome = Outcome.empty(len(workload))
         self.books = Books(workload)
         # Running mean per instance of the answers that ended there, in tokens.
@@ -115,10 +117,10 @@ class Cluster:
         outcome.wall_s = time.perf_counter() - began
         outcome.events = self.clock.happened
         outcome.end_s = self.clock.now
-        outcome.transfers_s = self.moves.transfers
-        outcome.refused_moves = self.moves.refused
+        outcome.transfers_s = self.migrations.transfers
+        outcome.refused_migrations = self.migrations.refused
         outcome.take_in(self.instances)
-        self.books.close(self.instances, self.moves.under_way)
+        self.books.close(self.instances, self.migrations.under_way)
         return outcome
 
     def _next_arrival(self) -> None:
@@ -161,7 +163,9 @@ class Cluster:
         mean = self._answers[instance.index]
         likely = remaining if mean is None else min(remaining, int(mean))
         cost = self.setup.cost
-        passes = MOVE_PASSES + int(request.held * cost.move_token_s / cost.decode(1, request.held))
+        passes = MOVE_PASSES + int(
+            request.held * cost.migration_token_s / cost.decode(1, request.held)
+        )
         answer = Answer(instance.index, request.held, remaining, likely, passes)
         decision = self.controller.at_boundary(answer)
         self.outcome.decisions[decision.why] += 1
@@ -169,17 +173,17 @@ class Cluster:
             return False
         target = self.instances[decision.target]
         assert isinstance(target, PascalInstance)
-        self.moves.begin(request, instance, target, live=self.arm.live)
+        self.migrations.begin(request, instance, target, live=self.arm.live)
         return not self.arm.live
 
-    def _moved(self, move: Move, done: bool) -> None:
+    def _migrated(self, migration: Migration, done: bool) -> None:
         views = self.controller.views
-        source, target = views[move.source.index], views[move.target.index]
-        self.controller.placement.moved(source, target, move.claimed, done=done)
+        source, target = views[migration.source.index], views[migration.target.index]
+        self.controller.placement.moved(source, target, migration.claimed, done=done)
 
     def ended(self, instance: Instance, request: SimRequest) -> None:
         now, load = self.clock.now, self.workload
-        request.phase, request.move = Phase.FINISHED, None
+        request.phase, request.migration = Phase.FINISHED, None
         self.books.closes(request)
         self.outcome.note(request, now, instance.index)
         mean = self._answers[instance.index]

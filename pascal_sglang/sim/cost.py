@@ -30,8 +30,8 @@ class Cost:
     prefill_token_s: float
     copy_s: float = 0.0
     copy_token_s: float = 0.0
-    move_s: float = 0.0
-    move_token_s: float = 0.0
+    migration_s: float = 0.0
+    migration_token_s: float = 0.0
     capacity: int
     host: int
     slots: int = 256

@@ -76,7 +76,7 @@ def figures(setup: Setup, workload: Workload, outcome: Outcome) -> dict[str, Any
         "throughput": float(output[in_time].sum() / window) if window > 0 else 0.0,
         "efficiency": outcome.tokens / outcome.busy_s,
         "moved": int(outcome.moved.sum()),
-        "refused_moves": outcome.refused_moves,
+        "refused_moves": outcome.refused_migrations,
         "paused": int((outcome.pauses > 0).sum()),
         "pauses": int(outcome.pauses.sum()),
         "tiers": dict(outcome.tiers),

@@ -97,8 +97,8 @@ def derive(model: Model, device: Device, engine: Engine) -> Cost:
         prefill_token_s=2 * model.active / operations,
         copy_s=engine.message_s,
         copy_token_s=kv / (device.pcie * engine.pcie_share),
-        move_s=engine.message_s,
-        move_token_s=kv / (engine.network * engine.network_share),
+        migration_s=engine.message_s,
+        migration_token_s=kv / (engine.network * engine.network_share),
         capacity=capacity,
         host=int(device.host_bytes / kv),
     )

@@ -28,14 +28,14 @@ class Network:
     def send(self, source: int, target: int, tokens: int, now: float) -> float:
         """When `tokens` of KV that are ready at `now` have arrived."""
         begin = max(now, self._out[source], self._in[target])
-        end = begin + tokens * self.cost.move_token_s
+        end = begin + tokens * self.cost.migration_token_s
         self._out[source] = self._in[target] = end
         self.sent_tokens += tokens
-        return end + self.cost.move_s
+        return end + self.cost.migration_s
 
 
 @dataclass(slots=True, eq=False)
-class Move:
+class Migration:
     """One move. asked: when it was decided (s). claimed: tokens it had then. reserved: tokens the
     target keeps for it. copied: tokens on their way or there."""
 
@@ -56,7 +56,9 @@ class Migrations:
     until the KV was there. pauses: seconds in which neither side decoded, of live moves.
     """
 
-    def __init__(self, clock: Clock, network: Network, ended: Callable[[Move, bool], None]) -> None:
+    def __init__(
+        self, clock: Clock, network: Network, ended: Callable[[Migration, bool], None]
+    ) -> None:
         self.clock = clock
         self.network = network
         self.ended = ended
@@ -68,76 +70,78 @@ class Migrations:
         self, request: SimRequest, source: PascalInstance, target: PascalInstance, *, live: bool
     ) -> None:
         """The request moves; unless `live` it has left its batch already."""
-        move = request.move = Move(request, source, target, live, self.clock.now, request.held)
+        migration = request.migration = Migration(
+            request, source, target, live, self.clock.now, request.held
+        )
         self.under_way += 1
-        self.clock.at(self.clock.now + self.network.cost.move_s, self._asked, move)
+        self.clock.at(self.clock.now + self.network.cost.migration_s, self._asked, migration)
 
-    def _asked(self, move: Move) -> None:
-        target, request = move.target, move.request
+    def _asked(self, migration: Migration) -> None:
+        target, request = migration.target, migration.request
         target.catch_up()
-        if request.move is not move:
-            return self._over(move, done=False)
-        move.source.catch_up()
-        if request in move.source.batch:
-            move.source.batch.sync(request)
-        move.copied = request.held
-        wanted = move.copied + SPARE
-        if move.live:
-            copy_s = move.copied * self.network.cost.move_token_s
+        if request.migration is not migration:
+            return self._over(migration, done=False)
+        migration.source.catch_up()
+        if request in migration.source.batch:
+            migration.source.batch.sync(request)
+        migration.copied = request.held
+        wanted = migration.copied + SPARE
+        if migration.live:
+            copy_s = migration.copied * self.network.cost.migration_token_s
             wanted += int(2 * copy_s / self.network.cost.step_s)
         if (
             target.memory.free < wanted + len(target.batch)
             or request.status is RequestStatus.WAITING
         ):
             self.refused += 1
-            return self._over(move, done=False)
+            return self._over(migration, done=False)
         target.memory.take(wanted)
         target.poke()  # It runs out of memory sooner now.
-        move.reserved = wanted
-        begin = self.clock.now + self.network.cost.move_s
-        end = self.network.send(move.source.index, target.index, move.copied, begin)
-        self.clock.at(end, self._copied, move)
+        migration.reserved = wanted
+        begin = self.clock.now + self.network.cost.migration_s
+        end = self.network.send(migration.source.index, target.index, migration.copied, begin)
+        self.clock.at(end, self._copied, migration)
 
-    def _copied(self, move: Move) -> None:
-        self.transfers.append(self.clock.now - move.asked)
-        if not move.live:
-            move.source.memory.give(move.copied)
-            move.source.forget(move.request)
-            move.source.poke()
-            self._land(move)
+    def _copied(self, migration: Migration) -> None:
+        self.transfers.append(self.clock.now - migration.asked)
+        if not migration.live:
+            migration.source.memory.give(migration.copied)
+            migration.source.forget(migration.request)
+            migration.source.poke()
+            self._land(migration)
             return
-        move.source.hand_over(move, self)
+        migration.source.hand_over(migration, self)
 
-    def handed_over(self, move: Move) -> None:
+    def handed_over(self, migration: Migration) -> None:
         """The source has let go of the request; what it decoded since follows."""
-        delta = move.request.held - move.copied
+        delta = migration.request.held - migration.copied
         now = self.clock.now
-        end = self.network.send(move.source.index, move.target.index, delta, now)
-        self.clock.at(end, self._land, move)
+        end = self.network.send(migration.source.index, migration.target.index, delta, now)
+        self.clock.at(end, self._land, migration)
 
-    def _land(self, move: Move) -> None:
-        request, target = move.request, move.target
+    def _land(self, migration: Migration) -> None:
+        request, target = migration.request, migration.target
         target.catch_up()
-        target.memory.give(move.reserved)
-        move.reserved = 0
+        target.memory.give(migration.reserved)
+        migration.reserved = 0
         request.moved += 1
         target.takes_over(request)
-        self._over(move, done=True)
+        self._over(migration, done=True)
 
-    def cancel(self, move: Move) -> None:
+    def cancel(self, migration: Migration) -> None:
         """The request stays, or has ended, at its source."""
-        self._over(move, done=False)
+        self._over(migration, done=False)
 
-    def _over(self, move: Move, *, done: bool) -> None:
-        request = move.request
-        if move.reserved:
-            move.target.catch_up()
-            move.target.memory.give(move.reserved)
-            move.reserved = 0
-            move.target.poke()
-        if not done and not move.live and request.phase is not Phase.FINISHED:
-            move.source.takes_back(request)
-        if request.move is move:
-            request.move = None
+    def _over(self, migration: Migration, *, done: bool) -> None:
+        request = migration.request
+        if migration.reserved:
+            migration.target.catch_up()
+            migration.target.memory.give(migration.reserved)
+            migration.reserved = 0
+            migration.target.poke()
+        if not done and not migration.live and request.phase is not Phase.FINISHED:
+            migration.source.takes_back(request)
+        if request.migration is migration:
+            request.migration = None
         self.under_way -= 1
-        self.ended(move, done)
+        self.ended(migration, done)

@@ -35,7 +35,7 @@ class Outcome:
     decisions: Counter[str] = field(default_factory=Counter)
     tiers: Counter[str] = field(default_factory=Counter)
     transfers_s: list[float] = field(default_factory=list)
-    refused_moves: int = 0
+    refused_migrations: int = 0
     tokens: int = 0
     recomputed_tokens: int = 0
     copied_tokens: int = 0

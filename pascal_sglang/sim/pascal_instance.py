@@ -23,7 +23,7 @@ from pascal_sglang.sim.rank_forecast import NEVER
 from pascal_sglang.sim.request import SimRequest
 
 if TYPE_CHECKING:
-    from pascal_sglang.sim.migration import Migrations, Move
+    from pascal_sglang.sim.migration import Migration, Migrations
 
 
 class PascalInstance(Instance):
@@ -45,7 +45,7 @@ class PascalInstance(Instance):
         self._hurry: list[tuple[float, int, float, SimRequest]] = []
         self._hurried = 0
         self._waiting_tokens = 0
-        self._leaving: list[tuple[Move, Migrations]] = []
+        self._leaving: list[tuple[Migration, Migrations]] = []
 
     def may_prefill(self) -> bool:
         """Prefills and decode steps take turns (`engine.build`)."""
@@ -68,11 +68,11 @@ class PascalInstance(Instance):
         for request in self.inbox:
             self._wait(request)
         self.inbox.clear()
-        for move, moves in self._leaving:
-            if move.request.move is move and self.lets_go(move.request):
-                moves.handed_over(move)
+        for migration, migrations in self._leaving:
+            if migration.request.migration is migration and self.lets_go(migration.request):
+                migrations.handed_over(migration)
             else:
-                moves.cancel(move)
+                migrations.cancel(migration)
         self._leaving.clear()
         growing = len(self.batch) + len(self.filling)
         short = self.memory.free < GROWTH * growing
@@ -285,9 +285,9 @@ class PascalInstance(Instance):
         self._stop(request, RequestStatus.RESIDENT)
         self.poke()
 
-    def hand_over(self, move: Move, moves: Migrations) -> None:
+    def hand_over(self, migration: Migration, migrations: Migrations) -> None:
         """Let go of a moving request at the next boundary between two passes."""
-        self._leaving.append((move, moves))
+        self._leaving.append((migration, migrations))
         self.poke()
 
     def lets_go(self, request: SimRequest) -> bool:

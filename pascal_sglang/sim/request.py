@@ -9,7 +9,7 @@ from pascal_sglang.policy.request import RequestState
 from pascal_sglang.policy.timeline import Phase
 
 if TYPE_CHECKING:
-    from pascal_sglang.sim.migration import Move
+    from pascal_sglang.sim.migration import Migration
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -42,7 +42,7 @@ class SimRequest(RequestState):
     first_answer: float = -1.0
     pauses: int = 0
     moved: int = 0
-    move: Move | None = None
+    migration: Migration | None = None
 
     @property
     def held(self) -> int:

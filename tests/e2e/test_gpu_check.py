@@ -33,7 +33,7 @@ def test_the_check_is_green_on_a_cpu(tmp_path):
     same = found["parts"]["identity"]
     assert same["holds"]
     assert same["pauses"]["host"] > 20
-    assert same["moves"]["moved"] > 5
+    assert same["migrations"]["moved"] > 5
     cost = found["parts"]["one"]["overhead"]["pascal"]
     assert cost["passes"] > 100
     assert 0 < cost["policy_share"] < 1

@@ -1,6 +1,6 @@
 """`sglang` with a bad network between instances, and a slow pipe behind one of them.
 
-Letters are lost, repeated and late; ends of requests are not told. What instance 0 sends to the
+Messages are lost, repeated and late; ends of requests are not told. What instance 0 sends to the
 detokenizer comes a while later, in order; the detokenizer writes down whenever it had to hold
 something back, and whenever it let something pass out of order. Worker processes import the main
 module, so this holds in all of them.
@@ -25,24 +25,24 @@ sound_write, sound_admit, sound_handle = ControlSender.write, OutputOrder.admit,
 seen = {}
 
 
-def write(pen, to, message):
+def write(control_sender, to, message):
     if isinstance(message, RequestFinished) and dice.random() < 0.2:
         return True
     if not isinstance(message, Message):
-        return sound_write(pen, to, message)
+        return sound_write(control_sender, to, message)
     fate = dice.random()
     if fate < 0.06:
         return True
     if fate < 0.10:
-        sound_write(pen, to, message)
+        sound_write(control_sender, to, message)
     if 0.10 <= fate < 0.14:
-        late = threading.Timer(0.1, lambda: pen.late.append((to, message)))
+        late = threading.Timer(0.1, lambda: control_sender.late.append((to, message)))
         late.daemon = True
         late.start()
         return True
-    while pen.late:
-        sound_write(pen, *pen.late.pop())
-    return sound_write(pen, to, message)
+    while control_sender.late:
+        sound_write(control_sender, *control_sender.late.pop())
+    return sound_write(control_sender, to, message)
 
 
 def admit(order, instance, message, rows, now):
@@ -74,7 +74,7 @@ class SlowSender:
     """Around a `SenderWrapper`: the same, `PIPE_DELAY_S` later, in order."""
 
     def __init__(self, sender):
-        self.sender, self.letters = sender, queue.Queue()
+        self.sender, self.control_batch = sender, queue.Queue()
         threading.Thread(target=self.deliver, daemon=True).start()
 
     def send_output(self, output, recv_obj=None):
@@ -82,17 +82,17 @@ class SlowSender:
 
         envelope = Envelope()
         sock_send(envelope, output)  # As it is now: the requests in it go on changing.
-        self.letters.put((time.monotonic() + PIPE_DELAY_S, envelope.data))
+        self.control_batch.put((time.monotonic() + PIPE_DELAY_S, envelope.data))
 
     def deliver(self):
         while True:
-            due, letter = self.letters.get()
+            due, data = self.control_batch.get()
             time.sleep(max(0.0, due - time.monotonic()))
-            self.sender.socket.send(letter)
+            self.sender.socket.send(data)
 
 
-def open_box(box, folder, name, instances):
-    sound_open(box, folder, name, instances)
+def open_box(control_receiver, folder, name, instances):
+    sound_open(control_receiver, folder, name, instances)
     if name == 0:
         slow_down_this_instance()
 

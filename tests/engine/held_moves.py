@@ -16,15 +16,19 @@ from pathlib import Path
 import orjson
 
 from pascal_sglang.cluster.control_channel import ControlReceiver
-from pascal_sglang.cluster.migration_source import Source, SourceState, Terms
-from pascal_sglang.cluster.migration_target import Target
+from pascal_sglang.cluster.migration_source import MigrationSource, SourceState, Terms
+from pascal_sglang.cluster.migration_target import MigrationTarget
 
 FOLDER = Path(os.environ["HOLD_FOLDER"])
 LATER_S = 1000.0
 GROWTH = 2000
-sound_open, sound_letters = ControlReceiver.__init__, ControlReceiver.letters
-sound_copy, sound_far, ticks = Source.copy, Source._far_enough, (Source.tick, Target.tick)
-sound_due = Source._is_due
+sound_open, sound_receive = ControlReceiver.__init__, ControlReceiver.receive
+sound_copy, sound_far, ticks = (
+    MigrationSource.copy,
+    MigrationSource._far_enough,
+    (MigrationSource.tick, MigrationTarget.tick),
+)
+sound_due = MigrationSource._is_due
 
 
 def told(name):
@@ -35,26 +39,26 @@ def stop_at():
     return int((FOLDER / "stop-at").read_text()) if told("stop-at") else 0
 
 
-def letters(box):
-    box.held += sound_letters(box)
-    found, box.held, held, slow = [], [], box.held, set()
-    for letter in held:
-        read = orjson.loads(letter)
+def receive(control_receiver):
+    control_receiver.held += sound_receive(control_receiver)
+    found, control_receiver.held, held, slow = [], [], control_receiver.held, set()
+    for data in held:
+        read = orjson.loads(data)
         kind, sender = read["kind"], read["sender"]
         if told(f"lose-{kind}"):
             (FOLDER / f"lose-{kind}").unlink()
-        elif told(f"hold-{kind}") or ("move" in read and sender in slow):
+        elif told(f"hold-{kind}") or ("migration" in read and sender in slow):
             slow.add(sender)
-            box.held.append(letter)
+            control_receiver.held.append(data)
             (FOLDER / f"held-{kind}").touch()
         else:
-            found.append(letter)
+            found.append(data)
     return found
 
 
-def open_box(box, folder, name, instances):
-    sound_open(box, folder, name, instances)
-    box.held = []
+def open_receiver(control_receiver, folder, name, instances):
+    sound_open(control_receiver, folder, name, instances)
+    control_receiver.held = []
     if name != "controller":
         from pascal_sglang.engine.migration import outgoing
 
@@ -83,9 +87,9 @@ def late(tick):
     return lambda side, now: tick(side, now + LATER_S if told("later") else now)
 
 
-ControlReceiver.__init__, ControlReceiver.letters = open_box, letters
-Source.copy, Source._far_enough = copy, far_enough
-Source.tick, Target.tick, Source._is_due = *map(late, ticks), is_due
+ControlReceiver.__init__, ControlReceiver.receive = open_receiver, receive
+MigrationSource.copy, MigrationSource._far_enough = copy, far_enough
+MigrationSource.tick, MigrationTarget.tick, MigrationSource._is_due = *map(late, ticks), is_due
 # A test looks around while it holds something.
 Terms.__init__.__kwdefaults__["patience_s"] = Terms.__init__.__kwdefaults__["repeat_at_most_s"] = (
     60.0

@@ -17,13 +17,13 @@ THINK, LONG = 6, 400
 # How to hold a move in a state: what is held, and the states of source and target meanwhile; None
 # where no move is under way, or no longer.
 STATES = {
-    "asking": ("Ask", "asking", None),
-    "asking, granted": ("Granted", "asking", "receiving"),
-    "copying, not read": ("Chunk", "copying", "receiving"),
-    "copying, not confirmed": ("Got", "copying", "receiving"),
+    "asking": ("ReserveRequest", "asking", None),
+    "asking, granted": ("ReserveGranted", "asking", "receiving"),
+    "copying, not read": ("KVChunk", "copying", "receiving"),
+    "copying, not confirmed": ("ChunkAck", "copying", "receiving"),
     "stopping": ("still", "stopping", "receiving"),
     "handed": ("Handover", "handed", "receiving"),
-    "owned": ("Mine", "handed", None),
+    "owned": ("CommitAck", "handed", None),
 }
 
 

@@ -52,7 +52,7 @@ def placed(server, expected=None):
     while time.monotonic() < deadline:
         shown = server.get("/pascal/status")["controller"]
         count = sum(shown["placed"].values())
-        if not shown["residents"] and expected in (None, count):
+        if not shown["live_requests"] and expected in (None, count):
             return count
         time.sleep(0.2)
     raise AssertionError(f"expected {expected}: {shown}")

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(serve, folder):
     binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0", "TMPDIR": str(folder)}
-    with serve({"flood": 0.05}, ["--dp-size", "3"], **binding) as server:
+    with serve({"force_migration": 0.05}, ["--dp-size", "3"], **binding) as server:
         yield server
 
 

@@ -19,7 +19,7 @@ from tests.engine.load import run
 from tests.engine.odds import assert_same, odds
 from tests.requests import generate
 
-FLOOD = {"flood": 0.02}
+FLOOD = {"force_migration": 0.02}
 FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_moves.py")), "serve")
 
 ARMS = {
@@ -61,8 +61,8 @@ def at_rest(server):
 
 def nothing_left(instances):
     for instance in instances:
-        moves = instance["migrations"]
-        assert moves is None or moves["awaiting_token"] == 0
+        migrations = instance["migrations"]
+        assert migrations is None or migrations["awaiting_token"] == 0
         kv = instance["kv_tokens"]
         assert (kv["free"] + kv["evictable"], kv["host"]) == (kv["capacity"], 0)
         assert (instance["policy_errors"], instance["queue_errors"]) == (0, 0)
@@ -73,7 +73,7 @@ def controller(server, moved):
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         shown = server.get("/pascal/status")["controller"]
-        if shown["moves"].get("moved", 0) == moved and not shown["residents"]:
+        if shown["migrations"].get("moved", 0) == moved and not shown["live_requests"]:
             return shown
         time.sleep(0.2)
     raise AssertionError(f"the controller knows of something else than {moved} moves: {shown}")
@@ -95,7 +95,7 @@ def all_is_given_back(shown):
     return (
         not in_doubt
         and all(w["free"] == WINDOWS for w in windows)
-        and not shown["controller"]["residents"]
+        and not shown["controller"]["live_requests"]
     )
 
 
@@ -179,7 +179,9 @@ def disconnect(server, body, tokens):
 def flooded(serve):
     binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
     # Its instances die: forks would hold the pipes by which each other's death is seen.
-    with serve({"flood": 0.05}, ["--dp-size", "3"], LATE, warm=False, **binding) as server:
+    with serve(
+        {"force_migration": 0.05}, ["--dp-size", "3"], LATE, warm=False, **binding
+    ) as server:
         yield server
         server.stop(signal.SIGTERM)
 
@@ -217,7 +219,7 @@ def test_an_id_of_any_allowed_length_travels(flooded):
     for rid in rids:
         flooded.post("/generate", generate("a long name", think=4, total=120, rid=rid))
     assert total(at_rest(flooded), "outgoing", "moved") > before
-    shown = wait_for(flooded, lambda shown: not shown["controller"]["residents"])
+    shown = wait_for(flooded, lambda shown: not shown["controller"]["live_requests"])
     assert shown["controller"]["rejected"] == {}
 
 

@@ -87,7 +87,7 @@ def held(serve, folder):
     """Two instances; everybody moves when its thinking ends, and never again."""
     binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "HOLD_FOLDER": str(folder)}
     flags = ["--dp-size", "2", "--max-total-tokens", "3000"]
-    with serve({"flood": 1e-12}, flags, HELD, **binding) as server:
+    with serve({"force_migration": 1e-12}, flags, HELD, **binding) as server:
         yield server
 
 
@@ -158,13 +158,13 @@ def test_who_ends_around_the_stop(ending, scene, endings):
 
 def test_a_busy_target_refuses(scene):
     """As many as have windows come; one more stays. All ask before anybody is heard."""
-    scene.hold.say("hold-Ask")
+    scene.hold.say("hold-ReserveRequest")
     readers = [scene.start(max_new_tokens=200) for _ in range(WINDOWS + 1)]
     deadline = time.monotonic() + 30
     while any(scene.states(reader.rid) != ("asking", None) for reader in readers):
         assert time.monotonic() < deadline
-    scene.hold.say("hold-Chunk")
-    (scene.hold.folder / "hold-Ask").unlink()
+    scene.hold.say("hold-KVChunk")
+    (scene.hold.folder / "hold-ReserveRequest").unlink()
     scene.wait_for("incoming", "busy")
     scene.hold.clear()
     for reader in readers:
@@ -182,7 +182,7 @@ def start_and_lose(scene, kind):
     return reader
 
 
-@pytest.mark.parametrize("lost", ["Ask", "Granted", "Chunk", "Got"])
+@pytest.mark.parametrize("lost", ["ReserveRequest", "ReserveGranted", "KVChunk", "ChunkAck"])
 def test_a_lost_message_is_not_waited_for(lost, scene):
     reader = start_and_lose(scene, lost)
     scene.hold.say("later")
@@ -193,7 +193,7 @@ def test_a_lost_message_is_not_waited_for(lost, scene):
     assert scene.gained("incoming", "taken") == 0
 
 
-@pytest.mark.parametrize("lost", ["Handover", "Mine"])
+@pytest.mark.parametrize("lost", ["Handover", "CommitAck"])
 def test_a_lost_decision_is_said_again(lost, scene):
     reader = start_and_lose(scene, lost)
     assert reader.end() == (scene.alone["mover"], ["length"])
@@ -204,9 +204,9 @@ def test_a_lost_decision_is_said_again(lost, scene):
 def test_a_lost_cancellation_is_not_waited_for(scene, endings):
     params, expected = endings["length"]
     reader, _ = held_in(scene, "copying, not confirmed", **params)
-    scene.hold.say("lose-Cancelled")
+    scene.hold.say("lose-MigrationCancelled")
     assert reader.end() == expected
-    scene.hold.wait_for("lose-Cancelled", there=False)
+    scene.hold.wait_for("lose-MigrationCancelled", there=False)
     assert scene.states(reader.rid) == (None, "receiving")
     scene.hold.say("later")
     scene.wait_for("incoming", "timeout")

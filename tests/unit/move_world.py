@@ -1,8 +1,8 @@
 """Two sides of a move with a network in between that a test may disturb."""
 
 from pascal_sglang.cluster.messages import Handover, KVChunk, ReserveGranted, ReserveRequest
-from pascal_sglang.cluster.migration_source import Source, Terms
-from pascal_sglang.cluster.migration_target import Target, TargetState
+from pascal_sglang.cluster.migration_source import MigrationSource, Terms
+from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
 
 WINDOW = 40
 
@@ -25,7 +25,7 @@ class World:
         self.now, self.kv, self.limit = 0.0, kv, limit
         self.running, self.events, self.taken = True, [], None
         self.window, self.received = (0, 0), 0
-        self.source = Source(
+        self.source = MigrationSource(
             "m1",
             "r",
             terms,
@@ -36,7 +36,7 @@ class World:
             self.release,
             self.lose,
         )
-        self.target = Target(
+        self.target = MigrationTarget(
             "m1",
             "r",
             terms,

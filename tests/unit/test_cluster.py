@@ -143,11 +143,11 @@ def test_a_move_is_ordered_and_counted_until_it_is_over():
     decision = moving.boundary(BOUNDARY, monitor.instances, 1.0)
     assert (decision.target, decision.why) == (1, "room_there")
     ((to, order),) = orders
-    assert (to, order) == (0, MigrateCommand(order.move, "r", 1))
-    assert (monitor.instances[0].moves, monitor.instances[1].arriving) == (1, 50)
-    assert moving.over(MigrationEnded(1, order.move, True, "")).target == 1
-    assert (monitor.instances[0].moves, monitor.instances[1].arriving) == (0, 0)
-    assert moving.over(MigrationEnded(0, order.move, True, "")) is None, "both sides report it"
+    assert (to, order) == (0, MigrateCommand(order.migration, "r", 1))
+    assert (monitor.instances[0].migrations, monitor.instances[1].arriving) == (1, 50)
+    assert moving.over(MigrationEnded(1, order.migration, True, "")).target == 1
+    assert (monitor.instances[0].migrations, monitor.instances[1].arriving) == (0, 0)
+    assert moving.over(MigrationEnded(0, order.migration, True, "")) is None, "both sides report it"
     assert moving.ended == {"moved": 1}
 
 
@@ -162,7 +162,7 @@ def test_a_move_that_cannot_be_ordered_or_is_never_reported_stops_counting():
     assert len(moving.under_way) == 1
     moving.forget_old(FORGET_S + 1.0)
     assert moving.ended == {"kept:forgotten": 1}
-    assert monitor.instances[0].moves == 0
+    assert monitor.instances[0].migrations == 0
 
 
 def test_a_boundary_of_an_instance_that_is_no_more_leads_nowhere():
@@ -172,8 +172,8 @@ def test_a_boundary_of_an_instance_that_is_no_more_leads_nowhere():
 
 
 def test_the_flood_moves_everybody():
-    moving, monitor, orders = coordinator(flood=True)
+    moving, monitor, orders = coordinator(force_migration=True)
     monitor.hear(status(dp_rank=0, free=900), 1.0)
-    assert moving.boundary(BOUNDARY, monitor.instances, 1.0).why == "flood"
+    assert moving.boundary(BOUNDARY, monitor.instances, 1.0).why == "force_migration"
     assert moving.boundary(BOUNDARY, monitor.instances[:1], 1.0).why == "alone"
     assert len(orders) == 1

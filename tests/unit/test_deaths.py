@@ -16,58 +16,63 @@ from pascal_sglang.policy.placement import Placement
 
 
 def scene():
-    residents, failed = RequestLocations(), []
+    request_locations, failed = RequestLocations(), []
     coordinator = MigrationCoordinator(
         LoadTracker(2), Placement(quantum=1, lazy=True), lambda to, order: True
     )
-    return residents, coordinator, failed, InstanceFailures(residents, coordinator, failed.append)
+    return (
+        request_locations,
+        coordinator,
+        failed,
+        InstanceFailures(request_locations, coordinator, failed.append),
+    )
 
 
 def test_its_own_requests_end_and_no_others():
-    residents, _, failed, instance_failures = scene()
+    request_locations, _, failed, instance_failures = scene()
     for rid, home in (("a", 0), ("b", 1), ("c", 1), ("d", 1)):
-        residents.lives(rid, home)
-    residents.gone("d")
+        request_locations.lives(rid, home)
+    request_locations.gone("d")
     instance_failures.died(1, 0.0)
     assert failed == ["b", "c"]
-    assert residents.home("a") == 0
-    assert residents.of(1) == []
+    assert request_locations.home("a") == 0
+    assert request_locations.of(1) == []
 
 
 def test_who_was_moving_away_is_asked_after_where_it_went():
-    residents, coordinator, failed, instance_failures = scene()
+    request_locations, coordinator, failed, instance_failures = scene()
     for rid in ("arrived", "dropped", "nobody knows"):
-        residents.lives(rid, 1)
+        request_locations.lives(rid, 1)
         coordinator.under_way[rid] = UnderWay(rid, 1, 0, 10, 0.0)
     instance_failures.died(1, 0.0)
     assert failed == []
-    residents.lives("arrived", 0)
+    request_locations.lives("arrived", 0)
     instance_failures.settled("arrived")
     instance_failures.settled("dropped")
     assert failed == ["dropped"]
     instance_failures.tick(CLAIM_S)
     instance_failures.tick(CLAIM_S + 1)
     assert failed == ["dropped", "nobody knows"]
-    assert residents.home("arrived") == 0
+    assert request_locations.home("arrived") == 0
 
 
 def test_who_arrives_at_the_dead_ends_too():
-    residents, coordinator, failed, instance_failures = scene()
-    residents.lives("r", 0)
+    request_locations, coordinator, failed, instance_failures = scene()
+    request_locations.lives("r", 0)
     coordinator.under_way["r"] = UnderWay("r", 0, 1, 10, 0.0)
     instance_failures.died(1, 0.0)
     assert failed == []
-    residents.lives("r", 1)
+    request_locations.lives("r", 1)
     instance_failures.settled("r")
     assert failed == ["r"]
 
 
 def test_the_memory_of_homes_is_bounded():
-    residents = RequestLocations(capacity=2)
+    request_locations = RequestLocations(capacity=2)
     for number in range(5):
-        residents.lives(str(number), 0)
-    assert len(residents) == 2
-    assert residents.of(0) == ["3", "4"]
+        request_locations.lives(str(number), 0)
+    assert len(request_locations) == 2
+    assert request_locations.of(0) == ["3", "4"]
 
 
 def sleeper():

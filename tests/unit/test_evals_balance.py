@@ -69,5 +69,5 @@ def test_moves_are_counted_where_they_began():
         'pascal:migrations_total{way="out",outcome="kept:full"}': 2.0,
         "pascal:starts_total": 9.0,
     }
-    assert report.moves(counters) == 3.0
-    assert report.moves({}) == 0.0
+    assert report.migrations(counters) == 3.0
+    assert report.migrations({}) == 0.0

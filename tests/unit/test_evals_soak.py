@@ -122,7 +122,7 @@ def test_processes_have_to_come_back_to_what_they_were():
 
 def test_what_a_status_says_at_rest_is_judged():
     kv = {"capacity": 9, "free": 4, "evictable": 4, "host": 0}
-    moves = {"in": [], "out": [], "rejected": {"x": 1}}
+    migrations = {"in": [], "out": [], "rejected": {"x": 1}}
     instance = {
         "dp_rank": 0,
         "requests": [],
@@ -130,10 +130,16 @@ def test_what_a_status_says_at_rest_is_judged():
         "queued": {"thinking": {"waiting": 1}},
         "kv_tokens": kv,
         "policy_errors": 1,
-        "migrations": moves,
+        "migrations": migrations,
         "pauses": {"copy_failed": 1},
     }
-    controller = {"rejected": {}, "unsent": 0, "residents": 2, "moves_under_way": 0, "dead": []}
+    controller = {
+        "rejected": {},
+        "unsent": 0,
+        "live_requests": 2,
+        "migrations_under_way": 0,
+        "dead": [],
+    }
     findings = Findings()
     checks.status_at_rest(
         {"instances": [instance], "controller": controller}, dead=[], findings=findings
@@ -244,9 +250,9 @@ def test_a_whole_soak_of_two_instances_of_which_one_dies():
             {**IDLE, "dp_rank": 0},
             {"dp_rank": 1, "dead": True} if dead else {**IDLE, "dp_rank": 1},
         ]
-        controller = {"rejected": {}, "unsent": 0, "moves_under_way": 0, "dead": dead}
+        controller = {"rejected": {}, "unsent": 0, "migrations_under_way": 0, "dead": dead}
         return web.json_response(
-            {"instances": instances, "controller": {**controller, "residents": len(dead)}}
+            {"instances": instances, "controller": {**controller, "live_requests": len(dead)}}
         )
 
     async def anything(request):

@@ -26,7 +26,7 @@ def test_identity_holds_when_pauses_and_moves_changed_nothing():
     seen = found()
     assert seen.holds
     assert seen.pauses == {"resident": 4, "host": 6, "recompute": 0}
-    assert seen.moves == {"kept:timeout": 2, "moved": 4}
+    assert seen.migrations == {"kept:timeout": 2, "moved": 4}
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,18 @@ class World:
     """A controller's residents and what really lives on each of two instances."""
 
     def __init__(self):
-        self.residents, self.questions = RequestLocations(), []
+        self.request_locations, self.questions = RequestLocations(), []
         self.live = [set(), set()]
         self.sent, self.taken = [0, 0], [0, 0]
         self.moving, self.now = set(), 0.0
-        self.check = LocationCheck(self.residents, self.ask, lambda: self.moving)
+        self.check = LocationCheck(self.request_locations, self.ask, lambda: self.moving)
 
     def ask(self, instance, query):
         self.questions.append((instance, query))
         return True
 
     def place(self, rid, instance):
-        self.residents.lives(rid, instance)
+        self.request_locations.lives(rid, instance)
         self.sent[instance] += 1
 
     def take_in(self, rid, instance):
@@ -42,7 +42,7 @@ class World:
         self.questions = [(i, q) for i, q in self.questions if i not in instances]
 
     def homes(self):
-        return {rid: self.residents.home(rid) for rid in self.residents}
+        return {rid: self.request_locations.home(rid) for rid in self.request_locations}
 
 
 def test_an_end_that_was_not_heard_of_is_found():
@@ -81,7 +81,7 @@ def test_a_request_that_changes_instance_is_not_forgotten():
     assert world.homes() == {"a": 0}
     world.moving = set()
     world.tick()
-    world.residents.lives("a", 1)
+    world.request_locations.lives("a", 1)
     world.answer(0, 1)
     assert world.homes() == {"a": 1}, "its home has changed since the question"
 
@@ -134,7 +134,7 @@ def test_a_question_is_small_and_in_time_all_are_asked_about():
         world.check.tick(world.now + 0.1, {})
         assert len(world.questions[0][1].rids) == MAX_ASKED
         world.answer(0, 1)
-    assert len(world.residents) == 0
+    assert len(world.request_locations) == 0
     for number in range(9):
         world.place(f"{number}" + "x" * (MAX_CHARACTERS // 4), 0)
     world.tick()
@@ -156,10 +156,10 @@ def test_nothing_leaks_and_nothing_alive_is_lost_whatever_is_dropped():
                 if dice.random() < 0.3:
                     world.live[1 - instance].add(gone)
                 elif dice.random() < 0.5:
-                    world.residents.gone(gone)
+                    world.request_locations.gone(gone)
         world.taken = list(world.sent)
         world.tick()
         world.answer(*(i for i in (0, 1) if dice.random() < 0.8))
     alive = world.live[0] | world.live[1]
-    assert alive <= set(world.residents)
-    assert len(world.residents) < len(alive) + 100
+    assert alive <= set(world.request_locations)
+    assert len(world.request_locations) < len(alive) + 100

@@ -104,13 +104,13 @@ class Instance:
             capacity=SimpleNamespace(promised_tokens=lambda: 0),
             request_states=SimpleNamespace(arrived=lambda req: None),
         )
-        voice = SimpleNamespace(say=lambda to, said: self.said.extend(said))
+        control_sender = SimpleNamespace(send=lambda to, said: self.said.extend(said))
         sides = (self.scheduler, self.executor, Terms())
-        way = (self.transport, self.kv, self.receive_buffer.window, voice, PrefillGate())
+        way = (self.transport, self.kv, self.receive_buffer.window, control_sender, PrefillGate())
         self.outgoing_migrations = OutgoingMigrations(*sides, *way)
         receive_buffers = [self.transport.address]
         self.incoming_migrations = IncomingMigrations(
-            *sides, self.receive_buffer, receive_buffers, voice, PrefillGate()
+            *sides, self.receive_buffer, receive_buffers, control_sender, PrefillGate()
         )
 
     def take(self, kind):
@@ -134,7 +134,7 @@ def sides(monkeypatch):
     parallel = SimpleNamespace(tp_size=1, dp_rank=0, tp_rank=0)
     for module in ("migration.outgoing", "migration.incoming", "kv.serializer"):
         monkeypatch.setattr(f"{there}.{module}.get_parallel", lambda: parallel)
-    monkeypatch.setattr(f"{there}.migration.outgoing.why_not_movable", lambda req: None)
+    monkeypatch.setattr(f"{there}.migration.outgoing.why_not_migratable", lambda req: None)
     monkeypatch.setattr(f"{there}.migration.outgoing.state_of", lambda req: None)
     monkeypatch.setattr(f"{there}.migration.outgoing.remaining_of", lambda req, member: 20)
     timeline = SimpleNamespace(stopped=lambda why, now: None)

@@ -17,7 +17,7 @@ from pascal_sglang.cluster.migration_source import OVER, SourceState
 from pascal_sglang.cluster.migration_target import TargetState
 from tests.unit.move_world import TERMS, WINDOW, World, terms
 
-moves = st.lists(
+migrations = st.lists(
     st.tuples(
         st.sampled_from(
             [
@@ -40,7 +40,7 @@ moves = st.lists(
 )
 
 
-@given(moves, st.booleans())
+@given(migrations, st.booleans())
 @settings(max_examples=500, deadline=None)
 def test_one_owner_whatever_the_network_does(script, live):
     world = World(terms(live=live))

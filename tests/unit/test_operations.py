@@ -32,7 +32,7 @@ class Ending(SimpleNamespace):
     _send_last_output = OperationsScheduler._send_last_output
 
     def __init__(self, *, governed=True):
-        self.gone, self.outputs, self.alone, self.moves = [], [], [], None
+        self.gone, self.outputs, self.alone, self.migrations = [], [], [], None
         self.executor = SimpleNamespace(gone=self.gone.append) if governed else None
         self.output_streamer = SimpleNamespace(
             stream_output=lambda reqs, logprobs: self.outputs.append((reqs, logprobs))

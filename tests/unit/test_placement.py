@@ -140,7 +140,7 @@ def test_lazily_only_pressure_moves_and_only_to_room():
 
 def test_what_helps_nobody_does_not_move():
     assert pascal().at_boundary([Instance(0), roomy(1)], Answer(0, 50, 8)).why == "nearly_done"
-    busy = [Instance(0, moves=4), roomy(1)]
+    busy = [Instance(0, migrations=4), roomy(1)]
     assert pascal().at_boundary(busy, Answer(0, 50, 200)).why == "too_many_moves"
 
 
@@ -148,10 +148,10 @@ def test_a_failed_move_is_taken_back():
     here, there = Instance(0, thinking=1), roomy(1)
     placement = pascal()
     assert placement.at_boundary([here, there], Answer(0, 50, 200)).target == 1
-    assert (there.arriving, there.footprint, there.fresh, there.moves) == (50, 50, 1, 1)
+    assert (there.arriving, there.footprint, there.fresh, there.migrations) == (50, 50, 1, 1)
     placement.moved(here, there, 50, done=False)
-    assert (there.arriving, there.footprint, there.fresh, there.moves) == (0, 0, 0, 0)
-    assert (here.fresh, here.moves) == (1, 0)
+    assert (there.arriving, there.footprint, there.fresh, there.migrations) == (0, 0, 0, 0)
+    assert (here.fresh, here.migrations) == (1, 0)
 
 
 instances = st.lists(
@@ -181,4 +181,4 @@ def test_answers_never_move_to_where_they_do_not_fit_unless_nobody_has_room(many
         assert 0 <= decision.target < len(many)
         if decision.target != answer.current:
             assert fitted[decision.target] or (not lazy and not fitted[answer.current])
-        assert all(i.moves <= placement.max_moves for i in many)
+        assert all(i.migrations <= placement.max_migrations for i in many)

@@ -109,15 +109,17 @@ def test_a_message_that_fails_on_one_rank_only_ends_the_instance(both, monkeypat
     module = "pascal_sglang.engine.migration.manager"
     parallel = SimpleNamespace(dp_rank=0, dp_size=2)
     monkeypatch.setattr(f"{module}.get_parallel", lambda: parallel)
-    monkeypatch.setattr(f"{module}.unpack", lambda letter, instances: (1, letter))
+    monkeypatch.setattr(f"{module}.unpack", lambda data, instances: (1, data))
 
     def work(rank, scheduler):
-        moves = Migrations(SimpleNamespace(scheduler=scheduler), SimpleNamespace(), None, None, 0.0)
-        moves._take_in = lambda sender, message, now: broken(0) if rank in message else None
-        moves.hear(SimpleNamespace(letters=[(), (0, 1)], now=1.0))
-        rejected = dict(moves.rejected)
+        migrations = Migrations(
+            SimpleNamespace(scheduler=scheduler), SimpleNamespace(), None, None, 0.0
+        )
+        migrations._take_in = lambda sender, message, now: broken(0) if rank in message else None
+        migrations.hear(SimpleNamespace(messages=[(), (0, 1)], now=1.0))
+        rejected = dict(migrations.rejected)
         try:
-            moves.hear(SimpleNamespace(letters=[(1,), ()], now=1.0))
+            migrations.hear(SimpleNamespace(messages=[(1,), ()], now=1.0))
         except RanksDiverged:
             return rejected
         return None

@@ -19,7 +19,7 @@ from pascal_sglang.engine.migration.request_snapshot import (
     import_state,
     problem_with,
     restore_member,
-    why_not_movable,
+    why_not_migratable,
 )
 from pascal_sglang.engine.migration.snapshot_fields import (
     GIVEN,
@@ -193,7 +193,7 @@ def test_a_request_longer_than_this_instance_serves_is_refused():
 
 
 def test_what_is_not_listed_stays():
-    assert why_not_movable(request()) is None
+    assert why_not_migratable(request()) is None
     for change, why in (
         ({"customized_info": {"a": []}}, "customized output"),
         ({"grammar": object()}, "a grammar"),
@@ -205,7 +205,7 @@ def test_what_is_not_listed_stays():
         req = request()
         for name, value in change.items():
             setattr(req, name, value)
-        assert why_not_movable(req) == why
+        assert why_not_migratable(req) == why
 
 
 def test_a_value_without_a_json_form_is_an_error():

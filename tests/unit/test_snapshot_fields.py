@@ -13,7 +13,7 @@ from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from pascal_sglang.engine.migration import snapshot_fields as fields
-from pascal_sglang.engine.migration.request_snapshot import why_not_movable
+from pascal_sglang.engine.migration.request_snapshot import why_not_migratable
 from pascal_sglang.policy.request import RequestState
 
 
@@ -88,7 +88,7 @@ def test_anything_else_is_set(value):
 
 
 def test_a_request_in_which_a_refused_field_is_set_stays():
-    assert why_not_movable(request()) is None
+    assert why_not_migratable(request()) is None
     for part, refused in (
         (lambda req: req, fields.REFUSED),
         (lambda req: req.kv, fields.KV_REFUSED),
@@ -97,10 +97,10 @@ def test_a_request_in_which_a_refused_field_is_set_stays():
         for name in in_all(refused):
             req = request()
             setattr(part(req), name, [object()])
-            assert why_not_movable(req) is not None, name
+            assert why_not_migratable(req) is not None, name
     req = request()
     req.logprob.input_top_logprobs_val_flat = object()
     req.input_logprob_sent = True
-    assert why_not_movable(req) is None, "what is sent is not read again"
+    assert why_not_migratable(req) is None, "what is sent is not read again"
     req.sampling_params.watermark = object()
-    assert why_not_movable(req) == "a watermark"
+    assert why_not_migratable(req) == "a watermark"

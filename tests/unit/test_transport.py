@@ -11,7 +11,7 @@ from pascal_sglang.cluster import transport
 from pascal_sglang.cluster.transport import TransportError
 from pascal_sglang.cluster.transport.listening import keep_to, listening
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.entrypoints.preflight import LaunchError, check_moves
+from pascal_sglang.entrypoints.preflight import LaunchError, check_migrations
 from tests.strangers import NOBODY, NoOtherHost, another_host, attempts
 
 PATTERN = bytes(range(256)) * 16
@@ -120,11 +120,11 @@ def test_an_unknown_kind_names_the_known_ones():
 def test_a_transport_that_is_not_installed_stops_the_start(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     several, one = types.SimpleNamespace(dp_size=2), types.SimpleNamespace(dp_size=1)
-    check_moves(PascalConfig(), several)
-    check_moves(PascalConfig(kv_transport="mooncake"), one)
-    check_moves(PascalConfig(kv_transport="mooncake", migration="off"), several)
+    check_migrations(PascalConfig(), several)
+    check_migrations(PascalConfig(kv_transport="mooncake"), one)
+    check_migrations(PascalConfig(kv_transport="mooncake", migration="off"), several)
     with pytest.raises(LaunchError, match=r"not installed: pip install pascal_sglang\[mooncake\]"):
-        check_moves(PascalConfig(kv_transport="mooncake"), several)
+        check_migrations(PascalConfig(kv_transport="mooncake"), several)
 
 
 def test_a_peer_that_is_opened_is_pinned_before_anything_is_written_to_it():
@@ -192,6 +192,6 @@ def test_a_landing_in_shared_memory_is_its_users_alone():
 def test_an_address_of_another_host_stops_the_start(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     config = PascalConfig(kv_transport="mooncake", kv_listen="198.51.100.7")
-    check_moves(config, types.SimpleNamespace(dp_size=1))
+    check_migrations(config, types.SimpleNamespace(dp_size=1))
     with pytest.raises(LaunchError, match=r"--pascal-kv-listen 198\.51\.100\.7: "):
-        check_moves(config, types.SimpleNamespace(dp_size=2))
+        check_migrations(config, types.SimpleNamespace(dp_size=2))

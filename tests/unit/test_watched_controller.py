@@ -210,10 +210,10 @@ def test_for_a_dead_instance_the_controller_answers_control_requests(scene):
     one.send(io.FlushCacheReqInput())
     assert isinstance(one.hear(one.instances[1]), io.FlushCacheReqInput)
     one.kill(1)
-    pen = ControlSender(one.controller._folder.path, 0)
+    control_sender = ControlSender(one.controller._folder.path, 0)
     for _ in range(2):
         assert isinstance(one.hear(one.instances[0]), io.FlushCacheReqInput)
-        pen.write(CONTROLLER, ControlAnswered(0, "FlushCacheReqInput"))
+        control_sender.send(CONTROLLER, ControlAnswered(0, "FlushCacheReqInput"))
         reply = one.hear(one.manager)
         assert (reply.success, reply.message) == (True, "Instance 1 is dead.")
         one.send(io.FlushCacheReqInput())

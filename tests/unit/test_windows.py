@@ -11,8 +11,8 @@ from pascal_sglang.cluster.messages import (
     ReserveRequest,
 )
 from pascal_sglang.cluster.messages import WriteQuery as Query
-from pascal_sglang.cluster.migration_source import OVER, Source, SourceState, Terms
-from pascal_sglang.cluster.migration_target import Target
+from pascal_sglang.cluster.migration_source import OVER, MigrationSource, SourceState, Terms
+from pascal_sglang.cluster.migration_target import MigrationTarget
 from pascal_sglang.cluster.receive_slots import ASK_AT_MOST_S, ASK_S, DEAD_S, ReceiveSlots
 
 COUNT, SENDERS, PIECE = 2, 3, 40
@@ -62,7 +62,7 @@ class Move:
 
     def __init__(self, world, sender, name):
         self.world, self.sender, self.name = world, sender, name
-        self.source = Source(
+        self.source = MigrationSource(
             name, "r", Terms(), 10_000, self.nothing, dict, self.nothing, self.nothing, self.nothing
         )
         self.target = self.window = self.at = self.writing = None
@@ -73,7 +73,7 @@ class Move:
 
     def granted(self, window):
         self.window = window
-        self.target = Target(
+        self.target = MigrationTarget(
             self.name,
             "r",
             Terms(),
@@ -107,7 +107,7 @@ class World:
 
     def __init__(self):
         self.now, self.windows = 0.0, ReceiveSlots(COUNT)
-        self.memory, self.moves, self.taken = {}, {}, 0
+        self.memory, self.migrations, self.taken = {}, {}, 0
         self.stopped, self.lose = set(), False
         self.inbox = {who: [] for who in range(-1, SENDERS)}
 
@@ -118,71 +118,73 @@ class World:
     def hear_source(self, sender):
         while self.inbox[sender]:
             _, message = self.inbox[sender].pop(0)
-            move = self.moves[message.move]
-            known = move.source.state not in OVER
+            migration = self.migrations[message.migration]
+            known = migration.source.state not in OVER
             if known and isinstance(message, ReserveGranted):
-                move.at = message.offset
-            said = move.source.hear(message, self.now) if known else []
+                migration.at = message.offset
+            said = migration.source.hear(message, self.now) if known else []
             if not known and isinstance(message, Query):
-                said = [MigrationCancelled(message.move)]
+                said = [MigrationCancelled(message.migration)]
             self.say(-1, sender, said)
 
     def hear_target(self):
         while self.inbox[-1]:
             sender, message = self.inbox[-1].pop(0)
-            move = self.moves[message.move]
+            migration = self.migrations[message.migration]
             if isinstance(message, ReserveRequest):
                 if self.windows.free:
-                    move.granted(self.windows.take())
-                    there = ReserveGranted(message.move, ["here"], move.window, PIECE)
+                    migration.granted(self.windows.take())
+                    there = ReserveGranted(message.migration, ["here"], migration.window, PIECE)
                     self.say(sender, -1, [there])
                 continue
             if isinstance(message, MigrationCancelled):
-                self.windows.confirmed(message.move, sender)
-            if move.target is not None:
-                self.say(sender, -1, move.target.hear(message, self.now))
+                self.windows.confirmed(message.migration, sender)
+            if migration.target is not None:
+                self.say(sender, -1, migration.target.hear(message, self.now))
 
     def pass_of_source(self, sender):
         """One pass, up to the middle of a write if there is one; the next pass ends it first."""
-        for move in [m for m in self.moves.values() if m.sender == sender]:
-            if move.writing is not None:
-                self.end_write(move)
+        for migration in [m for m in self.migrations.values() if m.sender == sender]:
+            if migration.writing is not None:
+                self.end_write(migration)
         self.hear_source(sender)
-        for move in [m for m in self.moves.values() if m.sender == sender]:
-            if move.source.state in OVER:
+        for migration in [m for m in self.migrations.values() if m.sender == sender]:
+            if migration.source.state in OVER:
                 continue
-            move.kv += move.source.state is SourceState.COPYING
-            for message in move.source.copy(self.now, move.kv, still=True):
+            migration.kv += migration.source.state is SourceState.COPYING
+            for message in migration.source.copy(self.now, migration.kv, still=True):
                 if isinstance(message, KVChunk | Handover):
-                    move.writing = message
+                    migration.writing = message
                 else:
                     self.say(-1, sender, [message])
-            if move.writing is None:
-                self.say(-1, sender, move.source.tick(self.now))
+            if migration.writing is None:
+                self.say(-1, sender, migration.source.tick(self.now))
 
-    def end_write(self, move):
+    def end_write(self, migration):
         """Bytes land where the move was told to write, however long ago that was."""
-        message, move.writing = move.writing, None
+        message, migration.writing = migration.writing, None
         end = message.kv_tokens if isinstance(message, Handover) else message.end
         if message.begin < end:
-            holder = self.memory_holder(move.at)
-            assert holder in (None, move.name), f"{move.name} writes into the window of {holder}"
-            self.memory[move.at] = (move.name, message.begin, end)
-        self.say(-1, move.sender, [message])
+            holder = self.memory_holder(migration.at)
+            assert holder in (None, migration.name), (
+                f"{migration.name} writes into the window of {holder}"
+            )
+            self.memory[migration.at] = (migration.name, message.begin, end)
+        self.say(-1, migration.sender, [message])
 
     def memory_holder(self, window):
         """The move that the window is given to now."""
-        for move in self.moves.values():
-            receiving = move.target is not None and move.target.state.value == "receiving"
-            if receiving and move.window == window:
-                return move.name
+        for migration in self.migrations.values():
+            receiving = migration.target is not None and migration.target.state.value == "receiving"
+            if receiving and migration.window == window:
+                return migration.name
         return None
 
     def pass_of_target(self):
         self.hear_target()
-        for move in self.moves.values():
-            if move.target is not None:
-                self.say(move.sender, -1, move.target.tick(self.now))
+        for migration in self.migrations.values():
+            if migration.target is not None:
+                self.say(migration.sender, -1, migration.target.tick(self.now))
         for sender, name in self.windows.tick(self.now):
             self.say(sender, -1, [Query(name)])
 
@@ -194,9 +196,9 @@ class World:
             self.pass_of_target()
 
     def start(self, sender):
-        move = Move(self, sender, f"{sender}-{len(self.moves)}")
-        self.moves[move.name] = move
-        self.say(-1, sender, move.source.begin(self.now, "layout"))
+        migration = Move(self, sender, f"{sender}-{len(self.migrations)}")
+        self.migrations[migration.name] = migration
+        self.say(-1, sender, migration.source.begin(self.now, "layout"))
 
 
 def played(seed):
@@ -210,7 +212,7 @@ def played(seed):
         if what == "start" and (ready := set(range(SENDERS)) - world.stopped):
             world.start(dice.choice(sorted(ready)))
         elif what == "stop":
-            writing = [m.sender for m in world.moves.values() if m.writing is not None]
+            writing = [m.sender for m in world.migrations.values() if m.writing is not None]
             until[dice.choice([-1, *writing])] = step + dice.randint(1, 30)
         elif what == "time":
             world.now += dice.choice((0.5, 3.0, 20.0))
@@ -232,7 +234,7 @@ def test_nobody_writes_into_the_window_of_another():
 def test_a_source_stopped_inside_a_write_keeps_its_window():
     world = World()
     world.start(0)
-    while not any(move.writing for move in world.moves.values()):
+    while not any(migration.writing for migration in world.migrations.values()):
         world.pass_of_all()
     world.stopped = {0}
     for _ in range(3):

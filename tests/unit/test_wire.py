@@ -116,7 +116,7 @@ def altered(message, **changes):
 
 
 @pytest.mark.parametrize(
-    ("letter", "why"),
+    ("data", "why"),
     [
         (b"", "not JSON"),
         (b"[1]", "another version"),
@@ -148,15 +148,15 @@ def altered(message, **changes):
         (b" " * (MAX_HANDOVER_BYTES + 1), "oversized"),
     ],
 )
-def test_anything_else_is_rejected_by_reason(letter, why):
+def test_anything_else_is_rejected_by_reason(data, why):
     with pytest.raises(BadMessage, match=why):
-        unpack(letter, 2)
+        unpack(data, 2)
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_take_the_reader_down(letter):
+def test_no_bytes_take_the_reader_down(data):
     with pytest.raises(BadMessage):
-        unpack(letter, 1)
+        unpack(data, 1)
 
 
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda s: st.lists(s)))
@@ -170,25 +170,28 @@ def test_no_values_take_the_reader_down(value):
 
 
 def test_letters_arrive_in_order_and_bad_ones_are_counted(tmp_path):
-    box, pen = ControlReceiver(str(tmp_path), CONTROLLER, 2), ControlSender(str(tmp_path), sender=1)
-    assert all(pen.write(CONTROLLER, m) for m in ALL)
-    pen._sockets[CONTROLLER].send(b"bogus")
+    control_receiver, control_sender = (
+        ControlReceiver(str(tmp_path), CONTROLLER, 2),
+        ControlSender(str(tmp_path), sender=1),
+    )
+    assert all(control_sender.send(CONTROLLER, m) for m in ALL)
+    control_sender._sockets[CONTROLLER].send(b"bogus")
     got = []
     while len(got) < len(ALL) + 1:
-        assert box.socket.poll(5000)
-        got += box.letters()
-    assert [read for letter in got if (read := box.read(letter))] == [(1, m) for m in ALL]
-    assert box.rejected == {"not JSON": 1}
+        assert control_receiver.socket.poll(5000)
+        got += control_receiver.receive()
+    assert [read for data in got if (read := control_receiver.read(data))] == [(1, m) for m in ALL]
+    assert control_receiver.rejected == {"not JSON": 1}
 
 
 def test_what_json_cannot_say_is_dropped_not_raised(tmp_path):
-    pen = ControlSender(str(tmp_path))
-    assert not pen.write(0, CommitAck("\ud800"))
-    assert pen.dropped == 1
+    control_sender = ControlSender(str(tmp_path))
+    assert not control_sender.send(0, CommitAck("\ud800"))
+    assert control_sender.dropped == 1
 
 
 def test_nobody_waits_for_who_does_not_listen(tmp_path):
-    pen = ControlSender(str(tmp_path))
-    while pen.write(0, CommitAck("m")):
+    control_sender = ControlSender(str(tmp_path))
+    while control_sender.send(0, CommitAck("m")):
         pass
-    assert pen.dropped == 1
+    assert control_sender.dropped == 1

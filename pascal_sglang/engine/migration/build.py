@@ -31,21 +31,21 @@ logger = logging.getLogger(__name__)
 
 
 def control_folder(config: PascalConfig) -> str | None:
-    """The folder of the letter boxes where the controller places this process's requests; None
+    """The folder of the control sockets where the controller places this process's requests; None
     otherwise."""
     return os.environ.get(CONTROL_ENV) if config.places and get_parallel().dp_size > 1 else None
 
 
-def moves_here(config: PascalConfig) -> str | None:
-    """The folder of the letter boxes where this process's requests may move; None otherwise."""
-    return os.environ.get(CONTROL_ENV) if config.moves and get_parallel().dp_size > 1 else None
+def migration_folder(config: PascalConfig) -> str | None:
+    """The folder of the control sockets where this process's requests may move; None otherwise."""
+    return os.environ.get(CONTROL_ENV) if config.migrations and get_parallel().dp_size > 1 else None
 
 
 def build_migrations(
     scheduler: Any, executor: PlanExecutor | None, config: PascalConfig
 ) -> Migrations | None:
     """The moves of a scheduler with a governor; None, and logged, where requests cannot move."""
-    folder = moves_here(config)
+    folder = migration_folder(config)
     if folder is None or executor is None:
         return None
     serving = get_serving()
@@ -75,19 +75,23 @@ def build_migrations(
     assert transport is not None
     assert not isinstance(kv, str)
     leads = get_parallel().attn_tp_rank == 0
-    voice = Rank0Sender(ControlSender(folder, get_parallel().dp_rank or 0) if leads else None)
+    control_sender = Rank0Sender(
+        ControlSender(folder, get_parallel().dp_rank or 0) if leads else None
+    )
     terms = Terms(live=config.live_migration)
     receive_buffer = ReceiveBuffer(executor.pool, kv, transport.receive_buffer)
     receive_buffers = from_every_rank(scheduler, transport.address)
     for other in range(get_parallel().dp_size):
         if other != (get_parallel().dp_rank or 0):
-            voice.say(other, [messages.ReceiveBuffers(receive_buffers)])
+            control_sender.send(other, [messages.ReceiveBuffers(receive_buffers)])
     prefill_gate = PrefillGate()
     window = receive_buffer.window
     outgoing_migrations = OutgoingMigrations(
-        scheduler, executor, terms, transport, kv, window, voice, prefill_gate
+        scheduler, executor, terms, transport, kv, window, control_sender, prefill_gate
     )
     incoming_migrations = IncomingMigrations(
-        scheduler, executor, terms, receive_buffer, receive_buffers, voice, prefill_gate
+        scheduler, executor, terms, receive_buffer, receive_buffers, control_sender, prefill_gate
     )
-    return Migrations(executor, outgoing_migrations, incoming_migrations, voice, config.flood)
+    return Migrations(
+        executor, outgoing_migrations, incoming_migrations, control_sender, config.force_migration
+    )

@@ -15,33 +15,33 @@ from pascal_sglang.cluster.control_channel import ControlReceiver, ControlSender
 
 @dataclass(frozen=True, slots=True)
 class ControlBatch:
-    """What came into the letter box before a pass, unread; `now` is rank 0's clock in seconds."""
+    """Control messages that came in before a pass, unread. `now`: rank 0's clock in seconds."""
 
     now: float
-    letters: list[bytes]
+    messages: list[bytes]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class PascalRequestReceiver(SchedulerRequestReceiver):
-    """SGLang's, with the letter box as one more source on rank 0."""
+    """SGLang's, with the control socket as one more source on rank 0."""
 
-    box: ControlReceiver
+    control_receiver: ControlReceiver
 
     def _pull_raw_reqs(self) -> list[Any] | None:
         requests = SchedulerRequestReceiver._pull_raw_reqs(self)
-        if requests is not None and (letters := self.box.letters()):
+        if requests is not None and (control_batch := self.control_receiver.receive()):
             # First: an abort that comes with them is to find a request where it then is.
-            requests.insert(0, ControlBatch(time.perf_counter(), letters))
+            requests.insert(0, ControlBatch(time.perf_counter(), control_batch))
         return requests
 
 
 class Rank0Sender:
-    """Writes letters on rank 0; on the other ranks it is silent."""
+    """Writes messages on rank 0; on the other ranks it is silent."""
 
-    def __init__(self, pen: ControlSender | None) -> None:
-        self.pen = pen
+    def __init__(self, control_sender: ControlSender | None) -> None:
+        self.control_sender = control_sender
 
-    def say(self, to: str | int, said: Sequence[Any]) -> None:
-        if self.pen is not None:
+    def send(self, to: str | int, said: Sequence[Any]) -> None:
+        if self.control_sender is not None:
             for message in said:
-                self.pen.write(to, message)
+                self.control_sender.send(to, message)

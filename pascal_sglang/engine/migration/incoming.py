@@ -15,7 +15,7 @@ from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.control_channel import CONTROLLER
 from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.migration_source import Terms
-from pascal_sglang.cluster.migration_target import Target, TargetState
+from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
 from pascal_sglang.engine.migration.prefill_gate import LANDING_PASSES, PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import IncomingMigration, ReceiveBuffer
@@ -48,15 +48,15 @@ class IncomingMigrations:
         terms: Terms,
         receive_buffer: ReceiveBuffer,
         receive_buffers: list[str],
-        voice: Rank0Sender,
+        control_sender: Rank0Sender,
         prefill_gate: PrefillGate,
     ) -> None:
         """landings: addresses of this instance's landings, by TP rank."""
         self.scheduler, self.executor, self.terms = scheduler, executor, terms
-        self.receive_buffer, self.receive_buffers, self.voice = (
+        self.receive_buffer, self.receive_buffers, self.control_sender = (
             receive_buffer,
             receive_buffers,
-            voice,
+            control_sender,
         )
         self.prefill_gate = prefill_gate
         self.under_way: dict[str, IncomingMigration] = {}
@@ -77,17 +77,17 @@ class IncomingMigrations:
         return not (self.under_way or self.receive_buffer.closing)
 
     def asked(self, sender: int, ask: messages.ReserveRequest, now: float) -> None:
-        if ask.move in self.under_way or ask.move in self._past:
+        if ask.migration in self.under_way or ask.migration in self._past:
             return
         problem = self._why_not(ask, now)
         incoming = None if problem else self.receive_buffer.reserve(sender, ask.tokens)
         if incoming is None:
             why = problem or "full"
             self._count(why)
-            self.voice.say(sender, [messages.ReserveRefused(ask.move, why)])
+            self.control_sender.send(sender, [messages.ReserveRefused(ask.migration, why)])
             return
-        incoming.target = Target(
-            ask.move,
+        incoming.target = MigrationTarget(
+            ask.migration,
             ask.rid,
             self.terms,
             ask.tokens,
@@ -98,10 +98,10 @@ class IncomingMigrations:
             valid=lambda state, tokens: self._problem(incoming, state, tokens),
             heard=now,
         )
-        self.under_way[ask.move] = incoming
+        self.under_way[ask.migration] = incoming
         offset, window = self.receive_buffer.offset(incoming), self.receive_buffer.window
-        self.voice.say(
-            sender, [messages.ReserveGranted(ask.move, self.receive_buffers, offset, window)]
+        self.control_sender.send(
+            sender, [messages.ReserveGranted(ask.migration, self.receive_buffers, offset, window)]
         )
 
     def _why_not(self, ask: messages.ReserveRequest, now: float) -> str | None:
@@ -156,22 +156,22 @@ class IncomingMigrations:
             self.arrived.pop(req, None)
             self.revoked.add(req)
 
-    def _settle(self, move: str) -> None:
-        incoming = self.under_way.get(move)
+    def _settle(self, migration: str) -> None:
+        incoming = self.under_way.get(migration)
         if incoming is None or incoming.target is None:
             return
         target = incoming.target
         if target.state is TargetState.RECEIVING:
             return
-        del self.under_way[move]
+        del self.under_way[migration]
         taken = target.state is TargetState.OWNED
         self._count("taken" if taken else target.why)
         # The source says so too, unless it has died.
-        self.voice.say(
-            CONTROLLER, [messages.MigrationEnded(self._dp_rank, move, taken, target.why)]
+        self.control_sender.send(
+            CONTROLLER, [messages.MigrationEnded(self._dp_rank, migration, taken, target.why)]
         )
         incoming.req, incoming.locations = None, incoming.locations[:0].clone()
-        self._past[move] = incoming
+        self._past[migration] = incoming
         while len(self._past) > REMEMBERED:
             self._past.popitem(last=False)
 
@@ -183,8 +183,8 @@ class IncomingMigrations:
     def hear(self, sender: int, message: Message, now: float) -> None:
         """A source's message about a move that is known here."""
         if isinstance(message, messages.MigrationCancelled):
-            self.receive_buffer.through(message.move, sender)
-        incoming = self.under_way.get(message.move) or self._past.get(message.move)
+            self.receive_buffer.through(message.migration, sender)
+        incoming = self.under_way.get(message.migration) or self._past.get(message.migration)
         if incoming is None or incoming.sender != sender or incoming.target is None:
             return
         said = incoming.target.hear(message, now)
@@ -192,48 +192,48 @@ class IncomingMigrations:
             # Said again or not, the source writes the next piece as soon as it hears this.
             incoming.unsaid = said
         else:
-            self.voice.say(sender, said)
+            self.control_sender.send(sender, said)
         if isinstance(message, messages.KVChunk) and message.last:
             self.prefill_gate.ask(self.executor.pass_info.pass_no, LANDING_PASSES)
-        self._settle(message.move)
+        self._settle(message.migration)
 
     def step(self, now: float) -> None:
         """Once per pass."""
         if self.receive_buffer.closing:
             # Before rank 0 grants one again, the other ranks must be done with it too.
             all_agree(self.scheduler, self.receive_buffer.close(now))
-        for sender, move in self.receive_buffer.windows.tick(now):
-            self.voice.say(sender, [messages.WriteQuery(move)])
-        for move, incoming in list(self.under_way.items()):
+        for sender, migration in self.receive_buffer.windows.tick(now):
+            self.control_sender.send(sender, [messages.WriteQuery(migration)])
+        for migration, incoming in list(self.under_way.items()):
             assert incoming.target is not None
             if incoming.reading is not None:
                 done = all_agree(self.scheduler, self.receive_buffer.read(incoming))
                 said = incoming.unsaid if done else incoming.target.give_up("transport")
-                self.voice.say(incoming.sender, said)
-            self.voice.say(incoming.sender, incoming.target.tick(now))
-            self._settle(move)
+                self.control_sender.send(incoming.sender, said)
+            self.control_sender.send(incoming.sender, incoming.target.tick(now))
+            self._settle(migration)
 
     def give_up(self, why: str) -> None:
         """What has come so far is dropped; the requests stay where they are."""
-        for move, incoming in list(self.under_way.items()):
+        for migration, incoming in list(self.under_way.items()):
             if incoming.target is not None:
-                self.voice.say(incoming.sender, incoming.target.give_up(why))
-                self._settle(move)
+                self.control_sender.send(incoming.sender, incoming.target.give_up(why))
+                self._settle(migration)
 
     def aborted(self, rid: str, matches: Callable[[str], bool], now: float) -> None:
         """Requests are being aborted, whose names are or begin with `rid`; one of them may be on
         its way, or be about to set out."""
-        for move, incoming in list(self.under_way.items()):
+        for migration, incoming in list(self.under_way.items()):
             if incoming.target is not None and matches(incoming.target.rid):
-                self.voice.say(incoming.sender, incoming.target.give_up("aborted"))
-                self._settle(move)
+                self.control_sender.send(incoming.sender, incoming.target.give_up("aborted"))
+                self._settle(migration)
         if rid:
             self._tombstones.add(rid, now)
 
     def died(self, instance: int) -> None:
         """The instance is no more."""
-        for move, incoming in list(self.under_way.items()):
+        for migration, incoming in list(self.under_way.items()):
             if incoming.sender == instance and incoming.target is not None:
                 incoming.target.give_up("source died")
-                self._settle(move)
+                self._settle(migration)
         self.receive_buffer.died(instance, self.executor.pass_info.now)

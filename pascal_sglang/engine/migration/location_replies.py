@@ -14,11 +14,11 @@ from pascal_sglang.engine.migration.control_receiver import ControlBatch
 logger = logging.getLogger(__name__)
 
 
-def hear(scheduler: Any, letters: ControlBatch) -> None:
+def hear(scheduler: Any, control_batch: ControlBatch) -> None:
     """Answer the controller where no requests move; nothing else is for such an instance."""
-    for letter in letters.letters:
+    for data in control_batch.messages:
         try:
-            _, message = unpack(letter, get_parallel().dp_size)
+            _, message = unpack(data, get_parallel().dp_size)
         except BadMessage as error:
             logger.warning("pascal_sglang: a control message was none: %s", error)
             continue

@@ -24,7 +24,7 @@ from pascal_sglang.cluster.control_channel import CONTROLLER
 from pascal_sglang.engine.migration.control_receiver import ControlBatch, Rank0Sender
 from pascal_sglang.engine.migration.incoming import IncomingMigrations
 from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
-from pascal_sglang.engine.migration.request_snapshot import why_not_movable
+from pascal_sglang.engine.migration.request_snapshot import why_not_migratable
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
 from pascal_sglang.engine.plan_executor import ERRORS_LOGGED, PlanExecutor
 from pascal_sglang.engine.request_states import remaining_of, state_of
@@ -48,7 +48,7 @@ PASSES = 4
 class Migrations:
     """All moves of one scheduler.
 
-    stayed: requests that reached their boundary and cannot move, by reason. rejected: letters that
+    stayed: requests that reached their boundary and cannot move, by reason. rejected: messages that
     were no messages, by reason. blocked_s: seconds without a token, of the last moves to here.
     """
 
@@ -57,16 +57,16 @@ class Migrations:
         executor: PlanExecutor,
         outgoing_migrations: OutgoingMigrations,
         incoming_migrations: IncomingMigrations,
-        voice: Rank0Sender,
-        flood: float,
+        control_sender: Rank0Sender,
+        force_migration: float,
     ) -> None:
-        """flood: for tests: the chance per pass that an answer asks to move again."""
+        """force_migration: for tests: the chance per pass that an answer asks to move again."""
         self.executor, self.outgoing_migrations, self.incoming_migrations = (
             executor,
             outgoing_migrations,
             incoming_migrations,
         )
-        self.voice = voice
+        self.control_sender = control_sender
         self.outgoing_migrations.left = self.gone
         self.stayed: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
@@ -76,7 +76,7 @@ class Migrations:
         self.metrics: MigrationMetrics | None = None
         # Answers the controller which requests live here.
         self.locate: Callable[[messages.LocationQuery], None] = lambda query: None
-        self._flood = flood
+        self._force_migration = force_migration
         self._dice = random.Random(0)
         self._dp_rank, self._instances = get_parallel().dp_rank or 0, get_parallel().dp_size
 
@@ -110,16 +110,16 @@ class Migrations:
             pass_no, prefill_waits=prefill_waits, moving=moving
         )
 
-    def hear(self, letters: ControlBatch) -> None:
+    def hear(self, control_batch: ControlBatch) -> None:
         """Take in what has come since the last pass."""
-        for letter in letters.letters:
+        for data in control_batch.messages:
             try:
-                sender, message = unpack(letter, self._instances)
+                sender, message = unpack(data, self._instances)
             except BadMessage as error:
                 self._reject(str(error))
                 continue
             error = catch_on_all_ranks(
-                self.executor.scheduler, partial(self._take_in, sender, message, letters.now)
+                self.executor.scheduler, partial(self._take_in, sender, message, control_batch.now)
             )
             if error is not None:
                 self._reject("failed")
@@ -163,14 +163,17 @@ class Migrations:
             or self.incoming_migrations.receive_buffer.windows.in_doubt
         ):
             self.incoming_migrations.step(now)
-        if self._flood:
+        if self._force_migration:
             for req in running.reqs:
-                if state_of(req).phase is Phase.ANSWERING and self._dice.random() < self._flood:
+                if (
+                    state_of(req).phase is Phase.ANSWERING
+                    and self._dice.random() < self._force_migration
+                ):
                     self.reasoning_ended(req)
 
     def reasoning_ended(self, req: Req) -> None:
         """The request has just ended its thinking: ask the controller where it goes on."""
-        reason = why_not_movable(req)
+        reason = why_not_migratable(req)
         if reason is not None:
             self.stayed[reason] += 1
             if self.metrics is not None:
@@ -180,7 +183,7 @@ class Migrations:
         remaining = remaining_of(req, state_of(req))
         likely = remaining if self.answer_tokens is None else int(self.answer_tokens)
         passes = PASSES + kv_tokens // self.outgoing_migrations.window
-        self.voice.say(
+        self.control_sender.send(
             CONTROLLER,
             [
                 messages.ReasoningEnded(

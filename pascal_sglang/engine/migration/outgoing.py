@@ -13,13 +13,13 @@ from sglang.srt.runtime_context import get_parallel
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.control_channel import CONTROLLER
 from pascal_sglang.cluster.messages import Message
-from pascal_sglang.cluster.migration_source import OPEN, OVER, Source, SourceState, Terms
+from pascal_sglang.cluster.migration_source import OPEN, OVER, MigrationSource, SourceState, Terms
 from pascal_sglang.cluster.transport import Transport
 from pascal_sglang.engine.kv.serializer import KVSerializer
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
 from pascal_sglang.engine.migration.outgoing_migration import OutgoingMigration, find
 from pascal_sglang.engine.migration.prefill_gate import PrefillGate
-from pascal_sglang.engine.migration.request_snapshot import export_state, why_not_movable
+from pascal_sglang.engine.migration.request_snapshot import export_state, why_not_migratable
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
 from pascal_sglang.engine.observability.phases import timeline_of
 from pascal_sglang.engine.plan_executor import PlanExecutor
@@ -46,7 +46,7 @@ class OutgoingMigrations:
         transport: Transport,
         kv: KVSerializer,
         window: int,
-        voice: Rank0Sender,
+        control_sender: Rank0Sender,
         prefill_gate: PrefillGate,
     ) -> None:
         """window: KV entries that go between two decode steps."""
@@ -56,7 +56,7 @@ class OutgoingMigrations:
             executor.paused_requests,
         )
         self.terms, self.transport, self.kv, self.window = terms, transport, kv, window
-        self.voice, self.prefill_gate = voice, prefill_gate
+        self.control_sender, self.prefill_gate = control_sender, prefill_gate
         self.under_way: dict[str, OutgoingMigration] = {}
         self.counts: Counter[str] = Counter()
         self.bytes_sent = 0
@@ -81,20 +81,20 @@ class OutgoingMigrations:
 
     def ordered(self, order: messages.MigrateCommand, now: float) -> None:
         req = find(order.rid, self.scheduler, self.paused_requests)
-        problem = "not here" if req is None else why_not_movable(req)
+        problem = "not here" if req is None else why_not_migratable(req)
         if self.scheduler._engine_paused:
             problem = "generation paused"
         if req is not None and any(out.req is req for out in self.under_way.values()):
             problem = "moves already"
         if req is None or problem is not None or order.target == self._dp_rank:
-            self._report(order.move, False, problem or "to itself")
+            self._report(order.migration, False, problem or "to itself")
             return
         held = len(req.origin_input_ids) + len(req.output_ids)
         growth = GROWTH + held // self.window
         reserve = held + min(remaining_of(req, state_of(req)), growth) + 2
         out = OutgoingMigration(req, order.target, self.paused_requests, now)
-        out.source = Source(
-            order.move,
+        out.source = MigrationSource(
+            order.migration,
             req.rid,
             self.terms,
             reserve,
@@ -104,31 +104,31 @@ class OutgoingMigrations:
             release=out.let_go,
             lose=lambda: self._lose(out),
         )
-        self.under_way[order.move] = out
-        self.voice.say(order.target, out.source.begin(now, self.kv.layout))
+        self.under_way[order.migration] = out
+        self.control_sender.send(order.target, out.source.begin(now, self.kv.layout))
 
     def hear(self, sender: int, message: Message, now: float) -> None:
-        out = self.under_way.get(message.move)
+        out = self.under_way.get(message.migration)
         if out is None and isinstance(message, messages.WriteQuery):
             # What was under way has been waited for before the move was forgotten.
-            self.voice.say(sender, [messages.MigrationCancelled(message.move)])
+            self.control_sender.send(sender, [messages.MigrationCancelled(message.migration)])
         if out is None or out.target != sender or out.source is None:
             return
         if isinstance(message, messages.ReserveGranted):
             out.granted = message
         self._say(out, out.source.hear(message, now))
-        self._settle(message.move)
+        self._settle(message.migration)
 
     def step(self, running: ScheduleBatch, now: float) -> None:
         """Once per pass, before the plan: KV that is new goes out, and whoever is to stop leaves
         the running batch."""
         self._running = running
         alive = set(running.reqs)
-        for move, out in list(self.under_way.items()):
+        for migration, out in list(self.under_way.items()):
             assert out.source is not None
             self._advance(out, out.source, alive, now)
             self._say(out, out.source.tick(now))
-            self._settle(move)
+            self._settle(migration)
 
     def _say(self, out: OutgoingMigration, said: Sequence[Message]) -> None:
         """Tell the target. If the move is over, it gives the window to others: nothing may be on
@@ -136,9 +136,11 @@ class OutgoingMigrations:
         assert out.source is not None
         if out.source.state in OVER and out.unsaid is not None:
             self._wait(out)
-        self.voice.say(out.target, said)
+        self.control_sender.send(out.target, said)
 
-    def _advance(self, out: OutgoingMigration, source: Source, alive: set[Req], now: float) -> None:
+    def _advance(
+        self, out: OutgoingMigration, source: MigrationSource, alive: set[Req], now: float
+    ) -> None:
         if source.state not in OPEN:
             return
         why = "recompute" if out.status(alive) is RequestStatus.WAITING else None
@@ -157,7 +159,9 @@ class OutgoingMigrations:
             self.executor.settle()
             self._copy(out, source, alive, now)
 
-    def _copy(self, out: OutgoingMigration, source: Source, alive: set[Req], now: float) -> bool:
+    def _copy(
+        self, out: OutgoingMigration, source: MigrationSource, alive: set[Req], now: float
+    ) -> bool:
         """Send what can be sent; True if the request was told to stop by this."""
         status = out.status(alive)
         if status is None or status is RequestStatus.WAITING:
@@ -179,7 +183,7 @@ class OutgoingMigrations:
         return before is not source.state
 
     def _sent(
-        self, out: OutgoingMigration, source: Source, message: Any, status: RequestStatus
+        self, out: OutgoingMigration, source: MigrationSource, message: Any, status: RequestStatus
     ) -> list[Message]:
         """Put the KV that `message` speaks of where the target finds it; what can be said now. The
         device copies a Chunk while the next step decodes. A Handover is little, and its reader
@@ -228,14 +232,14 @@ class OutgoingMigrations:
         how = "has died" if died else "does not answer"
         problem = f"The instance that the request moved to {how}."
         self.scheduler.end_early(out.req, None if out.aborted else problem)
-        self._report(out.source.move, False, out.source.why)
+        self._report(out.source.migration, False, out.source.why)
 
-    def _settle(self, move: str) -> None:
-        out = self.under_way[move]
+    def _settle(self, migration: str) -> None:
+        out = self.under_way[migration]
         source = out.source
         if source is None or source.state not in OVER:
             return
-        del self.under_way[move]
+        del self.under_way[migration]
         self.bytes_sent += out.bytes_sent
         done = source.state is SourceState.DONE
         if done or source.state is SourceState.LOST:
@@ -245,32 +249,34 @@ class OutgoingMigrations:
         if self.metrics is not None:
             self.metrics.ended("out", outcome)
             self.metrics.sent(out.bytes_sent)
-        self._report(move, done, source.why)
+        self._report(migration, done, source.why)
 
-    def _report(self, move: str, done: bool, why: str) -> None:
-        self.voice.say(CONTROLLER, [messages.MigrationEnded(self._dp_rank, move, done, why)])
+    def _report(self, migration: str, done: bool, why: str) -> None:
+        self.control_sender.send(
+            CONTROLLER, [messages.MigrationEnded(self._dp_rank, migration, done, why)]
+        )
 
     def give_up(self, why: str) -> None:
         """Every request that is not handed over stays."""
-        for move, out in list(self.under_way.items()):
+        for migration, out in list(self.under_way.items()):
             if out.source is not None:
                 self._say(out, out.source.keep(why))
-                self._settle(move)
+                self._settle(migration)
 
     def aborted(self, matches: Callable[[str], bool]) -> None:
         """Requests are being aborted. One that was handed over is the target's to end, unless it
         comes back."""
-        for move, out in list(self.under_way.items()):
+        for migration, out in list(self.under_way.items()):
             if out.source is None or not matches(out.req.rid):
                 continue
             out.aborted = out.source.state is SourceState.HANDED
             self._say(out, out.source.keep("aborted"))
-            self._settle(move)
+            self._settle(migration)
 
     def died(self, instance: int) -> None:
         """The instance is no more."""
-        for move, out in list(self.under_way.items()):
+        for migration, out in list(self.under_way.items()):
             if out.target == instance and out.source is not None:
                 out.source.target_died()
                 self._say(out, [])
-                self._settle(move)
+                self._settle(migration)

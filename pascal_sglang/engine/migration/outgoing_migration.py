@@ -10,7 +10,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.cluster.messages import KVChunk, ReserveGranted
-from pascal_sglang.cluster.migration_source import Source
+from pascal_sglang.cluster.migration_source import MigrationSource
 from pascal_sglang.cluster.transport import Transport, TransportError
 from pascal_sglang.engine.kv.host_copies import HostKV
 from pascal_sglang.engine.kv.paused import PausedRequests
@@ -30,7 +30,7 @@ class OutgoingMigration:
     target: int
     paused_requests: PausedRequests
     began: float
-    source: Source | None = None
+    source: MigrationSource | None = None
     granted: ReserveGranted | None = None
     aborted: bool = False
     stopped_at: float = 0.0

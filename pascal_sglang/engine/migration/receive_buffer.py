@@ -11,7 +11,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang.cluster.messages import Message
-from pascal_sglang.cluster.migration_target import Target
+from pascal_sglang.cluster.migration_target import MigrationTarget
 from pascal_sglang.cluster.receive_slots import ReceiveSlots
 from pascal_sglang.engine.kv.host_copies import HostKV
 from pascal_sglang.engine.kv.pool import Pool
@@ -40,7 +40,7 @@ class IncomingMigration:
     sender: int
     locations: torch.Tensor
     window: int
-    target: Target | None = None
+    target: MigrationTarget | None = None
     req: Req | None = None
     reading: HostKV | None = None
     unsaid: Sequence[Message] = ()
@@ -110,13 +110,13 @@ class ReceiveBuffer:
             self._leave_window(incoming, now)
         return not failed
 
-    def through(self, move: str, sender: int) -> None:
+    def through(self, migration: str, sender: int) -> None:
         """The source of a move that is over writes no more."""
         for incoming in self.closing:
             assert incoming.target is not None
-            if incoming.target.move == move and incoming.sender == sender:
+            if incoming.target.migration == migration and incoming.sender == sender:
                 incoming.through = True
-        self.windows.confirmed(move, sender)
+        self.windows.confirmed(migration, sender)
 
     def died(self, sender: int, now: float) -> None:
         """The instance is no more."""
@@ -129,8 +129,8 @@ class ReceiveBuffer:
         if incoming.through or incoming.target is None:
             self.windows.give_back(incoming.window)
         else:
-            move, sender = incoming.target.move, incoming.sender
-            self.windows.doubt(incoming.window, move, sender, now, dead=incoming.dead)
+            migration, sender = incoming.target.migration, incoming.sender
+            self.windows.doubt(incoming.window, migration, sender, now, dead=incoming.dead)
 
     def keep(self, incoming: IncomingMigration, tokens: int, now: float) -> torch.Tensor:
         """The move is done: where its `tokens` KV entries are. The rest is given back. A source

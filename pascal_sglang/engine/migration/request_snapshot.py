@@ -2,8 +2,8 @@
 on another instance.
 
 What becomes of each field stands in `engine.snapshot_fields`; a request that has anything which
-does not travel stays (`why_not_movable`). The detokenizer's own state of a request stays where it
-is, in the one detokenizer all instances share; the cursors into it travel.
+does not travel stays (`why_not_migratable`). The detokenizer's own state of a request stays where
+it is, in the one detokenizer all instances share; the cursors into it travel.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ KEYS = frozenset(
 )
 
 
-def why_not_movable(req: Req) -> str | None:
+def why_not_migratable(req: Req) -> str | None:
     """What about the request cannot travel; None if all of it can."""
     found = why_not_pausable(req) or refused_by(req)
     if found is None and req.sampling_params.watermark is not None:

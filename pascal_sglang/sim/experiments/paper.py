@@ -161,7 +161,7 @@ def against(rows: Rows) -> list[str]:
             _range(heavy, "pascal"),
         )
     cost = PRESETS[HARDWARE]
-    took = f"{1e3 * (cost.move_s + 2048 * cost.move_token_s):.0f} ms"
+    took = f"{1e3 * (cost.migration_s + 2048 * cost.migration_token_s):.0f} ms"
     add("KV transfer of 2,048 tokens", "about 40 ms", took, took)
     return lay_out(("", "paper says", "our `paper`", "our `pascal`"), lines)
 
