@@ -20,7 +20,7 @@ from tests.engine.odds import assert_same, odds
 from tests.requests import generate
 
 FLOOD = {"force_migration": 0.02}
-FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_moves.py")), "serve")
+FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_migrations.py")), "serve")
 
 ARMS = {
     # With chaos, half of the copies count as begun in one pass and complete in the next.

@@ -10,7 +10,7 @@ from pascal_sglang.engine.migration.outgoing_migration import OutgoingMigration,
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.policy.kv_tier import Costs
 from pascal_sglang.policy.request import RequestStatus
-from tests.unit.test_governor import FailingCopies, paused, scheduler
+from tests.unit.test_plan_executor import FailingCopies, paused, scheduler
 
 OWN = HostKV([])
 

@@ -16,7 +16,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 
 from pascal_sglang.engine.operations import OperationsScheduler
-from tests.unit.test_snapshot import request
+from tests.unit.test_request_snapshot import request
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = {

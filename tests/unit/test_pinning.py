@@ -4,7 +4,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from pascal_sglang.engine.kv import pinning
-from tests.unit.test_copies import copies_of, pool_of
+from tests.unit.test_host_copies import copies_of, pool_of
 
 
 class Runtime:

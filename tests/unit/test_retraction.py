@@ -11,9 +11,9 @@ from pascal_sglang.engine.kv.host_copies import HostCopy
 from pascal_sglang.engine.retraction import retract_held
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.request import RequestStatus
-from tests.unit import test_arriving, test_move_copies
+from tests.unit import test_arriving, test_migration_copies
 
-executor, sides = test_arriving.executor, test_move_copies.sides
+executor, sides = test_arriving.executor, test_migration_copies.sides
 OWN = test_arriving.OWN
 
 

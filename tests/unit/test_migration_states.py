@@ -15,7 +15,7 @@ from pascal_sglang.cluster.messages import (
 )
 from pascal_sglang.cluster.migration_source import OVER, SourceState
 from pascal_sglang.cluster.migration_target import TargetState
-from tests.unit.move_world import TERMS, WINDOW, World, terms
+from tests.unit.migration_world import TERMS, WINDOW, World, terms
 
 migrations = st.lists(
     st.tuples(

@@ -29,7 +29,7 @@ from tests.engine.stage import (
 )
 from tests.requests import generate
 
-HELD = (sys.executable, str(Path(__file__).with_name("held_moves.py")), "serve")
+HELD = (sys.executable, str(Path(__file__).with_name("held_migrations.py")), "serve")
 # Far enough that the move stands still by then.
 ENDS_AT = 120
 

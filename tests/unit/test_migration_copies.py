@@ -17,7 +17,7 @@ from pascal_sglang.engine.migration.incoming import IncomingMigrations
 from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
 from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import WINDOWS, ReceiveBuffer, landing_bytes
-from tests.unit.test_copies import Broken, pool_of
+from tests.unit.test_host_copies import Broken, pool_of
 
 TOKENS = 40
 
