@@ -45,7 +45,7 @@ TABLE = (
     Door("Controller's status", ".*", rf"file {TEMPORARY}/pascal-[^/]+/controller\.json"),
     Door("Folder's lock", ".*", rf"file {TEMPORARY}/pascal-[^/]+/pascal_sglang\.lock"),
     Door("SGLang's messages", ".*", rf"unix {TEMPORARY}/tmp[^/]+"),
-    Door("KV landing", "scheduler", r"memory /memfd:pascal-landing .*"),
+    Door("KV receive buffer", "scheduler", r"memory /memfd:pascal-kv-receive .*"),
     Door("Load snapshots", ".*", r"memory /dev/shm/sglang_loads_[^/]+\.shm"),
     Door("Semaphores", ".*", r"memory /dev/shm/sem\.[^/]+"),
     Door("Broadcasts between ranks", "scheduler", r"memory /dev/shm/psm_[^/]+"),

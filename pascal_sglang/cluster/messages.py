@@ -3,8 +3,9 @@
 `migration` names the migration, not the request: a request that stays after a failed one and moves
 later does so under a new name, and whatever is late from the first is recognised by it.
 
-KV itself never goes this way. It goes through the target's landing window (`cluster.transport`),
-one piece at a time: the next one is written only once the target has said that it took the last.
+KV itself never goes this way. It goes through the target's slot of the receive buffer
+(`cluster.transport`), one piece at a time: the next one is written only once the target has said
+that it took the last.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class ReceiveBuffers:
-    """Instance to every other instance, once, at its start: the addresses of its landings, one per
-    TP rank. Opening and pinning a landing takes time that no request should wait for."""
+    """Instance to every other instance, once, at its start: the addresses of its receive buffers,
+    one per TP rank. Opening and pinning a receive buffer takes time that no request should wait
+    for."""
 
     receive_buffers: list[str]
 
@@ -38,8 +40,9 @@ class ReserveRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class ReserveGranted(Message):
-    """Target to source: memory is reserved, and so is a landing window of `window` KV entries that
-    begins at byte `offset` of the landings at the addresses `receive_buffers`, one per TP rank."""
+    """Target to source: memory is reserved, and so is a slot of the receive buffer of `window` KV
+    entries that begins at byte `offset` of the receive buffers at the addresses `receive_buffers`,
+    one per TP rank."""
 
     receive_buffers: list[str]
     offset: int

@@ -43,10 +43,10 @@ class TargetState(Enum):
 class MigrationTarget:
     """One move. What it returns has to be sent to the source, in order.
 
-    tokens: KV entries reserved. fetch: take KV of the tokens from..to out of the landing window;
-    whether that worked. take: everything is here and the request is ours. drop: give the reserved
-    memory back. revoke: end the request that was ours, without a word. valid: what is wrong with a
-    state, None if it can be continued here.
+    tokens: KV entries reserved. fetch: take KV of the tokens from..to out of the slot of the
+    receive buffer; whether that worked. take: everything is here and the request is ours. drop:
+    give the reserved memory back. revoke: end the request that was ours, without a word. valid:
+    what is wrong with a state, None if it can be continued here.
     """
 
     migration: str

@@ -1,4 +1,4 @@
-"""The windows of a landing, and which of them a source may still write into.
+"""The windows of a receive buffer, and which of them a source may still write into.
 
 | window | on | becomes |
 |---|---|---|
@@ -9,8 +9,8 @@
 | in doubt | its source has died, `DEAD_S` seconds ago | free |
 
 Time alone frees no window: a source that was stopped in the middle of a write goes on with it
-whenever it is continued. So the source of a window in doubt is asked again and again, and a landing
-with all its windows in doubt or taken grants nothing.
+whenever it is continued. So the source of a window in doubt is asked again and again, and a receive
+buffer with all its windows in doubt or taken grants nothing.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 def build_executor(scheduler: Any, config: PascalConfig) -> PlanExecutor | None:
-    """The governor of a scheduler whose pools exist; None under `fcfs` and for embedding models.
+    """The executor of a scheduler whose pools exist; None under `fcfs` and for embedding models.
 
-    Raises: RuntimeError for KV pools that the ladder does not carry.
+    Raises: RuntimeError for KV pools that the engine does not carry.
     """
     if config.policy == "fcfs" or not scheduler.is_generation:
         return None

@@ -121,7 +121,7 @@ def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None)
 
 
 def build_load_reporter(scheduler: Any, executor: PlanExecutor | None) -> LoadReporter | None:
-    """The herald of an instance's leading rank behind our controller; None otherwise."""
+    """The load reporter of an instance's leading rank behind our controller; None otherwise."""
     folder = os.environ.get(CONTROL_ENV)
     if folder is None or executor is None or get_parallel().attn_tp_rank != 0:
         return None

@@ -86,7 +86,7 @@ def remaining_of(req: Req, state: RequestState) -> int:
 
 
 def why_not_pausable(req: Req) -> str | None:
-    """What about the request the ladder cannot carry; None if it can be paused."""
+    """What about the request the engine cannot carry; None if it can be paused."""
     params = req.sampling_params
     reasons: dict[str, Any] = {
         "beam search": req.beam_group is not None,

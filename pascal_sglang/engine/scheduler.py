@@ -183,7 +183,7 @@ class PascalScheduler(OperationsScheduler):
                 self.executor.queued(req)
 
     def init_invariant_checker(self) -> None:
-        """The pools exist by now: build the governor, and let SGLang's leak checks count the KV of
+        """The pools exist by now: build the executor, and let SGLang's leak checks count the KV of
         requests on their way out."""
         super().init_invariant_checker()
         self.executor = build_executor(self, self.pascal_config)

@@ -63,7 +63,7 @@ class PascalMetricsReporter(SchedulerMetricsReporter):
 
     @contextmanager
     def _paused_queued(self) -> Iterator[None]:
-        executor = getattr(self.scheduler, "governor", None)
+        executor = getattr(self.scheduler, "executor", None)
         held = [] if executor is None else held_back(executor.paused_requests)
         if not held:
             yield

@@ -96,7 +96,7 @@ def check_arguments(argv: list[str]) -> Any:
 
 
 def check_policy(policy: str, server_args: Any) -> None:
-    """Refuse engine features that the pause ladder does not carry; `fcfs` serves them all."""
+    """Refuse engine features that pauses do not carry; `fcfs` serves them all."""
     if policy == "fcfs":
         return
     features = {

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class PascalInstance(Instance):
-    """SGLang under our governor. A pause and the start it makes room for fall into one pass here;
+    """SGLang under our executor. A pause and the start it makes room for fall into one pass here;
     the engine needs two.
 
     knows_lengths: requests say how much they will generate, as those of `evals` do.

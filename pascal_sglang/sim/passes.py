@@ -1,8 +1,8 @@
-"""Passes as the governor counts and measures them, many at a time."""
+"""Passes as the executor counts and measures them, many at a time."""
 
 from __future__ import annotations
 
-# The governor's running mean keeps this share of itself per pass, and leaves out longer passes.
+# The executor's running mean keeps this share of itself per pass, and leaves out longer passes.
 KEEP = 0.9
 LONGEST_S = 1.0
 

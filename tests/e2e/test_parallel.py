@@ -80,7 +80,7 @@ def test_the_controller_sleeps_while_nothing_happens(two_instances):
 
 def test_every_way_in_is_known_and_no_wider_than_the_docs_say(two_instances):
     seen = check(two_instances)
-    assert seen >= {"HTTP", "Control messages", "SGLang's messages", "KV landing", "Metrics"}
+    assert seen >= {"HTTP", "Control messages", "SGLang's messages", "KV receive buffer", "Metrics"}
 
 
 def test_the_status_is_the_operators(two_instances):

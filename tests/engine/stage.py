@@ -1,5 +1,5 @@
 """A stage for one move: two instances at rest, a neighbour on each, and a request whose move is
-held where `held_moves` is told to hold it."""
+held where `held_migrations` is told to hold it."""
 
 import http.client
 import json
@@ -28,7 +28,7 @@ STATES = {
 
 
 class Hold:
-    """The folder that `held_moves` looks into."""
+    """The folder that `held_migrations` looks into."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -1,7 +1,7 @@
 """What can happen to a request, in every state of its move, on running engines.
 
-A move is held in one state (`held_moves`), something happens to its request, and then the move may
-go on. Whatever it was: the request ends once, with the tokens that it has without moves or the
+A move is held in one state (`held_migrations`), something happens to its request, and then the move
+may go on. Whatever it was: the request ends once, with the tokens that it has without moves or the
 beginning of them; the others do not notice; nothing is left under way or in memory.
 """
 

@@ -17,8 +17,8 @@ TERMS = terms()
 class World:
     """Two sides of a move and everything they own, with the network in between.
 
-    The landing window holds what was written last; a target that reads anything else than it asked
-    for has corrupted KV.
+    The slot of the receive buffer holds what was written last; a target that reads anything else
+    than it asked for has corrupted KV.
     """
 
     def __init__(self, terms=TERMS, kv=100, limit=160):

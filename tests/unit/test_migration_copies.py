@@ -16,7 +16,11 @@ from pascal_sglang.engine.kv.serializer import KVSerializer
 from pascal_sglang.engine.migration.incoming import IncomingMigrations
 from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
 from pascal_sglang.engine.migration.prefill_gate import PrefillGate
-from pascal_sglang.engine.migration.receive_buffer import WINDOWS, ReceiveBuffer, landing_bytes
+from pascal_sglang.engine.migration.receive_buffer import (
+    WINDOWS,
+    ReceiveBuffer,
+    receive_buffer_bytes,
+)
 from tests.unit.test_host_copies import Broken, pool_of
 
 TOKENS = 40
@@ -67,7 +71,7 @@ class PausedRequests(SimpleNamespace):
 
 
 class Instance:
-    """One side: a pool of KV, a landing, and a scheduler that does nothing."""
+    """One side: a pool of KV, a receive buffer, and a scheduler that does nothing."""
 
     def __init__(self, windows=None):
         pool, self.said = pool_of(MHATokenToKVPool), []
@@ -82,7 +86,7 @@ class Instance:
         )
         self.copies = LateCopies(self.scheduler)
         self.kv = KVSerializer(self.copies, self.copies.buffers, "model", lambda: "default")
-        self.transport = transport.make("shm", landing_bytes(self.kv), 0)
+        self.transport = transport.make("shm", receive_buffer_bytes(self.kv), 0)
         self.pool = SimpleNamespace(
             in_pages=lambda tokens: tokens,
             take=lambda tokens: torch.arange(20, 20 + tokens),

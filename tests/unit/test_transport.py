@@ -99,7 +99,7 @@ def test_landings_of_more_peers_than_there_can_be_are_refused(monkeypatch):
     monkeypatch.setattr("pascal_sglang.cluster.transport.shm.PEERS", 1)
     first, second, peer = (transport.make("shm", 4096, 4096) for _ in range(3))
     peer.room(first.address, 0, 16)
-    with pytest.raises(TransportError, match="more than 1 landings"):
+    with pytest.raises(TransportError, match="more than 1 receive buffers"):
         peer.room(second.address, 0, 16)
     peer.room(first.address, 16, 16)
 
@@ -108,7 +108,7 @@ def test_a_landing_that_is_gone_is_an_error():
     here, peer = (transport.make("shm", 4096, 4096) for _ in range(2))
     address = here.address
     here.close()
-    with pytest.raises(TransportError, match="landing"):
+    with pytest.raises(TransportError, match="receive buffer"):
         peer.room(address, 0, 16)
 
 
@@ -131,7 +131,7 @@ def test_a_peer_that_is_opened_is_pinned_before_anything_is_written_to_it():
     pinned = []
     here = transport.make("shm", 4096, 0)
     peer = transport.make("shm", 4096, 0, lambda memory: pinned.append(len(memory)))
-    peer.open_peer("/proc/1/fd/no landing")
+    peer.open_peer("/proc/1/fd/no receive buffer")
     peer.open_peer(here.address)
     assert pinned == [4096, 4096]
     peer.room(here.address, 0, 16)

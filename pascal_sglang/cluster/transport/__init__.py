@@ -1,8 +1,8 @@
 """How KV bytes get from one instance to another.
 
-Every TP rank has a *landing*: host memory that other instances write into. A target gives each move
-a window of its landing; TP rank k of the source writes into the window of TP rank k of the target,
-and tells it through the control messages. `Transport` is the whole interface.
+Every TP rank has a *receive buffer*: host memory that other instances write into. A target gives
+each move a window of its receive buffer; TP rank k of the source writes into the window of TP rank
+k of the target, and tells it through the control messages. `Transport` is the whole interface.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ KINDS = ("shm", "mooncake")
 
 
 class TransportError(Exception):
-    """A landing cannot be made or reached; the text is one line."""
+    """A receive buffer cannot be made or reached; the text is one line."""
 
 
 class Transport(ABC):
-    """One rank's landing, and the way to the landings of others.
+    """One rank's receive buffer, and the way to the receive buffers of others.
 
-    landing: its memory, read by this rank once a peer says that it wrote.
+    receive_buffer: its memory, read by this rank once a peer says that it wrote.
     address: what a peer's `room` and `put` take.
-    direct: `room` is the peer's landing itself; otherwise every call gives the same memory again.
+    direct: `room` is the peer's receive buffer itself; otherwise every call gives the same memory
+    again.
     """
 
     kind: str
@@ -32,14 +33,16 @@ class Transport(ABC):
     direct: bool
 
     def open_peer(self, address: str) -> None:
-        """Prepare a peer's landing for writes. A failure is silent here; `room` raises it."""
+        """Prepare a peer's receive buffer for writes. A failure is silent here; `room` raises
+        it."""
         return
 
     @abstractmethod
     def room(self, address: str, offset: int, size: int) -> memoryview:
-        """Where to write the `size` bytes that `put` then brings to `offset` of a peer's landing.
+        """Where to write the `size` bytes that `put` then brings to `offset` of a peer's receive
+        buffer.
 
-        Raises: `TransportError` if there is no such landing, or less room in it."""
+        Raises: `TransportError` if there is no such receive buffer, or less room in it."""
 
     @abstractmethod
     def put(self, address: str, offset: int, size: int) -> None:

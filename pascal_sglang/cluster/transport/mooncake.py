@@ -2,8 +2,8 @@
 
 `MC_*` variables configure the engine, and `PASCAL_SGLANG_MOONCAKE` may name protocol and device,
 for example `rdma:mlx5_0`. The engine asks nobody for a name or a key: a process that reaches its
-ports can read and write the memory that is registered with it. So this is no more than the landing
-and the staging, and the ports hear one address alone, by default 127.0.0.1.
+ports can read and write the memory that is registered with it. So this is no more than the receive
+buffer and the staging, and the ports hear one address alone, by default 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class Mooncake(Transport):
             " and ".join(map(str, ports)),
             "every user of this host" if local else "everybody who reaches that address",
         )
-        self._landing, self._landing_at = self._registered(receive_buffer)
+        self._buffer, self._buffer_at = self._registered(receive_buffer)
         self._staging, self._staging_at = self._registered(staging)
-        self.receive_buffer = memoryview(self._landing)
+        self.receive_buffer = memoryview(self._buffer)
         pin(self.receive_buffer)
         pin(memoryview(self._staging))
         session = f"{host}:{self._engine.get_rpc_port()}"
-        self.address = f"{session}/{self._landing_at}+{receive_buffer}"
+        self.address = f"{session}/{self._buffer_at}+{receive_buffer}"
 
     def _registered(self, size: int) -> tuple[mmap.mmap, int]:
         """Page-aligned memory that the engine may read and write, and where it is."""
@@ -83,13 +83,13 @@ class Mooncake(Transport):
         return memoryview(self._staging)[:size]
 
     def _place(self, address: str, offset: int, size: int) -> tuple[str, int]:
-        """The peer's session, and where its landing begins."""
+        """The peer's session, and where its receive buffer begins."""
         found = _ADDRESS.fullmatch(address)
         if not found:
-            raise TransportError("not the address of a landing")
+            raise TransportError("not the address of a receive buffer")
         session, at, room = found[1], int(found[2]), int(found[3])
         if offset < 0 or offset + size > room:
-            raise TransportError(f"{offset}+{size} is outside a landing of {room} bytes")
+            raise TransportError(f"{offset}+{size} is outside a receive buffer of {room} bytes")
         return session, at
 
     def put(self, address: str, offset: int, size: int) -> None:
@@ -98,5 +98,5 @@ class Mooncake(Transport):
             raise TransportError(f"a write of {size} bytes to {session} failed")
 
     def close(self) -> None:
-        self._engine.unregister_memory(self._landing_at)
+        self._engine.unregister_memory(self._buffer_at)
         self._engine.unregister_memory(self._staging_at)

@@ -1,9 +1,9 @@
 """KV through shared memory, for instances on one host.
 
-A source writes into its target's landing, which both have mapped: nothing lies in between. The
-landing is an anonymous shared memory file (`memfd_create`): peers of the same user, and nobody
-else, open it by the process that holds it. It has no name that a killed process could leave behind,
-and does not count against the few MiB that containers give to named segments.
+A source writes into its target's receive buffer, which both have mapped: nothing lies in between.
+The receive buffer is an anonymous shared memory file (`memfd_create`): peers of the same user, and
+nobody else, open it by the process that holds it. It has no name that a killed process could leave
+behind, and does not count against the few MiB that containers give to named segments.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SharedMemory(Transport):
 
     def __init__(self, receive_buffer: int, pin: Callable[[memoryview], None]) -> None:
         try:
-            self._file = os.memfd_create("pascal-landing")
+            self._file = os.memfd_create("pascal-kv-receive")
             os.fchmod(self._file, 0o600)
             os.ftruncate(self._file, receive_buffer)
             self._memory = mmap.mmap(self._file, receive_buffer)
@@ -48,7 +48,9 @@ class SharedMemory(Transport):
     def room(self, address: str, offset: int, size: int) -> memoryview:
         peer = self._peer(address)
         if offset < 0 or offset + size > len(peer):
-            raise TransportError(f"{offset}+{size} is outside a landing of {len(peer)} bytes")
+            raise TransportError(
+                f"{offset}+{size} is outside a receive buffer of {len(peer)} bytes"
+            )
         return peer[offset : offset + size]
 
     def put(self, address: str, offset: int, size: int) -> None:
@@ -59,9 +61,9 @@ class SharedMemory(Transport):
         if found is not None:
             return found
         if not _ADDRESS.fullmatch(address):
-            raise TransportError("not the address of a landing")
+            raise TransportError("not the address of a receive buffer")
         if len(self._peers) >= PEERS:
-            raise TransportError(f"more than {PEERS} landings")
+            raise TransportError(f"more than {PEERS} receive buffers")
         try:
             file = os.open(address, os.O_RDWR)
             try:
@@ -69,7 +71,7 @@ class SharedMemory(Transport):
             finally:
                 os.close(file)
         except (OSError, ValueError) as error:
-            raise TransportError(f"cannot open a peer's landing: {error}") from error
+            raise TransportError(f"cannot open a peer's receive buffer: {error}") from error
         self._pin(found)
         self._peers[address] = found
         return found

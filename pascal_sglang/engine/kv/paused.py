@@ -1,4 +1,4 @@
-"""The pause ladder: takes a running request's KV off the device and brings it back.
+"""Paused requests: takes a running request's KV off the device and brings it back.
 
 Rungs, cheapest first: the request gives back its slot and its KV stays; KV to host memory and back
 without recompute; or drop and recompute through the waiting queue. A request paused under overlap

@@ -21,7 +21,7 @@ from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
 from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import (
     ReceiveBuffer,
-    landing_bytes,
+    receive_buffer_bytes,
     window_tokens,
 )
 from pascal_sglang.engine.plan_executor import PlanExecutor
@@ -44,7 +44,7 @@ def migration_folder(config: PascalConfig) -> str | None:
 def build_migrations(
     scheduler: Any, executor: PlanExecutor | None, config: PascalConfig
 ) -> Migrations | None:
-    """The moves of a scheduler with a governor; None, and logged, where requests cannot move."""
+    """The moves of a scheduler with an executor; None, and logged, where requests cannot move."""
     folder = migration_folder(config)
     if folder is None or executor is None:
         return None
@@ -63,7 +63,7 @@ def build_migrations(
     if problem is None and not isinstance(kv, str):
         try:
             piece = window_tokens(kv) * kv.per_token
-            size = landing_bytes(kv)
+            size = receive_buffer_bytes(kv)
             transport = make(config.kv_transport, size, piece, kv.copies.pin, config.kv_listen)
         except TransportError as error:
             if config.kv_transport != "auto":

@@ -51,7 +51,7 @@ class IncomingMigrations:
         control_sender: Rank0Sender,
         prefill_gate: PrefillGate,
     ) -> None:
-        """landings: addresses of this instance's landings, by TP rank."""
+        """receive_buffers: addresses of this instance's receive buffers, by TP rank."""
         self.scheduler, self.executor, self.terms = scheduler, executor, terms
         self.receive_buffer, self.receive_buffers, self.control_sender = (
             receive_buffer,

@@ -89,7 +89,8 @@ class Migrations:
         return not self.outgoing_migrations.holds_requests and self.incoming_migrations.is_idle
 
     def holds_no_kv(self) -> bool:
-        """Whether all KV may be dropped; that of requests on their way out is the ladder's."""
+        """Whether all KV may be dropped; that of requests on their way out is the paused
+        requests'."""
         return not self.incoming_migrations.under_way
 
     def give_up(self, why: str) -> None:

@@ -67,7 +67,8 @@ class OutgoingMigrations:
         self._running: ScheduleBatch | None = None
 
     def open_peer(self, receive_buffers: Sequence[str]) -> None:
-        """Open and pin another instance's landing; `receive_buffers` are addresses, by TP rank."""
+        """Open and pin another instance's receive buffer; `receive_buffers` are addresses, by TP
+        rank."""
         if self._tp_rank < len(receive_buffers):
             self.transport.open_peer(receive_buffers[self._tp_rank])
 

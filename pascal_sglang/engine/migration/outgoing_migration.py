@@ -1,4 +1,4 @@
-"""A request on its way out: reads its KV wherever the ladder has it, and lets go of it."""
+"""A request on its way out: reads its KV wherever the engine has it, and lets go of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request on its way in: its reserved memory, and its window of the landing."""
+"""A request on its way in: its reserved memory, and its window of the receive buffer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pascal_sglang.engine.kv.serializer import KVSerializer
 
 logger = logging.getLogger(__name__)
 
-# Windows of a landing, and so moves that one instance takes in at a time.
+# Windows of a receive buffer, and so moves that one instance takes in at a time.
 WINDOWS = 8
 WINDOW_BYTES = 4 << 20
 WINDOW_TOKENS = 512
@@ -159,6 +159,6 @@ class ReceiveBuffer:
             self.pool.allocator.free(locations)
 
 
-def landing_bytes(kv: KVSerializer) -> int:
-    """Bytes of a rank's landing."""
+def receive_buffer_bytes(kv: KVSerializer) -> int:
+    """Bytes of a rank's receive buffer."""
     return WINDOWS * window_tokens(kv) * kv.per_token

@@ -95,7 +95,7 @@ class DecisionMetrics:
             "class",
             "why",
         )
-        self._rungs = counter(
+        self._tiers = counter(
             "paused_kv",
             "Times KV was taken to a tier: resident (stays on the device), host, recompute.",
             "tier",
@@ -142,7 +142,7 @@ class DecisionMetrics:
 
     def left_device(self, tier: KVTier, tokens: int) -> None:
         for series, amount in (
-            (self._rungs, 1.0),
+            (self._tiers, 1.0),
             (self._tier_tokens, tokens),
             (self._tier_bytes, tokens * self._bytes),
         ):
