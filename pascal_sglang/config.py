@@ -200,7 +200,7 @@ class PascalConfig:
         return self.placement == "phase" and self.policy in ("pascal", "paper")
 
     @property
-    def moves(self) -> bool:
+    def can_migrate(self) -> bool:
         """Whether requests may move between instances."""
         return self.places and self.migration != "off"
 

@@ -51,8 +51,11 @@ def host_budget_tokens(copies: HostCopies, scheduler: Any, config: PascalConfig)
     parallel = get_parallel()
     if copies.buffers is None:
         return 0.0
+    per_token: int = copies.bytes_per_token
+    tp_size: int = parallel.tp_size
     if config.host_kv_gb is not None:
-        return config.host_kv_gb * 2**30 / parallel.tp_size / copies.bytes_per_token
-    ranks = parallel.dp_size * parallel.tp_size
-    available = psutil.virtual_memory().available / 4 / ranks
-    return min(2.0 * scheduler.max_total_num_tokens, available / copies.bytes_per_token)
+        return config.host_kv_gb * 2**30 / tp_size / per_token
+    ranks: int = parallel.dp_size * tp_size
+    available: int = psutil.virtual_memory().available
+    tokens: int = scheduler.max_total_num_tokens
+    return min(2.0 * tokens, available / 4 / ranks / per_token)

@@ -44,7 +44,8 @@ class CapacityView:
         if chunked is None:
             return 0
         whole = len(chunked.origin_input_ids) + len(chunked.output_ids)
-        return max(0, whole - chunked.kv.kv_committed_len)
+        rest: int = max(0, whole - chunked.kv.kv_committed_len)
+        return rest
 
     def joining(self, last: ScheduleBatch | None) -> int:
         """How many come out of a prefill in this pass, the one still being prefilled in chunks

@@ -82,7 +82,7 @@ class LoadReporter:
 def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None) -> dict[str, Any]:
     """This instance in the terms of `policy.placement.Instance`; token counts and numbers of
     requests. batch: the one that runs: who is prefilled in it is neither waiting nor running."""
-    planner, config = executor.planner, executor.members.config
+    planner, config = executor.planner, executor.request_states.config
     present = dict.fromkeys((*scheduler.running_batch.reqs, *executor.paused_requests.arriving))
     if batch is not None:
         present |= dict.fromkeys(batch.reqs)

@@ -67,7 +67,7 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
     migrations: Migrations | None = None
 
     def _requests_owning_rows(self) -> list[Req]:
-        owners = SchedulerInvariantChecker._requests_owning_rows(self)
+        owners: list[Req] = SchedulerInvariantChecker._requests_owning_rows(self)
         known = set(owners)
         between = (*self.paused_requests.leaving, *self.paused_requests.arriving)
         return owners + [r for r in between if r not in known and r.kv.holds_kv]
@@ -83,6 +83,9 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
 
 class PascalScheduler(OperationsScheduler):
     """SGLang's scheduler under the policy of `PascalConfig`; `fcfs` only observes."""
+
+    invariant_checker: Any
+    request_receiver: Any
 
     def __init__(self, server_args: Any, port_args: Any) -> None:
         config = PascalConfig.from_env()
@@ -127,7 +130,7 @@ class PascalScheduler(OperationsScheduler):
             return
         parallel = get_parallel()
         control_receiver = ControlReceiver(folder, parallel.dp_rank or 0, parallel.dp_size)
-        stock = self.request_receiver
+        stock: Any = self.request_receiver
         fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
         self.request_receiver = PascalRequestReceiver(**fields, control_receiver=control_receiver)
         if self.idle_sleeper is not None:
@@ -189,7 +192,7 @@ class PascalScheduler(OperationsScheduler):
         self.executor = build_executor(self, self.pascal_config)
         self.load_reporter = build_load_reporter(self, self.executor)
         if self.executor is not None:
-            stock = self.invariant_checker
+            stock: Any = self.invariant_checker
             fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
             self.invariant_checker = PascalInvariantChecker(**fields)
             self.invariant_checker.paused_requests = self.executor.paused_requests

@@ -103,6 +103,7 @@ class ReportingScheduler(Scheduler):
     """SGLang's scheduler that reports paused requests as queued."""
 
     executor: PlanExecutor | None = None
+    load_inquirer: Any
 
     def init_metrics_reporter(self) -> None:
         self.metrics_reporter = PascalMetricsReporter(
@@ -115,7 +116,8 @@ class ReportingScheduler(Scheduler):
         super().init_load_inquirer()
         if self.executor is None:
             return
-        paused_requests, stock = self.executor.paused_requests, self.load_inquirer
+        paused_requests = self.executor.paused_requests
+        stock: Any = self.load_inquirer
         fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
         self.load_inquirer = PascalLoadInquirer(
             **fields,

@@ -12,7 +12,8 @@ from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 def _demo_processor() -> str:
     from pascal_sglang.demo.budget import DemoThinkingBudget
 
-    return DemoThinkingBudget.to_str()
+    processor: str = DemoThinkingBudget.to_str()
+    return processor
 
 
 def with_default_budget(

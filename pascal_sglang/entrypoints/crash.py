@@ -118,7 +118,7 @@ class CrashShutdown:
             return
         on_sigquit = self._on_sigquit
 
-        class PascalSignalHandler(stock):  # type: ignore[misc]
+        class PascalSignalHandler(stock):
             """SGLang installs it on the event loop, with the first request."""
 
             def running_phase_sigquit_handler(self, *_: Any) -> None:

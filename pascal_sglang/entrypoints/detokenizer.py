@@ -23,7 +23,7 @@ def event_loop(original: Callable[[Any], None], manager: Any) -> None:
     from sglang.srt.runtime_context import get_parallel
 
     config = PascalConfig.from_env()
-    if config is None or not config.moves or get_parallel().dp_size == 1:
+    if config is None or not config.can_migrate or get_parallel().dp_size == 1:
         original(manager)
         return
     order: OutputOrder[Any] = OutputOrder()

@@ -125,7 +125,7 @@ def add_routes(crash: CrashShutdown) -> None:
     from starlette.routing import Route
 
     # Ids of everybody's requests: for the operator, as SGLang's route that aborts by id.
-    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
     async def status() -> dict[str, Any]:
         """Per instance: counts by phase, KV tokens, live and recent requests with their times."""
         manager = http_server.get_global_state().tokenizer_manager

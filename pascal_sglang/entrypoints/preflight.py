@@ -74,8 +74,8 @@ def check_given(argv: list[str], *, has_model: bool) -> None:
             raise LaunchError("--model-path is required (--help lists all flags)")
         _check_model(given["model_path"] or ".")
     host, port = (given.get(name) or defaults.get(name) for name in ("host", "port"))
-    if host and str(port).isdecimal():
-        _check_port(host, int(port))
+    if host and (number := str(port)).isdecimal():
+        _check_port(host, int(number))
 
 
 def check_arguments(argv: list[str]) -> Any:
@@ -122,7 +122,7 @@ def check_policy(policy: str, server_args: Any) -> None:
 
 def check_migrations(config: PascalConfig, server_args: Any) -> None:
     """Refuse a KV transport that was asked for and is not there, and an address of another host."""
-    if not config.moves or server_args.dp_size <= 1:
+    if not config.can_migrate or server_args.dp_size <= 1:
         return
     problem = problem_with(config.kv_transport)
     if problem is not None:

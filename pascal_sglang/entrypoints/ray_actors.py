@@ -35,7 +35,7 @@ def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
     return {**kept, ACTOR_ENV: "1"}
 
 
-class PascalSchedulerActor(SchedulerActor.__ray_metadata__.modified_class):  # type: ignore[misc]
+class PascalSchedulerActor(SchedulerActor.__ray_metadata__.modified_class):
     """SGLang's scheduler actor, with the plugin loaded before the scheduler is built."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -74,7 +74,7 @@ def require_handshake(original: Callable[..., Any], *args: Any, **kwargs: Any) -
 def _require_gpus() -> None:
     parallel = get_parallel()
     wanted = parallel.num_dp_ranks * parallel.tp_size * parallel.pp_size
-    there = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    there = int(ray.cluster_resources().get("GPU", 0))
     if there < wanted:
         raise RuntimeError(
             f"--use-ray needs {wanted} GPUs and Ray has {there}; on CPUs its node declares them: "
@@ -91,7 +91,7 @@ def launch_instances(
     # Not earlier: its base is to be our controller, which stands in SGLang's place by now.
     from sglang.srt.ray import data_parallel_controller
 
-    class Controller(data_parallel_controller.RayDataParallelController):  # type: ignore[misc]
+    class Controller(data_parallel_controller.RayDataParallelController):
         def schedulers(self) -> list[Watched]:
             # SGLang records what actors say of themselves in the order in which it makes them.
             return watch(self.scheduler_actors, self.event_loop_refs, list(self._homes))

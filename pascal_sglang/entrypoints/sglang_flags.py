@@ -42,7 +42,7 @@ def known() -> Flags:
                     _add_field(flags, node.target.id, node.annotation, node.value)
         for node in ast.walk(ast.parse((srt / "server_args.py").read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-                options = [a.value for a in node.args if isinstance(a, ast.Constant)]
+                options = [str(a.value) for a in node.args if isinstance(a, ast.Constant)]
                 dest = [ast.literal_eval(k.value) for k in node.keywords if k.arg == "dest"]
                 field = dest[0] if dest else options[0][2:].replace("-", "_")
                 flags.fields.update(dict.fromkeys(options, field))

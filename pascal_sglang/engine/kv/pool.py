@@ -77,7 +77,7 @@ class Pool:
 
     def given_back(self, req: Req) -> int:
         """KV entries that become free or evictable once the request lets go of its KV."""
-        own = self.in_pages(req.kv.kv_allocated_len) - req.kv.cache_protected_len
+        own: int = self.in_pages(req.kv.kv_allocated_len) - req.kv.cache_protected_len
         if req.lock is None:
             return own
         before = self.tree.evictable_size()

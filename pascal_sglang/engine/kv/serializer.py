@@ -27,7 +27,7 @@ class KVSerializer:
         """buffers: the pool's, whose first dimension is the KV entry. weights: the version of the
         model's weights, which may change."""
         self.copies, self._buffers = copies, buffers
-        self.per_token = sum(b[0].nbytes for b in buffers)
+        self.per_token: int = sum(b[0].nbytes for b in buffers)
         shapes = sorted({f"{b.dtype}{tuple(b.shape[1:])}" for b in buffers})
         ranks = get_parallel().tp_size
         self._weights = weights

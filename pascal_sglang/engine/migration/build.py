@@ -38,7 +38,9 @@ def control_folder(config: PascalConfig) -> str | None:
 
 def migration_folder(config: PascalConfig) -> str | None:
     """The folder of the control sockets where this process's requests may move; None otherwise."""
-    return os.environ.get(CONTROL_ENV) if config.migrations and get_parallel().dp_size > 1 else None
+    return (
+        os.environ.get(CONTROL_ENV) if config.can_migrate and get_parallel().dp_size > 1 else None
+    )
 
 
 def build_migrations(

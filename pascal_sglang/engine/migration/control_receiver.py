@@ -28,7 +28,7 @@ class PascalRequestReceiver(SchedulerRequestReceiver):
     control_receiver: ControlReceiver
 
     def _pull_raw_reqs(self) -> list[Any] | None:
-        requests = SchedulerRequestReceiver._pull_raw_reqs(self)
+        requests: list[Any] | None = SchedulerRequestReceiver._pull_raw_reqs(self)
         if requests is not None and (control_batch := self.control_receiver.receive()):
             # First: an abort that comes with them is to find a request where it then is.
             requests.insert(0, ControlBatch(time.perf_counter(), control_batch))

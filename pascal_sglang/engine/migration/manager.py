@@ -119,13 +119,13 @@ class Migrations:
             except BadMessage as error:
                 self._reject(str(error))
                 continue
-            error = catch_on_all_ranks(
+            failure = catch_on_all_ranks(
                 self.executor.scheduler, partial(self._take_in, sender, message, control_batch.now)
             )
-            if error is not None:
+            if failure is not None:
                 self._reject("failed")
                 if self.rejected["failed"] <= ERRORS_LOGGED:
-                    logger.error("pascal_sglang: a message about a move failed", exc_info=error)
+                    logger.error("pascal_sglang: a message about a move failed", exc_info=failure)
 
     def _take_in(self, sender: int, message: Any, now: float) -> None:
         if isinstance(message, messages.MigrateCommand):

@@ -94,7 +94,7 @@ class DecisionLog:
     ) -> None:
         if not self.log:
             return
-        queue: dict[str, Any] = {
+        line: dict[str, Any] = {
             "decision": decision,
             "pass": pass_info.pass_no,
             "rid": getattr(state.handle, "rid", state.seq),
@@ -104,4 +104,4 @@ class DecisionLog:
             "kv_tokens": state.kv_tokens,
             **more,
         }
-        logger.info(json.dumps(queue))
+        logger.info(json.dumps(line))
