@@ -15,13 +15,12 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang.engine.kv.paused import PausedRequests
-from pascal_sglang.engine.request_states import state_of
+from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED
 from pascal_sglang.policy.plan import Planner
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
 logger = logging.getLogger(__name__)
-
-ERRORS_LOGGED = 5
 
 
 class Admission:

@@ -21,7 +21,7 @@ from pascal_sglang.cluster.messages import (
 )
 from pascal_sglang.cluster.prefix_index import block_names
 from pascal_sglang.engine.plan_executor import PlanExecutor
-from pascal_sglang.engine.request_states import state_of
+from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.policy.ranking import is_demoted
 from pascal_sglang.policy.timeline import Phase
 
@@ -102,7 +102,7 @@ def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None)
         on_pace = all(p.qoe >= config.qoe_slo for p in readers if p.pace <= p.tpot)
     else:
         # Nobody is starving now; a reader who once waited does not mark it for good.
-        now = executor.pass_info.now
+        now = executor.request_states.pass_info.now
         on_pace = all(m.pacer.slack(now) >= 0 for m in answering if m.pacer.delivered)
     free = executor.pool.free_tokens
     return {
@@ -114,7 +114,7 @@ def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None)
         "waiting": sum(state_of(r).kv_tokens for r in scheduler.waiting_queue),
         "capacity": scheduler.max_total_num_tokens,
         "load": len(running) + len(paused) + len(scheduler.waiting_queue),
-        "pass_us": round(1e6 * executor.pass_info.pass_s),
+        "pass_us": round(1e6 * executor.request_states.pass_info.pass_s),
         "batch": round(executor.batch),
         "prefill_ns": round(1e9 * (executor.paused_requests.costs.prefill_token_s or 0.0)),
     }

@@ -34,15 +34,17 @@ class OperationsScheduler(ReportingScheduler):
         """Every request that has begun and is not in the waiting queue."""
         inflight: set[Req] = super().collect_inflight_reqs()
         return (
-            inflight if self.executor is None else inflight | self.executor.paused_requests.held()
+            inflight
+            if self.plan_executor is None
+            else inflight | self.plan_executor.paused_requests.held()
         )
 
     def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
         """Held requests count as running. With `ignore_waiting`, which SGLang asks for before it
         drops all KV while generation is paused, a migration counts only if it holds KV here."""
         idle: bool = super().is_fully_idle(for_health_check, ignore_waiting)
-        if self.executor is not None:
-            idle = idle and self.executor.paused_requests.is_empty()
+        if self.plan_executor is not None:
+            idle = idle and self.plan_executor.paused_requests.is_empty()
         if self.migrations is not None:
             idle = idle and (
                 self.migrations.holds_no_kv() if ignore_waiting else self.migrations.is_empty()
@@ -54,10 +56,10 @@ class OperationsScheduler(ReportingScheduler):
         that run, and their KV is dropped. `in_place` leaves all as it is: there are no passes
         meanwhile, and so no pause, no resume and no step of a migration."""
         super().pause_generation(recv_req)
-        if self.executor is not None and recv_req.mode == "retract":
+        if self.plan_executor is not None and recv_req.mode == "retract":
             if self.migrations is not None:
                 self.migrations.give_up("generation paused")
-            retract_held(self.executor)
+            retract_held(self.plan_executor.request_states)
 
     def record_weight_version_change(self, new_version: str | None) -> None:
         """Which weights made which token is kept where a request is: it does not travel."""
@@ -80,8 +82,8 @@ class OperationsScheduler(ReportingScheduler):
         """
         if self.migrations is not None:
             self.migrations.gone(req)
-        if self.executor is not None:
-            self.executor.gone(req)
+        if self.plan_executor is not None:
+            self.plan_executor.request_states.ended(req)
             if req.output_ids and req.beam_group is None:
                 self._send_last_output(abort_req.finished_reason, req)
                 return
@@ -110,8 +112,8 @@ class OperationsScheduler(ReportingScheduler):
         if problem is None:
             self.send_abort_output(_make_abort_req(req), req)
             return
-        if self.executor is not None:
-            self.executor.gone(req)
+        if self.plan_executor is not None:
+            self.plan_executor.request_states.ended(req)
         status = HTTPStatus.SERVICE_UNAVAILABLE
         reason: Any = {"type": "abort", "status_code": status, "message": problem}
         self._send_abort_alone(_make_abort_req(req, finished_reason=reason), req)

@@ -16,12 +16,12 @@ from pascal_sglang.engine.chaos import Chaos
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.observability.decision_log import DecisionLog
-from pascal_sglang.engine.observability.queue_times import entered_queue, left_queue
-from pascal_sglang.engine.request_states import RequestStates, remaining_of, state_of
-from pascal_sglang.engine.tp_ranks import agree, catch_on_all_ranks, is_alone
+from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.engine.request_states import RequestStates
+from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, agree, catch_on_all_ranks, is_alone
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 from pascal_sglang.policy.plan import KVAccounting, Plan, Planner
-from pascal_sglang.policy.ranking import POLICIES, PREFIX_HEAD_START, PassInfo, Tuning
+from pascal_sglang.policy.ranking import POLICIES, PassInfo, Tuning
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
 if TYPE_CHECKING:
@@ -31,13 +31,6 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two updates of the metrics that every pass changes.
 REPORT_S = 0.1
-ERRORS_LOGGED = 5
-
-PLACES = {
-    KVTier.RESIDENT: RequestStatus.RESIDENT,
-    KVTier.HOST: RequestStatus.HOST,
-    KVTier.RECOMPUTE: RequestStatus.WAITING,
-}
 
 
 class PlanExecutor:
@@ -58,7 +51,6 @@ class PlanExecutor:
         self.paused_requests = PausedRequests(scheduler, copies, costs)
         self.pool = self.paused_requests.pool
         self.capacity = CapacityView(scheduler, self.paused_requests)
-        self.request_states = RequestStates(config)
         policy = POLICIES[config.policy]
         tuning = Tuning(
             quantum=config.quantum_tokens,
@@ -70,7 +62,9 @@ class PlanExecutor:
         )
         self.admission = Admission(scheduler, self.paused_requests, self.planner)
         self.decision_log = DecisionLog(policy, tuning, log=config.log_decisions)
-        self.pass_info = PassInfo(0, 0.0, 0.0)
+        self.request_states = RequestStates(
+            scheduler, config, self.paused_requests, self.planner.queue, self.decision_log
+        )
         # Mean number of running requests over the passes of `pass_info.pass_s`.
         self.batch = 0.0
         self.errors = 0
@@ -98,7 +92,7 @@ class PlanExecutor:
         self.policy_s += time.perf_counter() - begin
         if self.decision_log.metrics is not None and begin - self._reported >= REPORT_S:
             self._reported = begin
-            passes, seconds = self.pass_info.pass_no, self.policy_s
+            passes, seconds = self.request_states.pass_info.pass_no, self.policy_s
             totals = {"errors": self.errors, "passes": passes, "seconds": seconds}
             self.decision_log.metrics.update(totals, self.planner.queue.lengths())
         return self._running
@@ -109,7 +103,7 @@ class PlanExecutor:
 
     def _tick(self, now: float, running: ScheduleBatch, last: ScheduleBatch | None) -> None:
         """A new pass begins; `now` is TP rank 0's clock in seconds."""
-        before = self.pass_info
+        before = self.request_states.pass_info
         step = now - before.now if before.now and now > before.now else 0.0
         # Only passes of a busy engine say how long a step takes; an idle one may spin or sleep.
         busy = 0.0 < step < 1.0
@@ -117,7 +111,7 @@ class PlanExecutor:
         if busy and last is not None:
             pass_s = 0.9 * pass_s + 0.1 * step
             self.batch = 0.9 * self.batch + 0.1 * len(running.reqs)
-        self.pass_info = PassInfo(before.pass_no + 1, now, pass_s)
+        self.request_states.pass_info = PassInfo(before.pass_no + 1, now, pass_s)
         tokens = 0
         if last is not None and last.forward_mode.is_extend():
             tokens = last.extend_num_tokens or 0
@@ -129,10 +123,10 @@ class PlanExecutor:
 
     def _carry_out(self, running: ScheduleBatch, last: ScheduleBatch | None) -> None:
         """Settle pauses, plan, pause and resume; `_running` is the batch to go on with."""
-        pass_info = self.pass_info
+        pass_info = self.request_states.pass_info
         if self._chaos is not None:
             self.paused_requests.copies.deferred = self._chaos.defers()
-        self.settle()
+        self.request_states.finish_pauses()
         running = self._running = self.paused_requests.arrive(running)
         if self.migrations is not None:
             self.migrations.step(running)
@@ -165,17 +159,6 @@ class PlanExecutor:
                 break
             running = resumed
 
-    def settle(self) -> None:
-        """Handle the KV of everybody who has left the batch and whose last token has arrived."""
-        for req, tier in self.paused_requests.settle():
-            if req in self.paused_requests.moving and tier is not KVTier.RECOMPUTE:
-                continue
-            self.paused_requests.moving.discard(req)
-            self.stopped(req, PLACES[tier])
-            self.decision_log.left_device(state_of(req), tier, self.pass_info)
-            if tier is KVTier.RECOMPUTE:
-                self.scheduler.waiting_queue.append(req)
-
     def _pause(self, plan: Plan, running: ScheduleBatch) -> None:
         if not plan.pause:
             return
@@ -202,20 +185,11 @@ class PlanExecutor:
         tier: Callable[[Req], KVTier | None],
     ) -> None:
         for state in states:
-            state.kv_tokens = state.handle.kv.kv_committed_len
-            self.decision_log.paused(state, self.pass_info, why)
+            self.request_states.paused(state.handle, why)
         self.paused_requests.leave([m.handle for m in states], running, tier)
 
     def _spill(self, state: RequestState) -> None:
-        self._fell(state.handle, self.paused_requests.spill(state.handle))
-
-    def _fell(self, req: Req, tier: KVTier) -> None:
-        """A paused request's KV went down to that tier."""
-        self._stands(req, PLACES[tier])
-        self.planner.queue.spilled(state_of(req), PLACES[tier])
-        self.decision_log.left_device(state_of(req), tier, self.pass_info)
-        if tier is KVTier.RECOMPUTE:
-            self.scheduler.waiting_queue.append(req)
+        self.request_states.spilled(state.handle, self.paused_requests.spill(state.handle))
 
     def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> ScheduleBatch | None:
         """Bring a paused request back into the running batch; None if it does not fit now."""
@@ -228,17 +202,15 @@ class PlanExecutor:
         )
         if resumed is not None:
             self._running = resumed
-            left_queue(req)
-            self.decision_log.started(state_of(req), self.pass_info)
-            self.planner.queue.started(state_of(req), self.pass_info)
+            self.request_states.resumed(req)
         elif not self.paused_requests.holds(req):
-            self._fell(req, KVTier.RECOMPUTE)
+            self.request_states.spilled(req, KVTier.RECOMPUTE)
         return resumed
 
     def _stand_in(self) -> None:
         """SGLang's order: everybody waiting may be admitted, and whoever is paused comes back in
         the order of arrival, before them."""
-        self.settle()
+        self.request_states.finish_pauses()
         running = self._running = self.paused_requests.arrive(self._running)
         for req in sorted(self.paused_requests.paused(), key=lambda r: state_of(r).seq):
             resumed = self._resume(req, running, joining=len(running.reqs))
@@ -256,12 +228,12 @@ class PlanExecutor:
         """
         if self._fits(running):
             return False
-        for state in self.planner.queue.resident_worst_first(self.pass_info):
+        for state in self.planner.queue.resident_worst_first(self.request_states.pass_info):
             self._spill(state)
             if self._fits(running):
                 return False
         states = [state_of(r) for r in running.reqs if r.to_finish is None]
-        for state in self.planner.victims.worst_first(states, self.pass_info):
+        for state in self.planner.victims.worst_first(states, self.request_states.pass_info):
             if len(running.reqs) == 1 and not (
                 self.paused_requests.leaving or self.paused_requests.arriving
             ):
@@ -279,44 +251,11 @@ class PlanExecutor:
     def retraction_order(self, reqs: list[Req]) -> list[int]:
         """Indices of `reqs`, whom to keep longest first: SGLang retracts from the end."""
         index = {id(state_of(req)): i for i, req in enumerate(reqs)}
-        best = self.planner.queue.ranked(map(state_of, reqs), self.pass_info)
+        best = self.planner.queue.ranked(map(state_of, reqs), self.request_states.pass_info)
         return [index[id(state)] for state in best]
 
-    def queued(self, req: Req) -> None:
-        """The request entered the waiting queue, for the first time or after a retraction."""
-        whole = len(req.origin_input_ids) + len(req.output_ids)
-        held = self.pool.held(req, whole - 1)
-        state_of(req).head_start = PREFIX_HEAD_START * held.tokens // whole
-        self.stopped(req, RequestStatus.WAITING)
-
-    def stopped(self, req: Req, status: RequestStatus) -> None:
-        """The request waits, or is paused, from now on."""
-        entered_queue(req)
-        self._stands(req, status)
-        self.planner.queue.stopped(state_of(req), status, self.pass_info)
-
-    def _stands(self, req: Req, status: RequestStatus) -> None:
-        """Say what starting the request again takes. Nobody asks that of one who runs."""
-        state = state_of(req)
-        state.remaining = remaining_of(req, state)
-        if status is RequestStatus.RESIDENT:
-            state.kv_tokens = req.kv.kv_committed_len
-        elif status is RequestStatus.HOST:
-            state.kv_tokens = self.paused_requests.host[req].tokens
-        else:
-            state.kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
-
-    def gone(self, req: Req) -> None:
-        """The request ended outside the running batch."""
-        self.planner.queue.remove(state_of(req))
-
-    def prefilled(self, req: Req) -> None:
-        """The engine took the request into a prefill batch."""
-        self.decision_log.started(state_of(req), self.pass_info)
-        self.planner.queue.started(state_of(req), self.pass_info)
-
     def observe(self, req: Req) -> None:
-        reasoning_ended = self.request_states.observe(req, self.pass_info)
+        reasoning_ended = self.request_states.observe(req)
         if self.migrations is not None:
             self.migrations.observe(req)
             if reasoning_ended:

@@ -1,4 +1,8 @@
-"""Keeps the policy's picture of each request true: one `RequestState` per SGLang `Req`."""
+"""The status of every request of a scheduler: one `RequestState` per SGLang `Req`.
+
+A request changes status here and nowhere else: the policy's queue, the timeline, SGLang's clocks,
+metrics and the decision log follow from the one call.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,15 @@ from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.engine.observability.phases import timeline_of
+from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.observability.decision_log import DecisionLog
+from pascal_sglang.engine.observability.queue_times import entered_queue, left_queue
+from pascal_sglang.engine.req_attributes import state_of, timeline_of
+from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.ranking import PassInfo, fastest_pace
-from pascal_sglang.policy.request import RequestState
+from pascal_sglang.policy.queue import WaitQueue
+from pascal_sglang.policy.ranking import PREFIX_HEAD_START, PassInfo, fastest_pace
+from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 logger = logging.getLogger(__name__)
@@ -21,19 +30,44 @@ logger = logging.getLogger(__name__)
 UNLIMITED = 1 << 30
 
 
-class RequestStates:
-    """Makes members and brings them up to date.
+STATUSES = {
+    KVTier.RESIDENT: RequestStatus.RESIDENT,
+    KVTier.HOST: RequestStatus.HOST,
+    KVTier.RECOMPUTE: RequestStatus.WAITING,
+}
 
-    unpausable: how many requests arrived that cannot be paused, by reason.
+
+class RequestStates:
+    """Makes the states of requests and carries out their transitions.
+
+    The running requests are those of SGLang's batch. All others are in `queue` here, and in
+    SGLang's waiting queue or in `paused_requests`.
     """
 
-    def __init__(self, config: PascalConfig) -> None:
+    # The current pass, whose clock is that of TP rank 0.
+    pass_info: PassInfo
+    # Requests that arrived and cannot be paused, by reason.
+    unpausable: Counter[str]
+
+    def __init__(
+        self,
+        scheduler: Any,
+        config: PascalConfig,
+        paused_requests: PausedRequests,
+        queue: WaitQueue,
+        decision_log: DecisionLog,
+    ) -> None:
+        self.scheduler = scheduler
         self.config = config
-        self.unpausable: Counter[str] = Counter()
+        self.paused_requests = paused_requests
+        self.queue = queue
+        self.decision_log = decision_log
+        self.pass_info = PassInfo(0, 0.0, 0.0)
+        self.unpausable = Counter()
         self._arrivals = 0
 
     def arrived(self, req: Req) -> RequestState:
-        """Make the request's member; its reader's pace may come with the request."""
+        """Make the request's state; its reader's pace may come with the request."""
         tpot_ms = self.config.answer_tpot_ms_of(req.sampling_params.custom_params)
         self._arrivals += 1
         pacer = Pacer(tpot_ms / 1000)
@@ -47,14 +81,72 @@ class RequestStates:
         req.pascal_state = state
         return state
 
-    def observe(self, req: Req, pass_info: PassInfo) -> bool:
-        """The request may have produced tokens: bring its member up to date, tell its reader.
+    def queued(self, req: Req) -> None:
+        """The request entered SGLang's waiting queue, for the first time or after a retraction."""
+        whole = len(req.origin_input_ids) + len(req.output_ids)
+        cached = self.paused_requests.pool.held(req, whole - 1)
+        state_of(req).head_start = PREFIX_HEAD_START * cached.tokens // whole
+        self.stopped(req, RequestStatus.WAITING)
+
+    def wait_again(self, req: Req) -> None:
+        """The request, which holds no KV, waits to be prefilled again."""
+        self.stopped(req, RequestStatus.WAITING)
+        self.scheduler.waiting_queue.append(req)
+
+    def stopped(self, req: Req, status: RequestStatus) -> None:
+        """The request waits, or is paused, from now on."""
+        entered_queue(req)
+        self._update_resume_cost(req, status)
+        self.queue.stopped(state_of(req), status, self.pass_info)
+
+    def paused(self, req: Req, why: str) -> None:
+        """The request leaves the running batch. Its last token may still be on its way."""
+        state = state_of(req)
+        state.kv_tokens = req.kv.kv_committed_len
+        self.decision_log.paused(state, self.pass_info, why)
+
+    def finish_pauses(self) -> None:
+        """Handle the KV of the requests that left the batch and whose last token has arrived."""
+        paused = self.paused_requests
+        for req, tier in paused.settle():
+            if req in paused.moving and tier is not KVTier.RECOMPUTE:
+                continue
+            paused.moving.discard(req)
+            self.stopped(req, STATUSES[tier])
+            self.decision_log.left_device(state_of(req), tier, self.pass_info)
+            if tier is KVTier.RECOMPUTE:
+                self.scheduler.waiting_queue.append(req)
+
+    def spilled(self, req: Req, tier: KVTier) -> None:
+        """The KV of a paused request went down to `tier`."""
+        self._update_resume_cost(req, STATUSES[tier])
+        self.queue.spilled(state_of(req), STATUSES[tier])
+        self.decision_log.left_device(state_of(req), tier, self.pass_info)
+        if tier is KVTier.RECOMPUTE:
+            self.scheduler.waiting_queue.append(req)
+
+    def resumed(self, req: Req) -> None:
+        """A paused request is in the running batch again."""
+        left_queue(req)
+        self.started(req)
+
+    def started(self, req: Req) -> None:
+        """The request runs, or is prefilled, from now on."""
+        self.decision_log.started(state_of(req), self.pass_info)
+        self.queue.started(state_of(req), self.pass_info)
+
+    def ended(self, req: Req) -> None:
+        """The request ended outside the running batch."""
+        self.queue.remove(state_of(req))
+
+    def observe(self, req: Req) -> bool:
+        """The request may have produced tokens: bring its state up to date, tell its reader.
 
         True if it has just ended its thinking."""
         state, timeline = state_of(req), timeline_of(req)
         if new := timeline.answer_tokens - state.pacer.delivered:
-            floor = fastest_pace(self.config.answer_tpot_ms / 1000, pass_info)
-            state.pacer.deliver(pass_info.now, new, floor=floor)
+            floor = fastest_pace(self.config.answer_tpot_ms / 1000, self.pass_info)
+            state.pacer.deliver(self.pass_info.now, new, floor=floor)
         answering = timeline.phase is Phase.ANSWERING
         reasoning_ended = answering and state.phase is Phase.REASONING
         if reasoning_ended:
@@ -64,10 +156,16 @@ class RequestStates:
         state.total_tokens = timeline.reasoning_tokens + timeline.answer_tokens
         return reasoning_ended and timeline.reasoning_tokens > 0 and not req.finished()
 
-
-def state_of(req: Req) -> RequestState:
-    state: RequestState = req.pascal_state
-    return state
+    def _update_resume_cost(self, req: Req, status: RequestStatus) -> None:
+        """Note what starting the request again takes. Nothing asks that of one that runs."""
+        state = state_of(req)
+        state.remaining = remaining_of(req, state)
+        if status is RequestStatus.RESIDENT:
+            state.kv_tokens = req.kv.kv_committed_len
+        elif status is RequestStatus.HOST:
+            state.kv_tokens = self.paused_requests.host[req].tokens
+        else:
+            state.kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
 
 
 def remaining_of(req: Req, state: RequestState) -> int:

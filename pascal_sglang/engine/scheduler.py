@@ -101,12 +101,14 @@ class PascalScheduler(OperationsScheduler):
         reports = self.metrics_reporter.enable_metrics and get_parallel().attn_tp_rank == 0
         labels = self.metrics_collector.labels if reports else {}
         metrics = PhaseMetrics(labels, self.pascal_config.qoe_slo) if reports else None
-        if reports and self.executor is not None:
-            per_token = self.executor.paused_requests.copies.bytes_per_token
-            self.executor.decision_log.metrics = DecisionMetrics(labels, per_token)
+        if reports and self.plan_executor is not None:
+            per_token = self.plan_executor.paused_requests.copies.bytes_per_token
+            self.plan_executor.decision_log.metrics = DecisionMetrics(labels, per_token)
         if reports and self.migrations is not None:
             self.migrations.report_to(MigrationMetrics(labels))
-        self.phase_tracker = PhaseTracker(metrics, None if self.executor is None else self._observe)
+        self.phase_tracker = PhaseTracker(
+            metrics, None if self.plan_executor is None else self._observe
+        )
         super().init_output_streamer()
         self.output_streamer.tracker = self.phase_tracker
         self.output_streamer.revoked = (
@@ -114,8 +116,8 @@ class PascalScheduler(OperationsScheduler):
         )
 
     def _observe(self, req: Req) -> None:
-        assert self.executor is not None
-        self.executor.observe(req)
+        assert self.plan_executor is not None
+        self.plan_executor.observe(req)
         if self.load_reporter is not None and req.finished():
             self.load_reporter.gone(req)
 
@@ -166,8 +168,8 @@ class PascalScheduler(OperationsScheduler):
         kwargs = with_default_budget(recv_req, kwargs, self.pascal_config.default_thinking_budget)
         req = super()._create_generation_req(recv_req, *args, **kwargs)
         self.phase_tracker.arrived(req, getattr(recv_req.time_stats, "created_time", 0.0))
-        if self.executor is not None:
-            self.executor.request_states.arrived(req)
+        if self.plan_executor is not None:
+            self.plan_executor.request_states.arrived(req)
         return req
 
     def send_control_output(self, output: Any, recv_req: Any) -> None:
@@ -177,35 +179,35 @@ class PascalScheduler(OperationsScheduler):
             self.load_reporter.answered(recv_req)
 
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
-        if self.executor is None:
+        if self.plan_executor is None:
             super()._add_request_to_queue(req, is_retracted=is_retracted)
             return
-        with self.executor.admission.everybody():
+        with self.plan_executor.admission.everybody():
             super()._add_request_to_queue(req, is_retracted=is_retracted)
             if self.waiting_queue and self.waiting_queue[-1] is req:
-                self.executor.queued(req)
+                self.plan_executor.request_states.queued(req)
 
     def init_invariant_checker(self) -> None:
         """The pools exist by now: build the executor, and let SGLang's leak checks count the KV of
         requests on their way out."""
         super().init_invariant_checker()
-        self.executor = build_executor(self, self.pascal_config)
-        self.load_reporter = build_load_reporter(self, self.executor)
-        if self.executor is not None:
+        self.plan_executor = build_executor(self, self.pascal_config)
+        self.load_reporter = build_load_reporter(self, self.plan_executor)
+        if self.plan_executor is not None:
             stock: Any = self.invariant_checker
             fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
             self.invariant_checker = PascalInvariantChecker(**fields)
-            self.invariant_checker.paused_requests = self.executor.paused_requests
-            self.migrations = build_migrations(self, self.executor, self.pascal_config)
-            self.executor.migrations = self.invariant_checker.migrations = self.migrations
+            self.invariant_checker.paused_requests = self.plan_executor.paused_requests
+            self.migrations = build_migrations(self, self.plan_executor, self.pascal_config)
+            self.plan_executor.migrations = self.invariant_checker.migrations = self.migrations
             if self.migrations is not None:
                 self.migrations.locate = partial(location_replies.reply, self)
 
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
     ) -> Any:
-        if self.executor is not None:
-            running_batch = self.executor.govern(running_batch, last_batch)
+        if self.plan_executor is not None:
+            running_batch = self.plan_executor.govern(running_batch, last_batch)
         plan = super().get_next_batch_to_run(running_batch=running_batch, last_batch=last_batch)
         if self.load_reporter is not None:
             self.load_reporter.tell(plan.batch_to_run)
@@ -217,14 +219,14 @@ class PascalScheduler(OperationsScheduler):
         return super().handle_generate_request(recv_req, **kwargs)
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
-        if self.executor is not None:
-            if self.executor.relieve(batch):
+        if self.plan_executor is not None:
+            if self.plan_executor.relieve(batch):
                 batch.batch_is_full = False
                 return (
                     None  # As SGLang does where finishing requests are about to give memory back.
                 )
             # Read by `retract_decode`, which now strikes only what cannot be paused.
-            batch._get_decode_retraction_order = self.executor.retraction_order
+            batch._get_decode_retraction_order = self.plan_executor.retraction_order
         try:
             updated: ScheduleBatch | None = super().update_running_batch(batch)
         finally:
@@ -232,9 +234,9 @@ class PascalScheduler(OperationsScheduler):
         return updated
 
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> Any:
-        if self.executor is None:
+        if self.plan_executor is None:
             return super().get_new_batch_prefill(running_batch)
-        with self.executor.admission.only_planned(self.executor.prefilled):
+        with self.plan_executor.admission.only_planned(self.plan_executor.request_states.started):
             return super().get_new_batch_prefill(running_batch)
 
     def _should_defer_prefill(self, running_batch: ScheduleBatch) -> bool:
@@ -259,9 +261,9 @@ class PascalScheduler(OperationsScheduler):
             self.migrations.aborted("" if recv_req.abort_all else recv_req.rid, matches)
         # Marks those that run, and those that we hold, with the reason.
         super().abort_request(recv_req)
-        if self.executor is None:
+        if self.plan_executor is None:
             return
-        for req in self.executor.paused_requests.forget(lambda r: matches(r.rid)):
+        for req in self.plan_executor.paused_requests.forget(lambda r: matches(r.rid)):
             self.end_early(req, None)
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> Any:
@@ -272,7 +274,7 @@ class PascalScheduler(OperationsScheduler):
     def pascal_status(self) -> dict[str, Any]:
         """This instance for `GET /pascal/status`: counts by phase, KV tokens, requests."""
         live = [req for req in Scheduler.collect_inflight_reqs(self) if not req.finished()]
-        executor = self.executor
+        executor = self.plan_executor
         paused_requests = None if executor is None else executor.paused_requests
         paused = (
             [] if paused_requests is None else [*paused_requests.leaving, *paused_requests.paused()]

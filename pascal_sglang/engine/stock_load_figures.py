@@ -63,7 +63,7 @@ class PascalMetricsReporter(SchedulerMetricsReporter):
 
     @contextmanager
     def _paused_queued(self) -> Iterator[None]:
-        executor = getattr(self.scheduler, "executor", None)
+        executor = getattr(self.scheduler, "plan_executor", None)
         held = [] if executor is None else held_back(executor.paused_requests)
         if not held:
             yield
@@ -102,7 +102,7 @@ class PascalLoadInquirer(SchedulerLoadInquirer):
 class ReportingScheduler(Scheduler):
     """SGLang's scheduler that reports paused requests as queued."""
 
-    executor: PlanExecutor | None = None
+    plan_executor: PlanExecutor | None = None
     load_inquirer: Any
 
     def init_metrics_reporter(self) -> None:
@@ -114,9 +114,9 @@ class ReportingScheduler(Scheduler):
 
     def init_load_inquirer(self) -> None:
         super().init_load_inquirer()
-        if self.executor is None:
+        if self.plan_executor is None:
             return
-        paused_requests = self.executor.paused_requests
+        paused_requests = self.plan_executor.paused_requests
         stock: Any = self.load_inquirer
         fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
         self.load_inquirer = PascalLoadInquirer(
@@ -127,6 +127,6 @@ class ReportingScheduler(Scheduler):
 
     def _poll_timeout_aborts(self) -> list[AbortReq]:
         aborts: list[AbortReq] = super()._poll_timeout_aborts()
-        if self.executor is None:
+        if self.plan_executor is None:
             return aborts
-        return with_paused(aborts, self.waiting_queue, self.executor.paused_requests.paused())
+        return with_paused(aborts, self.waiting_queue, self.plan_executor.paused_requests.paused())

@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+# Errors of one kind that a process writes to its log; the rest are counted.
+ERRORS_LOGGED = 5
+
 
 class RanksDiverged(Exception):
     """The TP ranks of this instance no longer do the same; the instance has to end."""

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from pascal_sglang.engine.admission import Admission
-from pascal_sglang.engine.request_states import state_of
+from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.plan import Planner
 from pascal_sglang.policy.ranking import POLICIES, PassInfo, Tuning

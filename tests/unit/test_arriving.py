@@ -134,7 +134,7 @@ def test_one_whose_copy_fails_on_any_rank_gives_all_back_and_is_prefilled_again(
     monkeypatch.setattr(paused_requests.pool, "release", done.append)
     monkeypatch.setattr(paused_requests, "can_resume", lambda *_: True)
     monkeypatch.setattr(executor.capacity, "promised_tokens", lambda: 0)
-    executor.stopped(request, RequestStatus.HOST)
+    executor.request_states.stopped(request, RequestStatus.HOST)
     monkeypatch.setattr("pascal_sglang.engine.kv.paused.all_agree", lambda _, holds: False)
     monkeypatch.setattr(executor.decision_log, "left_device", lambda *_: None)
     assert executor._resume(request, Batch(reqs=["other"]), 0) is None

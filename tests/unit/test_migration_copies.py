@@ -99,22 +99,28 @@ class Instance:
         self.paused_requests.let_go = self.paused_requests.resident.pop
         self.paused_requests.adopt = self.paused_requests.resident.__setitem__
         self.receive_buffer = ReceiveBuffer(self.pool, self.kv, self.transport.receive_buffer)
-        self.executor = SimpleNamespace(
+        self.states = SimpleNamespace(
             paused_requests=self.paused_requests,
             pass_info=SimpleNamespace(now=1.0, pass_no=1),
-            planner=SimpleNamespace(left=lambda member: None),
-            settle=lambda: None,
+            ended=lambda req: None,
+            finish_pauses=lambda: None,
             stopped=lambda req, status: self.said.append(("stopped", status)),
-            capacity=SimpleNamespace(promised_tokens=lambda: 0),
-            request_states=SimpleNamespace(arrived=lambda req: None),
+            arrived=lambda req: None,
         )
+        capacity = SimpleNamespace(promised_tokens=lambda: 0)
         control_sender = SimpleNamespace(send=lambda to, said: self.said.extend(said))
-        sides = (self.scheduler, self.executor, Terms())
+        sides = (self.scheduler, self.states)
         way = (self.transport, self.kv, self.receive_buffer.window, control_sender, PrefillGate())
-        self.outgoing_migrations = OutgoingMigrations(*sides, *way)
+        self.outgoing_migrations = OutgoingMigrations(*sides, Terms(), *way)
         receive_buffers = [self.transport.address]
         self.incoming_migrations = IncomingMigrations(
-            *sides, self.receive_buffer, receive_buffers, control_sender, PrefillGate()
+            *sides,
+            capacity,
+            Terms(),
+            self.receive_buffer,
+            receive_buffers,
+            control_sender,
+            PrefillGate(),
         )
 
     def take(self, kind):

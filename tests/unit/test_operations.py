@@ -33,7 +33,8 @@ class Ending(SimpleNamespace):
 
     def __init__(self, *, governed=True):
         self.gone, self.outputs, self.alone, self.migrations = [], [], [], None
-        self.executor = SimpleNamespace(gone=self.gone.append) if governed else None
+        states = SimpleNamespace(ended=self.gone.append)
+        self.plan_executor = SimpleNamespace(request_states=states) if governed else None
         self.output_streamer = SimpleNamespace(
             stream_output=lambda reqs, logprobs: self.outputs.append((reqs, logprobs))
         )

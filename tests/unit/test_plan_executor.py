@@ -150,7 +150,7 @@ def test_idle_passes_do_not_say_how_long_a_step_takes(executor, monkeypatch):
     seen = []
     for last in (None, decode, None, None, decode):
         executor.govern(SimpleNamespace(reqs=[]), last)
-        seen.append(executor.pass_info.pass_s)
+        seen.append(executor.request_states.pass_info.pass_s)
     assert seen[1] > 0
     assert seen[1] == seen[2] == seen[3] < seen[4]
 
@@ -248,7 +248,7 @@ def test_what_a_start_takes_is_known_by_place(executor, status, tokens):
     req.sampling_params = params
     req.origin_input_ids, req.output_ids = [1] * 5, [2] * 4
     req.kv.kv_committed_len = 7
-    executor._stands(req, status)
+    executor.request_states._update_resume_cost(req, status)
     assert (req.pascal_state.kv_tokens, req.pascal_state.remaining) == (tokens, 16)
 
 

@@ -1,5 +1,6 @@
 """Generation pauses by retraction, or weights change, while requests are held or move."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.messages import MigrateCommand
 from pascal_sglang.engine.kv.host_copies import HostCopy
+from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.engine.retraction import retract_held
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.request import RequestStatus
@@ -43,7 +45,9 @@ def released(executor, monkeypatch):
     found, pool = [], executor.paused_requests.pool
     monkeypatch.setattr(pool, "release", found.append)
     monkeypatch.setattr(pool, "release_rowless", lambda req, locations: found.append(req))
-    monkeypatch.setattr(executor, "stopped", lambda req, status: found.append((req, status)))
+    monkeypatch.setattr(
+        executor.request_states, "stopped", lambda req, status: found.append((req, status))
+    )
     executor.scheduler.waiting_queue = []
     return found
 
@@ -63,7 +67,7 @@ def test_everybody_held_waits_without_kv_and_who_was_handed_over_comes_back_only
     paused_requests.host_tokens = 20
     paused_requests.moving.add(handed)
     assert paused_requests.held() == {resident, host, arriving, leaving, ended, handed}
-    retract_held(executor)
+    retract_held(executor.request_states)
     waiting = [resident, host, arriving, leaving]
     assert executor.scheduler.waiting_queue == waiting
     assert [r for r in released if isinstance(r, tuple)] == [
@@ -80,7 +84,7 @@ def test_everybody_held_waits_without_kv_and_who_was_handed_over_comes_back_only
     assert paused_requests.copies.held == [OWN], "who gets its memory waits for the copy"
     assert [r.retractions for r in (*waiting, handed, ended)] == [1, 1, 1, 1, 1, 0]
     # A second time there is nothing to drop.
-    retract_held(executor)
+    retract_held(executor.request_states)
     assert handed.retractions == 1
     assert paused_requests.held() == {handed}
 
@@ -101,7 +105,8 @@ def test_a_target_that_pauses_refuses_and_the_source_has_dropped_the_kv(sides):
     source, target = sides
     request, handover = handed_over(source, target)
     waiting = []
-    source.executor.scheduler = SimpleNamespace(waiting_queue=waiting)
+    source.states.scheduler = SimpleNamespace(waiting_queue=waiting)
+    source.states.wait_again = partial(RequestStates.wait_again, source.states)
     request.time_stats = SimpleNamespace(set_wait_queue_entry_time=lambda: None)
     source.outgoing_migrations.give_up("generation paused")
     assert source.outgoing_migrations.under_way, "it may be the target's"

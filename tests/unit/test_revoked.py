@@ -24,10 +24,10 @@ def revoked():
     )
     scheduler = SimpleNamespace(waiting_queue=[], _release_aborted_request=gone.append)
     pass_info = SimpleNamespace(now=2.0)
-    executor = SimpleNamespace(
-        paused_requests=paused_requests, gone=gone.append, pass_info=pass_info
+    states = SimpleNamespace(
+        paused_requests=paused_requests, ended=gone.append, pass_info=pass_info
     )
-    made = Revoked(scheduler, executor)
+    made = Revoked(scheduler, states)
     made.gone = gone
     return made
 
@@ -35,7 +35,7 @@ def revoked():
 @pytest.mark.parametrize("where", ["waiting", "held"])
 def test_one_that_does_not_run_is_gone_at_once(where, revoked):
     req, other = Request(), Request()
-    waiting, held = revoked.scheduler.waiting_queue, revoked.executor.paused_requests.held
+    waiting, held = revoked.scheduler.waiting_queue, revoked.states.paused_requests.held
     (waiting if where == "waiting" else held).append(req)
     waiting.append(other)
     revoked.add(req)

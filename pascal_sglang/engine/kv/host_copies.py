@@ -13,12 +13,12 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from pascal_sglang.engine.kv.copy_stream import CopyStream, copy_stream_of
 from pascal_sglang.engine.kv.pinning import pin
 from pascal_sglang.engine.kv.range_allocator import RangeAllocator
+from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED
 
 logger = logging.getLogger(__name__)
 
 # Tokens gathered at a time: what one layer of them takes on the device is all that a copy needs.
 CHUNK = 8192
-ERRORS_LOGGED = 5
 
 
 @dataclass(slots=True)

@@ -89,11 +89,29 @@ def build_migrations(
     prefill_gate = PrefillGate()
     window = receive_buffer.window
     outgoing_migrations = OutgoingMigrations(
-        scheduler, executor, terms, transport, kv, window, control_sender, prefill_gate
+        scheduler,
+        executor.request_states,
+        terms,
+        transport,
+        kv,
+        window,
+        control_sender,
+        prefill_gate,
     )
     incoming_migrations = IncomingMigrations(
-        scheduler, executor, terms, receive_buffer, receive_buffers, control_sender, prefill_gate
+        scheduler,
+        executor.request_states,
+        executor.capacity,
+        terms,
+        receive_buffer,
+        receive_buffers,
+        control_sender,
+        prefill_gate,
     )
     return Migrations(
-        executor, outgoing_migrations, incoming_migrations, control_sender, config.force_migration
+        executor.request_states,
+        outgoing_migrations,
+        incoming_migrations,
+        control_sender,
+        config.force_migration,
     )

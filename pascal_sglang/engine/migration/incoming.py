@@ -16,6 +16,7 @@ from pascal_sglang.cluster.control_channel import CONTROLLER
 from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
+from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
 from pascal_sglang.engine.migration.prefill_gate import LANDING_PASSES, PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import IncomingMigration, ReceiveBuffer
@@ -27,7 +28,7 @@ from pascal_sglang.engine.migration.request_snapshot import (
 )
 from pascal_sglang.engine.migration.revoked import Revoked
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
-from pascal_sglang.engine.plan_executor import PlanExecutor
+from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.request import RequestStatus
 
@@ -44,7 +45,8 @@ class IncomingMigrations:
     def __init__(
         self,
         scheduler: Any,
-        executor: PlanExecutor,
+        states: RequestStates,
+        capacity: CapacityView,
         terms: Terms,
         receive_buffer: ReceiveBuffer,
         receive_buffers: list[str],
@@ -52,7 +54,8 @@ class IncomingMigrations:
         prefill_gate: PrefillGate,
     ) -> None:
         """receive_buffers: addresses of this instance's receive buffers, by TP rank."""
-        self.scheduler, self.executor, self.terms = scheduler, executor, terms
+        self.scheduler, self.states, self.capacity = scheduler, states, capacity
+        self.terms = terms
         self.receive_buffer, self.receive_buffers, self.control_sender = (
             receive_buffer,
             receive_buffers,
@@ -65,7 +68,7 @@ class IncomingMigrations:
         self.metrics: MigrationMetrics | None = None
         self._past: OrderedDict[str, IncomingMigration] = OrderedDict()
         self._tombstones = RecentAborts()
-        self.revoked = Revoked(scheduler, executor)
+        self.revoked = Revoked(scheduler, states)
         self._dp_rank = get_parallel().dp_rank or 0
 
     def came_with(self, batch: ScheduleBatch) -> bool:
@@ -93,7 +96,7 @@ class IncomingMigrations:
             ask.tokens,
             fetch=lambda begin, end: self._fetch(incoming, begin, end),
             take=lambda state, tokens: self._take(incoming, state, tokens),
-            drop=lambda: self.receive_buffer.drop(incoming, self.executor.pass_info.now),
+            drop=lambda: self.receive_buffer.drop(incoming, self.states.pass_info.now),
             revoke=lambda: self._revoke(incoming),
             valid=lambda state, tokens: self._problem(incoming, state, tokens),
             heard=now,
@@ -113,13 +116,9 @@ class IncomingMigrations:
             return "aborted"
         if not self.receive_buffer.windows.free:
             return "busy"
-        running = len(self.scheduler.running_batch.reqs) + len(
-            self.executor.paused_requests.arriving
-        )
+        running = len(self.scheduler.running_batch.reqs) + len(self.states.paused_requests.arriving)
         pool = self.receive_buffer.pool
-        room = (
-            pool.free_tokens - self.executor.capacity.promised_tokens() - pool.in_pages(running + 1)
-        )
+        room = pool.free_tokens - self.capacity.promised_tokens() - pool.in_pages(running + 1)
         return None if room >= pool.in_pages(ask.tokens) else "full"
 
     def _fetch(self, incoming: IncomingMigration, begin: int, end: int) -> bool:
@@ -140,11 +139,11 @@ class IncomingMigrations:
 
     def _take(self, incoming: IncomingMigration, state: dict[str, Any], tokens: int) -> None:
         req = incoming.req
-        locations = self.receive_buffer.keep(incoming, tokens, self.executor.pass_info.now)
-        self.executor.request_states.arrived(req)
+        locations = self.receive_buffer.keep(incoming, tokens, self.states.pass_info.now)
+        self.states.arrived(req)
         restore_member(req, state)
-        self.executor.paused_requests.adopt(req, locations)
-        self.executor.stopped(req, RequestStatus.RESIDENT)
+        self.states.paused_requests.adopt(req, locations)
+        self.states.stopped(req, RequestStatus.RESIDENT)
         self.arrived[req] = state["blocked_since"]
         incoming.taken = weakref.ref(req)
 
@@ -194,7 +193,7 @@ class IncomingMigrations:
         else:
             self.control_sender.send(sender, said)
         if isinstance(message, messages.KVChunk) and message.last:
-            self.prefill_gate.ask(self.executor.pass_info.pass_no, LANDING_PASSES)
+            self.prefill_gate.ask(self.states.pass_info.pass_no, LANDING_PASSES)
         self._settle(message.migration)
 
     def step(self, now: float) -> None:
@@ -236,4 +235,4 @@ class IncomingMigrations:
             if incoming.sender == instance and incoming.target is not None:
                 incoming.target.give_up("source died")
                 self._settle(migration)
-        self.receive_buffer.died(instance, self.executor.pass_info.now)
+        self.receive_buffer.died(instance, self.states.pass_info.now)

@@ -28,9 +28,9 @@ def hear(scheduler: Any, control_batch: ControlBatch) -> None:
 
 def reply(scheduler: Any, query: LocationQuery) -> None:
     """Say which of some requests live here, those on their way out included."""
-    if scheduler.load_reporter is None or scheduler.executor is None:
+    if scheduler.load_reporter is None or scheduler.plan_executor is None:
         return
-    paused_requests = scheduler.executor.paused_requests
+    paused_requests = scheduler.plan_executor.paused_requests
     held = (
         paused_requests.leaving,
         paused_requests.arriving,

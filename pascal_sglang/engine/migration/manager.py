@@ -26,9 +26,9 @@ from pascal_sglang.engine.migration.incoming import IncomingMigrations
 from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
 from pascal_sglang.engine.migration.request_snapshot import why_not_migratable
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
-from pascal_sglang.engine.plan_executor import ERRORS_LOGGED, PlanExecutor
-from pascal_sglang.engine.request_states import remaining_of, state_of
-from pascal_sglang.engine.tp_ranks import catch_on_all_ranks
+from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.engine.request_states import RequestStates, remaining_of
+from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, catch_on_all_ranks
 from pascal_sglang.policy.timeline import Phase
 
 logger = logging.getLogger(__name__)
@@ -54,15 +54,15 @@ class Migrations:
 
     def __init__(
         self,
-        executor: PlanExecutor,
+        states: RequestStates,
         outgoing_migrations: OutgoingMigrations,
         incoming_migrations: IncomingMigrations,
         control_sender: Rank0Sender,
         force_migration: float,
     ) -> None:
         """force_migration: for tests: the chance per pass that an answer asks to move again."""
-        self.executor, self.outgoing_migrations, self.incoming_migrations = (
-            executor,
+        self.states, self.outgoing_migrations, self.incoming_migrations = (
+            states,
             outgoing_migrations,
             incoming_migrations,
         )
@@ -106,7 +106,7 @@ class Migrations:
             or incoming_migrations.under_way
             or incoming_migrations.arrived
         )
-        pass_no = self.executor.pass_info.pass_no
+        pass_no = self.states.pass_info.pass_no
         return incoming_migrations.prefill_gate.defers(
             pass_no, prefill_waits=prefill_waits, moving=moving
         )
@@ -120,7 +120,7 @@ class Migrations:
                 self._reject(str(error))
                 continue
             failure = catch_on_all_ranks(
-                self.executor.scheduler, partial(self._take_in, sender, message, control_batch.now)
+                self.states.scheduler, partial(self._take_in, sender, message, control_batch.now)
             )
             if failure is not None:
                 self._reject("failed")
@@ -156,7 +156,7 @@ class Migrations:
 
     def step(self, running: ScheduleBatch) -> None:
         """Once per pass, before the plan."""
-        now = self.executor.pass_info.now
+        now = self.states.pass_info.now
         if self.outgoing_migrations.under_way:
             self.outgoing_migrations.step(running, now)
         if (
@@ -216,7 +216,7 @@ class Migrations:
     def aborted(self, rid: str, matches: Callable[[str], bool]) -> None:
         """An abort has come, before it is looked for among the requests here."""
         self.outgoing_migrations.aborted(matches)
-        self.incoming_migrations.aborted(rid, matches, self.executor.pass_info.now)
+        self.incoming_migrations.aborted(rid, matches, self.states.pass_info.now)
 
     def describe(self) -> dict[str, Any]:
         """For `GET /pascal/status`."""

@@ -21,10 +21,8 @@ from pascal_sglang.engine.migration.outgoing_migration import OutgoingMigration,
 from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.request_snapshot import export_state, why_not_migratable
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
-from pascal_sglang.engine.observability.phases import timeline_of
-from pascal_sglang.engine.plan_executor import PlanExecutor
-from pascal_sglang.engine.request_states import remaining_of, state_of
-from pascal_sglang.engine.retraction import wait_again
+from pascal_sglang.engine.req_attributes import state_of, timeline_of
+from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.request import RequestStatus
 
@@ -41,7 +39,7 @@ class OutgoingMigrations:
     def __init__(
         self,
         scheduler: Any,
-        executor: PlanExecutor,
+        states: RequestStates,
         terms: Terms,
         transport: Transport,
         kv: KVSerializer,
@@ -50,11 +48,8 @@ class OutgoingMigrations:
         prefill_gate: PrefillGate,
     ) -> None:
         """window: KV entries that go between two decode steps."""
-        self.scheduler, self.executor, self.paused_requests = (
-            scheduler,
-            executor,
-            executor.paused_requests,
-        )
+        self.scheduler, self.states = scheduler, states
+        self.paused_requests = states.paused_requests
         self.terms, self.transport, self.kv, self.window = terms, transport, kv, window
         self.control_sender, self.prefill_gate = control_sender, prefill_gate
         self.under_way: dict[str, OutgoingMigration] = {}
@@ -157,7 +152,7 @@ class OutgoingMigrations:
                 return
         if self._copy(out, source, alive, now) and source.state is SourceState.STOPPING:
             # Without overlap nothing of it is under way, and it stands still at once.
-            self.executor.settle()
+            self.states.finish_pauses()
             self._copy(out, source, alive, now)
 
     def _copy(
@@ -209,10 +204,10 @@ class OutgoingMigrations:
         assert self._running is not None
         if self.terms.live:
             # What it has produced last is told after the step that begins now.
-            self.prefill_gate.ask(self.executor.pass_info.pass_no, 1)
-        out.stopped_at = self.executor.pass_info.now
+            self.prefill_gate.ask(self.states.pass_info.pass_no, 1)
+        out.stopped_at = self.states.pass_info.now
         timeline_of(out.req).stopped("moved", out.stopped_at)
-        out.take_out(self._running, lambda req: self.executor.planner.queue.remove(state_of(req)))
+        out.take_out(self._running, lambda req: self.states.ended(req))
 
     def _resume(self, out: OutgoingMigration) -> None:
         status = out.put_back()
@@ -222,9 +217,9 @@ class OutgoingMigrations:
             out.let_go()
             self.scheduler.end_early(out.req, None)
         elif status is RequestStatus.WAITING:
-            wait_again(self.executor, out.req)
+            self.states.wait_again(out.req)
         else:
-            self.executor.stopped(out.req, status)
+            self.states.stopped(out.req, status)
 
     def _lose(self, out: OutgoingMigration) -> None:
         out.let_go()

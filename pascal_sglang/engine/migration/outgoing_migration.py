@@ -15,7 +15,7 @@ from pascal_sglang.cluster.transport import Transport, TransportError
 from pascal_sglang.engine.kv.host_copies import HostKV
 from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.kv.serializer import KVSerializer
-from pascal_sglang.engine.observability.phases import timeline_of
+from pascal_sglang.engine.req_attributes import timeline_of
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.request import RequestStatus
 

@@ -27,8 +27,8 @@ from pascal_sglang.engine.migration.snapshot_fields import (
     TIMES,
     refused_by,
 )
-from pascal_sglang.engine.observability.phases import timeline_of
-from pascal_sglang.engine.request_states import state_of, why_not_pausable
+from pascal_sglang.engine.req_attributes import state_of, timeline_of
+from pascal_sglang.engine.request_states import why_not_pausable
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Break, Phase, PhaseTimeline
 

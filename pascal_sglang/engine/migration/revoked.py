@@ -7,15 +7,15 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
-from pascal_sglang.engine.observability.phases import timeline_of
-from pascal_sglang.engine.plan_executor import PlanExecutor
+from pascal_sglang.engine.req_attributes import timeline_of
+from pascal_sglang.engine.request_states import RequestStates
 
 
 class Revoked:
     """True while some of them still run, until their next result."""
 
-    def __init__(self, scheduler: Any, executor: PlanExecutor) -> None:
-        self.scheduler, self.executor = scheduler, executor
+    def __init__(self, scheduler: Any, states: RequestStates) -> None:
+        self.scheduler, self.states = scheduler, states
         self._running: set[Req] = set()
 
     def __bool__(self) -> bool:
@@ -24,16 +24,16 @@ class Revoked:
     def add(self, req: Req) -> None:
         """Give back what the request holds, now or with its next result."""
         # Its source counts it. A step in flight brings it up again after its end.
-        timeline_of(req).finish(self.executor.pass_info.now)
+        timeline_of(req).finish(self.states.pass_info.now)
         waiting = self.scheduler.waiting_queue
         if req in waiting:
             waiting.remove(req)
-        elif req not in self.executor.paused_requests.forget(lambda held: held is req):
+        elif req not in self.states.paused_requests.forget(lambda held: held is req):
             req.to_finish = FINISH_ABORT()
             self._running.add(req)
             return
         self.scheduler._release_aborted_request(req)
-        self.executor.gone(req)
+        self.states.ended(req)
 
     def without(self, reqs: list[Req]) -> list[Req]:
         """Those of `reqs` whose tokens are to leave."""

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 from pascal_sglang.engine.observability.metrics import DecisionMetrics
-from pascal_sglang.engine.observability.phases import timeline_of
+from pascal_sglang.engine.req_attributes import timeline_of
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.ranking import PassInfo, Policy, Tuning
 from pascal_sglang.policy.request import RequestState

@@ -11,6 +11,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.engine.observability.metrics import PhaseMetrics
+from pascal_sglang.engine.req_attributes import timeline_of
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline, Progress
 
 RECENT = 64
@@ -28,15 +29,6 @@ def progress_of(req: Req) -> Progress:
     return Progress(
         output, reasoning if reasoning < output else output, opened and not req._is_reasoning_over
     )
-
-
-def timeline_of(req: Req) -> PhaseTimeline:
-    """The timeline attached to a request; made on first use for requests SGLang built itself."""
-    timeline: PhaseTimeline | None = getattr(req, "pascal_timeline", None)
-    if timeline is None:
-        timeline = PhaseTimeline(arrival=time.perf_counter())
-        req.pascal_timeline = timeline
-    return timeline
 
 
 class PhaseTracker:

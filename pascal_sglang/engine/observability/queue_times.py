@@ -18,7 +18,7 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import Req
 
-from pascal_sglang.engine.request_states import state_of
+from pascal_sglang.engine.req_attributes import state_of
 
 # SGLang's own words, which clients may look for.
 MESSAGE = "Request waiting timeout reached."

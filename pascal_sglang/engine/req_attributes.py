@@ -1,0 +1,25 @@
+"""What this package attaches to SGLang's `Req`: its timeline and its state. Both go with it."""
+
+from __future__ import annotations
+
+import time
+
+from sglang.srt.managers.schedule_batch import Req
+
+from pascal_sglang.policy.request import RequestState
+from pascal_sglang.policy.timeline import PhaseTimeline
+
+
+def timeline_of(req: Req) -> PhaseTimeline:
+    """The timeline of a request; made on first use for requests that SGLang built itself."""
+    timeline: PhaseTimeline | None = getattr(req, "pascal_timeline", None)
+    if timeline is None:
+        timeline = PhaseTimeline(arrival=time.perf_counter())
+        req.pascal_timeline = timeline
+    return timeline
+
+
+def state_of(req: Req) -> RequestState:
+    """The policy's state of a request; there is one under every policy but `fcfs`."""
+    state: RequestState = req.pascal_state
+    return state
