@@ -23,10 +23,11 @@ from evals import arms, page, workload
 from evals.arms import Arm, ArmError, Plan, Rate, Server
 from evals.load import alone, remote
 from evals.load.client import LAG_LIMIT_MS, Target, replay
+from evals.load.record import Idle
 from evals.load.timeline import details
 from evals.options import count, out_file
 from evals.reporting import balance, report, verdict
-from evals.reporting.metrics import Idle, bin_edges, summarize
+from evals.reporting.metrics import bin_edges, summarize
 from evals.reporting.verdict import Run
 from evals.workload import Item
 

@@ -22,10 +22,11 @@ from evals import sources, workload
 from evals.load import alone, auth, processor, remote
 from evals.load.attended import Watched, watch
 from evals.load.client import LAG_LIMIT_MS, Target
+from evals.load.record import Idle, Record
 from evals.load.timeline import details
 from evals.options import base_url, count, positive
 from evals.reporting import report
-from evals.reporting.metrics import GOODPUT_KEYS, Idle, Record, bin_edges, intervals, summarize
+from evals.reporting.metrics import GOODPUT_KEYS, bin_edges, intervals, summarize
 from evals.workload import Item, WorkloadError
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130

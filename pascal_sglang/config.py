@@ -15,6 +15,8 @@ from pascal_sglang import request_checks, request_ids
 from pascal_sglang.request_checks import ASKED_TPOT_MS, asked_tpot_ms, is_number
 
 CONFIG_ENV = "PASCAL_SGLANG_CONFIG"
+# Set in Ray's actors, which are child processes that `multiprocessing` does not know as such.
+ACTOR_ENV = "PASCAL_SGLANG_ACTOR"
 
 POLICIES = ("pascal", "paper", "rr", "rr-restart", "fcfs")
 DEMOTE_ON = ("kv", "thinking")

@@ -16,13 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
+from pascal_sglang.config import ACTOR_ENV, CONFIG_ENV, ConfigError, PascalConfig
 from pascal_sglang.seams import SeamError, check_seams, sglang_version, verify_seams
 
 _installed = False
-
-# Set in Ray's actors, which are child processes that `multiprocessing` does not know as such.
-ACTOR_ENV = "PASCAL_SGLANG_ACTOR"
 
 
 class Refusal(SystemExit):

@@ -25,8 +25,9 @@ from evals.compare import CACHE, EXIT_BAD_INPUT, target_of
 from evals.load import remote
 from evals.load.client import replay
 from evals.load.items import Item
+from evals.load.record import Record
 from evals.options import out_file
-from evals.reporting.metrics import Record, measure
+from evals.reporting.metrics import measure
 from pascal_sglang.sim.arms import ARMS, STOCK
 from pascal_sglang.sim.cluster import Setup, simulate
 from pascal_sglang.sim.cost import Cost

@@ -27,8 +27,8 @@ from evals.compare import CACHE, Comparison
 from evals.gpu import device, figures, identity
 from evals.load import remote
 from evals.load.client import Target
+from evals.load.record import Idle
 from evals.options import folder, positive
-from evals.reporting.metrics import Idle
 
 HERE = Path(__file__).parent
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130

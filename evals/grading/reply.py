@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from evals.load.attended import CUT
-from evals.reporting.metrics import Record
+from evals.load.record import Record
 
 
 class Piece(NamedTuple):

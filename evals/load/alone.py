@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from evals.load.client import Target, replay
 from evals.load.items import Item
-from evals.reporting.metrics import Idle, Record, fit_idle
+from evals.load.record import Idle, Record, fit_idle
 
 WARM_UP = Item(arrival_s=0.0, prompt_tokens=24, thinking_tokens=8, answer_tokens=4)
 THINKING = (8, 64, 160)

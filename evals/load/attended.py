@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from evals.load.client import Target, open_loop
 from evals.load.items import Item
-from evals.reporting.metrics import Record
+from evals.load.record import Record
 
 REFRESH_S = 0.2
 CUT = "interrupted"

@@ -17,11 +17,11 @@ import aiohttp
 import numpy as np
 import orjson
 
-from evals.load import auth, breaks, sse
+from evals.load import auth, sse
 from evals.load.items import Item
 from evals.load.prompt import Conversation, Reply, new_part
+from evals.load.record import Record, breaks_of
 from evals.load.timeline import sample
-from evals.reporting.metrics import Record
 
 LAG_PROBE_S = 0.01
 LAG_LIMIT_MS = 20.0
@@ -205,7 +205,7 @@ class _Talk:
                     record.arrival_s = time.perf_counter() - start
                 await _stream(self._session, body, record, start, self._target, reply)
             if place in self._rids:
-                record.breaks = await breaks.told(self._session, self._rids[place])
+                record.breaks = await breaks_of(self._session, self._rids[place])
             if reply is None:
                 return
             if record.error is not None:

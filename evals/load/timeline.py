@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from evals.reporting.metrics import Record
+    from evals.load.record import Record
     from evals.workload import Item
 
 STALL_FACTOR = 10.0

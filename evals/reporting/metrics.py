@@ -23,65 +23,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from evals.load.breaks import Break
+from evals.load.record import Idle, Record
 from evals.reporting.throughput import throughput
 from evals.workload import Item
 
 QOE_OBJECTIVE = 0.95
-
-
-@dataclass(slots=True)
-class Record:
-    """What the client saw of one request, in seconds after the run's start.
-
-    arrival_s: when it was due; latencies count from here, so a late client cannot hide.
-    reasoning_tokens: the server's count, the end-of-thinking token included.
-    breaks: see `evals.load.breaks`; None where nobody asked or the server did not tell.
-    """
-
-    arrival_s: float
-    sent_s: float | None = None
-    token_s: list[float] = field(default_factory=list)
-    reasoning_tokens: int = 0
-    finished: bool = False
-    error: str | None = None
-    breaks: list[Break] | None = None
-
-    @property
-    def answer_s(self) -> list[float]:
-        return self.token_s[self.reasoning_tokens :]
-
-    @property
-    def blocking_s(self) -> float | None:
-        """End of thinking to the first answering token; None without either."""
-        if not self.answer_s or not self.reasoning_tokens:
-            return None
-        return self.answer_s[0] - self.token_s[self.reasoning_tokens - 1]
-
-
-@dataclass(frozen=True, slots=True)
-class Idle:
-    """TTFO of a request alone on an idle server: `t0_s + thinking_tokens * per_token_s`."""
-
-    t0_s: float
-    per_token_s: float
-
-    def ttfo_s(self, item: Item) -> float:
-        return self.t0_s + self.per_token_s * item.thinking_tokens
-
-    def __str__(self) -> str:
-        per_token_ms = self.per_token_s * 1e3
-        return f"{self.t0_s * 1e3:.1f} ms + {per_token_ms:.2f} ms per thinking token"
-
-
-def fit_idle(thinking_tokens: Sequence[int], ttfo_s: Sequence[float]) -> Idle:
-    """Least squares over measurements; the constant never falls below zero."""
-    per_token, t0 = np.polyfit(thinking_tokens, ttfo_s, 1)
-    return Idle(max(0.0, float(t0)), float(per_token))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from evals.reporting.metrics import Record
-    from evals.workload import Item
+from evals.load.record import Record
+from evals.workload import Item
 
 
 def throughput(records: Sequence[Record], items: Sequence[Item]) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from sglang.srt.ray import engine
 from sglang.srt.ray.scheduler_actor import SchedulerActor
 from sglang.srt.runtime_context import get_parallel
 
+from pascal_sglang.config import ACTOR_ENV
 from pascal_sglang.entrypoints.http_server import shake_hands
 from pascal_sglang.entrypoints.ray_watch import Watched, watch
-from pascal_sglang.plugin import ACTOR_ENV
 
 logger = logging.getLogger(__name__)
 

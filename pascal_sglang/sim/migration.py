@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from pascal_sglang.policy.request import RequestStatus
 from pascal_sglang.policy.timeline import Phase
@@ -110,10 +111,14 @@ class Migrations:
             migration.source.poke()
             self._land(migration)
             return
-        migration.source.hand_over(migration, self)
+        migration.source.hand_over(
+            migration.request, migration, partial(self._handed_over, migration)
+        )
 
-    def handed_over(self, migration: Migration) -> None:
-        """The source has let go of the request; what it decoded since follows."""
+    def _handed_over(self, migration: Migration, left: bool) -> None:
+        """The source has let go of the request, and what it decoded since follows; or it stays."""
+        if not left:
+            return self._over(migration, done=False)
         delta = migration.request.held - migration.copied
         now = self.clock.now
         end = self.network.send(migration.source.index, migration.target.index, delta, now)
@@ -127,10 +132,6 @@ class Migrations:
         request.moved += 1
         target.takes_over(request)
         self._over(migration, done=True)
-
-    def cancel(self, migration: Migration) -> None:
-        """The request stays, or has ended, at its source."""
-        self._over(migration, done=False)
 
     def _over(self, migration: Migration, *, done: bool) -> None:
         request = migration.request

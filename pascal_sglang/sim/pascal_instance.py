@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, Plan, Planner
@@ -21,9 +21,6 @@ from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.instance import Instance
 from pascal_sglang.sim.rank_forecast import NEVER
 from pascal_sglang.sim.request import SimRequest
-
-if TYPE_CHECKING:
-    from pascal_sglang.sim.migration import Migration, Migrations
 
 
 class PascalInstance(Instance):
@@ -45,7 +42,7 @@ class PascalInstance(Instance):
         self._hurry: list[tuple[float, int, float, SimRequest]] = []
         self._hurried = 0
         self._waiting_tokens = 0
-        self._leaving: list[tuple[Migration, Migrations]] = []
+        self._leaving: list[tuple[SimRequest, object, Callable[[bool], None]]] = []
 
     def may_prefill(self) -> bool:
         """Prefills and decode steps take turns (`engine.build`)."""
@@ -68,11 +65,8 @@ class PascalInstance(Instance):
         for request in self.inbox:
             self._wait(request)
         self.inbox.clear()
-        for migration, migrations in self._leaving:
-            if migration.request.migration is migration and self.lets_go(migration.request):
-                migrations.handed_over(migration)
-            else:
-                migrations.cancel(migration)
+        for request, migration, handed_over in self._leaving:
+            handed_over(request.migration is migration and self.lets_go(request))
         self._leaving.clear()
         growing = len(self.batch) + len(self.filling)
         short = self.memory.free < GROWTH * growing
@@ -285,9 +279,15 @@ class PascalInstance(Instance):
         self._stop(request, RequestStatus.RESIDENT)
         self.poke()
 
-    def hand_over(self, migration: Migration, migrations: Migrations) -> None:
-        """Let go of a moving request at the next boundary between two passes."""
-        self._leaving.append((migration, migrations))
+    def hand_over(
+        self, request: SimRequest, migration: object, handed_over: Callable[[bool], None]
+    ) -> None:
+        """Let go of a moving request at the next boundary between two passes.
+
+        handed_over: called then, with whether the request left; it stays if its `migration` is over
+        or its KV is gone.
+        """
+        self._leaving.append((request, migration, handed_over))
         self.poke()
 
     def lets_go(self, request: SimRequest) -> bool:

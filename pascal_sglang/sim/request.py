@@ -1,15 +1,11 @@
-"""One request in the simulator: the policy's member, and what only the simulator knows."""
+"""One request in the simulator: the policy's state, and what only the simulator knows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pascal_sglang.policy.request import RequestState
 from pascal_sglang.policy.timeline import Phase
-
-if TYPE_CHECKING:
-    from pascal_sglang.sim.migration import Migration
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -19,7 +15,7 @@ class SimRequest(RequestState):
     index: its place in the workload. prompt, reasoning, answer: tokens, `reasoning` with the
         end-of-thinking marker. talk, history: its conversation, and the prompt tokens that came
         before in it. cached: those of them that its instance still has.
-    step, at: the decode step, and its time (s), up to which the job is up to date.
+    step, at: the decode step, and its time (s), up to which it is up to date.
     due: at which step something happens to it; 0: not in the batch.
     unfilled: tokens still to be prefilled.
     first_token, reasoning_end, first_answer: seconds; negative until it happened.
@@ -42,7 +38,8 @@ class SimRequest(RequestState):
     first_answer: float = -1.0
     pauses: int = 0
     moved: int = 0
-    migration: Migration | None = None
+    # The migration under way (`sim.migration.Migration`), compared by identity.
+    migration: object | None = None
 
     @property
     def held(self) -> int:

@@ -4,19 +4,9 @@ import math
 
 import pytest
 
+from evals.load.record import Idle, Record, fit_idle
 from evals.reporting import report
-from evals.reporting.metrics import (
-    Idle,
-    Record,
-    bin_edges,
-    fit_idle,
-    measure,
-    meets,
-    qoe,
-    summarize,
-    tail,
-    ttfo_by_bin,
-)
+from evals.reporting.metrics import bin_edges, measure, meets, qoe, summarize, tail, ttfo_by_bin
 from evals.workload import Item
 
 IDLE = Idle(t0_s=0.5, per_token_s=0.1)

@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 import pytest
 
 from evals import page
+from evals.load.record import Idle, Record
 from evals.load.timeline import details
-from evals.reporting.metrics import Idle, Record, bin_edges, summarize
+from evals.reporting.metrics import bin_edges, summarize
 from evals.workload import Item
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}

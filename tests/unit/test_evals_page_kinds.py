@@ -12,9 +12,9 @@ import pytest
 from evals import accuracy, arms, compare, page, serving
 from evals.gpu import check, identity
 from evals.load.attended import Watched
+from evals.load.record import Record
 from evals.load.timeline import details
 from evals.reporting import result_files
-from evals.reporting.metrics import Record
 from evals.reporting.verdict import Run
 from evals.workload import Item
 from pascal_sglang.sim import __main__ as sim

@@ -11,7 +11,7 @@ from evals import serving, workload
 from evals.load import processor, remote
 from evals.load.attended import Watched
 from evals.load.client import LAG_LIMIT_MS
-from evals.reporting.metrics import Record
+from evals.load.record import Record
 from evals.workload import Item, WorkloadError
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from evals.load.record import Idle, Record
 from evals.reporting import report
-from evals.reporting.metrics import Idle, Record, intervals, measure, meets, summarize
+from evals.reporting.metrics import intervals, measure, meets, summarize
 from evals.reporting.throughput import throughput
 from evals.workload import Item
 

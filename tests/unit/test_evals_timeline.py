@@ -2,9 +2,8 @@
 
 import pytest
 
-from evals.load.breaks import Break
+from evals.load.record import Break, Record
 from evals.load.timeline import details, sample, segments
-from evals.reporting.metrics import Record
 from evals.workload import Item
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from evals.load.client import note_event, request_body
 from evals.load.prompt import prompt_ids
-from evals.reporting.metrics import Record
+from evals.load.record import Record
 from evals.workload import (
     PRESETS,
     Item,
