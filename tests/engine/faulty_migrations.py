@@ -21,28 +21,28 @@ from pascal_sglang.entrypoints import detokenizer
 
 PIPE_DELAY_S = 0.15
 dice = random.Random(4)
-sound_write, sound_admit, sound_handle = ControlSender.write, OutputOrder.admit, detokenizer._handle
+sound_send, sound_admit, sound_handle = ControlSender.send, OutputOrder.admit, detokenizer._handle
 seen = {}
 
 
-def write(control_sender, to, message):
+def send(control_sender, to, message):
     if isinstance(message, RequestFinished) and dice.random() < 0.2:
         return True
     if not isinstance(message, Message):
-        return sound_write(control_sender, to, message)
+        return sound_send(control_sender, to, message)
     fate = dice.random()
     if fate < 0.06:
         return True
     if fate < 0.10:
-        sound_write(control_sender, to, message)
+        sound_send(control_sender, to, message)
     if 0.10 <= fate < 0.14:
         late = threading.Timer(0.1, lambda: control_sender.late.append((to, message)))
         late.daemon = True
         late.start()
         return True
     while control_sender.late:
-        sound_write(control_sender, *control_sender.late.pop())
-    return sound_write(control_sender, to, message)
+        sound_send(control_sender, *control_sender.late.pop())
+    return sound_send(control_sender, to, message)
 
 
 def admit(order, instance, message, rows, now):
@@ -74,7 +74,7 @@ class SlowSender:
     """Around a `SenderWrapper`: the same, `PIPE_DELAY_S` later, in order."""
 
     def __init__(self, sender):
-        self.sender, self.control_batch = sender, queue.Queue()
+        self.sender, self.queue = sender, queue.Queue()
         threading.Thread(target=self.deliver, daemon=True).start()
 
     def send_output(self, output, recv_obj=None):
@@ -82,11 +82,11 @@ class SlowSender:
 
         envelope = Envelope()
         sock_send(envelope, output)  # As it is now: the requests in it go on changing.
-        self.control_batch.put((time.monotonic() + PIPE_DELAY_S, envelope.data))
+        self.queue.put((time.monotonic() + PIPE_DELAY_S, envelope.data))
 
     def deliver(self):
         while True:
-            due, data = self.control_batch.get()
+            due, data = self.queue.get()
             time.sleep(max(0.0, due - time.monotonic()))
             self.sender.socket.send(data)
 
@@ -112,7 +112,7 @@ def slow_down_this_instance():
 
 sound_open = ControlReceiver.__init__
 ControlReceiver.__init__, OutputOrder.admit, detokenizer._handle = open_box, admit, handle
-ControlSender.late, ControlSender.write = [], write
+ControlSender.late, ControlSender.send = [], send
 # Shorter than a request of the load lasts, so that waiting in vain is seen.
 Terms.__init__.__kwdefaults__["patience_s"] = 0.5
 
