@@ -25,6 +25,10 @@ from evals.arms import free_port
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 40
 
+# A shell cannot trap a signal that was ignored when it started, as under `nohup` or in a job's
+# background.
+BASH = ("env", "--default-signal=HUP,INT,QUIT", "bash")
+
 PASCAL = (sys.executable, "-m", "pascal_sglang.launch_server")
 STOCK = (sys.executable, "-m", "sglang.launch_server")
 

@@ -56,7 +56,7 @@ AFTER_DEATH = ("look", "junk", "abort all", "update")
 # Where the log has to speak of errors: requests that are refused, and the instance that is killed.
 REFUSED = (
     r"\[http_server\] Error: ",
-    r"_create_error_response",
+    r"create_error_response",
     r"Cache not flushed because there are pending requests",
 )
 KILLED = (r"pascal_sglang: a scheduler of instance \d+ ended with -9", r"has died")

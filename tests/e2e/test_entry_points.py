@@ -15,7 +15,7 @@ from openai import BadRequestError, OpenAI
 
 from evals.arms import free_port
 from pascal_sglang.demo.budget import DemoThinkingBudget
-from tests.harness import START_TIMEOUT_S, STOP_TIMEOUT_S, environment
+from tests.harness import BASH, START_TIMEOUT_S, STOP_TIMEOUT_S, environment
 
 QUICKSTART = Path(__file__).parents[2] / "launch" / "quickstart.sh"
 KEY = "s3cret"
@@ -25,7 +25,7 @@ CHATS_TIMEOUT_S = 120
 def test_the_demo_thinks_and_answers_and_ctrl_c_ends_it():
     port = str(free_port())
     quickstart = subprocess.Popen(
-        ["bash", str(QUICKSTART), "--port", port, "--api-key", KEY],
+        [*BASH, str(QUICKSTART), "--port", port, "--api-key", KEY],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -51,7 +51,10 @@ def test_the_demo_thinks_and_answers_and_ctrl_c_ends_it():
         hung.cancel()
         quickstart.stdout.close()
         os.killpg(quickstart.pid, signal.SIGINT)
-        assert quickstart.wait(STOP_TIMEOUT_S) == 128 + signal.SIGINT
+        try:
+            assert quickstart.wait(STOP_TIMEOUT_S) == 128 + signal.SIGINT
+        finally:
+            quickstart.kill()  # Its server goes with it.
     assert len(started) > 3
     _, left = psutil.wait_procs(started, timeout=10)
     assert [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.harness import BASH
+
 LAUNCH = Path(__file__).parents[2] / "launch"
 TIMEOUT_S = 20
 # Stands for the launcher: as it does, this ends by SIGINT, and its child is in its process group.
@@ -59,7 +61,7 @@ class Run:
             "CHAT_S": str(chat_s),
         }
         self.process = subprocess.Popen(
-            ["bash", str(script), *arguments],
+            [*BASH, str(script), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=env,
