@@ -21,8 +21,12 @@ class ControllerMetrics:
             for name, label, text in (
                 ("placed_requests", "dp_rank", "New requests sent to an instance."),
                 ("boundary_decisions", "why", "Decisions at the end of thinking, by reason."),
-                ("controller_rejected", "reason", "Letters to the controller that were none."),
-                ("controller_errors", "doing", "Errors that the controller got over, by place."),
+                ("controller_rejected", "reason", "Malformed control messages to the controller."),
+                (
+                    "controller_errors",
+                    "doing",
+                    "Errors that the controller survived, by what it was doing.",
+                ),
             )
         }
         self._instances = Gauge(

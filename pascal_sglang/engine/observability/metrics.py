@@ -90,8 +90,8 @@ class DecisionMetrics:
 
         self._paused = counter(
             "pauses",
-            "Running requests paused. why: growth (the next steps would not fit), displaced (for a "
-            "better one), memory (this step did not fit).",
+            "Running requests that were paused. why: growth (the next steps would not fit), "
+            "displaced (a request of better rank started), memory (this step did not fit).",
             "class",
             "why",
         )

@@ -17,7 +17,7 @@ class MigrationMetrics:
         names = list(labels)
         self._ended = Counter(
             "pascal:migrations",
-            "Moves that ended. way: out (of here) or in; outcome: moved, taken, or why not.",
+            "Migrations that ended. way: out (of here) or in. outcome: moved, taken, or why not.",
             [*names, "way", "outcome"],
         )
         self._bytes = Counter("pascal:migrated_bytes", "Bytes of KV sent, per rank.", names)
@@ -34,7 +34,7 @@ class MigrationMetrics:
         )
         self._rejected = Counter(
             "pascal:rejected_messages",
-            "Control messages that were none, by reason.",
+            "Malformed control messages, by reason.",
             [*names, "reason"],
         )
 
