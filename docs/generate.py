@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
@@ -61,6 +62,7 @@ def metrics() -> str:
     MigrationMetrics(labels)
     ControllerMetrics("")
     rows = []
+    series: Any
     for series in (s for s in REGISTRY._collector_to_names if s not in before):
         own = [name for name in series._labelnames if name not in labels]
         name = series._name + SERIES[series._type]

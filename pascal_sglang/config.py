@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pascal_sglang import request_checks, request_ids
+from pascal_sglang.policy.registry import Policy, UnknownPolicy, find
 from pascal_sglang.request_checks import ASKED_TPOT_MS, asked_tpot_ms, is_number
 
 CONFIG_ENV = "PASCAL_SGLANG_CONFIG"
 # Set in Ray's actors, which are child processes that `multiprocessing` does not know as such.
 ACTOR_ENV = "PASCAL_SGLANG_ACTOR"
 
-POLICIES = ("pascal", "paper", "rr", "rr-restart", "fcfs")
 DEMOTE_ON = ("kv", "thinking")
 PLACEMENTS = ("phase", "sglang")
 MIGRATIONS = ("adaptive", "always", "off")
@@ -33,8 +33,8 @@ class ConfigError(ValueError):
 class PascalConfig:
     """What `--pascal-*` decided.
 
-    policy: name of the scheduling policy, one of `POLICIES`.
-    quantum_tokens, demote_tokens: see `policy.order.Tuning`.
+    policy: name of the scheduling policy (`policy.registry.find`).
+    quantum_tokens, demote_tokens: see `policy.ranking.Tuning`.
     demote_on: what counts towards `demote_tokens`: `kv`, all KV beyond the prompt, or `thinking`,
         thinking tokens alone (a model may write text before it opens its thinking).
     answer_tpot_ms: the reader's pace, milliseconds per answering token; a request may override it
@@ -88,8 +88,10 @@ class PascalConfig:
     force_migration: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
+        try:
+            find(self.policy)
+        except UnknownPolicy as error:
+            raise ConfigError(str(error)) from error
         for name, choices in (
             ("demote_on", DEMOTE_ON),
             ("placement", PLACEMENTS),
@@ -184,7 +186,7 @@ class PascalConfig:
     def problem_with_request(self, obj: Any, override: str | None = None) -> str | None:
         """What this server refuses in a request, or in a batch, that SGLang itself would take; None
         if nothing is wrong. override: the id that a header gives it."""
-        if self.policy != "fcfs":
+        if self.record.schedules:
             for rid in (getattr(obj, "rid", None), override):
                 if (problem := request_ids.problem_with(rid)) is not None:
                     return problem
@@ -192,14 +194,19 @@ class PascalConfig:
         return request_checks.problem_with(params) if self.paces else None
 
     @property
+    def record(self) -> Policy:
+        """All that is known of the policy."""
+        return find(self.policy)
+
+    @property
     def paces(self) -> bool:
         """Whether anything here goes by the pace of a request's reader."""
-        return self.policy != "fcfs" or self.pace_stream
+        return self.record.schedules or self.pace_stream
 
     @property
     def places(self) -> bool:
         """Whether new requests are placed by phase."""
-        return self.placement == "phase" and self.policy in ("pascal", "paper")
+        return self.placement == "phase" and self.record.placement is not None
 
     @property
     def can_migrate(self) -> bool:

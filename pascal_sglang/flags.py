@@ -8,9 +8,9 @@ from pascal_sglang.config import (
     DEMOTE_ON,
     KV_TRANSPORTS,
     MIGRATIONS,
-    POLICIES,
     PascalConfig,
 )
+from pascal_sglang.policy.registry import POLICIES
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -19,11 +19,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pascal_sglang")
     group.add_argument(
         "--pascal-policy",
-        choices=POLICIES,
+        metavar="{" + ",".join(POLICIES) + "} or MODULE:NAME",
         default=defaults.policy,
         help="pascal: thinking first, answers on pace; paper: PASCAL to the letter; rr: phase-"
         "blind round robin, rr-restart: its count restarts at the phase boundary; fcfs: SGLang's "
-        "own order untouched (default: %(default)s)",
+        "own order untouched; or a record of your own (default: %(default)s)",
     )
     group.add_argument(
         "--pascal-quantum-tokens",

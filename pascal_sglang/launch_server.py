@@ -115,7 +115,7 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     if not plugin.is_installed():
         raise LaunchError("SGLang did not load the plugin; is pascal_sglang installed by pip?")
     server_args = check_arguments(sglang_argv)
-    check_policy(config.policy, server_args)
+    check_policy(config, server_args)
     check_frontend(config, server_args)
     check_migrations(config, server_args)
     check_temporary_folder(server_args)

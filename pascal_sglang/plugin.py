@@ -191,7 +191,7 @@ def activate() -> None:
         return
     try:
         config = PascalConfig.from_env()
-        if config is not None and config.policy != "fcfs":
+        if config is not None and config.record.schedules:
             # Admission is the planner's: SGLang's prefill adder, which reads this on import, is
             # not to reserve more than it. Child processes inherit the environment.
             os.environ.setdefault("SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION", "4")

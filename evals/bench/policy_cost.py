@@ -20,7 +20,8 @@ import time
 
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.plan import GROWTH, Capacity, Planner
-from pascal_sglang.policy.ranking import POLICIES, PassInfo, Tuning
+from pascal_sglang.policy.ranking import PassInfo, Tuning
+from pascal_sglang.policy.registry import POLICIES
 from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
@@ -109,7 +110,7 @@ def main() -> None:
     ).parse_args()
     columns = ("settled", "arrivals", "p99", "uproar")
     print(f"{'policy':<12}{'running':>8}{'others':>8}" + "".join(f"{c:>10}" for c in columns))
-    for policy in POLICIES:
+    for policy in (name for name, record in POLICIES.items() if record.schedules):
         for size in SIZES:
             steady = min(settled_us(policy, *size) for _ in range(ROUNDS))
             flow = min((arrivals_us(policy, *size) for _ in range(ROUNDS)), key=statistics.mean)

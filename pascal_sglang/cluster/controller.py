@@ -46,7 +46,7 @@ from pascal_sglang.cluster.status_file import StatusFile
 from pascal_sglang.cluster.watched_controller import WatchedController
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.handshake import handed_on, instances_by_pid, require_same_config
-from pascal_sglang.policy.placement import Instance, Placement
+from pascal_sglang.policy.placement import Instance, Placement, PlacementRule
 
 # How often to look which instances have fallen silent, in seconds.
 LOOK_S = 0.2
@@ -70,11 +70,12 @@ class PascalController(WatchedController):
         self.control_sender = ControlSender(self._folder.path)
         self.load_tracker = LoadTracker(instances)
         self.prefixes = PrefixIndex()
+        rule = config.record.placement or PlacementRule()
         self.placement = Placement(
             quantum=config.quantum_tokens,
-            lazy=config.policy != "paper" and config.migration != "always",
+            lazy=rule.lazy and config.migration != "always",
             adaptive=config.migration != "always",
-            predict=config.policy != "paper",
+            predict=rule.predict,
         )
         self.coordinator = MigrationCoordinator(
             self.load_tracker,

@@ -23,7 +23,7 @@ def build_executor(scheduler: Any, config: PascalConfig) -> PlanExecutor | None:
 
     Raises: RuntimeError for KV pools that the engine does not carry.
     """
-    if config.policy == "fcfs" or not scheduler.is_generation:
+    if not config.record.schedules or not scheduler.is_generation:
         return None
     carried = not (scheduler.is_hybrid_swa or scheduler.is_hybrid_ssm or scheduler.attn_dp_enabled)
     if not carried:

@@ -91,12 +91,13 @@ def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None)
     running = [m for r in present if not (r.finished() or (m := state_of(r)).internal)]
     paused = [state_of(r) for r in executor.paused_requests.paused()]
     answering = [m for m in (*running, *paused) if m.phase is Phase.ANSWERING]
-    priority_class = planner.policy.thinking_lane
+    priority_class = planner.policy.reasoning_class
     queued = sum(n for (lane_of, _), n in planner.queue.counts.items() if lane_of == priority_class)
     thinking = sum(
         m.phase is Phase.REASONING and not is_demoted(m, planner.tuning) for m in running
     )
-    if config.policy == "paper":
+    rule = config.record.placement
+    if rule is not None and rule.running_qoe:
         readers = [m.pacer for m in answering]
         # An answer at a pace that cannot be delivered says nothing about the instance.
         on_pace = all(p.qoe >= config.qoe_slo for p in readers if p.pace <= p.tpot)

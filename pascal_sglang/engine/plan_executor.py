@@ -21,7 +21,7 @@ from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, agree, catch_on_all_ranks, is_alone
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 from pascal_sglang.policy.plan import KVAccounting, Plan, Planner
-from pascal_sglang.policy.ranking import POLICIES, PassInfo, Tuning
+from pascal_sglang.policy.ranking import PassInfo, Tuning
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class PlanExecutor:
         self.paused_requests = PausedRequests(scheduler, copies, costs)
         self.pool = self.paused_requests.pool
         self.capacity = CapacityView(scheduler, self.paused_requests)
-        policy = POLICIES[config.policy]
+        policy = config.record
         tuning = Tuning(
             quantum=config.quantum_tokens,
             demote=config.demote_tokens,

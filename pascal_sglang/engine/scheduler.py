@@ -92,7 +92,7 @@ class PascalScheduler(OperationsScheduler):
         if config is None:
             raise RuntimeError("PascalScheduler started without PASCAL_SGLANG_CONFIG")
         # Our launcher has said this in one line; SGLang's own entry points come here.
-        check_policy(config.policy, server_args)
+        check_policy(config, server_args)
         self.pascal_config = config
         self._meeting = meet_on_loopback(port_args.nccl_port)
         super().__init__(server_args, port_args)

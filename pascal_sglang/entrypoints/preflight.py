@@ -95,9 +95,9 @@ def check_arguments(argv: list[str]) -> Any:
     return server_args
 
 
-def check_policy(policy: str, server_args: Any) -> None:
+def check_policy(config: PascalConfig, server_args: Any) -> None:
     """Refuse engine features that pauses do not carry; `fcfs` serves them all."""
-    if policy == "fcfs":
+    if not config.record.schedules:
         return
     features = {
         "--speculative-algorithm": server_args.speculative_algorithm is not None,
@@ -116,7 +116,7 @@ def check_policy(policy: str, server_args: Any) -> None:
     asked = [name for name, given in features.items() if given]
     if asked:
         raise LaunchError(
-            f"policy {policy} does not work with {asked[0]} yet; use --pascal-policy fcfs"
+            f"policy {config.policy} does not work with {asked[0]} yet; use --pascal-policy fcfs"
         )
 
 

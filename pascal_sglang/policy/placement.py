@@ -78,9 +78,23 @@ class Decision:
     why: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementRule:
+    """How a policy places requests, and when it moves them."""
+
+    # Move only from memory pressure to room; otherwise by the paper's counts (Algorithm 2).
+    lazy: bool = True
+    # New requests go where their answer is expected to begin first, instead of to the smallest KV
+    # footprint (Algorithm 1).
+    predict: bool = True
+    # An instance is on pace while the running QoE of its answers holds (the paper's status);
+    # otherwise while none of its readers waits.
+    running_qoe: bool = False
+
+
 class Placement:
-    """Decides, and keeps the monitor true between two status messages: what was just decided counts
-    at once, so that a burst is not sent to one instance (DESIGN.md section 7, herding)."""
+    """Decides, and keeps the loads true between two load reports: what was just decided counts
+    at once, so that a burst is not sent to one instance (herding)."""
 
     def __init__(
         self,
@@ -92,11 +106,10 @@ class Placement:
         sight: int = 16,
         predict: bool = False,
     ) -> None:
-        """quantum: tokens of growth that "enough memory" includes. lazy: move only from memory
-        pressure to room (`pascal`); otherwise by the paper's counts. adaptive: stay where there is
-        memory and the target has none. max_moves: at once per instance. sight: instances looked at
-        for one decision, so that its cost does not grow with their number. predict: new requests go
-        where their answer is expected to begin first, instead of to the smallest footprint."""
+        """quantum: tokens of growth that "enough memory" includes. lazy, predict: see
+        `PlacementRule`. adaptive: stay where there is memory and the target has none.
+        max_migrations: at once per instance. sight: instances looked at for one decision, so that
+        its cost does not grow with their number."""
         self.quantum = quantum
         self.lazy = lazy
         self.adaptive = adaptive

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pascal_sglang.policy.queue import WaitQueue
-from pascal_sglang.policy.ranking import PassInfo, Policy, Rank, Tuning
+from pascal_sglang.policy.ranking import PassInfo, Rank, Tuning
+from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.victims import Victims
 

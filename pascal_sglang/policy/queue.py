@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from pascal_sglang.policy.ranking import PassInfo, Policy, Rank, Tuning, credit_of
+from pascal_sglang.policy.ranking import PassInfo, Rank, Tuning, credit_of
+from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
 Entry = tuple[float, int, int, RequestState]
@@ -94,7 +95,7 @@ class WaitQueue:
         """Requests by (name of the class, status). A paused answer counts as `answer` whether or
         not its reader is about to run dry."""
         return {
-            (self.policy.names[number], status.value): count
+            (self.policy.class_names[number], status.value): count
             for (number, status), count in self.counts.items()
         }
 

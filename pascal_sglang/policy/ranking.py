@@ -1,14 +1,14 @@
-"""The one ordering key of each policy: it admits, resumes and pauses (DESIGN: never two keys).
+"""The one ordering key of each policy: it admits, resumes and pauses (never two keys).
 
 A rank is `(class, quanta)`; lower goes first. Only a strictly lower rank may displace somebody, so
 equals never displace each other. Within a rank, `key` orders. Requests that do not run stand in
-lanes in which `key` orders them by rank too, so that a line need not be sorted anew in every pass.
+priority classes in which `key` orders them by rank too, so that the queue need not be sorted anew
+in every pass. The records that name these functions are in `registry`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pascal_sglang.policy.request import RequestState, RequestStatus
@@ -110,7 +110,7 @@ def served(request: RequestState, tuning: Tuning) -> float:
 
 
 def is_demoted(request: RequestState, tuning: Tuning) -> bool:
-    # Whoever has not written that much has not thought that much either.
+    # total_tokens >= reasoning tokens, so this is a cheap early exit.
     if request.total_tokens <= tuning.demote or request.phase is not Phase.REASONING:
         return False
     return tuning.demote_on == "kv" or request.phase_tokens > tuning.demote
@@ -180,7 +180,7 @@ def pascal_key(request: RequestState, tuning: Tuning) -> float:
     return served(request, tuning)
 
 
-def pascal_lane(request: RequestState, tuning: Tuning) -> int:
+def pascal_class(request: RequestState, tuning: Tuning) -> int:
     if request.phase is Phase.ANSWERING:
         return AHEAD
     return DEMOTED if is_demoted(request, tuning) else THINKING
@@ -190,36 +190,14 @@ def paper_class(request: RequestState, tuning: Tuning) -> int:
     return LOW if request.phase is Phase.ANSWERING or is_demoted(request, tuning) else HIGH
 
 
+def nobody_first(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
+    """FCFS: no request displaces another."""
+    return (HIGH, 0)
+
+
+def by_arrival(request: RequestState, tuning: Tuning) -> float:
+    return float(request.seq)
+
+
 def one_class(request: RequestState, tuning: Tuning) -> int:
     return HIGH
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """A policy. `key` and `priority_class` of a member do not change while it waits or is paused.
-
-    names: what its classes are called. thinking_lane: where thinking that is not demoted stands.
-    worst: a rank that none exceeds, if there is one.
-    """
-
-    rank: Callable[[RequestState, PassInfo, Tuning], Rank]
-    key: Callable[[RequestState, Tuning], float]
-    priority_class: Callable[[RequestState, Tuning], int]
-    names: tuple[str, ...]
-    thinking_lane: int = HIGH
-    worst: Rank | None = None
-
-
-POLICIES = {
-    "pascal": Policy(
-        pascal,
-        pascal_key,
-        pascal_lane,
-        ("urgent_answer", "settling_answer", "thinking", "demoted", "answer"),
-        thinking_lane=THINKING,
-        worst=AHEAD_RANK,
-    ),
-    "paper": Policy(paper, by_quanta, paper_class, ("high", "low")),
-    "rr": Policy(round_robin, by_all_quanta, one_class, ("all",)),
-    "rr-restart": Policy(round_robin_restart, by_quanta, one_class, ("all",)),
-}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pascal_sglang.policy.ranking import PassInfo, Policy, Tuning
+from pascal_sglang.policy.ranking import PassInfo, Tuning
+from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import RequestState
 
 # Passes a ranking of those who run is used for. Ranks change but once in many tokens, and whoever

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pascal_sglang.policy.registry import UnknownPolicy
 from pascal_sglang.sim import cost as costs
 from pascal_sglang.sim import workload
-from pascal_sglang.sim.arms import ARMS, Arm
+from pascal_sglang.sim.arms import ARMS, Arm, arm_of
 from pascal_sglang.sim.cluster import Setup
 from pascal_sglang.sim.experiments import ablations, paper, tables
 from pascal_sglang.sim.experiments.runs import Task, run_all
@@ -146,12 +147,16 @@ def _save(rows: list[dict[str, Any]], out: Path | None) -> int:
 
 
 def _arms(text: str) -> list[Arm]:
-    unknown = [name for name in text.split(",") if name not in ARMS]
+    names = text.split(",")
+    unknown = [name for name in names if name not in ARMS and ":" not in name]
     if unknown:
         raise argparse.ArgumentTypeError(
-            f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}"
+            f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}, and MODULE:NAME of a policy"
         )
-    return [ARMS[name] for name in text.split(",")]
+    try:
+        return [arm_of(name) for name in names]
+    except UnknownPolicy as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _file(text: str) -> Path:

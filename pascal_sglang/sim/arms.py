@@ -5,41 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pascal_sglang.policy.ranking import POLICIES, PassInfo, Policy, Rank, Tuning
-from pascal_sglang.policy.request import RequestState
-from pascal_sglang.sim.rank_forecast import RankForecast
-
-
-def _nobody_first(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
-    return (0, 0)
-
-
-def _arrival(request: RequestState, tuning: Tuning) -> float:
-    return float(request.seq)
-
-
-def _one_lane(request: RequestState, tuning: Tuning) -> int:
-    return 0
-
-
-# The paper's FCFS: nobody displaces anybody; who came last gives way when memory runs out.
-FCFS = Policy(_nobody_first, _arrival, _one_lane, ("all",), worst=(0, 0))
+from pascal_sglang.policy.registry import Policy, find
 
 STOCK = "sglang"
-SIM_POLICIES = {**POLICIES, "fcfs": FCFS}
-FORESIGHTS = {
-    "fcfs": RankForecast(),
-    "rr": RankForecast(quanta="all"),
-    "rr-restart": RankForecast(quanta="phase"),
-    "paper": RankForecast(quanta="phase", demotes=True),
-    "pascal": RankForecast(quanta="phase", demotes=True, paced=True),
-    STOCK: RankForecast(),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """order: one of `SIM_POLICIES`, or SGLang's own scheduling.
+    """policy: its name (`policy.registry.find`), or `STOCK` for SGLang's own scheduling.
 
     on_pace: new requests avoid instances that miss their objective (Algorithm 1).
     sticky: the paper's status, running QoE; otherwise whether somebody waits now.
@@ -62,6 +35,11 @@ class Arm:
     prefixes: bool = False
     predict: bool = False
     tuning: tuple[tuple[str, float | str], ...] = ()
+
+    @property
+    def record(self) -> Policy | None:
+        """All that is known of the policy; None for SGLang's own scheduling."""
+        return None if self.policy == STOCK else find(self.policy)
 
     def but(self, name: str, **changes: object) -> Arm:
         """The same arm with something changed, under another name."""
@@ -102,3 +80,18 @@ ARMS = {
         PASCAL.but("pascal-stop-and-copy", live=False),
     )
 }
+
+
+def arm_of(name: str) -> Arm:
+    """One of `ARMS`, or the policy of that name with all that this package does around it.
+
+    Raises: UnknownPolicy.
+    """
+    if name in ARMS:
+        return ARMS[name]
+    rule = find(name).placement
+    if rule is None:
+        return Arm(name=name, policy=name)
+    return PASCAL.but(
+        name, policy=name, sticky=rule.running_qoe, lazy=rule.lazy, predict=rule.predict
+    )

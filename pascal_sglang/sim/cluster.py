@@ -10,9 +10,10 @@ from typing import Any
 
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.placement import Answer
+from pascal_sglang.policy.rank_forecast import RankForecast
 from pascal_sglang.policy.ranking import Tuning
 from pascal_sglang.policy.timeline import Phase
-from pascal_sglang.sim.arms import FORESIGHTS, SIM_POLICIES, STOCK, Arm
+from pascal_sglang.sim.arms import Arm
 from pascal_sglang.sim.checks import Books
 from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.controller import Controller
@@ -95,19 +96,19 @@ class Cluster:
 
     def _instance(self, index: int) -> Instance:
         setup, arm = self.setup, self.arm
+        record = arm.record
         shared: dict[str, Any] = {
             "tuning": self.tuning,
-            "foresight": FORESIGHTS[arm.policy],
+            "forecast": RankForecast() if record is None else record.forecast,
             "readers_sticky": arm.sticky,
             "slo": setup.slo,
             "tpot": setup.tpot,
             "step_by_step": setup.step_by_step,
             "knows_lengths": setup.knows_lengths,
         }
-        if arm.policy == STOCK:
+        if record is None:
             return StockInstance(index, setup.cost, self.clock, self, **shared)
-        policy = SIM_POLICIES[arm.policy]
-        return PascalInstance(index, setup.cost, self.clock, self, policy=policy, **shared)
+        return PascalInstance(index, setup.cost, self.clock, self, policy=record, **shared)
 
     def run(self) -> Outcome:
         self._next_arrival()

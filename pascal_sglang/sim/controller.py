@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, fields
 
 from pascal_sglang.policy.placement import Answer, Decision, Placement
-from pascal_sglang.policy.placement import Instance as CapacityView
+from pascal_sglang.policy.placement import Instance as InstanceLoad
 from pascal_sglang.sim.arms import Arm
 from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.instance import Instance
 
 # How often a busy instance says how it is (`engine.load_reporter`), in seconds.
 STATUS_S = 0.02
-FIGURES = tuple(field.name for field in fields(CapacityView))
+FIGURES = tuple(field.name for field in fields(InstanceLoad))
 # What the controller counts itself, whatever a status says.
 KEPT = ("arriving", "moves")
 
@@ -25,7 +25,7 @@ class Controller:
         self.arm = arm
         self.clock = clock
         self.instances = instances
-        self.views = [CapacityView(index) for index in range(len(instances))]
+        self.views = [InstanceLoad(index) for index in range(len(instances))]
         self.placement = Placement(
             quantum=quantum,
             lazy=arm.lazy,
@@ -59,7 +59,7 @@ class Controller:
             self._hear(view)
         return self.placement.at_boundary(candidates, answer)
 
-    def _hear(self, view: CapacityView) -> None:
+    def _hear(self, view: InstanceLoad) -> None:
         index = view.index
         instance = self.instances[index]
         if self.clock.now - self._heard[index] < STATUS_S:
@@ -84,7 +84,7 @@ class Controller:
         view.prefill_ns = round(1e9 * instance.prefill_token_s)
         self._said[index] = astuple(view)
 
-    def _recall(self, view: CapacityView) -> None:
+    def _recall(self, view: InstanceLoad) -> None:
         """Forget what was decided since the last status."""
         for name, value in zip(FIGURES, self._said[view.index], strict=True):
             if name not in KEPT:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from typing import Protocol
 
+from pascal_sglang.policy.rank_forecast import NEVER, RankForecast
 from pascal_sglang.policy.ranking import PassInfo, Tuning
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.batch import Batch
@@ -15,7 +16,6 @@ from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.cost import Cost
 from pascal_sglang.sim.memory import Memory
 from pascal_sglang.sim.passes import Passes
-from pascal_sglang.sim.rank_forecast import NEVER, RankForecast
 from pascal_sglang.sim.readers import Readers
 from pascal_sglang.sim.request import SimRequest
 
@@ -44,7 +44,7 @@ class Instance(ABC):
         listener: Listener,
         *,
         tuning: Tuning,
-        foresight: RankForecast,
+        forecast: RankForecast,
         readers_sticky: bool,
         slo: float,
         tpot: float,
@@ -55,7 +55,7 @@ class Instance(ABC):
         self.clock = clock
         self.listener = listener
         self.tuning = tuning
-        self.foresight = foresight
+        self.forecast = forecast
         self.step_by_step = step_by_step
         self.batch = Batch(cost)
         self.memory = Memory(cost.capacity, cost.host)
@@ -202,7 +202,7 @@ class Instance(ABC):
         noticed = seconds > self._notice_s
         self.batch.hold_up(seconds, noticed=noticed)
         self.busy_s += seconds
-        if noticed and self.foresight.paced:
+        if noticed and self.forecast.paced:
             for request in self.batch:
                 if request.phase is Phase.ANSWERING:
                     self.watch(request)
@@ -273,9 +273,9 @@ class Instance(ABC):
         batch = self.batch
         first = request.phase is Phase.ANSWERING and not request.phase_tokens
         steps = 1 if first else request.left
-        if not first or not self.foresight.paced:
+        if not first or not self.forecast.paced:
             now, step_s = batch.origin, batch.step_s
-            seen = self.foresight.steps(request, self.tuning, step_s, now, self.passes.mean_s)
+            seen = self.forecast.steps(request, self.tuning, step_s, now, self.passes.mean_s)
             steps = min(steps, seen)
         due = batch.steps + steps
         if due != request.due:
@@ -288,7 +288,7 @@ class Instance(ABC):
         now = self.clock.now
         if request.phase is Phase.REASONING:
             if request.left > 0:
-                if self.foresight.demotes and self.demoted(request):
+                if self.forecast.demotes and self.demoted(request):
                     self.thinking.pop(request, None)
                 return True
             request.phase, request.phase_tokens, request.credit = Phase.ANSWERING, 0, 0

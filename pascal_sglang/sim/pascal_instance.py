@@ -8,18 +8,18 @@ from typing import Any
 
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, Plan, Planner
+from pascal_sglang.policy.rank_forecast import NEVER
 from pascal_sglang.policy.ranking import (
     PREFIX_HEAD_START,
     REACTION_PASSES,
     PassInfo,
-    Policy,
     is_demoted,
     urgent_at,
 )
+from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import RequestStatus
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.instance import Instance
-from pascal_sglang.sim.rank_forecast import NEVER
 from pascal_sglang.sim.request import SimRequest
 
 
@@ -136,7 +136,7 @@ class PascalInstance(Instance):
         if self._pending:
             step = batch.steps + self._tried_pass + PATIENCE - self.passes.count
         blocked = self._blocked
-        if self.foresight.paced and blocked is not None and self.planner.queue.holds(blocked):
+        if self.forecast.paced and blocked is not None and self.planner.queue.holds(blocked):
             age = self.tuning.ageing * self.tuning.quantum
             waited = self.passes.count - blocked.since_pass + blocked.head_start
             step = min(step, batch.steps + age - waited % age)
@@ -174,7 +174,7 @@ class PascalInstance(Instance):
         if status is RequestStatus.WAITING:
             self._waiting_tokens += request.kv_tokens
         self.planner.queue.stopped(request, status, self.pass_info)
-        if self.foresight.paced and request.phase is Phase.ANSWERING and request.pacer.delivered:
+        if self.forecast.paced and request.phase is Phase.ANSWERING and request.pacer.delivered:
             self._hurried += 1
             at = urgent_at(request, self.tuning)
             heapq.heappush(self._hurry, (at, self._hurried, request.since, request))
@@ -254,7 +254,7 @@ class PascalInstance(Instance):
             self.pause(request, None)
 
     def waiting(self) -> tuple[int, int, int]:
-        counts, priority_class = self.planner.queue.counts, self.planner.policy.thinking_lane
+        counts, priority_class = self.planner.queue.counts, self.planner.policy.reasoning_class
         thinking = sum(n for (lane_of, _), n in counts.items() if lane_of == priority_class)
         arrived = sum(request.prompt for request in self.inbox)
         everybody = sum(counts.values()) + len(self.inbox) + len(self.filling)

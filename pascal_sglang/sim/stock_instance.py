@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from pascal_sglang.policy.rank_forecast import NEVER
 from pascal_sglang.policy.request import RequestStatus
 from pascal_sglang.sim.instance import Instance
-from pascal_sglang.sim.rank_forecast import NEVER
 from pascal_sglang.sim.request import SimRequest
 
 CLIP_TOKENS = 4096

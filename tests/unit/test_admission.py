@@ -8,7 +8,8 @@ from pascal_sglang.engine.admission import Admission
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.plan import Planner
-from pascal_sglang.policy.ranking import POLICIES, PassInfo, Tuning
+from pascal_sglang.policy.ranking import PassInfo, Tuning
+from pascal_sglang.policy.registry import POLICIES
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
 MOMENT = PassInfo(1, 1.0, 0.01)

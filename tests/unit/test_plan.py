@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, Plan, Planner
-from pascal_sglang.policy.ranking import AHEAD, POLICIES, URGENT, PassInfo, Tuning, is_demoted
+from pascal_sglang.policy.ranking import AHEAD, URGENT, PassInfo, Tuning, is_demoted
+from pascal_sglang.policy.registry import POLICIES
 from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
@@ -50,7 +51,8 @@ def situation(draw):
 
 
 MOMENT = PassInfo(5000, NOW, 0.01)
-policies = st.sampled_from(sorted(POLICIES))
+SCHEDULING = sorted(name for name, policy in POLICIES.items() if policy.schedules)
+policies = st.sampled_from(SCHEDULING)
 
 
 def planner_with(policy, others):
@@ -226,7 +228,7 @@ def test_an_answer_that_came_back_settles_before_thinking_displaces_it():
     assert (settled.pause, settled.start) == ((back,), (later,))
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", SCHEDULING)
 def test_no_ping_pong_within_a_quantum(policy):
     """Two thinkers, room for one: the one that runs keeps running for a quantum."""
     planner = Planner(POLICIES[policy], TUNING)

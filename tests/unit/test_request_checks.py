@@ -5,7 +5,8 @@ import math
 import pytest
 
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.ranking import POLICIES, URGENT, PassInfo, Tuning, fastest_pace
+from pascal_sglang.policy.ranking import URGENT, PassInfo, Tuning, fastest_pace
+from pascal_sglang.policy.registry import POLICIES
 from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.request_checks import problem_with

@@ -11,7 +11,8 @@ from typing import Any
 from pascal_sglang.engine.observability.metrics import DecisionMetrics
 from pascal_sglang.engine.req_attributes import timeline_of
 from pascal_sglang.policy.kv_tier import KVTier
-from pascal_sglang.policy.ranking import PassInfo, Policy, Tuning
+from pascal_sglang.policy.ranking import PassInfo, Tuning
+from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import RequestState
 
 logger = logging.getLogger("pascal_sglang.decisions")
@@ -35,7 +36,7 @@ class DecisionLog:
         self._last_blocked: tuple[RequestState, str] | None = None
 
     def class_of(self, state: RequestState, pass_info: PassInfo) -> str:
-        return self.policy.names[self.policy.rank(state, pass_info, self.tuning)[0]]
+        return self.policy.class_names[self.policy.rank(state, pass_info, self.tuning)[0]]
 
     def paused(self, state: RequestState, pass_info: PassInfo, why: str) -> None:
         """`state` leaves the batch: `growth` (the next steps would not fit), `displaced` (for a

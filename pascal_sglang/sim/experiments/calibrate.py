@@ -82,8 +82,8 @@ def _samples(streams: Sequence[Stream]) -> tuple[Floats, Floats, Floats]:
     begin, end, gap = (np.concatenate(part) for part in (begins, ends, lengths))
     middle = (begin + end) / 2
     first = np.sort([s.token_s[0] for s in streams])
-    policy = np.argsort([s.token_s[0] for s in streams])
-    prompts = np.concatenate([[0], np.cumsum(np.array([s.prompt for s in streams])[policy])])
+    order = np.argsort([s.token_s[0] for s in streams])
+    prompts = np.concatenate([[0], np.cumsum(np.array([s.prompt for s in streams])[order])])
     running = _inside(middle, [(s.token_s[0], s.token_s[-1]) for s in streams])
     running = np.maximum(1, running - _inside(middle, idle))
     held = _held(streams, middle)

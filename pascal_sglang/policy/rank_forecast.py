@@ -1,33 +1,36 @@
-"""When a running request's rank may get worse next: the only thing in it that calls for a plan."""
+"""When the rank of a running request may get worse next, so that a simulator can skip passes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from pascal_sglang.policy.ranking import REACTION_PASSES, Tuning, is_demoted
+from pascal_sglang.policy.request import RequestState
 from pascal_sglang.policy.timeline import Phase
-from pascal_sglang.sim.request import SimRequest
 
 NEVER = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
 class RankForecast:
-    """What a policy's rank looks at.
+    """What the rank of a policy looks at."""
 
-    quanta: tokens of the `phase`, of the whole request (`all`), or of nothing. demotes: whether
-    long thinking falls behind. paced: whether answers get out of their hurry.
-    """
-
+    # Tokens that count: of the `phase`, of the whole request (`all`), or none.
     quanta: str = ""
+    # Whether long thinking falls behind.
     demotes: bool = False
+    # Whether answers get out of their hurry.
     paced: bool = False
+    # Whether a rank may change in any pass: always right, and slow to simulate.
+    any_pass: bool = False
 
     def steps(
-        self, request: SimRequest, tuning: Tuning, step_s: float, now: float, pass_s: float
+        self, request: RequestState, tuning: Tuning, step_s: float, now: float, pass_s: float
     ) -> int:
-        """Decode steps until the rank of a member that is up to date may get worse, if steps go on
-        to take `step_s`; early rather than late where that is a guess."""
+        """Decode steps until the rank of a request that is up to date may get worse, if steps go
+        on to take `step_s`; early rather than late where that is a guess."""
+        if self.any_pass:
+            return 1
         found = NEVER
         if self.quanta:
             counted = request.phase_tokens if self.quanta == "phase" else request.total_tokens
@@ -45,9 +48,11 @@ class RankForecast:
         return found
 
 
-def _calm_in(request: SimRequest, tuning: Tuning, step_s: float, now: float, pass_s: float) -> int:
+def _calm_in(
+    request: RequestState, tuning: Tuning, step_s: float, now: float, pass_s: float
+) -> int:
     """Steps until a running answer has built up the lead after which it is not urgent any more, or
-    after which thinking may displace it (`policy.policy.is_urgent`, `is_settling`)."""
+    after which thinking may displace it (`policy.ranking.is_urgent`, `is_settling`)."""
     tpot = request.pacer.tpot
     if not request.pacer.delivered:
         return 1
