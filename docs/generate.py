@@ -71,12 +71,37 @@ def metrics() -> str:
     return _table(("series", "meaning"), rows)
 
 
+LEVELS = {
+    "OBSERVE": "only under `fcfs`; another policy is refused at start",
+    "ORDER": "our order; not paused, does not migrate",
+    "RECOMPUTE": "pauses recompute; does not migrate",
+    "PAUSE": "pauses keep KV; does not migrate",
+}
+
+
+def support() -> str:
+    """The features and kinds of requests that get less than everything."""
+    from pascal_sglang import support as table
+
+    server = (*table.SERVER, *table.POOLS, *table.INSTANCES)
+    found: list[tuple[str, ...]] = []
+    for what, rows in (("a server with", server), ("a request with", table.REQUESTS)):
+        for row in rows:
+            name = f"`{row.name}`" if row.name.startswith(("--", "SGLANG_")) else row.name
+            found.append((f"{what} {name}", LEVELS[row.level.name]))
+    return _table(("", "under a policy that schedules"), found)
+
+
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("|  |", "| |")
 
 
-PARTS = {"serving.md": {"flags": flags}, "observability.md": {"metrics": metrics}}
+PARTS = {
+    "serving.md": {"flags": flags},
+    "observability.md": {"metrics": metrics},
+    "compatibility.md": {"support": support},
+}
 
 
 def regenerated(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
+from pascal_sglang import support
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
@@ -25,11 +26,9 @@ def build_executor(scheduler: Any, config: PascalConfig) -> PlanExecutor | None:
     """
     if not config.record.schedules or not scheduler.is_generation:
         return None
-    carried = not (scheduler.is_hybrid_swa or scheduler.is_hybrid_ssm or scheduler.attn_dp_enabled)
-    if not carried:
+    if (pool := support.first(support.POOLS, scheduler)) is not None:
         raise RuntimeError(
-            f"policy {config.policy} does not work with hybrid KV pools or DP attention yet; "
-            "use --pascal-policy fcfs"
+            f"policy {config.policy} does not work with {pool} yet; use --pascal-policy fcfs"
         )
     if get_schedule().prefill_decode_interval is None:
         # SGLang prefills first: without this, endless new prompts would keep thinkers from

@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 
+from pascal_sglang import support
 from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.paused import PausedRequests
@@ -185,20 +186,4 @@ def remaining_of(req: Req, state: RequestState) -> int:
 
 def why_not_pausable(req: Req) -> str | None:
     """What about the request the engine cannot carry; None if it can be paused."""
-    params = req.sampling_params
-    reasons: dict[str, Any] = {
-        "beam search": req.beam_group is not None,
-        "a session": req.session is not None or req.session_id is not None,
-        "multimodal inputs": req.multimodal_inputs is not None,
-        "input embeddings": req.input_embeds is not None,
-        "a LoRA adapter": req.lora_id is not None,
-        "hidden states returned": bool(req.return_hidden_states),
-        "a grammar": any((params.json_schema, params.regex, params.ebnf, params.structural_tag)),
-        "penalties": bool(
-            params.frequency_penalty
-            or params.presence_penalty
-            or params.repetition_penalty != 1.0
-            or params.min_new_tokens
-        ),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    return support.first(support.UNPAUSABLE, req)

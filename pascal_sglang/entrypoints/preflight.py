@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pascal_sglang import support
 from pascal_sglang.cluster.private_folder import LONGEST_NAME
 from pascal_sglang.cluster.transport import problem_with
 from pascal_sglang.config import PascalConfig
@@ -99,24 +100,10 @@ def check_policy(config: PascalConfig, server_args: Any) -> None:
     """Refuse engine features that pauses do not carry; `fcfs` serves them all."""
     if not config.record.schedules:
         return
-    features = {
-        "--speculative-algorithm": server_args.speculative_algorithm is not None,
-        "--pp-size above 1": server_args.pp_size > 1,
-        "--enable-dp-attention": server_args.enable_dp_attention,
-        "--disaggregation-mode": server_args.disaggregation_mode != "null",
-        "--enable-hierarchical-cache": server_args.enable_hierarchical_cache,
-        "--enable-hisparse": server_args.enable_hisparse,
-        "--enable-lmcache": server_args.enable_lmcache,
-        "--enable-unified-memory": server_args.enable_unified_memory,
-        "--enable-pdmux": server_args.enable_pdmux,
-        "--dcp-size above 1": server_args.dcp_size > 1,
-        "--attn-cp-size above 1": server_args.attn_cp_size > 1,
-        "--dllm-algorithm": server_args.dllm_algorithm is not None,
-    }
-    asked = [name for name, given in features.items() if given]
-    if asked:
+    feature = support.first(support.SERVER, server_args)
+    if feature is not None:
         raise LaunchError(
-            f"policy {config.policy} does not work with {asked[0]} yet; use --pascal-policy fcfs"
+            f"policy {config.policy} does not work with {feature} yet; use --pascal-policy fcfs"
         )
 
 
@@ -173,15 +160,12 @@ def check_frontend(config: PascalConfig, server_args: Any) -> None:
         "--pascal-pace-stream": config.pace_stream,
         "--pascal-assume-reasoning": config.assume_reasoning,
     }
-    elsewhere = {
-        "--tokenizer-worker-num above 1": server_args.tokenizer_worker_num > 1,
-        "--smg-grpc-mode": server_args.smg_grpc_mode or server_args.grpc_mode,
-        "SGLANG_RUST_SERVER": envs.SGLANG_RUST_SERVER.get(),
-    }
     asked = [name for name, given in wanted.items() if given]
-    served = [name for name, given in elsewhere.items() if given]
+    served = support.first(support.FRONT_ENDS, server_args)
+    if served is None and envs.SGLANG_RUST_SERVER.get():
+        served = "SGLANG_RUST_SERVER"
     if asked and served:
-        raise LaunchError(f"{asked[0]} does not work with {served[0]}")
+        raise LaunchError(f"{asked[0]} does not work with {served}")
 
 
 def _check_model(model_path: str) -> None:

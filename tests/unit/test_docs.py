@@ -16,7 +16,7 @@ print(runpy.run_path(sys.argv.pop())["regenerated"](page), end="")
 """
 
 
-@pytest.mark.parametrize("page", ["serving.md", "observability.md"])
+@pytest.mark.parametrize("page", ["serving.md", "observability.md", "compatibility.md"])
 def test_generated_parts_are_what_the_code_says(page):
     """In a process of its own: Prometheus's series exist once per process."""
     generate = ROOT / "docs" / "generate.py"

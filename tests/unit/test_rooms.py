@@ -26,18 +26,18 @@ PACKAGE = {
     "engine.kv": ({"engine", "policy"}, {"sglang", "torch"}),
     "engine.observability": ({"cluster", "engine", "policy"}, {"prometheus_client", "sglang"}),
     "engine.migration": (
-        {"cluster", "config", "engine", "engine.kv", "engine.observability", "policy"},
+        {"cluster", "config", "engine", "engine.kv", "engine.observability", "policy", "support"},
         {"msgspec", "orjson", "sglang", "torch"},
     ),
     "engine": (
         {
             *{"cluster", "demo", "engine.kv", "engine.migration", "engine.observability"},
-            *{"entrypoints", "policy", *ENTRY},
+            *{"entrypoints", "policy", "support", *ENTRY},
         },
         {"msgspec", "psutil", "sglang", "torch", "zmq"},
     ),
     "entrypoints": (
-        {"cluster", "platforms", *ENTRY},
+        {"cluster", "platforms", "support", *ENTRY},
         {"fastapi", "psutil", "ray", "sglang", "starlette"},
     ),
     "streaming": ({"config", "entrypoints"}, {"sglang"}),

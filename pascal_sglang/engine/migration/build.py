@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from types import SimpleNamespace
 from typing import Any
 
 from sglang.srt.runtime_context import get_parallel, get_serving
 
+from pascal_sglang import support
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.control_channel import CONTROL_ENV, ControlSender
 from pascal_sglang.cluster.migration_source import Terms
@@ -51,16 +53,16 @@ def build_migrations(
     if folder is None or executor is None:
         return None
     serving = get_serving()
-    reasons = {
-        "more than one node": get_parallel().nnodes > 1,
-        "--tokenizer-worker-num above 1": serving.tokenizer_worker_num > 1,
-        "--detokenizer-worker-num above 1": serving.detokenizer_worker_num > 1,
-        "--skip-tokenizer-init": serving.skip_tokenizer_init,
-        "SGLANG_RUST_SERVER": scheduler.rust_server is not None,
-    }
+    instances = SimpleNamespace(
+        nnodes=get_parallel().nnodes,
+        tokenizer_worker_num=serving.tokenizer_worker_num,
+        detokenizer_worker_num=serving.detokenizer_worker_num,
+        skip_tokenizer_init=serving.skip_tokenizer_init,
+        rust_server=scheduler.rust_server,
+    )
     kv = kv_bytes_of(scheduler, executor.paused_requests.copies)
-    problem = next((f"with {name}" for name, holds in reasons.items() if holds), None)
-    problem = kv if isinstance(kv, str) else problem
+    feature = support.first(support.INSTANCES, instances)
+    problem = kv if isinstance(kv, str) else feature and f"with {feature}"
     transport = None
     if problem is None and not isinstance(kv, str):
         try:

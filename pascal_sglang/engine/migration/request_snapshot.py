@@ -18,6 +18,7 @@ import orjson
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from pascal_sglang import support
 from pascal_sglang.cluster.codec import MAX_STATE_BYTES
 from pascal_sglang.engine.migration.snapshot_fields import (
     GIVEN,
@@ -28,7 +29,6 @@ from pascal_sglang.engine.migration.snapshot_fields import (
     refused_by,
 )
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
-from pascal_sglang.engine.request_states import why_not_pausable
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Break, Phase, PhaseTimeline
 
@@ -56,10 +56,7 @@ KEYS = frozenset(
 
 def why_not_migratable(req: Req) -> str | None:
     """What about the request cannot travel; None if all of it can."""
-    found = why_not_pausable(req) or refused_by(req)
-    if found is None and req.sampling_params.watermark is not None:
-        found = "a watermark"
-    return found
+    return support.first(support.REQUESTS, req) or refused_by(req)
 
 
 def export_state(req: Req, blocked_since: float) -> dict[str, Any]:
