@@ -68,6 +68,18 @@ def test_without_slots_kv_stays_on_the_device(serve, reference):
         assert series in metrics
 
 
+def test_a_policy_from_outside_the_tree_is_carried_out(serve, reference):
+    settings = {"policy": "examples.feedback_queue:POLICY", "quantum_tokens": 20}
+    with serve(settings, ["--max-total-tokens", "2500"]) as server:
+        whole, _ = run(server, COUNT)
+        instance = settled(server)
+    assert differences(whole, reference) == []
+    nothing_left(instance)
+    assert instance["policy"] == settings["policy"]
+    assert instance["policy_errors"] == 0
+    assert instance["decisions"]["pause:all:displaced"] > 3
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_policy_that_fails_in_every_pass_loses_nobody(serve, reference, overlap):
     """Whoever was paused comes back, and want of memory still pauses instead of recomputing."""
