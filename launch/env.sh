@@ -69,6 +69,12 @@ pascal_prepare() {
     if [ "$(cat "$pascal_venv/.pascal_stamp" 2>/dev/null)" = "$(pascal_stamp)" ]; then
         pascal_say "using $pascal_venv"
     else
+        local other
+        other="$(cut -d' ' -f1 "$pascal_venv/.pascal_stamp" 2>/dev/null || true)"
+        if [ -n "$other" ] && [ "$other" != "$pascal_root" ] && [ -d "$other" ]; then
+            pascal_say "$pascal_venv was for $other and is for this checkout from now on;"
+            pascal_say "  PASCAL_SGLANG_VENV=another/folder keeps both"
+        fi
         pascal_say "installing SGLang and what it needs into $pascal_venv (first time: about 5 minutes, 11 GB)"
         rm -f "$pascal_venv/.pascal_stamp"
         pascal_pip install -e "$pascal_root[dev,evals]"

@@ -5,6 +5,8 @@ import argparse
 import pytest
 from sglang.srt.server_args import ServerArgs
 
+from pascal_sglang import support
+from pascal_sglang.config import PascalConfig
 from pascal_sglang.entrypoints.preflight import LaunchError, check_policy
 
 REFUSED = {
@@ -23,6 +25,10 @@ REFUSED = {
 }
 
 
+def test_every_refusal_is_tried():
+    assert REFUSED.keys() == {row.name for row in support.SERVER}
+
+
 @pytest.fixture(scope="module")
 def parser():
     made = argparse.ArgumentParser()
@@ -34,8 +40,8 @@ def parser():
 def test_a_feature_that_is_not_carried_is_named(parser, name):
     arguments = parser.parse_args(["--model-path", "m", *REFUSED[name].split()])
     with pytest.raises(LaunchError, match=f"pascal does not work with {name} yet"):
-        check_policy("pascal", arguments)
-    check_policy("fcfs", arguments)
+        check_policy(PascalConfig(), arguments)
+    check_policy(PascalConfig(policy="fcfs"), arguments)
 
 
 @pytest.mark.parametrize(
@@ -47,4 +53,4 @@ def test_a_feature_that_is_not_carried_is_named(parser, name):
     ],
 )
 def test_the_rest_is_not(parser, flags):
-    check_policy("pascal", parser.parse_args(["--model-path", "m", *flags.split()]))
+    check_policy(PascalConfig(), parser.parse_args(["--model-path", "m", *flags.split()]))
