@@ -1,6 +1,6 @@
 """What one policy pass costs: `python -m evals.bench.policy_cost`.
 
-Builds members as the engine adapter would, with KV memory exhausted, and times `Planner.plan`:
+Builds requests as the engine does, with KV memory exhausted, and times `Planner.plan`:
 
 settled     nobody can displace anybody, as in most passes
 arrivals    in every pass a short thinker arrives and the plan is carried out
@@ -32,10 +32,10 @@ NOW = 29.0
 ARRIVALS = itertools.count()
 
 
-def members(
+def requests(
     count: int, status: RequestStatus, dice: random.Random, steady: bool
 ) -> list[RequestState]:
-    """`count` members of one place, two thirds of them thinking. `steady`: those who run outrank
+    """`count` requests of one status, two thirds of them thinking. `steady`: those who run outrank
     those who do not, as they mostly do between two changes."""
     made = []
     for _ in range(count):
@@ -63,9 +63,9 @@ def scene(
 ) -> tuple[Planner, list[RequestState]]:
     dice = random.Random(0)
     planner = Planner(POLICIES[policy], Tuning())
-    active = members(running, RequestStatus.RUNNING, dice, steady)
-    waiting = members(others // 2, RequestStatus.WAITING, dice, steady)
-    planner.queue.recount(waiting + members(others // 2, RequestStatus.HOST, dice, steady))
+    active = requests(running, RequestStatus.RUNNING, dice, steady)
+    waiting = requests(others // 2, RequestStatus.WAITING, dice, steady)
+    planner.queue.recount(waiting + requests(others // 2, RequestStatus.HOST, dice, steady))
     return planner, active
 
 
@@ -77,9 +77,9 @@ def one_pass(planner: Planner, active: list[RequestState], turn: int) -> tuple[f
     for victim in plan.pause:
         active.remove(victim)
         planner.queue.stopped(victim, RequestStatus.HOST, pass_info)
-    for member in plan.start:
-        active.append(member)
-        planner.queue.started(member, pass_info)
+    for request in plan.start:
+        active.append(request)
+        planner.queue.started(request, pass_info)
     return took, pass_info
 
 

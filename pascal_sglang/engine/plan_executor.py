@@ -34,7 +34,7 @@ REPORT_S = 0.1
 
 
 class PlanExecutor:
-    """Builds the policy's view, executes its plan, keeps the members true.
+    """Asks the policy for a plan in every pass, and carries it out.
 
     Every decision is a function of the request stream, the KV pool and the clock of TP rank 0, so
     all TP ranks decide alike.

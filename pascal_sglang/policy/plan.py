@@ -14,48 +14,49 @@ from pascal_sglang.policy.victims import Victims
 # Tokens every running request may grow by before the next plan can react: a pause under overlap
 # scheduling takes two passes to free memory.
 GROWTH = 4
-# Passes before displacement is tried again for a request for whom it has just failed. Those who run
-# change rank but once in many passes, and looking at all of them costs.
+# Passes before displacement is tried again for a request for which it has just failed. Running
+# requests change rank but once in many passes, and looking at all of them costs.
 PATIENCE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What there is to give: KV tokens free or evictable, tokens that pauses under way will free,
-    and request slots."""
+    """What there is to give in a pass."""
 
+    # KV entries that are free or evictable.
     free_tokens: int
+    # KV entries that pauses under way will free.
     releasing_tokens: int
+    # Request slots.
     slots: int
 
 
 @dataclass(frozen=True, slots=True)
 class KVAccounting:
-    """KV tokens a start takes and a pause gives back. The engine knows about shared prefixes."""
+    """KV entries that a start takes and a pause gives back. The engine knows shared prefixes."""
 
-    required: Callable[[RequestState], int] = lambda m: (
-        0 if m.status is RequestStatus.RESIDENT else m.kv_tokens
+    required: Callable[[RequestState], int] = lambda r: (
+        0 if r.status is RequestStatus.RESIDENT else r.kv_tokens
     )
-    reclaimable: Callable[[RequestState], int] = lambda m: m.kv_tokens
+    reclaimable: Callable[[RequestState], int] = lambda r: r.kv_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One decision.
+    """The decision of one pass."""
 
-    start: waiting or paused requests in the order to start them.
-    pause: running requests to pause, worst first; `park` says which of them keep their KV on the
-    device because nobody needs its memory yet.
-    spill: requests paused with their KV on the device that have to give it up now.
-    blocked, shortage: the best request that could not start, and what it lacked: `memory`, `slots`,
-    or `rank` where others could give way but are not worse.
-    """
-
+    # Waiting or paused requests, in the order to start them.
     start: tuple[RequestState, ...] = ()
+    # Running requests to pause, worst first.
     pause: tuple[RequestState, ...] = ()
+    # Those of `pause` that keep their KV on the device, because its memory is not needed yet.
     park: frozenset[RequestState] = frozenset()
+    # Resident requests whose KV has to leave the device now.
     spill: tuple[RequestState, ...] = ()
+    # The best request that could not start.
     blocked: RequestState | None = None
+    # What that request lacked: `memory`, `slots`, or `rank` where the requests that could give way
+    # are not of worse rank.
     shortage: str = ""
 
 
@@ -64,7 +65,7 @@ SHORTAGES = ("memory", "slots", "rank")
 
 
 class Planner:
-    """Turns a view of the requests into one deterministic decision."""
+    """Decides, deterministically, what a pass starts and pauses."""
 
     def __init__(
         self, policy: Policy, tuning: Tuning, accounting: KVAccounting | None = None
@@ -84,12 +85,12 @@ class Planner:
         pass_info: PassInfo,
         joining: int = 0,
     ) -> Plan:
-        """Decide a pass for those in `queue` and those who run.
+        """Decide a pass.
 
-        running: requests that decode. joining: how many more come out of a prefill in this pass and
-        cannot be paused yet. Nobody is paused unless the decode step would run out of memory or
-        somebody of strictly lower rank starts with what it gives back; nobody is started beyond
-        memory and slots.
+        running: requests that decode. joining: requests that come out of a prefill in this pass and
+        cannot be paused yet. A request is paused only if the decode step would run out of memory,
+        or if a request of strictly lower rank starts with what the pause gives back. No request
+        starts beyond memory and slots.
         """
         budget = (
             capacity.free_tokens + capacity.releasing_tokens - GROWTH * (len(running) + joining)
@@ -102,7 +103,7 @@ class Planner:
         blocked: RequestState | None = None
         for request in self.queue.best_first(pass_info):
             if request in builder.spilled:
-                blocked = request  # It has just given way; nobody behind it goes first.
+                blocked = request  # It has just given way; no request behind it goes first.
                 break
             need = self.accounting.required(request) + self._headroom(request)
             if (need > builder.budget or builder.slots < 1) and not builder.make_room_for(
@@ -128,8 +129,8 @@ class Planner:
         )
 
     def is_content(self, spare_tokens: int) -> bool:
-        """Whether there is nothing to decide: nobody waits, and with `spare_tokens` left after the
-        next steps nobody has to give way."""
+        """Whether there is nothing to decide: no request waits, and with `spare_tokens` left after
+        the next steps none has to give way."""
         return spare_tokens >= 0 and not self.queue
 
     def _headroom(self, request: RequestState) -> int:
@@ -144,7 +145,7 @@ class Planner:
 
 
 class PlanBuilder:
-    """A plan in the making: what is left to give, and who gives way."""
+    """A plan in the making: what is left to give, and which requests give way."""
 
     def __init__(
         self,
@@ -168,19 +169,22 @@ class PlanBuilder:
         self._gave: dict[RequestState, int] = {}
 
     def free_for_decode(self, *, allow_better: bool = False) -> None:
-        """Make the next decode steps fit: the worst give way, and of equals those who do not run,
-        for that costs nobody a step. The last who runs never gives way here, and before the line
-        has been served nobody better than it does (`allow_better`: afterwards they do)."""
+        """Free KV for the next decode steps.
+
+        Pause the lowest-ranked request first; on ties prefer one that is already paused. Never
+        pause the last running request. Until the queue has been served, do not pause a request that
+        ranks above it, unless `allow_better`.
+        """
         if self.budget >= 0:
             return
         planner, pass_info = self.planner, self.pass_info
         parked = [
-            m
-            for m in planner.queue.resident_worst_first(pass_info)[::-1]
-            if m not in self.spilled and m not in self.starting
+            r
+            for r in planner.queue.resident_worst_first(pass_info)[::-1]
+            if r not in self.spilled and r not in self.starting
         ]
         victims = [*planner.victims.worst_first(self.running, pass_info)][::-1]
-        running = [m for m in victims if m not in self._gave]
+        running = [r for r in victims if r not in self._gave]
 
         def rank(request: RequestState) -> Rank:
             return planner.policy.rank(request, pass_info, planner.tuning)
@@ -195,13 +199,13 @@ class PlanBuilder:
                 return
 
     def make_room_for(self, request: RequestState, need: int) -> bool:
-        """Make room for one who starts, by those of strictly worse rank alone; if they do not
-        suffice nobody gives way."""
+        """Make room for a request that starts, by requests of strictly worse rank alone. If they
+        do not suffice, none gives way."""
         planner = self.planner
         tokens, slots = need - self.budget, 1 - self.slots
         self.shortage = "slots" if slots > 0 else "memory"
         spills = self._spills(tokens, besides=request)
-        tokens -= sum(planner.accounting.reclaimable(m) for m in spills)
+        tokens -= sum(planner.accounting.reclaimable(r) for r in spills)
         if tokens > 0 or slots > 0:
             if planner.stays_blocked(request, self.pass_info):
                 return False
@@ -217,7 +221,7 @@ class PlanBuilder:
         return True
 
     def park_what_fits(self) -> None:
-        """KV whose memory is not wanted after all stays on the device, best first."""
+        """Keep KV on the device whose memory is not needed after all, best rank first."""
         for victim in reversed(self.paused):
             if self._gave[victim] <= self.budget:
                 self.budget -= self._gave[victim]
@@ -227,7 +231,7 @@ class PlanBuilder:
                 self.budget -= self.spilled.pop(request)
 
     def _spills(self, tokens: int, besides: RequestState | None = None) -> list[RequestState]:
-        """The fewest parked requests, worst first, that give back `tokens`, or all of them."""
+        """The fewest resident requests, worst first, that give back `tokens`, or all of them."""
         if tokens <= 0 or not self.planner.queue.resident:
             return []
         if self._parked is None:
@@ -243,8 +247,8 @@ class PlanBuilder:
         return chosen
 
     def _displaced(self, rank: Rank, tokens: int, slots: int) -> list[RequestState] | None:
-        """Who gives way to `rank`: as many as give back `tokens` and `slots`; None if those of
-        strictly worse rank do not suffice."""
+        """The requests that give way to `rank`: as many as give back `tokens` and `slots`. None if
+        those of strictly worse rank do not suffice."""
         planner = self.planner
         if planner.policy.worst is not None and rank >= planner.policy.worst:
             self.shortage = "rank"

@@ -21,47 +21,42 @@ class RequestStatus(Enum):
 
 @dataclass(slots=True, eq=False)
 class RequestState:
-    """One request. The adapter keeps it true; the policy keeps `credit` and the pass numbers.
+    """One request. The engine, or the simulator, keeps it true."""
 
-    seq: order of arrival, unique.
-    phase_tokens: tokens generated in the current phase; the quantum counts these.
-    total_tokens: tokens generated in all.
-    kv_tokens: KV entries it holds, or needs back to resume, or needs to be prefilled. The engine
-        keeps this and `remaining` true only for those who do not run.
-    remaining: the most tokens it may still produce in this phase, as far as limits say; the
-        default stands for no known limit.
-    pausable: False for what the engine cannot pause; it runs on as in stock SGLang.
-    since_pass: the pass in which it entered its current place.
-    since: the time (s) of that pass.
-    head_start: passes it counts as having waited longer, for a prefix the device already holds.
-    credit: quanta forgiven for having waited; lasts until it has run a quantum.
-    internal: no user waits for it; it is planned for like any other, and nowhere counted.
-    handle: the adapter's own object.
-    ticket: which of its entries in a `Line` is the true one.
-    lane: the lane of that entry.
-    """
-
+    # Order of arrival, unique.
     seq: int
     pacer: Pacer
     status: RequestStatus = RequestStatus.WAITING
     phase: Phase = Phase.REASONING
+    # Tokens generated in the current phase, which the quantum counts, and in all.
     phase_tokens: int = 0
     total_tokens: int = 0
+    # KV entries that the request holds, or needs back to resume, or needs to be prefilled. True
+    # only while it does not run, and so is `remaining`.
     kv_tokens: int = 0
+    # The most tokens it may still produce in this phase, as far as limits say.
     remaining: int = 1 << 30
+    # False: the engine cannot pause the request. It runs on as in stock SGLang.
     pausable: bool = True
+    # The pass, and its time in seconds, in which the request entered its current status.
     since_pass: int = 0
     since: float = 0.0
+    # Passes that it counts as having waited longer, for a prefix that the device holds already.
     head_start: int = 0
+    # Quanta forgiven for waiting; they last until the request has run a quantum.
     credit: int = 0
+    # `total_tokens` when it began to run.
     ran_from: int = 0
+    # No user waits for it: it is planned for like any other, and counted nowhere.
     internal: bool = False
+    # The engine's own object.
     handle: Any = None
+    # Which of its entries in the `WaitQueue` is the true one, and the class of that entry.
     ticket: int = 0
     priority_class: int = 0
 
     def enter(self, status: RequestStatus, pass_no: int, now: float) -> None:
-        """Change place; waiting starts anew, and so does the count of what it runs."""
+        """Change status. Waiting starts anew, and so does the count of what the request runs."""
         self.status = status
         self.since_pass = pass_no
         self.since = now

@@ -25,7 +25,7 @@ class Victims:
     def worst_first(
         self, running: Sequence[RequestState], pass_info: PassInfo, *, fresh: bool = True
     ) -> Iterator[RequestState]:
-        """Pausable members of `running`. `fresh`: by today's ranking; otherwise an earlier one may
+        """Pausable requests of `running`. `fresh`: by today's ranking; otherwise an earlier one may
         serve, which lacks those who have started since."""
         age = pass_info.pass_no - self._ranked_in
         if age >= KEEP_PASSES or (fresh and age):
@@ -41,6 +41,6 @@ class Victims:
         ranked = [
             (*rank(m, pass_info, tuning), key(m, tuning), m.seq, m) for m in running if m.pausable
         ]
-        ranked.sort(reverse=True)  # Never compares members: `seq` is unique.
+        ranked.sort(reverse=True)  # Never compares requests: `seq` is unique.
         self._ranked = [entry[-1] for entry in ranked]
         self._ranked_in = pass_info.pass_no

@@ -12,8 +12,8 @@ from pascal_sglang.sim.request import SimRequest
 
 
 class Batch(Sequence[SimRequest]):
-    """The running batch. Step k ends `time_of(k)`; while its members stay the same, that is a
-    quadratic of k, because every step adds one KV token per member.
+    """The running batch. Step k ends `time_of(k)`; while its requests stay the same, that is a
+    quadratic of k, because every step adds one KV token per request.
 
     steps: decode steps so far. kv: KV tokens that the next step reads. origin: when it begins.
     """
@@ -99,7 +99,7 @@ class Batch(Sequence[SimRequest]):
         """The next step begins that much later. `noticed`: answers are brought up to date first, so
         that the pause falls between the right two tokens.
 
-        Otherwise tokens are spread evenly over the time between two looks at a member; a reader
+        Otherwise tokens are spread evenly over the time between two looks at a request; a reader
         who misses none between two of them cannot tell.
         """
         if noticed:
@@ -110,7 +110,7 @@ class Batch(Sequence[SimRequest]):
         self.origin += seconds
 
     def sync(self, request: SimRequest) -> None:
-        """Let a member have the tokens of the steps that have ended since it was last looked at."""
+        """Give a request the tokens of the steps that have ended since it was looked at."""
         tokens = self.steps - request.step
         if not tokens:
             request.at = self.origin

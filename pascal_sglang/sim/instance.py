@@ -269,7 +269,7 @@ class Instance(ABC):
             self.fresh[request] = None
 
     def watch(self, request: SimRequest) -> None:
-        """Note when something happens next to a member that is up to date."""
+        """Note when something happens next to a request that is up to date."""
         batch = self.batch
         first = request.phase is Phase.ANSWERING and not request.phase_tokens
         steps = 1 if first else request.left
@@ -284,7 +284,7 @@ class Instance(ABC):
             heapq.heappush(self._marks, (due, self._marked, request))
 
     def _goes_on(self, request: SimRequest) -> bool:
-        """Take in that a member has reached the end of a phase, or not; whether it still runs."""
+        """Take in that a request has reached the end of a phase, or not; whether it still runs."""
         now = self.clock.now
         if request.phase is Phase.REASONING:
             if request.left > 0:

@@ -153,7 +153,7 @@ def sides(monkeypatch):
     monkeypatch.setattr(f"{there}.migration.outgoing.export_state", lambda req, since: state)
     monkeypatch.setattr(f"{there}.migration.incoming.problem_with", lambda *_: None)
     monkeypatch.setattr(f"{there}.migration.incoming.import_state", lambda *_: Request())
-    monkeypatch.setattr(f"{there}.migration.incoming.restore_member", lambda *_: None)
+    monkeypatch.setattr(f"{there}.migration.incoming.restore_state", lambda *_: None)
     source, target = Instance(), Instance()
     source.outgoing_migrations.ordered(MigrateCommand("m", "r", 1), 1.0)
     (ask,) = source.take(messages.ReserveRequest)

@@ -18,7 +18,7 @@ from pascal_sglang.engine.migration.request_snapshot import (
     export_state,
     import_state,
     problem_with,
-    restore_member,
+    restore_state,
     why_not_migratable,
 )
 from pascal_sglang.engine.migration.snapshot_fields import (
@@ -115,7 +115,7 @@ def test_everything_listed_arrives():
         assert repr(there[2:]) == repr(made[2:]), name
     assert new.pascal_timeline == req.pascal_timeline
     new.pascal_state = RequestState(seq=9, pacer=Pacer(0.1), handle=new)
-    restore_member(new, state)
+    restore_state(new, state)
     was = req.pascal_state
     for name in ("pacer", "phase", "phase_tokens", "total_tokens", "credit"):
         assert getattr(new.pascal_state, name) == getattr(was, name), name
@@ -176,8 +176,8 @@ def test_a_state_that_no_message_takes_is_an_error():
         ({"logprobs": {"input": 1}}, "other logprobs fields"),
         ({"sampling": ["much"]}, "does not read"),
         ({"timeline": {"arrival": 1, "bogus": 2}}, "does not read"),
-        ({"member": {"phase": "sleeping"}}, "does not read"),
-        ({"member": {}}, "does not read"),
+        ({"policy": {"phase": "sleeping"}}, "does not read"),
+        ({"policy": {}}, "does not read"),
     ],
 )
 def test_a_state_that_is_not_ours_is_refused_by_name(change, why):

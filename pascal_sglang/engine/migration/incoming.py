@@ -24,7 +24,7 @@ from pascal_sglang.engine.migration.recent_aborts import RecentAborts
 from pascal_sglang.engine.migration.request_snapshot import (
     import_state,
     problem_with,
-    restore_member,
+    restore_state,
 )
 from pascal_sglang.engine.migration.revoked import Revoked
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
@@ -141,7 +141,7 @@ class IncomingMigrations:
         req = incoming.req
         locations = self.receive_buffer.keep(incoming, tokens, self.states.pass_info.now)
         self.states.arrived(req)
-        restore_member(req, state)
+        restore_state(req, state)
         self.states.paused_requests.adopt(req, locations)
         self.states.stopped(req, RequestStatus.RESIDENT)
         self.arrived[req] = state["blocked_since"]

@@ -48,7 +48,7 @@ KEYS = frozenset(
         "token_ids_logprob",
         "timeline",
         "pacer",
-        "member",
+        "policy",
         "blocked_since",
     }
 )
@@ -70,7 +70,7 @@ def export_state(req: Req, blocked_since: float) -> dict[str, Any]:
         params = msgspec.structs.replace(
             params, custom_params={k: v for k, v in custom.items() if k != "__req__"}
         )
-    member = state_of(req)
+    mine = state_of(req)
     state = {
         "version": VERSION,
         "given": {name: getattr(req, name) for name in GIVEN},
@@ -83,12 +83,12 @@ def export_state(req: Req, blocked_since: float) -> dict[str, Any]:
         "top_logprobs_num": req.logprob.top_logprobs_num,
         "token_ids_logprob": req.logprob.token_ids_logprob,
         "timeline": dataclasses.asdict(timeline_of(req)),
-        "pacer": dataclasses.asdict(member.pacer),
-        "member": {
-            "phase": member.phase.value,
-            "phase_tokens": member.phase_tokens,
-            "total_tokens": member.total_tokens,
-            "credit": member.credit,
+        "pacer": dataclasses.asdict(mine.pacer),
+        "policy": {
+            "phase": mine.phase.value,
+            "phase_tokens": mine.phase_tokens,
+            "total_tokens": mine.total_tokens,
+            "credit": mine.credit,
         },
         "blocked_since": blocked_since,
     }
@@ -131,7 +131,7 @@ def problem_with(state: dict[str, Any], kv_tokens: int, longest: int) -> str | N
             return f"state with other {name} fields"
     try:
         params = msgspec.convert(_floats(state["sampling"]), SamplingParams)
-        _timeline(state), _pacer(state), Phase(state["member"]["phase"])
+        _timeline(state), _pacer(state), Phase(state["policy"]["phase"])
     except (msgspec.ValidationError, TypeError, ValueError, KeyError) as error:
         return f"state that does not read: {type(error).__name__}"
     if params.max_new_tokens is None or len(prompt) + params.max_new_tokens > longest:
@@ -176,14 +176,14 @@ def import_state(scheduler: Any, state: dict[str, Any]) -> Req:
     return req
 
 
-def restore_member(req: Req, state: dict[str, Any]) -> None:
-    """Its place in the policy's eyes; the request's member is made already."""
-    member, was = state_of(req), state["member"]
-    member.pacer = _pacer(state)
-    member.phase = Phase(was["phase"])
-    member.phase_tokens = was["phase_tokens"]
-    member.total_tokens = was["total_tokens"]
-    member.credit = was["credit"]
+def restore_state(req: Req, state: dict[str, Any]) -> None:
+    """What the policy knows of it; the request's state is made already."""
+    mine, was = state_of(req), state["policy"]
+    mine.pacer = _pacer(state)
+    mine.phase = Phase(was["phase"])
+    mine.phase_tokens = was["phase_tokens"]
+    mine.total_tokens = was["total_tokens"]
+    mine.credit = was["credit"]
 
 
 def _timeline(state: dict[str, Any]) -> PhaseTimeline:

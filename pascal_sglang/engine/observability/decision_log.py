@@ -79,7 +79,7 @@ class DecisionLog:
         )
 
     def blocked(self, state: RequestState | None, shortage: str, pass_info: PassInfo) -> None:
-        """The best request in line could not start; written once per request and reason."""
+        """The best request in the queue could not start; written once per request and reason."""
         if state is None or state.internal:
             return
         if self.metrics is not None:

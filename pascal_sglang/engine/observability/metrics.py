@@ -114,8 +114,8 @@ class DecisionMetrics:
         )
         self._blocked = counter(
             "blocked_passes",
-            "Passes in which the best request in line could not start, by what it lacked: memory, "
-            "slots, or rank (nobody worse to displace).",
+            "Passes in which the best request in the queue could not start, by what it lacked: "
+            "memory, slots, or rank (no request of worse rank to displace).",
             "shortage",
         )
         self._totals = {
