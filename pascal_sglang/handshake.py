@@ -9,7 +9,7 @@ from pascal_sglang.config import PascalConfig
 
 INIT_INFO_KEY = "pascal"
 PROCESS_KEY = "pascal_process"
-BOARD_KEY = "pascal_board"
+STATUS_FILE_KEY = "pascal_board"
 
 
 def introduced(info: dict[str, Any], instance: int) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def instances_by_pid(infos: list[dict[str, Any]]) -> dict[int, int]:
 def handed_on(info: dict[str, Any], status_file: str) -> dict[str, Any]:
     """The init info of a controller whose instances have all shaken hands; `status_file` is where
     it shows what it does."""
-    return {**info, INIT_INFO_KEY: own_config(), BOARD_KEY: status_file}
+    return {**info, INIT_INFO_KEY: own_config(), STATUS_FILE_KEY: status_file}
 
 
 def own_config() -> str:

@@ -1,7 +1,7 @@
-"""Sockets between the controller and its instances: one control socket each, in a private folder.
+"""Sockets between the controller and its instances: one for each, in a private folder.
 
 The controller makes the folder, readable by its user alone, and names it in the environment of the
-schedulers that it starts. A data to somebody who does not listen is dropped, never waited for.
+schedulers that it starts. A message to a process that does not listen is dropped, never waited for.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class ControlReceiver:
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RCVHWM, WAITING)
-        # Above what `wire` reads, so that oversized messages are counted, not only cut off.
+        # Above what `codec` reads, so that oversized messages are counted, not only cut off.
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_HANDOVER_BYTES)
         self.socket.bind(address_of(folder, name))
 
     def receive(self) -> list[bytes]:
-        """Every data that has arrived, unread."""
+        """Every message that has arrived, unread."""
         found: list[bytes] = []
         while len(found) < WAITING:
             try:

@@ -139,7 +139,7 @@ class MigrationEnded:
 @dataclass(frozen=True, slots=True)
 class RequestFinished:
     """Instance to controller: the request has ended there. `blocks` name its whole text
-    (`cluster.prefixes`), which the instance holds for the next turn."""
+    (`cluster.prefix_index`), which the instance holds for the next turn."""
 
     dp_rank: int
     rid: str

@@ -30,8 +30,8 @@ ALIVE_S = 1.0
 
 
 class LoadReporter:
-    """Sends a `Status` when something has changed, at most every `EVERY_S` seconds while busy, and
-    at least every `ALIVE_S` seconds."""
+    """Sends a `LoadReport` when something has changed, at most every `EVERY_S` seconds while busy,
+    and at least every `ALIVE_S` seconds."""
 
     def __init__(
         self, scheduler: Any, executor: PlanExecutor, control_sender: ControlSender

@@ -114,17 +114,13 @@ class RequestStates:
                 continue
             paused.moving.discard(req)
             self.stopped(req, STATUSES[tier])
-            self.decision_log.left_device(state_of(req), tier, self.pass_info)
-            if tier is KVTier.RECOMPUTE:
-                self.scheduler.waiting_queue.append(req)
+            self._left_device(req, tier)
 
     def spilled(self, req: Req, tier: KVTier) -> None:
         """The KV of a paused request went down to `tier`."""
         self._update_resume_cost(req, STATUSES[tier])
         self.queue.spilled(state_of(req), STATUSES[tier])
-        self.decision_log.left_device(state_of(req), tier, self.pass_info)
-        if tier is KVTier.RECOMPUTE:
-            self.scheduler.waiting_queue.append(req)
+        self._left_device(req, tier)
 
     def resumed(self, req: Req) -> None:
         """A paused request is in the running batch again."""
@@ -156,6 +152,11 @@ class RequestStates:
         state.phase_tokens = timeline.answer_tokens if answering else timeline.reasoning_tokens
         state.total_tokens = timeline.reasoning_tokens + timeline.answer_tokens
         return reasoning_ended and timeline.reasoning_tokens > 0 and not req.finished()
+
+    def _left_device(self, req: Req, tier: KVTier) -> None:
+        self.decision_log.left_device(state_of(req), tier, self.pass_info)
+        if tier is KVTier.RECOMPUTE:
+            self.scheduler.waiting_queue.append(req)
 
     def _update_resume_cost(self, req: Req, status: RequestStatus) -> None:
         """Note what starting the request again takes. Nothing asks that of one that runs."""

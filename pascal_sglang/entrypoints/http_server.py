@@ -14,7 +14,7 @@ from pascal_sglang.cluster.private_folder import remove_all
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.entrypoints.crash import CrashShutdown, ProcessWatch, end_children
 from pascal_sglang.entrypoints.preflight import check_frontend
-from pascal_sglang.handshake import BOARD_KEY, INIT_INFO_KEY, require_same_config
+from pascal_sglang.handshake import INIT_INFO_KEY, STATUS_FILE_KEY, require_same_config
 
 STATUS_PATH = "/pascal/status"
 HEALTH_PATH = "/health"
@@ -27,7 +27,7 @@ SHOWN_S = 5.0
 # What the status route repeats as `server_id`: a script knows the server that it started by it.
 SERVER_ID_ENV = "PASCAL_SGLANG_SERVER_ID"
 # Where the controller of this server shows what it does; empty without one.
-_board: list[str] = []
+_status_files: list[str] = []
 
 
 def require_handshake(original: Callable[..., list[dict[str, Any]]], *args: Any) -> Any:
@@ -43,7 +43,7 @@ def shake_hands(infos: list[dict[str, Any]]) -> None:
     Raises: RuntimeError for one without our configuration.
     """
     require_same_config(infos)
-    _board.extend(info[BOARD_KEY] for info in infos if BOARD_KEY in info)
+    _status_files.extend(info[STATUS_FILE_KEY] for info in infos if STATUS_FILE_KEY in info)
 
 
 def keep_created_time(original: Callable[[Any], dict[str, Any]], stats: Any) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def add_routes(crash: CrashShutdown) -> None:
             instances = {s[INIT_INFO_KEY]["dp_rank"]: s[INIT_INFO_KEY] for s in states}
             # One that was silent may answer late, to what was asked before, and so twice.
             if len(instances) == len(states):
-                shown: dict[str, Any] = {"controller": controller()} if _board else {}
+                shown: dict[str, Any] = {"controller": controller()} if _status_files else {}
                 if server_id := os.environ.get(SERVER_ID_ENV):
                     shown["server_id"] = server_id
                 return {"instances": [instances[rank] for rank in sorted(instances)], **shown}
@@ -169,7 +169,7 @@ def add_routes(crash: CrashShutdown) -> None:
 def controller() -> dict[str, Any]:
     """What the controller last showed; without its folder, what keeps us from knowing."""
     try:
-        return status_file.read(_board[-1])
+        return status_file.read(_status_files[-1])
     except (OSError, ValueError) as error:
         return {"unreadable": str(error)}
 
@@ -177,7 +177,7 @@ def controller() -> dict[str, Any]:
 def instance_states() -> list[str]:
     """`live`, `silent` or `dead` by instance. One without a controller is live, or else the server
     ends; nothing is known of any whose controller has stopped to show them."""
-    if not _board:
+    if not _status_files:
         return ["live"]
     shown = controller()
     states: list[str] = shown.get("states", [])

@@ -182,15 +182,19 @@ def start_and_lose(scene, kind):
     return reader
 
 
-@pytest.mark.parametrize("lost", ["ReserveRequest", "ReserveGranted", "KVChunk", "ChunkAck"])
-def test_a_lost_message_is_not_waited_for(lost, scene):
-    reader = start_and_lose(scene, lost)
+def assert_it_stays(scene, reader):
+    """The source's patience ends: its request goes on there as if nothing had been asked."""
     scene.hold.say("later")
     scene.wait_for("outgoing", "kept:timeout")
     scene.hold.clear()
     assert reader.end() == (scene.alone["mover"], ["length"])
     scene.over()
     assert scene.gained("incoming", "taken") == 0
+
+
+@pytest.mark.parametrize("lost", ["ReserveRequest", "ReserveGranted", "KVChunk", "ChunkAck"])
+def test_a_lost_message_is_not_waited_for(lost, scene):
+    assert_it_stays(scene, start_and_lose(scene, lost))
 
 
 @pytest.mark.parametrize("lost", ["Handover", "CommitAck"])
@@ -218,12 +222,7 @@ def test_a_lost_cancellation_is_not_waited_for(scene, endings):
 def test_a_slow_target_is_not_waited_for(state, scene):
     """The request goes on where it is, and what comes too late changes nothing."""
     reader, _ = held_in(scene, state)
-    scene.hold.say("later")
-    scene.wait_for("outgoing", "kept:timeout")
-    scene.hold.clear()
-    assert reader.end() == (scene.alone["mover"], ["length"])
-    scene.over()
-    assert scene.gained("incoming", "taken") == 0
+    assert_it_stays(scene, reader)
 
 
 @pytest.mark.parametrize("state", ["handed", "owned"])

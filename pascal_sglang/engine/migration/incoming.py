@@ -67,7 +67,7 @@ class IncomingMigrations:
         self.arrived: dict[Req, float] = {}
         self.metrics: MigrationMetrics | None = None
         self._past: OrderedDict[str, IncomingMigration] = OrderedDict()
-        self._tombstones = RecentAborts()
+        self._recent_aborts = RecentAborts()
         self.revoked = Revoked(scheduler, states)
         self._dp_rank = get_parallel().dp_rank or 0
 
@@ -112,7 +112,7 @@ class IncomingMigrations:
             return "another KV layout or other weights"
         if self.scheduler._engine_paused:
             return "generation paused"
-        if self._tombstones.covers(ask.rid, now):
+        if self._recent_aborts.covers(ask.rid, now):
             return "aborted"
         if not self.receive_buffer.windows.free:
             return "busy"
@@ -227,7 +227,7 @@ class IncomingMigrations:
                 self.control_sender.send(incoming.sender, incoming.target.give_up("aborted"))
                 self._settle(migration)
         if rid:
-            self._tombstones.add(rid, now)
+            self._recent_aborts.add(rid, now)
 
     def died(self, instance: int) -> None:
         """The instance is no more."""

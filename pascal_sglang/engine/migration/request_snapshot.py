@@ -1,7 +1,7 @@
 """Everything about a running request but its KV, as plain JSON values, and the request made from it
 on another instance.
 
-What becomes of each field stands in `engine.snapshot_fields`; a request that has anything which
+What becomes of each field stands in `snapshot_fields`; a request that has anything which
 does not travel stays (`why_not_migratable`). The detokenizer's own state of a request stays where
 it is, in the one detokenizer all instances share; the cursors into it travel.
 """

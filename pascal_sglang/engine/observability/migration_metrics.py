@@ -8,7 +8,7 @@ _SECONDS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
 class MigrationMetrics:
-    """Built inside the scheduler process, like `engine.metrics`."""
+    """Built inside the scheduler process, like `metrics.PhaseMetrics`."""
 
     def __init__(self, labels: Mapping[str, str]) -> None:
         from prometheus_client import Counter, Histogram
