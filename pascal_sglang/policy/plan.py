@@ -78,7 +78,9 @@ class Planner:
         self.accounting = accounting or KVAccounting()
         self.queue = WaitQueue(policy, tuning)
         self.victims = Victims(policy, tuning)
-        self._blocked: RequestState | None = None
+        # The last request for which displacement failed, its rank then, and the pass from which on
+        # to try again for the same request of the same rank.
+        self._gave_up: tuple[RequestState, Rank] | None = None
         self._look_again = 0
         # The last look at the requests behind a blocked one, if none could start: that one and the
         # state of the queue, and the least budget with which one of them could have started.
@@ -180,12 +182,14 @@ class Planner:
     def _headroom(self, request: RequestState) -> int:
         return max(GROWTH, min(self.tuning.headroom, request.remaining))
 
-    def stays_blocked(self, request: RequestState, pass_info: PassInfo) -> bool:
-        return request is self._blocked and pass_info.pass_no < self._look_again
+    def stays_blocked(self, request: RequestState, rank: Rank, pass_no: int) -> bool:
+        """Whether displacement failed recently for `request` at this `rank`."""
+        return (request, rank) == self._gave_up and pass_no < self._look_again
 
-    def gave_up_on(self, request: RequestState, pass_info: PassInfo) -> None:
-        self._blocked = request
-        self._look_again = pass_info.pass_no + PATIENCE
+    def gave_up_on(self, request: RequestState, rank: Rank, pass_no: int) -> None:
+        """Note that displacement failed for `request` at this `rank`."""
+        self._gave_up = (request, rank)
+        self._look_again = pass_no + PATIENCE
 
 
 class PlanBuilder:
@@ -257,12 +261,12 @@ class PlanBuilder:
         spills = self._spills(tokens, besides=request)
         tokens -= sum(planner.accounting.reclaimable(r) for r in spills)
         if tokens > 0 or slots > 0:
-            if planner.stays_blocked(request, self.pass_info):
-                return False
             rank = planner.policy.rank(request, self.pass_info, planner.tuning)
+            if planner.stays_blocked(request, rank, self.pass_info.pass_no):
+                return False
             victims = self._displaced(rank, tokens, slots)
             if victims is None:
-                planner.gave_up_on(request, self.pass_info)
+                planner.gave_up_on(request, rank, self.pass_info.pass_no)
                 return False
             for victim in victims:
                 self._pause(victim)

@@ -394,3 +394,15 @@ def test_a_pass_that_cannot_find_anybody_new_does_not_look():
     fresh = RequestState(8, Pacer(TPOT), kv_tokens=100)
     planner.queue.stopped(fresh, RequestStatus.WAITING, PassInfo(7, NOW, 0.01))
     assert looked_at(8, 200) == ((fresh,), [2, 8])
+
+
+def test_an_answer_that_turns_urgent_while_it_is_first_in_line_starts_at_once():
+    """Displacement failed for it as an answer with slack; that says nothing about it in a hurry."""
+    pacer = Pacer(TPOT, delivered=5, last_shown=NOW + 1)
+    answer = RequestState(0, pacer, RequestStatus.HOST, Phase.ANSWERING, 5, 50, kv_tokens=50)
+    thinker = RequestState(1, Pacer(TPOT), RequestStatus.RUNNING, kv_tokens=90)
+    planner = planner_with("pascal", [answer])
+    calm = planner.plan([thinker], Capacity(10, 0, 4), PassInfo(1, NOW, 0.01))
+    assert calm == Plan(blocked=answer, shortage="rank")
+    hurried = planner.plan([thinker], Capacity(10, 0, 4), PassInfo(2, NOW + 1, 0.01))
+    assert (hurried.pause, hurried.start) == ((thinker,), (answer,))
