@@ -13,13 +13,13 @@ from pascal_sglang.policy.ranking import (
     PREFIX_HEAD_START,
     REACTION_PASSES,
     Rank,
+    has_pace,
     is_demoted,
     overdue_at,
     urgent_at,
 )
 from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import RequestStatus
-from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.instance import Instance
 from pascal_sglang.sim.request import SimRequest
 
@@ -190,7 +190,7 @@ class PascalInstance(Instance):
         if not self.forecast.paced:
             return
         self._hurried += 1
-        if request.phase is Phase.REASONING:
+        if not has_pace(request):
             at = overdue_at(request, self.tuning)
             heapq.heappush(self._overdue, (at, self._hurried, request.since, request))
         elif request.pacer.delivered:

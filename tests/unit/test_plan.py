@@ -13,13 +13,14 @@ from pascal_sglang.policy.ranking import (
     AHEAD,
     OVERDUE,
     REACTION_PASSES,
+    THINKING,
     URGENT,
     PassInfo,
     Tuning,
     is_demoted,
 )
 from pascal_sglang.policy.registry import POLICIES
-from pascal_sglang.policy.request import RequestState, RequestStatus
+from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 HEADROOM = 20
@@ -42,6 +43,7 @@ def request(draw, seq, status):
         pacer=pacer,
         status=status,
         phase=Phase.ANSWERING if answering else Phase.REASONING,
+        reader=draw(st.sampled_from([Reader.HUMAN, Reader.HUMAN, Reader.PROGRAM])),
         phase_tokens=tokens,
         total_tokens=tokens + (draw(st.integers(0, 300)) if answering else 0),
         kv_tokens=draw(st.integers(1, 700)),
@@ -481,3 +483,29 @@ def test_how_long_an_answer_is_left_alone_follows_from_what_a_pause_costs(tpot, 
     thinker = RequestState(1, Pacer(tpot), kv_tokens=50, since_pass=MOMENT.pass_no)
     plan = planner_with("pascal", [thinker]).plan([answer], Capacity(10, 0, 4), MOMENT)
     assert bool(plan.start) == (lead > TUNING.settle * TUNING.stall_s)
+
+
+def test_an_answer_that_a_program_reads_stays_among_the_thinkers():
+    """It is neither urgent before its first token nor paused for being ahead."""
+    ahead = Pacer(TPOT, delivered=50, last_shown=NOW + 90)
+    read, whole = (
+        RequestState(
+            seq, ahead, RequestStatus.RUNNING, Phase.ANSWERING, reader=reader, kv_tokens=90
+        )
+        for seq, reader in enumerate((Reader.HUMAN, Reader.PROGRAM))
+    )
+    since = MOMENT.pass_no
+    thinker = RequestState(2, Pacer(TPOT), kv_tokens=50, since_pass=since)
+    plan = planner_with("pascal", [thinker]).plan([read, whole], Capacity(10, 0, 4), MOMENT)
+    assert plan.pause == (read,)
+    later = RequestState(3, Pacer(TPOT), kv_tokens=50, since_pass=since)
+    blocked = planner_with("pascal", [later]).plan([whole], Capacity(10, 0, 4), MOMENT)
+    assert blocked == Plan(blocked=later, shortage="rank")
+    whole.phase_tokens = TUNING.quantum
+    later = RequestState(4, Pacer(TPOT), kv_tokens=50, since_pass=since)
+    in_turn = planner_with("pascal", [later]).plan([whole], Capacity(10, 0, 4), MOMENT)
+    assert in_turn.pause == (whole,), "served more than the thinker"
+    first = RequestState(
+        5, Pacer(TPOT), RequestStatus.HOST, Phase.ANSWERING, reader=Reader.PROGRAM, since_pass=since
+    )
+    assert POLICIES["pascal"].rank(first, MOMENT, TUNING) == (THINKING, 0)
