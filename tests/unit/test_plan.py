@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, KVAccounting, Plan, Planner
+from pascal_sglang.policy.plan import (
+    GROWTH,
+    MOST_STARTS,
+    PATIENCE,
+    Capacity,
+    KVAccounting,
+    Plan,
+    Planner,
+)
 from pascal_sglang.policy.ranking import (
     AHEAD,
     OVERDUE,
@@ -509,3 +517,19 @@ def test_an_answer_that_a_program_reads_stays_among_the_thinkers():
         5, Pacer(TPOT), RequestStatus.HOST, Phase.ANSWERING, reader=Reader.PROGRAM, since_pass=since
     )
     assert POLICIES["pascal"].rank(first, MOMENT, TUNING) == (THINKING, 0)
+
+
+def test_a_long_queue_starts_in_order_over_several_passes():
+    """Planning a pass takes bounded time; nothing is lost and the order stays."""
+    planner = Planner(POLICIES["pascal"], TUNING)
+    queue = [RequestState(i, Pacer(TPOT), kv_tokens=10) for i in range(150)]
+    running: list[RequestState] = []
+    for m in queue:
+        planner.queue.stopped(m, RequestStatus.WAITING, PassInfo(1, NOW, 0.01))
+    for pass_no in (2, 3, 4):
+        plan = planner.plan(running, Capacity(10**6, 0, 10**6), PassInfo(pass_no, NOW, 0.01))
+        assert 0 < len(plan.start) <= MOST_STARTS
+        for m in plan.start:
+            planner.queue.started(m, PassInfo(pass_no, NOW, 0.01))
+        running += plan.start
+    assert running == queue
