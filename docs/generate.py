@@ -85,6 +85,9 @@ def support() -> str:
 
     server = (*table.SERVER, *table.POOLS, *table.INSTANCES)
     found: list[tuple[str, ...]] = []
+    replaced = "no effect; the policy's own order stands"
+    for row in table.REPLACED:
+        found.append((f"a server with `{row.name}`", replaced))
     for what, rows in (("a server with", server), ("a request with", table.REQUESTS)):
         for row in rows:
             name = f"`{row.name}`" if row.name.startswith(("--", "SGLANG_")) else row.name

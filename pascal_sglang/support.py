@@ -53,6 +53,8 @@ SERVER = (
     Row("--attn-cp-size above 1", Level.OBSERVE, lambda a: a.attn_cp_size > 1),
     Row("--dllm-algorithm", Level.OBSERVE, lambda a: a.dllm_algorithm is not None),
 )
+# Of SGLang's server arguments: what a scheduling policy takes the place of.
+REPLACED = (Row("--schedule-policy", Level.MIGRATE, lambda a: a.schedule_policy != "fcfs"),)
 # Of a scheduler whose pools exist.
 POOLS = (
     Row("a pool with sliding windows", Level.OBSERVE, lambda s: s.is_hybrid_swa),

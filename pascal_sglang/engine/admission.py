@@ -1,8 +1,8 @@
 """What SGLang's prefill step may take, and the policy's queue kept the same as SGLang's.
 
-SGLang puts requests into its waiting queue inside its prefill step too: one whose grammar has been
-compiled, one that a higher priority preempts. The step sees only what the plan admits, so these
-join the others, and the plan of the next pass decides on them.
+SGLang puts requests into its waiting queue inside its prefill step too: those whose grammar has
+been compiled. The step sees only what the plan admits, so these join the others, and the plan of
+the next pass decides on them. SGLang's own preemption by priority is off (`engine.priorities`).
 """
 
 from __future__ import annotations

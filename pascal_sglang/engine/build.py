@@ -13,6 +13,7 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
 from pascal_sglang.engine.plan_executor import PlanExecutor
+from pascal_sglang.engine.priorities import take_over
 from pascal_sglang.engine.tp_ranks import agree
 from pascal_sglang.policy.kv_tier import Costs
 
@@ -34,6 +35,14 @@ def build_executor(scheduler: Any, config: PascalConfig) -> PlanExecutor | None:
         # SGLang prefills first: without this, endless new prompts would keep thinkers from
         # decoding. A prefill and a decode step take turns.
         scheduler.prefill_decode_interval = 1
+    if get_parallel().attn_tp_rank == 0 and (
+        flag := support.first(support.REPLACED, scheduler.server_args)
+    ):
+        logger.warning(
+            "pascal_sglang: %s has no effect under policy %s, which has an order of its own",
+            flag,
+            config.policy,
+        )
     copies = HostCopies(scheduler)
     budget = int(agree(scheduler, host_budget_tokens(copies, scheduler, config)))
     copies.reserve(budget)
@@ -44,7 +53,8 @@ def build_executor(scheduler: Any, config: PascalConfig) -> PlanExecutor | None:
     if copies.buffers is None:
         pool = type(scheduler.token_to_kv_pool_allocator.get_kvcache()).__name__
         logger.warning("pascal_sglang: KV in this %s is not copied; pauses recompute it", pool)
-    return PlanExecutor(scheduler, config, copies, costs)
+    policy = take_over(scheduler, config.record)
+    return PlanExecutor(scheduler, config, policy, copies, costs)
 
 
 def host_budget_tokens(copies: HostCopies, scheduler: Any, config: PascalConfig) -> float:

@@ -23,6 +23,7 @@ from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, agree, catch_on_all_ran
 from pascal_sglang.policy.kv_tier import TYPICAL_QUANTA, Costs, KVTier
 from pascal_sglang.policy.plan import KVAccounting, Plan, Planner
 from pascal_sglang.policy.ranking import PassInfo, Tuning
+from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class PlanExecutor:
         self,
         scheduler: Any,
         config: PascalConfig,
+        policy: Policy,
         copies: HostCopies,
         costs: Costs,
     ) -> None:
@@ -52,7 +54,6 @@ class PlanExecutor:
         self.paused_requests = PausedRequests(scheduler, copies, costs)
         self.pool = self.paused_requests.pool
         self.capacity = CapacityView(scheduler, self.paused_requests)
-        policy = config.record
         tuning = Tuning(
             quantum=config.quantum_tokens,
             demote=config.demote_tokens,
@@ -92,7 +93,8 @@ class PlanExecutor:
             self._log("the policy failed; SGLang's own order stands in", error)
             if (error := catch_on_all_ranks(self.scheduler, self._stand_in)) is not None:
                 self._log("bringing paused requests back failed", error)
-            self.admission.plan = list(self.scheduler.waiting_queue)
+            waiting = self.scheduler.waiting_queue
+            self.admission.plan = sorted(waiting, key=lambda r: state_of(r).priority)
         self.policy_s += time.perf_counter() - begin
         if self.decision_log.metrics is not None and begin - self._reported >= REPORT_S:
             self._reported = begin
@@ -212,11 +214,11 @@ class PlanExecutor:
         return resumed
 
     def _stand_in(self) -> None:
-        """SGLang's order: everybody waiting may be admitted, and whoever is paused comes back in
-        the order of arrival, before them."""
+        """SGLang's order, by priority and arrival: everybody waiting may be admitted, and whoever
+        is paused comes back before them."""
         self.request_states.finish_pauses()
         running = self._running = self.paused_requests.arrive(self._running)
-        for req in sorted(self.paused_requests.paused(), key=lambda r: state_of(r).seq):
+        for req in sorted(self.paused_requests.paused(), key=_by_arrival):
             resumed = self._resume(req, running, joining=len(running.reqs))
             if resumed is None:
                 break
@@ -264,3 +266,8 @@ class PlanExecutor:
             self.migrations.observe(req)
             if reasoning_ended:
                 self.migrations.reasoning_ended(req)
+
+
+def _by_arrival(req: Req) -> tuple[int, int]:
+    state = state_of(req)
+    return state.priority, state.seq

@@ -18,6 +18,7 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.queue_times import entered_queue, left_queue
+from pascal_sglang.engine.priorities import priority_of
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.pacer import Pacer
@@ -68,13 +69,18 @@ class RequestStates:
         self._arrivals = 0
 
     def arrived(self, req: Req) -> RequestState:
-        """Make the request's state; its reader's pace may come with the request."""
+        """Make the request's state. Its reader's pace and its priority may come with it."""
         tpot_ms = self.config.answer_tpot_ms_of(req.sampling_params.custom_params)
         self._arrivals += 1
         pacer = Pacer(tpot_ms / 1000)
         reader = self.config.reader_of(req.stream, req.sampling_params)
         state = RequestState(
-            self._arrivals, pacer, reader=reader, internal=is_internal(req), handle=req
+            self._arrivals,
+            pacer,
+            reader=reader,
+            priority=priority_of(self.scheduler, req),
+            internal=is_internal(req),
+            handle=req,
         )
         reason = why_not_pausable(req)
         if reason:

@@ -100,7 +100,8 @@ class Planner:
 
         running: requests that decode. joining: requests that come out of a prefill in this pass and
         cannot be paused yet. A request is paused only if the decode step would run out of memory,
-        or if a request of strictly lower rank starts with what the pause gives back. No request
+        or if a request of strictly lower rank that may displace it (`Policy.displaces`) starts with
+        what the pause gives back. No request
         starts beyond memory and slots. The queue is served in order, but for `backfill`.
         """
         budget = (
@@ -319,9 +320,13 @@ class PlanBuilder:
             taken: list[RequestState] = []
             left, lacking = tokens, slots
             for victim in self._worst_left(fresh=fresh):
-                if planner.policy.rank(victim, self.pass_info, planner.tuning) <= rank:
+                victims_rank = planner.policy.rank(victim, self.pass_info, planner.tuning)
+                if victims_rank <= rank:
                     self.shortage = "rank"
                     break
+                if not planner.policy.displaces(rank, victims_rank):
+                    self.shortage = "rank"
+                    continue
                 taken.append(victim)
                 left -= planner.accounting.reclaimable(victim) + GROWTH
                 lacking -= 1
@@ -330,15 +335,15 @@ class PlanBuilder:
         return None
 
     def _worst_left(self, *, fresh: bool) -> Iterator[RequestState]:
-        """Running requests that have not given way yet, worst first. Those that give way are a
-        beginning of the ranking, which is not walked again."""
+        """Running requests that have not given way yet, worst first. The beginning of the ranking
+        that has given way is not walked again."""
         if self._worst is None or fresh:
             ranked = self.planner.victims.worst_first(self.running, self.pass_info, fresh=fresh)
             self._worst = [r for r in ranked if r not in self._gave]
             self._given = 0
         while self._given < len(self._worst) and self._worst[self._given] in self._gave:
             self._given += 1
-        return islice(self._worst, self._given, None)
+        return (r for r in islice(self._worst, self._given, None) if r not in self._gave)
 
     def _pause(self, victim: RequestState) -> None:
         given = self.planner.accounting.reclaimable(victim)

@@ -11,15 +11,18 @@ from pascal_sglang.policy.ranking import PassInfo, Rank, Tuning, credit_of
 from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
-Entry = tuple[float, int, int, RequestState]
+# Priority, key, order of arrival, ticket.
+Entry = tuple[int, float, int, int, RequestState]
 
 
 class WaitQueue:
     """Requests that do not run, in priority classes whose inner order does not change meanwhile.
 
-    Adding and removing cost O(log n); walking the first k costs O(k log n) and a comparison per
-    class. The entry of a removed request stays behind with an outdated ticket until it surfaces.
-    The status of a request must not change while it is in the queue.
+    Within a class, requests are ordered by priority, then by the policy's key. A class whose
+    requests turn urgent, which goes before priorities, is held apart by priority. Adding and
+    removing cost O(log n); walking the first k costs O(k log n) and a comparison per class. The
+    entry of a removed request stays behind with an outdated ticket until it surfaces. The status of
+    a request must not change while it is in the queue.
     """
 
     # Requests by (class, status), without internal ones.
@@ -35,7 +38,8 @@ class WaitQueue:
         self.counts = Counter()
         self.resident = {}
         self.changes = 0
-        self._classes: dict[int, list[Entry]] = {}
+        # By class, and by priority where that is held apart.
+        self._classes: dict[tuple[int, int], list[Entry]] = {}
         self._size = 0
 
     def __len__(self) -> int:
@@ -44,9 +48,9 @@ class WaitQueue:
     def started(self, request: RequestState, pass_info: PassInfo) -> None:
         """Note that a request runs from now on. It keeps the rank that its waiting earned."""
         self.remove(request)
-        rank = self.policy.rank(request, pass_info, self.tuning)[1]
+        quanta = self.policy.rank(request, pass_info, self.tuning)[-1]
         request.enter(RequestStatus.RUNNING, pass_info.pass_no, pass_info.now)
-        request.credit += self.policy.rank(request, pass_info, self.tuning)[1] - rank
+        request.credit += self.policy.rank(request, pass_info, self.tuning)[-1] - quanta
 
     def stopped(self, request: RequestState, status: RequestStatus, pass_info: PassInfo) -> None:
         """Note that a request waits or is paused from now on."""
@@ -73,7 +77,7 @@ class WaitQueue:
     def recount(self, requests: Iterable[RequestState]) -> None:
         """Make the queue anew from the requests that truly wait."""
         for entries in self._classes.values():
-            for _, _, _, request in entries:
+            for *_, request in entries:
                 self.remove(request)
         self._classes.clear()
         for request in requests:
@@ -84,9 +88,10 @@ class WaitQueue:
         self.remove(request)
         request.ticket += 1
         key = self.policy.key(request, self.tuning)
-        request.priority_class = self.policy.priority_class(request, self.tuning)
-        entries = self._classes.setdefault(request.priority_class, [])
-        heapq.heappush(entries, (key, request.seq, request.ticket, request))
+        number = request.priority_class = self.policy.priority_class(request, self.tuning)
+        apart = request.priority if number == self.policy.turns_urgent else 0
+        entries = self._classes.setdefault((number, apart), [])
+        heapq.heappush(entries, (request.priority, key, request.seq, request.ticket, request))
         self.counts[request.priority_class, request.status] += not request.internal
         self._size += 1
         self.changes += 1
@@ -120,11 +125,14 @@ class WaitQueue:
     def best_first(self, pass_info: PassInfo) -> Generator[RequestState]:
         """The requests in the queue by `(rank, key, seq)`; the queue stays as it is."""
         taken: list[tuple[list[Entry], Entry]] = []
+        # Priorities come and go with requests, and so do their classes.
+        self._classes = {
+            c: entries for c, entries in self._classes.items() if self._surface(entries)
+        }
         # The first of each class; ranks are compared as they are in this pass.
         heads = [
             (self._order(entries[0], pass_info), number, entries)
             for number, entries in self._classes.items()
-            if self._surface(entries)
         ]
         heapq.heapify(heads)
         try:
@@ -136,19 +144,20 @@ class WaitQueue:
                     heapq.heapreplace(heads, (self._order(best[0], pass_info), number, best))
                 else:
                     heapq.heappop(heads)
-                yield entry[3]
+                yield entry[-1]
         finally:
             for entries, entry in taken:
                 heapq.heappush(entries, entry)
 
-    def _order(self, entry: Entry, pass_info: PassInfo) -> tuple[tuple[int, int], float, int]:
-        return self.policy.rank(entry[3], pass_info, self.tuning), entry[0], entry[1]
+    def _order(self, entry: Entry, pass_info: PassInfo) -> tuple[Rank, float, int]:
+        _, key, seq, _, request = entry
+        return self.policy.rank(request, pass_info, self.tuning), key, seq
 
     @staticmethod
     def _surface(entries: list[Entry]) -> bool:
         """Drop outdated entries from the top; whether a true one is left."""
         with suppress(IndexError):
-            while entries[0][2] != entries[0][3].ticket:
+            while entries[0][3] != entries[0][4].ticket:
                 heapq.heappop(entries)
             return True
         return False

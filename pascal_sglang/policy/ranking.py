@@ -1,9 +1,10 @@
 """The one ordering key of each policy: it admits, resumes and pauses (never two keys).
 
-A rank is `(class, quanta)`; lower goes first. Only a strictly lower rank may displace somebody, so
-equals never displace each other. Within a rank, `key` orders. Requests that do not run stand in
-priority classes in which `key` orders them by rank too, so that the queue need not be sorted anew
-in every pass. The records that name these functions are in `registry`.
+A rank is `(class, quanta)`; lower goes first. `priorities` puts more before these two. Only a
+strictly lower rank may displace somebody, so equals never displace each other. Within a rank, `key`
+orders. Requests that do not run stand in priority classes in which `key` orders them by rank too,
+so that the queue need not be sorted anew in every pass. The records that name these functions are
+in `registry`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
-Rank = tuple[int, int]
+# Its last two are the class and the quanta.
+Rank = tuple[int, ...]
 
 OVERDUE, URGENT, SETTLING, THINKING, DEMOTED, WHOLE, AHEAD = range(7)
 HIGH, LOW = range(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,6 +40,12 @@ class Policy:
     reasoning_class: int = 0
     # A rank that none exceeds, if there is one.
     worst: Rank | None = None
+    # The class in ranks of answers whose readers are about to run dry, which go before priorities,
+    # and the class in the queue whose requests get there, in the order of `key`, if there are any.
+    urgent: int | None = None
+    turns_urgent: int | None = None
+    # Whether a request of the first rank, which starts, displaces a running one of the second.
+    displaces: Callable[[Rank, Rank], bool] = operator.lt
     # Whether requests behind a first in line that does not fit may start (`Planner.backfill`).
     backfills: bool = False
     # When ranks change.
@@ -65,6 +72,8 @@ POLICIES = {
         ),
         reasoning_class=ranking.THINKING,
         worst=ranking.AHEAD_RANK,
+        urgent=ranking.URGENT,
+        turns_urgent=ranking.AHEAD,
         backfills=True,
         forecast=RankForecast(quanta="phase", demotes=True, paced=True),
         placement=PlacementRule(),

@@ -55,6 +55,8 @@ class RequestState:
     # `total_tokens` when it began to run.
     ran_from: int = 0
     reader: Reader = Reader.HUMAN
+    # Lower goes first; all have the same where SGLang's priorities are off.
+    priority: int = 0
     # No user waits for it: it is planned for like any other, and counted nowhere.
     internal: bool = False
     # The engine's own object.

@@ -39,7 +39,7 @@ class Victims:
     def _rank(self, running: Sequence[RequestState], pass_info: PassInfo) -> None:
         rank, key, tuning = self.policy.rank, self.policy.key, self.tuning
         ranked = [
-            (*rank(m, pass_info, tuning), key(m, tuning), m.seq, m) for m in running if m.pausable
+            (rank(m, pass_info, tuning), key(m, tuning), m.seq, m) for m in running if m.pausable
         ]
         ranked.sort(reverse=True)  # Never compares requests: `seq` is unique.
         self._ranked = [entry[-1] for entry in ranked]

@@ -42,7 +42,8 @@ class HostCopies(FailingCopies):
 def executor(monkeypatch):
     monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda _, now: now)
     monkeypatch.setattr("pascal_sglang.engine.kv.paused.decoding", lambda req, _: Batch(reqs=[req]))
-    made = PlanExecutor(scheduler(), PascalConfig(), HostCopies(), Costs())
+    config = PascalConfig()
+    made = PlanExecutor(scheduler(), config, config.record, HostCopies(), Costs())
     monkeypatch.setattr(made.paused_requests, "_to_device", lambda req, copy: True)
     return made
 

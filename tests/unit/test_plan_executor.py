@@ -110,7 +110,8 @@ def paused():
 @pytest.fixture
 def executor(monkeypatch):
     monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda _, now: now)
-    return PlanExecutor(scheduler(), PascalConfig(), FailingCopies(), Costs())
+    config = PascalConfig()
+    return PlanExecutor(scheduler(), config, config.record, FailingCopies(), Costs())
 
 
 def test_a_failing_policy_is_counted_and_everybody_admitted(executor, monkeypatch):
@@ -118,11 +119,13 @@ def test_a_failing_policy_is_counted_and_everybody_admitted(executor, monkeypatc
         raise ZeroDivisionError
 
     monkeypatch.setattr(executor, "_carry_out", fail)
-    executor.scheduler.waiting_queue.append("waiting")
+    waiting = [paused() for _ in range(3)]
+    waiting[1].pascal_state.priority = -1
+    executor.scheduler.waiting_queue += waiting
     running = SimpleNamespace(reqs=[])
     assert executor.govern(running, None) is running
     assert executor.errors == 1
-    assert executor.admission.plan == ["waiting"]
+    assert executor.admission.plan == [waiting[1], waiting[0], waiting[2]]
 
 
 @pytest.mark.parametrize(("device", "passes"), [("cpu", 1), ("cuda", 2)])

@@ -36,7 +36,7 @@ class DecisionLog:
         self._last_blocked: tuple[RequestState, str] | None = None
 
     def class_of(self, state: RequestState, pass_info: PassInfo) -> str:
-        return self.policy.class_names[self.policy.rank(state, pass_info, self.tuning)[0]]
+        return self.policy.class_names[self.policy.rank(state, pass_info, self.tuning)[-2]]
 
     def paused(self, state: RequestState, pass_info: PassInfo, why: str) -> None:
         """`state` leaves the batch: `growth` (the next steps would not fit), `displaced` (for a
