@@ -120,6 +120,10 @@ def test_two_tensor_parallel_ranks(pascal_server, balanced_by_sglang):
     assert len(balanced_by_sglang.instances()) == 2, "whatever their ranks"
 
 
+def test_ranks_open_no_more_ways_in(balanced_by_sglang):
+    assert check(balanced_by_sglang) >= {"Ranks of an instance", "Broadcasts between ranks"}
+
+
 def test_who_does_not_say_thinks(balanced_by_sglang):
     said_no = generate("Once", think=None, total=6, rid=uuid.uuid4().hex)
     balanced_by_sglang.post("/generate", {**said_no, "require_reasoning": False})
