@@ -23,6 +23,7 @@ from sglang.utils import TypeBasedDispatcher
 
 from pascal_sglang.cluster.control_channel import CONTROL_ENV, ControlReceiver
 from pascal_sglang.cluster.internal_requests import is_health_probe
+from pascal_sglang.cluster.metric_files import survive_a_full_disk
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.build import build_executor
 from pascal_sglang.engine.kv.paused import PausedRequests
@@ -100,6 +101,8 @@ class PascalScheduler(OperationsScheduler):
     def init_output_streamer(self) -> None:
         reports = self.metrics_reporter.enable_metrics and get_parallel().attn_tp_rank == 0
         labels = self.metrics_collector.labels if reports else {}
+        if self.metrics_reporter.enable_metrics:
+            survive_a_full_disk()
         metrics = PhaseMetrics(labels, self.pascal_config.qoe_slo) if reports else None
         if reports and self.plan_executor is not None:
             per_token = self.plan_executor.paused_requests.copies.bytes_per_token
