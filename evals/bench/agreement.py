@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evals import arms, workload
-from evals.arms import Arm, ArmError, Plan, Server
+from evals.arms import Arm, Plan, serve
 from evals.load.items import Item
+from evals.load.server import ArmError, Server, environment
 from evals.options import count
 from evals.reporting.verdict import Spread
 
@@ -125,7 +126,7 @@ def _run(module: str, bench: Bench, load: Load, more: Sequence[str]) -> dict[str
     if load.concurrency is not None:
         command += ["--max-concurrency", str(load.concurrency)]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=arms.environment({}), timeout=TIMEOUT_S
+        command, capture_output=True, text=True, env=environment({}), timeout=TIMEOUT_S
     )
     if done.returncode:
         raise ArmError(f"{module}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
@@ -198,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(plan: Plan, arm: Arm, model: Path, loads: Sequence[Load], pairs: int) -> bool:
     """Print every load of one arm; whether both tools did the same work."""
     same = True
-    with Server(arm, plan, model) as server, tempfile.TemporaryDirectory() as folder:
+    with serve(arm, plan, model) as server, tempfile.TemporaryDirectory() as folder:
         for load in loads:
             bench = Bench(server.base_url, model, Path(folder), plan.requests)
             wanted = requests(plan, load)

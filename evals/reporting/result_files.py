@@ -15,6 +15,7 @@ from evals.gpu.figures import identity_lines, overhead_lines
 from evals.gpu.identity import Identity
 from evals.grading.parity import Parity
 from evals.load.remote import without_keys
+from evals.load.server import ArmError
 from evals.reporting import words
 from evals.reporting.results import ResultError, Results, Shown
 from evals.reporting.verdict import Target
@@ -275,7 +276,7 @@ def _plan(told: Mapping[str, Any]) -> arms.Plan | None:
             "rates": tuple(arms.Rate(**rate) for rate in told["rates"]),
         }
         return arms.Plan(**{**{k: v for k, v in told.items() if k in known}, **every})
-    except (TypeError, KeyError, arms.ArmError):
+    except (TypeError, KeyError, ArmError):
         return None
 
 

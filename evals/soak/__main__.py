@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from evals import arms
-from evals.arms import TINY, Arm, ArmError, Plan, Rate, Server
+from evals.arms import TINY, Arm, Plan, Rate, serve
 from evals.compare import CACHE
 from evals.load import auth, remote
+from evals.load.server import ArmError, Server
 from evals.options import base_url, count, positive
 from evals.soak import checks
 from evals.soak.bodies import KINDS, catalogue
@@ -104,7 +105,7 @@ def served(asked: argparse.Namespace, size: int, bodies: list[Any]) -> Soak:
     kill = 1 if asked.kill and size > 1 else None
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         plan = plan_of(asked, size, folder)
-        with Server(plan.arms[0], plan, model) as server:
+        with serve(plan.arms[0], plan, model) as server:
             ready, root = len(_log_of(server)), server.pid
             task = Task(
                 base_url=server.base_url,
