@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tabulate import tabulate
 
 from evals import arms, workload
 from evals.arms import Arm, Plan, serve
@@ -151,12 +152,14 @@ def compare(
 
 def table(we: Sequence[dict[str, Any]], they: Sequence[dict[str, Any]]) -> list[str]:
     """Lines: mean of each tool with its own range, and our figure over theirs."""
-    lines = [f"{'':<22}{'ours':>24}{'theirs':>24}{'ours / theirs':>24}"]
+    rows = []
     for key in KEYS:
         both = [[run[key] for run in runs] for runs in (we, they)]
         cells = [f"{sum(v) / len(v):.2f} ({min(v):.2f}..{max(v):.2f})" for v in both]
         ratio = Spread.of([a / b for a, b in zip(*both, strict=True)]) or "n/a"
-        lines.append(f"{key:<22}{cells[0]:>24}{cells[1]:>24}{ratio!s:>24}")
+        rows.append([key, *cells, str(ratio)])
+    heads = ["", "ours", "theirs", "ours / theirs"]
+    lines: list[str] = tabulate(rows, heads, tablefmt="plain", disable_numparse=True).splitlines()
     return lines
 
 

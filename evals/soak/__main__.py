@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from evals import arms
 from evals.arms import TINY, Arm, Plan, Rate, serve
 from evals.compare import CACHE
@@ -174,13 +176,10 @@ def plan_of(asked: argparse.Namespace, size: int, folder: str) -> Plan:
 def table(name: str, result: Soak) -> list[str]:
     """For people."""
     figures = result.figures
-    lines = ["", f"{name}", f"{'kind':<28}{'sent':>7}{'whole':>7}{'cut':>6}{'refused':>9}"]
-    lines[-1] += f"{'failed':>8}{'differ':>8}"
-    for kind, t in figures["requests"].items():
-        lines.append(
-            f"{kind:<28}{t['sent']:>7}{t['whole']:>7}{t['cut']:>6}{t['refused']:>9}"
-            f"{t['failed']:>8}{t['different']:>8}"
-        )
+    columns = ("sent", "whole", "cut", "refused", "failed", "different")
+    kinds = [[kind, *(t[key] for key in columns)] for kind, t in figures["requests"].items()]
+    heads = ("kind", *columns[:-1], "differ")
+    lines = ["", name, *tabulate(kinds, heads, tablefmt="plain").splitlines()]
     lines.append(f"tokens {figures['tokens']}; " + _named(figures["fates"]))
     if "pauses" in figures:
         lines.append("pauses and moves: " + _named(figures["pauses"]))
