@@ -56,6 +56,7 @@ MEANS = (
     ("failed", "failed", 1.0),
     ("no answer", "no_answer", 1.0),
 )
+COUNTS = ("failed", "no_answer")
 # Name, title, caption, and what is said where there is nothing to draw.
 FIGURES = (
     (
@@ -284,7 +285,10 @@ def _values(runs: Sequence[Shown], key: str, unit: float) -> list[float]:
 
 def _mean(runs: Sequence[Shown], key: str, unit: float) -> str:
     values = _values(runs, key, unit)
-    return f"{sum(values) / len(values):.2f}" if values else "n/a"
+    if not values:
+        return "n/a"
+    mean = f"{sum(values) / len(values):.2f}"
+    return mean.removesuffix(".00") if key in COUNTS else mean
 
 
 def _range(runs: Sequence[Shown], key: str, unit: float) -> str:
