@@ -14,7 +14,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 
-from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED
 from pascal_sglang.policy.plan import Planner
@@ -81,19 +81,8 @@ class Admission:
     def is_true(self, *, thorough: bool) -> bool:
         """Whether the policy's queue is SGLang's waiting queue and the paused requests: their
         number, or `thorough`, each of them in its place."""
-        queue, waiting, paused_requests = (
-            self.planner.queue,
-            self.scheduler.waiting_queue,
-            self.paused_requests,
-        )
-        moving = sum(
-            req in paused_requests.resident or req in paused_requests.host
-            for req in paused_requests.moving
-        )
-        if (
-            len(queue)
-            != len(waiting) + len(paused_requests.resident) + len(paused_requests.host) - moving
-        ):
+        queue, waiting = self.planner.queue, self.scheduler.waiting_queue
+        if len(queue) != len(waiting) + self.paused_requests.paused_count():
             return False
         return not thorough or all(
             queue.holds(state) and state.status is status for state, status in self._places()
@@ -104,11 +93,11 @@ class Admission:
         paused_requests = self.paused_requests
         for status, reqs in (
             (RequestStatus.WAITING, self.scheduler.waiting_queue),
-            (RequestStatus.RESIDENT, paused_requests.resident),
-            (RequestStatus.HOST, paused_requests.host),
+            (RequestStatus.RESIDENT, paused_requests.in_status(PauseStatus.RESIDENT)),
+            (RequestStatus.HOST, paused_requests.in_status(PauseStatus.HOST)),
         ):
             yield from (
-                (state_of(req), status) for req in reqs if req not in paused_requests.moving
+                (state_of(req), status) for req in reqs if not paused_requests.is_migrating(req)
             )
 
     def check(self, *, thorough: bool) -> None:

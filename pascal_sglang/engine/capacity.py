@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.policy.plan import GROWTH, Capacity
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
@@ -28,7 +28,7 @@ class CapacityView:
                 scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running),
                 scheduler.max_running_requests - len(running.reqs),
             )
-            + len(self.paused_requests.leaving),
+            + self.paused_requests.count(PauseStatus.LEAVING),
         )
 
     def spare_tokens(self, running: ScheduleBatch, last: ScheduleBatch | None) -> int:

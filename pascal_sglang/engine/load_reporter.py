@@ -20,6 +20,7 @@ from pascal_sglang.cluster.messages import (
     RequestFinished,
 )
 from pascal_sglang.cluster.prefix_index import block_names
+from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.policy.ranking import is_demoted
@@ -83,7 +84,8 @@ def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None)
     """This instance in the terms of `policy.placement.Instance`; token counts and numbers of
     requests. batch: the one that runs: who is prefilled in it is neither waiting nor running."""
     planner, config = executor.planner, executor.request_states.config
-    present = dict.fromkeys((*scheduler.running_batch.reqs, *executor.paused_requests.arriving))
+    arriving = executor.paused_requests.in_status(PauseStatus.ARRIVING)
+    present = dict.fromkeys((*scheduler.running_batch.reqs, *arriving))
     if batch is not None:
         present |= dict.fromkeys(batch.reqs)
     if scheduler.chunked_req is not None:

@@ -14,7 +14,7 @@ from pascal_sglang.engine.admission import Admission
 from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.chaos import Chaos
 from pascal_sglang.engine.kv.host_copies import HostCopies
-from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.request_states import RequestStates
@@ -193,7 +193,7 @@ class PlanExecutor:
 
     def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> ScheduleBatch | None:
         """Bring a paused request back into the running batch; None if it does not fit now."""
-        growing = len(running.reqs) + len(self.paused_requests.arriving) + joining
+        growing = len(running.reqs) + self.paused_requests.count(PauseStatus.ARRIVING) + joining
         keep = self.capacity.promised_tokens() + growing + 1
         resumed = (
             self.paused_requests.resume(req, running)
@@ -234,8 +234,8 @@ class PlanExecutor:
                 return False
         states = [state_of(r) for r in running.reqs if r.to_finish is None]
         for state in self.planner.victims.worst_first(states, self.request_states.pass_info):
-            if len(running.reqs) == 1 and not (
-                self.paused_requests.leaving or self.paused_requests.arriving
+            if len(running.reqs) == 1 and not self.paused_requests.count(
+                PauseStatus.LEAVING, PauseStatus.ARRIVING
             ):
                 break
             self._take_out([state], running, "memory", lambda _: None)

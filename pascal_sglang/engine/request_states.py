@@ -110,9 +110,8 @@ class RequestStates:
         """Handle the KV of the requests that left the batch and whose last token has arrived."""
         paused = self.paused_requests
         for req, tier in paused.settle():
-            if req in paused.moving and tier is not KVTier.RECOMPUTE:
+            if paused.is_migrating(req):
                 continue
-            paused.moving.discard(req)
             self.stopped(req, STATUSES[tier])
             self._left_device(req, tier)
 
@@ -165,7 +164,7 @@ class RequestStates:
         if status is RequestStatus.RESIDENT:
             state.kv_tokens = req.kv.kv_committed_len
         elif status is RequestStatus.HOST:
-            state.kv_tokens = self.paused_requests.host[req].tokens
+            state.kv_tokens = self.paused_requests.copy_of(req).tokens
         else:
             state.kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
 

@@ -11,5 +11,5 @@ def retract_held(states: RequestStates) -> None:
     A request handed over to another instance waits only if that instance sends it back.
     """
     for req in states.paused_requests.drop():
-        if req not in states.paused_requests.moving:
+        if not states.paused_requests.is_migrating(req):
             states.wait_again(req)

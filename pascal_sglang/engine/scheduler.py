@@ -26,7 +26,7 @@ from pascal_sglang.cluster.internal_requests import is_health_probe
 from pascal_sglang.cluster.metric_files import survive_a_full_disk
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.build import build_executor
-from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.load_reporter import build_load_reporter, figures
 from pascal_sglang.engine.migration import location_replies
 from pascal_sglang.engine.migration.build import build_migrations, control_folder
@@ -70,13 +70,14 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
     def _requests_owning_rows(self) -> list[Req]:
         owners: list[Req] = SchedulerInvariantChecker._requests_owning_rows(self)
         known = set(owners)
-        between = (*self.paused_requests.leaving, *self.paused_requests.arriving)
+        between = self.paused_requests.in_status(PauseStatus.LEAVING, PauseStatus.ARRIVING)
         return owners + [r for r in between if r not in known and r.kv.holds_kv]
 
     def _get_total_uncached_sizes(self) -> tuple[int, int]:
         full, swa = SchedulerInvariantChecker._get_total_uncached_sizes(self)
         rowless = sum(
-            kv_private_tokens(r.kv, self.page_size) for r in self.paused_requests.resident
+            kv_private_tokens(r.kv, self.page_size)
+            for r in self.paused_requests.in_status(PauseStatus.RESIDENT)
         )
         reserved = 0 if self.migrations is None else self.migrations.reserved_tokens
         return full + rowless + reserved, swa
@@ -279,10 +280,11 @@ class PascalScheduler(OperationsScheduler):
         live = [req for req in Scheduler.collect_inflight_reqs(self) if not req.finished()]
         executor = self.plan_executor
         paused_requests = None if executor is None else executor.paused_requests
-        paused = (
-            [] if paused_requests is None else [*paused_requests.leaving, *paused_requests.paused()]
-        )
-        arriving = [] if paused_requests is None else paused_requests.arriving
+        paused, arriving = [], []
+        if paused_requests is not None:
+            leaving = paused_requests.in_status(PauseStatus.LEAVING)
+            paused = [*leaving, *paused_requests.paused()]
+            arriving = paused_requests.in_status(PauseStatus.ARRIVING)
         live = list(dict.fromkeys([*live, *paused, *arriving]))
         capacity = self.max_total_num_tokens
         free = self.token_to_kv_pool_allocator.available_size()

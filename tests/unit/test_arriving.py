@@ -6,6 +6,7 @@ import pytest
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopy, HostKV
+from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.migration.outgoing_migration import OutgoingMigration, find
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.policy.kv_tier import Costs
@@ -51,7 +52,7 @@ def in_host_memory(executor):
     request = paused()
     request.finished = lambda: False
     request.kv.holds_kv = True
-    executor.paused_requests.host[request] = HostCopy(10, 0, None, OWN)
+    executor.paused_requests._enter(request, PauseStatus.HOST, copy=HostCopy(10, 0, None, OWN))
     executor.paused_requests.host_tokens = 10
     return request
 
@@ -65,12 +66,9 @@ def test_it_joins_a_pass_later_while_others_decode(executor):
     assert paused_requests.resume(request, running) is running
     assert running.reqs == ["other"]
     assert paused_requests.copies.held == [], "this step does not wait"
-    assert list(paused_requests.arriving) == [request]
-    assert (paused_requests.host, paused_requests.host_tokens, paused_requests.is_empty()) == (
-        {},
-        0,
-        False,
-    )
+    assert paused_requests.in_status(*PauseStatus) == [request]
+    assert paused_requests.status_of(request) is PauseStatus.ARRIVING
+    assert (paused_requests.host_tokens, paused_requests.is_empty()) == (0, False)
     assert paused_requests.arrive(running) is running
     assert running.reqs == ["other", request]
     assert not running.batch_is_full

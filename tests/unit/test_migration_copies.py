@@ -12,6 +12,7 @@ from pascal_sglang.cluster.messages import MigrateCommand
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.receive_slots import ASK_S, DEAD_S
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostKV
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.serializer import KVSerializer
 from pascal_sglang.engine.migration.incoming import IncomingMigrations
 from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
@@ -21,6 +22,7 @@ from pascal_sglang.engine.migration.receive_buffer import (
     ReceiveBuffer,
     receive_buffer_bytes,
 )
+from pascal_sglang.policy.kv_tier import Costs
 from tests.unit.test_host_copies import Broken, pool_of
 
 TOKENS = 40
@@ -62,12 +64,20 @@ class Request:
     def finished(self):
         return self.over
 
+    def reset_for_retract(self):
+        self.kv.kv_committed_len = 0
 
-class PausedRequests(SimpleNamespace):
+
+class Resident(PausedRequests):
+    """A request that leaves the batch is resident at once."""
+
     def leave(self, reqs, running, tier):
         for req in reqs:
             running.reqs.remove(req)
-            self.resident[req] = self.pool.locations(req)
+            self.adopt(req, self.pool.locations(req))
+
+    def adopt(self, req, locations):
+        self._enter(req, PauseStatus.RESIDENT, locations=locations)
 
 
 class Instance:
@@ -92,12 +102,11 @@ class Instance:
             take=lambda tokens: torch.arange(20, 20 + tokens),
             locations=lambda req: torch.arange(1, 1 + req.kv.kv_committed_len),
             allocator=SimpleNamespace(free=lambda locations: None),
+            release_rowless=lambda req, locations: None,
             free_tokens=90,
         )
-        self.paused_requests = PausedRequests(pool=self.pool, resident={}, host={}, moving=set())
-        self.paused_requests.leaving, self.paused_requests.arriving = {}, {}
-        self.paused_requests.let_go = self.paused_requests.resident.pop
-        self.paused_requests.adopt = self.paused_requests.resident.__setitem__
+        self.paused_requests = Resident(self.scheduler, self.copies, Costs())
+        self.paused_requests.pool = self.pool
         self.receive_buffer = ReceiveBuffer(self.pool, self.kv, self.transport.receive_buffer)
         self.states = SimpleNamespace(
             paused_requests=self.paused_requests,
@@ -204,8 +213,9 @@ def test_the_last_piece_is_said_at_once_and_its_window_kept_until_it_is_read(sid
     target.step()
     assert target.receive_buffer.windows.free == WINDOWS
     assert target.incoming_migrations.is_idle
-    (locations,) = target.paused_requests.resident.values()
-    expected = source.kv_at(source.paused_requests.resident[request])
+    (taken,) = target.paused_requests.in_status(PauseStatus.RESIDENT)
+    locations = target.paused_requests.locations_of(taken)
+    expected = source.kv_at(source.paused_requests.locations_of(request))
     assert all(map(torch.equal, target.kv_at(locations), expected))
 
 
@@ -338,7 +348,7 @@ def test_a_paused_request_is_read_from_both_halves_of_its_copy(sides):
 def test_a_piece_of_who_leaves_the_batch_meanwhile_is_good(sides):
     source, _ = sides
     request = source.scheduler.running_batch.reqs.pop()
-    source.paused_requests.leaving[request] = None
+    source.paused_requests._enter(request, PauseStatus.LEAVING)
     source.step()
     assert [(c.begin, c.end) for c in source.take(messages.KVChunk)] == [(0, TOKENS)]
 

@@ -7,6 +7,7 @@ import torch
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopy
+from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.request_states import remaining_of, why_not_pausable
 from pascal_sglang.policy.kv_tier import Costs, KVTier
@@ -160,22 +161,23 @@ def test_a_resume_the_pool_refuses_leaves_the_request_paused(executor, rows):
     paused_requests, pool = executor.paused_requests, scheduler(rows)
     paused_requests.scheduler = paused_requests.pool.scheduler = pool
     request, copy = paused(), HostCopy(tokens=10, shared=0, prefix=None, own=object())
-    paused_requests.host[request] = copy
+    paused_requests._enter(request, PauseStatus.HOST, copy=copy)
     assert paused_requests.resume(request, SimpleNamespace(reqs=[])) is None
-    assert paused_requests.host == {request: copy}
+    assert paused_requests.in_status(*PauseStatus) == [request]
+    assert paused_requests.copy_of(request) is copy
     assert pool.req_to_token_pool.freed == ([request] if rows else [])
 
 
 def test_a_copy_that_fails_turns_into_recompute(executor):
     paused_requests, request, released = executor.paused_requests, paused(), []
     request.reset_for_retract = lambda: released.append("reset")
+    paused_requests._enter(request, PauseStatus.LEAVING)
     assert paused_requests._begin_copy(request, torch.arange(10), None), (
         "other ranks may have begun it"
     )
     assert paused_requests._off_device(request, 10, released.append) is KVTier.RECOMPUTE
     assert released == [request, "reset"]
-    assert not paused_requests.host
-    assert not paused_requests.copying
+    assert paused_requests.status_of(request) is None
     assert paused_requests.host_tokens == 0
     assert paused_requests.copies.room == 100
     assert paused_requests.counts["copy_failed"] == 1
@@ -279,6 +281,6 @@ def test_who_cannot_be_paused_waits_for_memory_that_is_on_its_way_back(executor)
     batch = Running(reqs=[stays, leaves])
     assert executor.relieve(batch)
     assert batch.reqs == [stays]
-    assert list(executor.paused_requests.leaving) == [leaves]
-    executor.paused_requests.leaving.clear()
+    assert executor.paused_requests.in_status(*PauseStatus) == [leaves]
+    executor.paused_requests._remove(leaves)
     assert not executor.relieve(batch), "nothing comes back: it fits nowhere"

@@ -17,6 +17,7 @@ from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
 from pascal_sglang.engine.capacity import CapacityView
+from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
 from pascal_sglang.engine.migration.prefill_gate import LANDING_PASSES, PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import IncomingMigration, ReceiveBuffer
@@ -116,7 +117,9 @@ class IncomingMigrations:
             return "aborted"
         if not self.receive_buffer.windows.free:
             return "busy"
-        running = len(self.scheduler.running_batch.reqs) + len(self.states.paused_requests.arriving)
+        running = len(self.scheduler.running_batch.reqs) + self.states.paused_requests.count(
+            PauseStatus.ARRIVING
+        )
         pool = self.receive_buffer.pool
         room = pool.free_tokens - self.capacity.promised_tokens() - pool.in_pages(running + 1)
         return None if room >= pool.in_pages(ask.tokens) else "full"

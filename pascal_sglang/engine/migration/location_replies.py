@@ -30,15 +30,8 @@ def reply(scheduler: Any, query: LocationQuery) -> None:
     """Say which of some requests live here, those on their way out included."""
     if scheduler.load_reporter is None or scheduler.plan_executor is None:
         return
-    paused_requests = scheduler.plan_executor.paused_requests
-    held = (
-        paused_requests.leaving,
-        paused_requests.arriving,
-        paused_requests.resident,
-        paused_requests.host,
-        paused_requests.moving,
-    )
-    queues = (scheduler.waiting_queue, scheduler.grammar_manager.grammar_queue, *held)
+    held = scheduler.plan_executor.paused_requests.held()
+    queues = (scheduler.waiting_queue, scheduler.grammar_manager.grammar_queue, held)
     alive = {req.rid for queue in queues for req in queue}
     alive |= {req.rid for req in scheduler.collect_inflight_reqs()}
     if scheduler.chunked_req is not None:

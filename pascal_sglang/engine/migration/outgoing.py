@@ -163,7 +163,7 @@ class OutgoingMigrations:
         if status is None or status is RequestStatus.WAITING:
             return False
         before = source.state
-        still = status is not RequestStatus.RUNNING and out.req in self.paused_requests.moving
+        still = status is not RequestStatus.RUNNING and self.paused_requests.is_migrating(out.req)
         tokens = out.kv_tokens(
             status, status is RequestStatus.RUNNING and self.scheduler.enable_overlap
         )

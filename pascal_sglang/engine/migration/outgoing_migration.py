@@ -13,11 +13,17 @@ from pascal_sglang.cluster.messages import KVChunk, ReserveGranted
 from pascal_sglang.cluster.migration_source import MigrationSource
 from pascal_sglang.cluster.transport import Transport, TransportError
 from pascal_sglang.engine.kv.host_copies import HostKV
-from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.serializer import KVSerializer
 from pascal_sglang.engine.req_attributes import timeline_of
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.request import RequestStatus
+
+# Where a paused request's KV can be read.
+KEPT: dict[PauseStatus | None, RequestStatus] = {
+    PauseStatus.RESIDENT: RequestStatus.RESIDENT,
+    PauseStatus.HOST: RequestStatus.HOST,
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -48,21 +54,18 @@ class OutgoingMigration:
 
     def status(self, running: set[Req]) -> RequestStatus | None:
         """Where the request is; None while its KV cannot be read (it leaves or joins the batch)."""
-        if self.req in self.paused_requests.resident:
-            return RequestStatus.RESIDENT
-        if self.req in self.paused_requests.host:
-            return RequestStatus.HOST
+        paused = self.paused_requests.status_of(self.req)
+        if (kept := KEPT.get(paused)) is not None:
+            return kept
         if self.req in running:
             return RequestStatus.RUNNING
-        between = (
-            self.req in self.paused_requests.leaving or self.req in self.paused_requests.arriving
-        )
+        between = paused in (PauseStatus.LEAVING, PauseStatus.ARRIVING)
         return None if between else RequestStatus.WAITING
 
     def kv_tokens(self, status: RequestStatus, in_flight: bool) -> int:
         """KV entries that are written for good."""
         if status is RequestStatus.HOST:
-            return self.paused_requests.host[self.req].tokens
+            return self.paused_requests.copy_of(self.req).tokens
         # A step under way still writes the last one.
         return int(self.req.kv.kv_committed_len) - in_flight
 
@@ -88,7 +91,7 @@ class OutgoingMigration:
             there = (self.granted.receive_buffers[rank], self.granted.offset, size)
             memory = transport.room(*there)
             if status is RequestStatus.HOST:
-                kv.copy_host(self.paused_requests.host[self.req].halves(), begin, end, memory)
+                kv.copy_host(self.paused_requests.copy_of(self.req).halves(), begin, end, memory)
             else:
                 self._copy = kv.copy_out(self._locations(status)[begin:end], memory)
             self._written = there
@@ -112,45 +115,38 @@ class OutgoingMigration:
 
     def _locations(self, status: RequestStatus) -> torch.Tensor:
         if status is RequestStatus.RESIDENT:
-            return self.paused_requests.resident[self.req]
+            return self.paused_requests.locations_of(self.req)
         return self.paused_requests.pool.locations(self.req)
 
     def take_out(self, running: ScheduleBatch, unline: Callable[[Req], None]) -> None:
         """Out of the batch, or out of the line of those who come back into it."""
-        self.paused_requests.moving.add(self.req)
-        if self.req in self.paused_requests.leaving:
-            return
-        if self.req in self.paused_requests.resident or self.req in self.paused_requests.host:
-            unline(self.req)
-        else:
+        paused = self.paused_requests.status_of(self.req)
+        if paused is None:
             self.paused_requests.leave([self.req], running, lambda _: KVTier.RESIDENT)
+        self.paused_requests.begin_migration(self.req)
+        if paused in KEPT:
+            unline(self.req)
 
     def put_back(self) -> RequestStatus | None:
         """It stays. Returns where it waits to be brought back; None if it is still leaving the
         batch, waits to be prefilled already, or has ended."""
-        held = self.req in self.paused_requests.moving
-        self.paused_requests.moving.discard(self.req)
-        if self.req in self.paused_requests.resident:
-            return RequestStatus.RESIDENT
-        if self.req in self.paused_requests.host:
-            return RequestStatus.HOST
+        paused = self.paused_requests.status_of(self.req)
+        self.paused_requests.end_migration(self.req)
         # Its KV was dropped after the Handover.
-        dropped = held and self.req not in self.paused_requests.leaving and not self.req.finished()
-        return RequestStatus.WAITING if dropped else None
+        if paused is PauseStatus.DROPPED and not self.req.finished():
+            return RequestStatus.WAITING
+        return KEPT.get(paused)
 
     def let_go(self) -> None:
         """Give back everything it holds here."""
-        self.paused_requests.moving.discard(self.req)
+        self.paused_requests.end_migration(self.req)
         self.paused_requests.let_go(self.req)
 
 
 def find(rid: str, scheduler: Any, paused_requests: PausedRequests) -> Req | None:
     """The live request of that name that runs or is paused."""
-    paused = (
-        paused_requests.leaving,
-        paused_requests.resident,
-        paused_requests.host,
-        paused_requests.arriving,
+    paused = paused_requests.in_status(
+        PauseStatus.LEAVING, PauseStatus.RESIDENT, PauseStatus.HOST, PauseStatus.ARRIVING
     )
-    places = (scheduler.running_batch.reqs, *paused)
-    return next((r for status in places for r in status if r.rid == rid and not r.finished()), None)
+    live = (*scheduler.running_batch.reqs, *paused)
+    return next((r for r in live if r.rid == rid and not r.finished()), None)
