@@ -61,8 +61,8 @@ class CapacityView:
         req: Req = state.handle
         if state.status is not RequestStatus.WAITING:
             return self.paused_requests.needs(req)
-        held = self.pool.held(req, state.kv_tokens - 1)
-        return self.pool.in_pages(state.kv_tokens - held.tokens) + held.evictable
+        prefix = self.pool.cached_prefix(req, state.kv_tokens - 1)
+        return self.pool.in_pages(state.kv_tokens - prefix.tokens) + prefix.evictable
 
     def reclaimable(self, state: RequestState) -> int:
         """KV that is free or evictable once the request has left the device."""

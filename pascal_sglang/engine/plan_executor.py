@@ -140,6 +140,7 @@ class PlanExecutor:
         # A request told to end does so in its next step; pausing it would only keep it.
         states = [state_of(r) for r in going_on if r.to_finish is None]
         joining = self.capacity.joining(last) + len(going_on) - len(states)
+        self.pool.changed()  # SGLang's steps since the last pass.
         plan = self.planner.plan(states, self.capacity.available(running), pass_info, joining)
         self.decision_log.blocked(plan.blocked, plan.shortage, pass_info)
         self._pause(plan, running)
@@ -211,6 +212,7 @@ class PlanExecutor:
         """SGLang's order: everybody waiting may be admitted, and whoever is paused comes back in
         the order of arrival, before them."""
         self.request_states.finish_pauses()
+        self.pool.changed()
         running = self._running = self.paused_requests.arrive(self._running)
         for req in sorted(self.paused_requests.paused(), key=lambda r: state_of(r).seq):
             resumed = self._resume(req, running, joining=len(running.reqs))

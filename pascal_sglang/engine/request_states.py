@@ -85,7 +85,7 @@ class RequestStates:
     def queued(self, req: Req) -> None:
         """The request entered SGLang's waiting queue, for the first time or after a retraction."""
         whole = len(req.origin_input_ids) + len(req.output_ids)
-        cached = self.paused_requests.pool.held(req, whole - 1)
+        cached = self.paused_requests.pool.cached_prefix(req, whole - 1)
         state_of(req).head_start = PREFIX_HEAD_START * cached.tokens // whole
         self.stopped(req, RequestStatus.WAITING)
 

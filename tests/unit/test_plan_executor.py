@@ -1,9 +1,12 @@
 """When something of ours fails at run time, SGLang's order stands in and no request is lost."""
 
+from array import array
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopy
@@ -22,6 +25,9 @@ class Rows:
     def __init__(self, rows):
         self.rows = rows
         self.freed = []
+
+    def available_size(self):
+        return self.rows
 
     def alloc(self, reqs):
         return list(range(len(reqs))) if self.rows else None
@@ -54,6 +60,11 @@ class Tree:
 
 class Allocator:
     """KV memory that gives nothing and cannot be copied."""
+
+    device = "cpu"
+
+    def evict_to_free_tokens(self, tree, tokens):
+        pass
 
     def alloc(self, _):
         return None
@@ -284,3 +295,29 @@ def test_who_cannot_be_paused_waits_for_memory_that_is_on_its_way_back(executor)
     assert executor.paused_requests.in_status(*PauseStatus) == [leaves]
     executor.paused_requests._remove(leaves)
     assert not executor.relieve(batch), "nothing comes back: it fits nowhere"
+
+
+def test_a_resume_matches_its_prefix_once_and_again_only_after_a_change(executor, monkeypatch):
+    tree = RadixCache.create_simulated(mock_allocator=Allocator())
+    executor.scheduler.tree_cache, matches = tree, []
+    tokens = array("q", [1, 2, 3, 4])
+    tree.insert(InsertParams(key=RadixKey(token_ids=tokens), value=torch.arange(4)))
+    match_prefix = tree.match_prefix
+    monkeypatch.setattr(tree, "match_prefix", lambda p: (matches.append(p), match_prefix(p))[1])
+    paused_requests, request = executor.paused_requests, paused()
+    request.origin_input_ids, request.output_ids = tokens, array("q", [5])
+    paused_requests._enter(request, PauseStatus.HOST, copy=HostCopy(4, 3, None, None))
+    assert paused_requests.needs(request) == 4, "the prefix is taken from what can be evicted"
+    assert paused_requests.can_resume(request, 0)
+    assert paused_requests.resume(request, SimpleNamespace(reqs=[])) is None
+    assert len(matches) == 1
+    # The resume locked the prefix and let it go again.
+    assert paused_requests.needs(request) == 4
+    assert len(matches) == 2
+    other = executor.pool.lock(executor.pool.cached_prefix(request, 3).node)
+    assert paused_requests.needs(request) == 1, "another request holds the prefix"
+    executor.pool.unlock(other)
+    tree.reset()
+    executor.pool.changed()
+    assert paused_requests.needs(request) == 4
+    assert len(matches) == 5

@@ -20,7 +20,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.kv.decode_batch import decoding, joined
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
-from pascal_sglang.engine.kv.pool import Pool
+from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 
@@ -69,6 +69,9 @@ class Paused:
     copy: HostCopy | None = None
     # It leaves for another instance; it is not brought back meanwhile.
     migrating: bool = False
+    # HOST: its shared prefix as last matched, and `Pool.changes` then.
+    prefix: CachedPrefix | None = None
+    matched_at: int = -1
 
 
 class PausedRequests:
@@ -319,8 +322,17 @@ class PausedRequests:
         whole = self.pool.in_pages(copy.tokens)
         if not copy.shared:
             return whole
-        held = self.pool.held(req, copy.shared)
-        return whole if held.tokens < copy.shared else whole - held.tokens + held.evictable
+        prefix = self._shared_prefix(req, copy)
+        return whole if prefix.tokens < copy.shared else whole - prefix.tokens + prefix.evictable
+
+    def _shared_prefix(self, req: Req, copy: HostCopy) -> CachedPrefix:
+        """What the device still has of the prefix that the request shared. The plan's match is
+        carried to the resume, unless the prefix cache has changed since."""
+        paused = self._table[req]
+        if paused.prefix is None or paused.matched_at != self.pool.changes:
+            paused.prefix = self.pool.cached_prefix(req, copy.shared)
+            paused.matched_at = self.pool.changes
+        return paused.prefix
 
     def resume(self, req: Req, running: ScheduleBatch) -> ScheduleBatch | None:
         """Bring a paused request back; the running batch, in which it decodes without prefill in
@@ -377,16 +389,19 @@ class PausedRequests:
 
     def _to_device(self, req: Req, copy: HostCopy) -> bool:
         pool, tokens = self.pool, copy.tokens
-        held = pool.held(req, copy.shared)
-        # All of the shared prefix or none: the copy comes in two parts.
-        shared = copy.shared if held.tokens == copy.shared else 0
-        node = held.node if shared else pool.tree.root_node_handle(req.extra_key)
+        node, shared = pool.tree.root_node_handle(req.extra_key), 0
+        if copy.shared:
+            prefix = self._shared_prefix(req, copy)
+            # All of the shared prefix or none: the copy comes in two parts.
+            if prefix.tokens == copy.shared:
+                node, shared = prefix.node, copy.shared
         if pool.rows.alloc([req]) is None:
             return False
-        lock = pool.tree.lock(node) if shared else None  # Before anything is evicted.
+        lock = pool.lock(node) if shared else None  # Before anything is evicted.
         own = pool.take(tokens - shared)
         if own is None:
-            pool.tree.unlock(lock)
+            if lock is not None:
+                pool.unlock(lock)
             pool.rows.free(req)
             return False
         locations = own
