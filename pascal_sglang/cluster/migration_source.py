@@ -4,7 +4,7 @@
 |---|---|---|---|
 | ASKING | decodes here | Granted | COPYING |
 | COPYING | decodes here, KV follows | little is left, or stop-and-copy | STOPPING |
-| STOPPING | leaves the batch; the rest is copied | it stands still, one window is left | HANDED |
+| STOPPING | leaves the batch; the rest is copied | it stands still, one slot is left | HANDED |
 | HANDED | the target's, unless it refuses; KV kept | Mine | DONE: frees its KV |
 | REVOKING | has ended with an error | Refused | LOST |
 | KEPT | goes on here | | |
@@ -102,7 +102,7 @@ class MigrationSource:
     why: str = ""
     sent: int = 0
     acked: int = 0
-    window: int = 0
+    slot_tokens: int = 0
     heard: float = 0.0
     _said: float = 0.0
     _times: int = 0
@@ -128,7 +128,7 @@ class MigrationSource:
             return []
         self.heard = now
         if isinstance(message, ReserveGranted) and self.state is SourceState.ASKING:
-            self.state, self.window = SourceState.COPYING, message.window
+            self.state, self.slot_tokens = SourceState.COPYING, message.slot_tokens
         if isinstance(message, ChunkAck):
             self.acked = max(self.acked, message.upto)
         return []
@@ -148,12 +148,12 @@ class MigrationSource:
                 return []
         elif not still:
             return []
-        elif left <= self.window:
+        elif left <= self.slot_tokens:
             return [self._hand(now, kv_tokens)]
         return [self._chunk(kv_tokens)]
 
     def unsent(self, why: str) -> list[Message]:
-        """What `copy` has just returned could not be put into the window: the request stays."""
+        """What `copy` has just returned could not be put into the slot: the request stays."""
         if self.state is SourceState.HANDED:
             self._stay(why)
             return [MigrationCancelled(self.migration)]
@@ -222,10 +222,10 @@ class MigrationSource:
     def _far_enough(self, kv_tokens: int, left: int) -> bool:
         # The last of what was reserved is left for tokens that arrive while it stops.
         full = kv_tokens + 2 >= self.reserve
-        return not self.terms.live or left <= min(self.terms.tail, self.window) or full
+        return not self.terms.live or left <= min(self.terms.tail, self.slot_tokens) or full
 
     def _chunk(self, kv_tokens: int) -> KVChunk:
-        end = min(kv_tokens, self.sent + self.window)
+        end = min(kv_tokens, self.sent + self.slot_tokens)
         last = self.state is SourceState.COPYING and end == kv_tokens
         chunk = KVChunk(self.migration, self.sent, end, last)
         self.sent = end

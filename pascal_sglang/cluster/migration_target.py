@@ -99,7 +99,7 @@ class MigrationTarget:
         if self.state is not TargetState.RECEIVING:
             return [ReserveRefused(self.migration, self.why)]
         self.heard = now
-        # Only the next piece is in the window. An earlier one said again is there already, and a
+        # Only the next piece is in the slot. An earlier one said again is there already, and a
         # later one cannot be: the source waits for our word before it writes.
         if chunk.begin == self.upto and not self._fetched(chunk.begin, chunk.end):
             return self.give_up("transport")

@@ -85,10 +85,10 @@ class Admission:
         if len(queue) != len(waiting) + self.paused_requests.paused_count():
             return False
         return not thorough or all(
-            queue.holds(state) and state.status is status for state, status in self._places()
+            queue.holds(state) and state.status is status for state, status in self._expected()
         )
 
-    def _places(self) -> Iterator[tuple[RequestState, RequestStatus]]:
+    def _expected(self) -> Iterator[tuple[RequestState, RequestStatus]]:
         """Those who wait or are paused, each with its place."""
         paused_requests = self.paused_requests
         for status, reqs in (
@@ -109,7 +109,7 @@ class Admission:
         if self.errors <= ERRORS_LOGGED:
             logger.error("pascal_sglang: the policy's queue was not SGLang's and is made anew")
         self.planner.queue.recount([])
-        places = dict(self._places())
+        places = dict(self._expected())
         for state, status in places.items():
             state.status = status
         self.planner.queue.recount([*places])

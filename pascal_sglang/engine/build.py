@@ -31,7 +31,7 @@ def build_executor(scheduler: Any, config: PascalConfig) -> PlanExecutor | None:
             f"policy {config.policy} does not work with {pool} yet; use --pascal-policy fcfs"
         )
     if get_schedule().prefill_decode_interval is None:
-        # SGLang prefills first: without this, endless new prompts would keep thinkers from
+        # SGLang prefills first: without this, endless new prompts would keep requests from
         # decoding. A prefill and a decode step take turns.
         scheduler.prefill_decode_interval = 1
     copies = HostCopies(scheduler)

@@ -95,7 +95,7 @@ def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None)
     answering = [m for m in (*running, *paused) if m.phase is Phase.ANSWERING]
     priority_class = planner.policy.reasoning_class
     queued = sum(n for (lane_of, _), n in planner.queue.counts.items() if lane_of == priority_class)
-    thinking = sum(
+    reasoning = sum(
         m.phase is Phase.REASONING and not is_demoted(m, planner.tuning) for m in running
     )
     rule = config.record.placement
@@ -111,7 +111,7 @@ def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None)
     return {
         "on_pace": on_pace,
         "footprint": scheduler.max_total_num_tokens - free + executor.paused_requests.host_tokens,
-        "thinking": thinking + queued,
+        "thinking": reasoning + queued,
         "fresh": sum(m.phase_tokens < planner.tuning.quantum for m in answering),
         "free": free,
         "waiting": sum(state_of(r).kv_tokens for r in scheduler.waiting_queue),

@@ -19,7 +19,6 @@ from sglang.srt.runtime_context import get_serving
 from pascal_sglang.engine.load_reporter import LoadReporter
 from pascal_sglang.engine.migration.manager import Migrations
 from pascal_sglang.engine.observability.phases import PhaseTracker
-from pascal_sglang.engine.retraction import retract_held
 from pascal_sglang.engine.stock_load_figures import ReportingScheduler
 
 
@@ -59,7 +58,7 @@ class OperationsScheduler(ReportingScheduler):
         if self.plan_executor is not None and recv_req.mode == "retract":
             if self.migrations is not None:
                 self.migrations.give_up("generation paused")
-            retract_held(self.plan_executor.request_states)
+            self.plan_executor.request_states.retract_held()
 
     def record_weight_version_change(self, new_version: str | None) -> None:
         """Which weights made which token is kept where a request is: it does not travel."""

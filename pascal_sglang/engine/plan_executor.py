@@ -86,7 +86,7 @@ class PlanExecutor:
         if error is not None:
             self.errors += 1
             self._log("the policy failed; SGLang's own order stands in", error)
-            if (error := catch_on_all_ranks(self.scheduler, self._stand_in)) is not None:
+            if (error := catch_on_all_ranks(self.scheduler, self._fall_back_to_fcfs)) is not None:
                 self._log("bringing paused requests back failed", error)
             self.admission.plan = list(self.scheduler.waiting_queue)
         self.policy_s += time.perf_counter() - begin
@@ -208,7 +208,7 @@ class PlanExecutor:
             self.request_states.spilled(req, KVTier.RECOMPUTE)
         return resumed
 
-    def _stand_in(self) -> None:
+    def _fall_back_to_fcfs(self) -> None:
         """SGLang's order: everybody waiting may be admitted, and whoever is paused comes back in
         the order of arrival, before them."""
         self.request_states.finish_pauses()

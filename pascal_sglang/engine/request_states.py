@@ -73,7 +73,7 @@ class RequestStates:
         self._arrivals += 1
         pacer = Pacer(tpot_ms / 1000)
         state = RequestState(self._arrivals, pacer, internal=is_internal(req), handle=req)
-        reason = why_not_pausable(req)
+        reason = support.first(support.UNPAUSABLE, req)
         if reason:
             state.pausable = False
             if not self.unpausable[reason]:
@@ -109,7 +109,7 @@ class RequestStates:
     def finish_pauses(self) -> None:
         """Handle the KV of the requests that left the batch and whose last token has arrived."""
         paused = self.paused_requests
-        for req, tier in paused.settle():
+        for req, tier in paused.finish_pauses():
             if paused.is_migrating(req):
                 continue
             self.stopped(req, STATUSES[tier])
@@ -131,6 +131,16 @@ class RequestStates:
         self.decision_log.started(state_of(req), self.pass_info)
         self.queue.started(state_of(req), self.pass_info)
 
+    def retract_held(self) -> None:
+        """Send every held request back to the waiting queue without its KV, as SGLang does with
+        those that it retracts. No step is in flight.
+
+        A request handed over to another instance waits only if that instance sends it back.
+        """
+        for req in self.paused_requests.drop():
+            if not self.paused_requests.is_migrating(req):
+                self.wait_again(req)
+
     def ended(self, req: Req) -> None:
         """The request ended outside the running batch."""
         self.queue.remove(state_of(req))
@@ -138,7 +148,7 @@ class RequestStates:
     def observe(self, req: Req) -> bool:
         """The request may have produced tokens: bring its state up to date, tell its reader.
 
-        True if it has just ended its thinking."""
+        True if it has just ended its reasoning."""
         state, timeline = state_of(req), timeline_of(req)
         if new := timeline.answer_tokens - state.pacer.delivered:
             floor = fastest_pace(self.config.answer_tpot_ms / 1000, self.pass_info)
@@ -171,7 +181,7 @@ class RequestStates:
 
 def remaining_of(req: Req, state: RequestState) -> int:
     """Tokens the request can still produce in its phase: what `max_new_tokens` leaves, and while it
-    thinks no more than its `thinking_budget`."""
+    reasons no more than its `thinking_budget`."""
     params = req.sampling_params
     left = UNLIMITED
     if params.max_new_tokens is not None:
@@ -182,8 +192,3 @@ def remaining_of(req: Req, state: RequestState) -> int:
         if isinstance(budget, int) and budget >= 0:
             left = min(left, budget + 1 - state.phase_tokens)
     return max(0, left)
-
-
-def why_not_pausable(req: Req) -> str | None:
-    """What about the request the engine cannot carry; None if it can be paused."""
-    return support.first(support.UNPAUSABLE, req)

@@ -4,7 +4,7 @@ from pascal_sglang.cluster.messages import Handover, KVChunk, ReserveGranted, Re
 from pascal_sglang.cluster.migration_source import MigrationSource, Terms
 from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
 
-WINDOW = 40
+SLOT_TOKENS = 40
 
 
 def terms(**more):
@@ -24,7 +24,7 @@ class World:
     def __init__(self, terms=TERMS, kv=100, limit=160):
         self.now, self.kv, self.limit = 0.0, kv, limit
         self.running, self.events, self.taken = True, [], None
-        self.window, self.received = (0, 0), 0
+        self.slot, self.received = (0, 0), 0
         self.source = MigrationSource(
             "m1",
             "r",
@@ -76,7 +76,7 @@ class World:
         self.events.append("lose")
 
     def fetch(self, begin, end):
-        assert (begin, end) == self.window, "the window holds something else"
+        assert (begin, end) == self.slot, "the slot holds something else"
         self.received = end
         return True
 
@@ -111,7 +111,7 @@ class World:
             if isinstance(message, ReserveRequest):
                 self.asked = True
                 self.target.heard = self.now
-                self.to_source.append(ReserveGranted("m1", ["here"], 0, WINDOW))
+                self.to_source.append(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS))
         elif not isinstance(message, ReserveRequest):
             self.to_source += self.target.hear(message, self.now)
 
@@ -128,9 +128,9 @@ class World:
             self.kv = min(self.limit - 1, self.kv + 1)
         for message in self.source.copy(self.now, self.kv, still=not self.running):
             if isinstance(message, KVChunk):
-                self.window = (message.begin, message.end)
+                self.slot = (message.begin, message.end)
             if isinstance(message, Handover):
-                self.window = (message.begin, message.kv_tokens)
+                self.slot = (message.begin, message.kv_tokens)
             self.to_target.append(message)
         self.to_target += self.source.tick(self.now)
 

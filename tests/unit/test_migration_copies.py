@@ -1,5 +1,5 @@
 """KV on its way between instances while both decode: nobody is told of bytes that are not there,
-and no window is written while it is read."""
+and no slot is written while it is read."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from pascal_sglang.engine.migration.incoming import IncomingMigrations
 from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
 from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import (
-    WINDOWS,
+    SLOTS,
     ReceiveBuffer,
     receive_buffer_bytes,
 )
@@ -83,7 +83,7 @@ class Resident(PausedRequests):
 class Instance:
     """One side: a pool of KV, a receive buffer, and a scheduler that does nothing."""
 
-    def __init__(self, windows=None):
+    def __init__(self):
         pool, self.said = pool_of(MHATokenToKVPool), []
         self.scheduler = SimpleNamespace(
             token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
@@ -119,7 +119,13 @@ class Instance:
         capacity = SimpleNamespace(promised_tokens=lambda: 0)
         control_sender = SimpleNamespace(send=lambda to, said: self.said.extend(said))
         sides = (self.scheduler, self.states)
-        way = (self.transport, self.kv, self.receive_buffer.window, control_sender, PrefillGate())
+        way = (
+            self.transport,
+            self.kv,
+            self.receive_buffer.slot_tokens,
+            control_sender,
+            PrefillGate(),
+        )
         self.outgoing_migrations = OutgoingMigrations(*sides, Terms(), *way)
         receive_buffers = [self.transport.address]
         self.incoming_migrations = IncomingMigrations(
@@ -186,7 +192,7 @@ def test_both_words_of_a_piece_come_when_its_copies_are_complete(sides):
     assert (chunk.begin, chunk.end) == (0, TOKENS)
     target.incoming_migrations.hear(0, chunk, 1.0)
     target.incoming_migrations.hear(0, chunk, 1.0)
-    assert target.said == [], "the window is read; another piece would overwrite it"
+    assert target.said == [], "the slot is read; another piece would overwrite it"
     target.step()
     assert target.take(messages.ChunkAck) == [messages.ChunkAck("m", TOKENS)]
     target.receive_buffer.memory[:] = bytes(len(target.receive_buffer.memory))
@@ -194,7 +200,7 @@ def test_both_words_of_a_piece_come_when_its_copies_are_complete(sides):
     assert all(map(torch.equal, arrived, expected))
 
 
-def test_the_last_piece_is_said_at_once_and_its_window_kept_until_it_is_read(sides):
+def test_the_last_piece_is_said_at_once_and_its_slot_kept_until_it_is_read(sides):
     source, target = sides
     source.step()
     target.incoming_migrations.hear(0, *source.take(messages.KVChunk), 1.0)
@@ -208,10 +214,10 @@ def test_the_last_piece_is_said_at_once_and_its_window_kept_until_it_is_read(sid
     target.incoming_migrations.hear(0, handover, 1.0)
     assert target.take(messages.CommitAck)
     assert target.copies.under_way == target.copies.held != [], "steps wait for it by themselves"
-    assert target.receive_buffer.windows.free == WINDOWS - 1
+    assert target.receive_buffer.slots.free == SLOTS - 1
     assert not target.incoming_migrations.is_idle
     target.step()
-    assert target.receive_buffer.windows.free == WINDOWS
+    assert target.receive_buffer.slots.free == SLOTS
     assert target.incoming_migrations.is_idle
     (taken,) = target.paused_requests.in_status(PauseStatus.RESIDENT)
     locations = target.paused_requests.locations_of(taken)
@@ -274,7 +280,7 @@ def test_a_target_whose_device_fails_refuses(sides, monkeypatch):
     target.step()
     assert target.take(messages.ChunkAck) == []
     assert target.take(messages.ReserveRefused) == [messages.ReserveRefused("m", "transport")]
-    assert target.receive_buffer.windows.free == WINDOWS - 1
+    assert target.receive_buffer.slots.free == SLOTS - 1
 
 
 def test_whatever_fails_on_a_rank_is_told_to_the_others_who_wait_for_its_word(sides):
@@ -298,7 +304,7 @@ def source_died(target):
 
 @pytest.mark.parametrize("way", [cancelled, source_died])
 @pytest.mark.parametrize("reads_first", [True, False])
-def test_a_window_given_up_is_kept_until_it_is_read_and_its_source_is_through(
+def test_a_slot_given_up_is_kept_until_it_is_read_and_its_source_is_through(
     way, reads_first, sides
 ):
     source, target = sides
@@ -308,16 +314,16 @@ def test_a_window_given_up_is_kept_until_it_is_read_and_its_source_is_through(
     target.incoming_migrations.aborted("r", lambda rid: rid == "r", 1.0)
     assert target.take(messages.ReserveRefused)
     assert target.copies.under_way == target.copies.held != [], "its KV entries are free already"
-    assert target.receive_buffer.windows.free == WINDOWS - 1
+    assert target.receive_buffer.slots.free == SLOTS - 1
     steps = [target.step, lambda: way(target)]
     for step in steps if reads_first else steps[::-1]:
-        assert target.receive_buffer.windows.free == WINDOWS - 1
+        assert target.receive_buffer.slots.free == SLOTS - 1
         step()
     if way is source_died:
-        assert target.receive_buffer.windows.free == WINDOWS - 1
+        assert target.receive_buffer.slots.free == SLOTS - 1
         target.incoming_migrations.step(1.0 + DEAD_S)
-    assert (target.receive_buffer.windows.free, target.receive_buffer.windows.in_doubt) == (
-        WINDOWS,
+    assert (target.receive_buffer.slots.free, target.receive_buffer.slots.in_doubt) == (
+        SLOTS,
         0,
     )
 
@@ -329,9 +335,9 @@ def test_a_source_that_has_forgotten_the_move_says_that_it_does_not_write(sides)
     target.incoming_migrations.aborted("r", lambda rid: rid == "r", 1.0)
     target.incoming_migrations.step(1.0 + ASK_S)
     source.outgoing_migrations.hear(1, *target.take(messages.WriteQuery), 2.0)
-    assert target.receive_buffer.windows.free == WINDOWS - 1
+    assert target.receive_buffer.slots.free == SLOTS - 1
     target.incoming_migrations.hear(0, *source.take(messages.MigrationCancelled), 2.0)
-    assert target.receive_buffer.windows.free == WINDOWS
+    assert target.receive_buffer.slots.free == SLOTS
 
 
 def test_a_paused_request_is_read_from_both_halves_of_its_copy(sides):

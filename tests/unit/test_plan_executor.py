@@ -8,11 +8,12 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
+from pascal_sglang import support
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopy
 from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.plan_executor import PlanExecutor
-from pascal_sglang.engine.request_states import remaining_of, why_not_pausable
+from pascal_sglang.engine.request_states import remaining_of
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.request import RequestState, RequestStatus
@@ -220,7 +221,7 @@ def request(**changes):
 
 
 def test_a_plain_request_can_be_paused():
-    assert why_not_pausable(request()) is None
+    assert support.first(support.UNPAUSABLE, request()) is None
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ def test_a_plain_request_can_be_paused():
     ],
 )
 def test_what_cannot_be_paused_says_why(change, reason):
-    assert reason in why_not_pausable(request(**change))
+    assert reason in support.first(support.UNPAUSABLE, request(**change))
 
 
 def test_what_may_still_come_is_known_by_phase():

@@ -11,7 +11,6 @@ from pascal_sglang.cluster.messages import MigrateCommand
 from pascal_sglang.engine.kv.host_copies import HostCopy
 from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.request_states import RequestStates
-from pascal_sglang.engine.retraction import retract_held
 from pascal_sglang.policy.request import RequestStatus
 from tests.unit import test_arriving, test_migration_copies
 
@@ -70,7 +69,7 @@ def test_everybody_held_waits_without_kv_and_who_was_handed_over_comes_back_only
     paused_requests.host_tokens = 20
     paused_requests.begin_migration(handed)
     assert paused_requests.held() == {resident, host, arriving, leaving, ended, handed}
-    retract_held(executor.request_states)
+    executor.request_states.retract_held()
     waiting = [resident, host, arriving, leaving]
     assert executor.scheduler.waiting_queue == waiting
     assert [r for r in released if isinstance(r, tuple)] == [
@@ -87,7 +86,7 @@ def test_everybody_held_waits_without_kv_and_who_was_handed_over_comes_back_only
     assert paused_requests.copies.held == [OWN], "who gets its memory waits for the copy"
     assert [r.retractions for r in (*waiting, handed, ended)] == [1, 1, 1, 1, 1, 0]
     # A second time there is nothing to drop.
-    retract_held(executor.request_states)
+    executor.request_states.retract_held()
     assert handed.retractions == 1
     assert paused_requests.held() == {handed}
     paused_requests.end_migration(handed)

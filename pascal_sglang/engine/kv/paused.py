@@ -32,7 +32,7 @@ class PauseStatus(Enum):
     |---|---|---|---|
     | none | runs | `leave` | LEAVING |
     | none | comes from another instance | `adopt` | RESIDENT |
-    | LEAVING | is out of the batch, its KV not yet handled | `settle` | RESIDENT, HOST or none |
+    | LEAVING | is out of the batch, its KV untouched | `finish_pauses` | RESIDENT, HOST or none |
     | RESIDENT | has its KV on the device and no row | `resume` | none: it runs |
     | RESIDENT | | `spill` | HOST or none |
     | HOST | has its KV in host memory | `resume` | ARRIVING |
@@ -197,14 +197,14 @@ class PausedRequests:
     def leave(
         self, reqs: Iterable[Req], batch: ScheduleBatch, tier: Callable[[Req], KVTier | None]
     ) -> None:
-        """Take `reqs` out of the running batch; their KV follows in `settle`."""
+        """Take `reqs` out of the running batch; their KV follows in `finish_pauses`."""
         leaving = {req: tier(req) for req in reqs}
         batch.filter_batch(reqs_to_exclude=list(leaving))
         batch.batch_is_full = False
         for req, told in leaving.items():
             self._enter(req, PauseStatus.LEAVING, tier=told)
 
-    def settle(self) -> Iterator[tuple[Req, KVTier]]:
+    def finish_pauses(self) -> Iterator[tuple[Req, KVTier]]:
         """Handle the KV of everybody whose last token has arrived; yields each with its tier.
 
         Who is dropped for recompute has to go back to the waiting queue. Requests that finished

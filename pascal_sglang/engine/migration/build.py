@@ -24,7 +24,7 @@ from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import (
     ReceiveBuffer,
     receive_buffer_bytes,
-    window_tokens,
+    slot_tokens,
 )
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.tp_ranks import all_agree, from_every_rank
@@ -66,7 +66,7 @@ def build_migrations(
     transport = None
     if problem is None and not isinstance(kv, str):
         try:
-            piece = window_tokens(kv) * kv.per_token
+            piece = slot_tokens(kv) * kv.per_token
             size = receive_buffer_bytes(kv)
             transport = make(config.kv_transport, size, piece, kv.copies.pin, config.kv_listen)
         except TransportError as error:
@@ -89,14 +89,13 @@ def build_migrations(
         if other != (get_parallel().dp_rank or 0):
             control_sender.send(other, [messages.ReceiveBuffers(receive_buffers)])
     prefill_gate = PrefillGate()
-    window = receive_buffer.window
     outgoing_migrations = OutgoingMigrations(
         scheduler,
         executor.request_states,
         terms,
         transport,
         kv,
-        window,
+        receive_buffer.slot_tokens,
         control_sender,
         prefill_gate,
     )

@@ -19,7 +19,7 @@ from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
 from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
-from pascal_sglang.engine.migration.prefill_gate import LANDING_PASSES, PrefillGate
+from pascal_sglang.engine.migration.prefill_gate import HANDOVER_PASSES, PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import IncomingMigration, ReceiveBuffer
 from pascal_sglang.engine.migration.recent_aborts import RecentAborts
 from pascal_sglang.engine.migration.request_snapshot import (
@@ -103,9 +103,9 @@ class IncomingMigrations:
             heard=now,
         )
         self.under_way[ask.migration] = incoming
-        offset, window = self.receive_buffer.offset(incoming), self.receive_buffer.window
+        offset, size = self.receive_buffer.offset(incoming), self.receive_buffer.slot_tokens
         self.control_sender.send(
-            sender, [messages.ReserveGranted(ask.migration, self.receive_buffers, offset, window)]
+            sender, [messages.ReserveGranted(ask.migration, self.receive_buffers, offset, size)]
         )
 
     def _why_not(self, ask: messages.ReserveRequest, now: float) -> str | None:
@@ -115,7 +115,7 @@ class IncomingMigrations:
             return "generation paused"
         if self._recent_aborts.covers(ask.rid, now):
             return "aborted"
-        if not self.receive_buffer.windows.free:
+        if not self.receive_buffer.slots.free:
             return "busy"
         running = len(self.scheduler.running_batch.reqs) + self.states.paused_requests.count(
             PauseStatus.ARRIVING
@@ -158,7 +158,7 @@ class IncomingMigrations:
             self.arrived.pop(req, None)
             self.revoked.add(req)
 
-    def _settle(self, migration: str) -> None:
+    def _close_if_over(self, migration: str) -> None:
         incoming = self.under_way.get(migration)
         if incoming is None or incoming.target is None:
             return
@@ -196,15 +196,15 @@ class IncomingMigrations:
         else:
             self.control_sender.send(sender, said)
         if isinstance(message, messages.KVChunk) and message.last:
-            self.prefill_gate.ask(self.states.pass_info.pass_no, LANDING_PASSES)
-        self._settle(message.migration)
+            self.prefill_gate.ask(self.states.pass_info.pass_no, HANDOVER_PASSES)
+        self._close_if_over(message.migration)
 
     def step(self, now: float) -> None:
         """Once per pass."""
         if self.receive_buffer.closing:
             # Before rank 0 grants one again, the other ranks must be done with it too.
             all_agree(self.scheduler, self.receive_buffer.close(now))
-        for sender, migration in self.receive_buffer.windows.tick(now):
+        for sender, migration in self.receive_buffer.slots.tick(now):
             self.control_sender.send(sender, [messages.WriteQuery(migration)])
         for migration, incoming in list(self.under_way.items()):
             assert incoming.target is not None
@@ -213,14 +213,14 @@ class IncomingMigrations:
                 said = incoming.unsaid if done else incoming.target.give_up("transport")
                 self.control_sender.send(incoming.sender, said)
             self.control_sender.send(incoming.sender, incoming.target.tick(now))
-            self._settle(migration)
+            self._close_if_over(migration)
 
     def give_up(self, why: str) -> None:
         """What has come so far is dropped; the requests stay where they are."""
         for migration, incoming in list(self.under_way.items()):
             if incoming.target is not None:
                 self.control_sender.send(incoming.sender, incoming.target.give_up(why))
-                self._settle(migration)
+                self._close_if_over(migration)
 
     def aborted(self, rid: str, matches: Callable[[str], bool], now: float) -> None:
         """Requests are being aborted, whose names are or begin with `rid`; one of them may be on
@@ -228,7 +228,7 @@ class IncomingMigrations:
         for migration, incoming in list(self.under_way.items()):
             if incoming.target is not None and matches(incoming.target.rid):
                 self.control_sender.send(incoming.sender, incoming.target.give_up("aborted"))
-                self._settle(migration)
+                self._close_if_over(migration)
         if rid:
             self._recent_aborts.add(rid, now)
 
@@ -237,5 +237,5 @@ class IncomingMigrations:
         for migration, incoming in list(self.under_way.items()):
             if incoming.sender == instance and incoming.target is not None:
                 incoming.target.give_up("source died")
-                self._settle(migration)
+                self._close_if_over(migration)
         self.receive_buffer.died(instance, self.states.pass_info.now)

@@ -41,7 +41,7 @@ TO_SOURCE = (
     messages.WriteQuery,
 )
 TO_TARGET = (messages.KVChunk, messages.Handover, messages.MigrationCancelled)
-# Passes that a move takes besides one per window.
+# Passes that a move takes besides one per slot.
 PASSES = 4
 
 
@@ -161,7 +161,7 @@ class Migrations:
             self.outgoing_migrations.step(running, now)
         if (
             not self.incoming_migrations.is_idle
-            or self.incoming_migrations.receive_buffer.windows.in_doubt
+            or self.incoming_migrations.receive_buffer.slots.in_doubt
         ):
             self.incoming_migrations.step(now)
         if self._force_migration:
@@ -173,7 +173,7 @@ class Migrations:
                     self.reasoning_ended(req)
 
     def reasoning_ended(self, req: Req) -> None:
-        """The request has just ended its thinking: ask the controller where it goes on."""
+        """The request has just ended its reasoning: ask the controller where it goes on."""
         reason = why_not_migratable(req)
         if reason is not None:
             self.stayed[reason] += 1
@@ -183,7 +183,7 @@ class Migrations:
         kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
         remaining = remaining_of(req, state_of(req))
         likely = remaining if self.answer_tokens is None else int(self.answer_tokens)
-        passes = PASSES + kv_tokens // self.outgoing_migrations.window
+        passes = PASSES + kv_tokens // self.outgoing_migrations.slot_tokens
         self.control_sender.send(
             CONTROLLER,
             [
@@ -220,7 +220,7 @@ class Migrations:
 
     def describe(self) -> dict[str, Any]:
         """For `GET /pascal/status`."""
-        windows = self.incoming_migrations.receive_buffer.windows
+        slots = self.incoming_migrations.receive_buffer.slots
         return {
             "out": [
                 {"rid": out.req.rid, "to": out.target, "state": out.source.state.value}
@@ -232,7 +232,7 @@ class Migrations:
                 for incoming in self.incoming_migrations.under_way.values()
                 if (target := incoming.target) is not None
             ],
-            "windows": {"free": windows.free, "in_doubt": windows.in_doubt},
+            "windows": {"free": slots.free, "in_doubt": slots.in_doubt},
             "outgoing": dict(self.outgoing_migrations.counts),
             "incoming": dict(self.incoming_migrations.counts),
             "stayed": dict(self.stayed),

@@ -28,7 +28,7 @@ from pascal_sglang.policy.request import RequestStatus
 
 logger = logging.getLogger(__name__)
 
-# Tokens that a request may gain while it moves, beyond one per window.
+# Tokens that a request may gain while it moves, beyond one per slot.
 GROWTH = 64
 
 
@@ -43,14 +43,14 @@ class OutgoingMigrations:
         terms: Terms,
         transport: Transport,
         kv: KVSerializer,
-        window: int,
+        slot_tokens: int,
         control_sender: Rank0Sender,
         prefill_gate: PrefillGate,
     ) -> None:
-        """window: KV entries that go between two decode steps."""
+        """slot_tokens: KV entries that go between two decode steps."""
         self.scheduler, self.states = scheduler, states
         self.paused_requests = states.paused_requests
-        self.terms, self.transport, self.kv, self.window = terms, transport, kv, window
+        self.terms, self.transport, self.kv, self.slot_tokens = terms, transport, kv, slot_tokens
         self.control_sender, self.prefill_gate = control_sender, prefill_gate
         self.under_way: dict[str, OutgoingMigration] = {}
         self.counts: Counter[str] = Counter()
@@ -86,7 +86,7 @@ class OutgoingMigrations:
             self._report(order.migration, False, problem or "to itself")
             return
         held = len(req.origin_input_ids) + len(req.output_ids)
-        growth = GROWTH + held // self.window
+        growth = GROWTH + held // self.slot_tokens
         reserve = held + min(remaining_of(req, state_of(req)), growth) + 2
         out = OutgoingMigration(req, order.target, self.paused_requests, now)
         out.source = MigrationSource(
@@ -113,7 +113,7 @@ class OutgoingMigrations:
         if isinstance(message, messages.ReserveGranted):
             out.granted = message
         self._say(out, out.source.hear(message, now))
-        self._settle(message.migration)
+        self._close_if_over(message.migration)
 
     def step(self, running: ScheduleBatch, now: float) -> None:
         """Once per pass, before the plan: KV that is new goes out, and whoever is to stop leaves
@@ -124,10 +124,10 @@ class OutgoingMigrations:
             assert out.source is not None
             self._advance(out, out.source, alive, now)
             self._say(out, out.source.tick(now))
-            self._settle(migration)
+            self._close_if_over(migration)
 
     def _say(self, out: OutgoingMigration, said: Sequence[Message]) -> None:
-        """Tell the target. If the move is over, it gives the window to others: nothing may be on
+        """Tell the target. If the move is over, it gives the slot to others: nothing may be on
         its way there."""
         assert out.source is not None
         if out.source.state in OVER and out.unsaid is not None:
@@ -193,7 +193,7 @@ class OutgoingMigrations:
         return [message] if self._wait(out) else source.unsent("transport")
 
     def _wait(self, out: OutgoingMigration) -> bool:
-        """Whether the KV last written is in the window, on every rank: rank 0 speaks for all."""
+        """Whether the KV last written is in the slot, on every rank: rank 0 speaks for all."""
         out.unsaid = None
         problem = out.written(self.transport, self.kv)
         if problem is not None:
@@ -230,7 +230,7 @@ class OutgoingMigrations:
         self.scheduler.end_early(out.req, None if out.aborted else problem)
         self._report(out.source.migration, False, out.source.why)
 
-    def _settle(self, migration: str) -> None:
+    def _close_if_over(self, migration: str) -> None:
         out = self.under_way[migration]
         source = out.source
         if source is None or source.state not in OVER:
@@ -257,7 +257,7 @@ class OutgoingMigrations:
         for migration, out in list(self.under_way.items()):
             if out.source is not None:
                 self._say(out, out.source.keep(why))
-                self._settle(migration)
+                self._close_if_over(migration)
 
     def aborted(self, matches: Callable[[str], bool]) -> None:
         """Requests are being aborted. One that was handed over is the target's to end, unless it
@@ -267,7 +267,7 @@ class OutgoingMigrations:
                 continue
             out.aborted = out.source.state is SourceState.HANDED
             self._say(out, out.source.keep("aborted"))
-            self._settle(migration)
+            self._close_if_over(migration)
 
     def died(self, instance: int) -> None:
         """The instance is no more."""
@@ -275,4 +275,4 @@ class OutgoingMigrations:
             if out.target == instance and out.source is not None:
                 out.source.target_died()
                 self._say(out, [])
-                self._settle(migration)
+                self._close_if_over(migration)

@@ -78,7 +78,7 @@ class OutgoingMigration:
         kv: KVSerializer,
         rank: int,
     ) -> None:
-        """Begin to put KV of the tokens `begin`..`end` into the target's window; `written` says
+        """Begin to put KV of the tokens `begin`..`end` into the target's slot; `written` says
         what came of it."""
         assert self.granted is not None
         self._problem = self._written = self._copy = None
@@ -101,7 +101,7 @@ class OutgoingMigration:
             self._problem = f"reading KV failed: {error}"
 
     def written(self, transport: Transport, kv: KVSerializer) -> str | None:
-        """Wait for what `write` began; None if it is in the window, else why it is not."""
+        """Wait for what `write` began; None if it is in the slot, else why it is not."""
         if self._copy is not None and not kv.copies.wait(self._copy):
             self._problem = "reading KV failed"
         if self._problem is None and self._written is not None:

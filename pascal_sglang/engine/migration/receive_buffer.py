@@ -1,4 +1,4 @@
-"""A request on its way in: its reserved memory, and its window of the receive buffer."""
+"""A request on its way in: its reserved memory, and its slot of the receive buffer."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from pascal_sglang.engine.kv.serializer import KVSerializer
 logger = logging.getLogger(__name__)
 
 # Windows of a receive buffer, and so moves that one instance takes in at a time.
-WINDOWS = 8
-WINDOW_BYTES = 4 << 20
-WINDOW_TOKENS = 512
+SLOTS = 8
+SLOT_BYTES = 4 << 20
+SLOT_TOKENS = 512
 
 
-def window_tokens(kv: KVSerializer) -> int:
-    """KV entries that a window takes: what is copied between two decode steps."""
-    return max(16, min(WINDOW_TOKENS, WINDOW_BYTES // kv.per_token))
+def slot_tokens(kv: KVSerializer) -> int:
+    """KV entries that a slot takes: what is copied between two decode steps."""
+    return max(16, min(SLOT_TOKENS, SLOT_BYTES // kv.per_token))
 
 
 @dataclass(slots=True, eq=False)
 class IncomingMigration:
     """One move to here. sender: the instance it comes from. locations: the KV entries reserved, in
-    whole pages. req: made of its state, once that is here. reading: its window is read, since the
+    whole pages. req: made of its state, once that is here. reading: its slot is read, since the
     last pass; unsaid: what is said once that is over. taken: the request, once it is this
-    instance's. through: the source writes into the window no more; dead: the source has died."""
+    instance's. through: the source writes into the slot no more; dead: the source has died."""
 
     sender: int
     locations: torch.Tensor
-    window: int
+    slot: int
     target: MigrationTarget | None = None
     req: Req | None = None
     reading: HostKV | None = None
@@ -50,10 +50,10 @@ class IncomingMigration:
 
 
 class ReceiveBuffer:
-    """Memory for KV on its way in: entries of the pool, and windows.
+    """Memory for KV on its way in: entries of the pool, and slots.
 
-    reserved: KV entries held. A window is given to the next move when nothing uses it any more:
-    closing are moves that are over and whose windows are read; `ReceiveSlots` knows which of the
+    reserved: KV entries held. A slot is given to the next move when nothing uses it any more:
+    closing are moves that are over and whose slots are read; `ReceiveSlots` knows which of the
     others a source may still write into.
     """
 
@@ -61,32 +61,32 @@ class ReceiveBuffer:
         self.pool = pool
         self.kv = kv
         self.memory = memory
-        self.window = window_tokens(kv)
+        self.slot_tokens = slot_tokens(kv)
         self.reserved = 0
         self.closing: list[IncomingMigration] = []
-        self.windows = ReceiveSlots(WINDOWS)
+        self.slots = ReceiveSlots(SLOTS)
 
     def reserve(self, sender: int, tokens: int) -> IncomingMigration | None:
-        """Memory for `tokens` KV entries and a window; None if there is none."""
+        """Memory for `tokens` KV entries and a slot; None if there is none."""
         locations = self.pool.take(self.pool.in_pages(tokens))
         if locations is None:
             return None
         self.reserved += len(locations)
-        return IncomingMigration(sender, locations, self.windows.take())
+        return IncomingMigration(sender, locations, self.slots.take())
 
     def offset(self, incoming: IncomingMigration) -> int:
-        """Where its window begins, in bytes."""
-        return incoming.window * self.window * self.kv.per_token
+        """Where its slot begins, in bytes."""
+        return incoming.slot * self.slot_tokens * self.kv.per_token
 
     def fetch(self, incoming: IncomingMigration, begin: int, end: int) -> bool:
-        """Take KV of the tokens `begin`..`end` out of the window; whether that worked. Deferred
+        """Take KV of the tokens `begin`..`end` out of the slot; whether that worked. Deferred
         copies read it until `read` returns."""
-        if end - begin > self.window:
+        if end - begin > self.slot_tokens:
             return False
         at, size = self.offset(incoming), (end - begin) * self.kv.per_token
         if not size:
             return True
-        # Of every rank, whether it fails or not: windows are free again in the same pass.
+        # Of every rank, whether it fails or not: slots are free again in the same pass.
         incoming.reading = HostKV([], failed=True)
         try:
             memory = self.memory[at : at + size]
@@ -98,16 +98,16 @@ class ReceiveBuffer:
         return self.read(incoming)
 
     def read(self, incoming: IncomingMigration) -> bool:
-        """Wait until nothing reads the window any more; False if the device failed."""
+        """Wait until nothing reads the slot any more; False if the device failed."""
         reading, incoming.reading = incoming.reading, None
         return reading is None or self.kv.copies.wait(reading)
 
     def close(self, now: float) -> bool:
-        """The same for the windows of moves that are over."""
+        """The same for the slots of moves that are over."""
         closed, self.closing = self.closing, []
         failed = [incoming for incoming in closed if not self.read(incoming)]
         for incoming in closed:
-            self._leave_window(incoming, now)
+            self._leave_slot(incoming, now)
         return not failed
 
     def through(self, migration: str, sender: int) -> None:
@@ -116,21 +116,21 @@ class ReceiveBuffer:
             assert incoming.target is not None
             if incoming.target.migration == migration and incoming.sender == sender:
                 incoming.through = True
-        self.windows.confirmed(migration, sender)
+        self.slots.confirmed(migration, sender)
 
     def died(self, sender: int, now: float) -> None:
         """The instance is no more."""
         for incoming in self.closing:
             incoming.dead |= incoming.sender == sender
-        self.windows.died(sender, now)
+        self.slots.died(sender, now)
 
-    def _leave_window(self, incoming: IncomingMigration, now: float) -> None:
-        """Nothing reads the window any more."""
+    def _leave_slot(self, incoming: IncomingMigration, now: float) -> None:
+        """Nothing reads the slot any more."""
         if incoming.through or incoming.target is None:
-            self.windows.give_back(incoming.window)
+            self.slots.give_back(incoming.slot)
         else:
             migration, sender = incoming.target.migration, incoming.sender
-            self.windows.doubt(incoming.window, migration, sender, now, dead=incoming.dead)
+            self.slots.doubt(incoming.slot, migration, sender, now, dead=incoming.dead)
 
     def keep(self, incoming: IncomingMigration, tokens: int, now: float) -> torch.Tensor:
         """The move is done: where its `tokens` KV entries are. The rest is given back. A source
@@ -154,11 +154,11 @@ class ReceiveBuffer:
             self.kv.copies.hold_steps(incoming.reading)
             self.closing.append(incoming)
         else:
-            self._leave_window(incoming, now)
+            self._leave_slot(incoming, now)
         if len(locations):
             self.pool.allocator.free(locations)
 
 
 def receive_buffer_bytes(kv: KVSerializer) -> int:
     """Bytes of a rank's receive buffer."""
-    return WINDOWS * window_tokens(kv) * kv.per_token
+    return SLOTS * slot_tokens(kv) * kv.per_token
