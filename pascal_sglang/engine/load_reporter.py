@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from itertools import islice
 from typing import Any
 
@@ -45,9 +44,8 @@ class LoadReporter:
         self._last: LoadReport | None = None
         self._sent_at = 0.0
 
-    def tell(self, batch: ScheduleBatch | None) -> None:
-        """Say how it is; `batch` is what runs next."""
-        now = time.perf_counter()
+    def tell(self, batch: ScheduleBatch | None, now: float) -> None:
+        """Say how it is `now`; `batch` is what runs next."""
         if batch is not None and now - self._sent_at < EVERY_S:
             return
         status = self.status(batch)

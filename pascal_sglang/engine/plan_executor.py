@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
+from pascal_sglang import clock
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.admission import Admission
 from pascal_sglang.engine.capacity import CapacityView
@@ -78,9 +78,11 @@ class PlanExecutor:
     def govern(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
         """Begin a pass. An error of ours is logged and counted, and SGLang's order stands in.
         Raises: RanksDiverged if it is not the same on all TP ranks."""
-        now = time.perf_counter()
-        self._tick(now if self._alone else agree(self.scheduler, now), running, last)
-        begin = time.perf_counter()
+        begin = clock.now()
+        now = begin if self._alone else agree(self.scheduler, begin)
+        self._tick(now, running, last)
+        if not self._alone:
+            begin = clock.now()  # Waiting for the other ranks is no cost of the policy.
         self._running = running  # With all who come back: an error must not lose them.
         error = catch_on_all_ranks(self.scheduler, lambda: self._carry_out(running, last))
         if error is not None:
@@ -89,9 +91,9 @@ class PlanExecutor:
             if (error := catch_on_all_ranks(self.scheduler, self._fall_back_to_fcfs)) is not None:
                 self._log("bringing paused requests back failed", error)
             self.admission.plan = list(self.scheduler.waiting_queue)
-        self.policy_s += time.perf_counter() - begin
-        if self.decision_log.metrics is not None and begin - self._reported >= REPORT_S:
-            self._reported = begin
+        self.policy_s += clock.now() - begin
+        if self.decision_log.metrics is not None and now - self._reported >= REPORT_S:
+            self._reported = now
             passes, seconds = self.request_states.pass_info.pass_no, self.policy_s
             totals = {"errors": self.errors, "passes": passes, "seconds": seconds}
             self.decision_log.metrics.update(totals, self.planner.queue.lengths())
@@ -256,9 +258,10 @@ class PlanExecutor:
         best = self.planner.queue.ranked(map(state_of, reqs), self.request_states.pass_info)
         return [index[id(state)] for state in best]
 
-    def observe(self, req: Req) -> None:
+    def observe(self, req: Req, now: float) -> None:
+        """The request may have produced tokens, which leave `now`."""
         reasoning_ended = self.request_states.observe(req)
         if self.migrations is not None:
-            self.migrations.observe(req)
+            self.migrations.observe(req, now)
             if reasoning_ended:
                 self.migrations.reasoning_ended(req)

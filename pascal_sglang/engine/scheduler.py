@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import time
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_priv
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
+from pascal_sglang import clock
 from pascal_sglang.cluster.control_channel import CONTROL_ENV, ControlReceiver
 from pascal_sglang.cluster.internal_requests import is_health_probe
 from pascal_sglang.cluster.metric_files import survive_a_full_disk
@@ -56,7 +56,7 @@ class PascalOutputStreamer(SchedulerOutputStreamer):
     ) -> None:
         if self.revoked:
             reqs = self.revoked.without(reqs)
-        self.tracker.observe((r for r in reqs if r is not skip_req), time.perf_counter())
+        self.tracker.observe((r for r in reqs if r is not skip_req), clock.now())
         SchedulerOutputStreamer.stream_output(self, reqs, return_logprob, skip_req)
 
 
@@ -119,9 +119,9 @@ class PascalScheduler(OperationsScheduler):
             None if self.migrations is None else self.migrations.incoming_migrations.revoked
         )
 
-    def _observe(self, req: Req) -> None:
+    def _observe(self, req: Req, now: float) -> None:
         assert self.plan_executor is not None
-        self.plan_executor.observe(req)
+        self.plan_executor.observe(req, now)
         if self.load_reporter is not None and req.finished():
             self.load_reporter.gone(req)
 
@@ -213,8 +213,9 @@ class PascalScheduler(OperationsScheduler):
         if self.plan_executor is not None:
             running_batch = self.plan_executor.govern(running_batch, last_batch)
         plan = super().get_next_batch_to_run(running_batch=running_batch, last_batch=last_batch)
-        if self.load_reporter is not None:
-            self.load_reporter.tell(plan.batch_to_run)
+        if self.load_reporter is not None and self.plan_executor is not None:
+            now = self.plan_executor.request_states.pass_info.now
+            self.load_reporter.tell(plan.batch_to_run, now)
         return plan
 
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from sglang.srt.mem_cache.common import (
     release_kv_cache,
 )
 
+from pascal_sglang import clock
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.policy.kv_tier import Costs
 
@@ -153,14 +153,14 @@ def measure_costs(scheduler: Any, copies: HostCopies) -> Costs:
         locations = torch.arange(1, tokens + 1, dtype=torch.int64, device=device)
         took = []
         for _ in range(PROBES):
-            begin = time.perf_counter()
+            begin = clock.now()
             kv = copies.to_host(locations)
             copies.wait(kv)  # As a pause does.
             copies.to_device(kv, locations)
             if not copies.wait(kv):
                 raise RuntimeError("KV cannot be copied between the device and host memory")
             copies.free(kv)
-            took.append((time.perf_counter() - begin) / 2)
+            took.append((clock.now() - begin) / 2)
         return min(took)
 
     fixed = one_way(1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
@@ -193,15 +192,15 @@ class Migrations:
             ],
         )
 
-    def observe(self, req: Req) -> None:
-        """The request may have produced a token."""
+    def observe(self, req: Req, now: float) -> None:
+        """The request may have produced a token, which leaves `now`."""
         since = (
             self.incoming_migrations.arrived.pop(req, None)
             if self.incoming_migrations.arrived
             else None
         )
         if since is not None:
-            blocked_s = max(0.0, time.perf_counter() - since)
+            blocked_s = max(0.0, now - since)
             self.blocked_s.append(blocked_s)
             if self.metrics is not None:
                 self.metrics.blocked(blocked_s)
