@@ -22,7 +22,9 @@ from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, agree, catch_on_all_ran
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 from pascal_sglang.policy.plan import KVAccounting, Plan, Planner
 from pascal_sglang.policy.ranking import PassInfo, Tuning
+from pascal_sglang.policy.relief import giving_way
 from pascal_sglang.policy.request import RequestState, RequestStatus
+from pascal_sglang.policy.running_mean import LONGEST_PASS_S, running_mean
 
 if TYPE_CHECKING:
     from pascal_sglang.engine.migration.manager import Migrations
@@ -108,11 +110,11 @@ class PlanExecutor:
         before = self.request_states.pass_info
         step = now - before.now if before.now and now > before.now else 0.0
         # Only passes of a busy engine say how long a step takes; an idle one may spin or sleep.
-        busy = 0.0 < step < 1.0
+        busy = 0.0 < step < LONGEST_PASS_S
         pass_s = before.pass_s
         if busy and last is not None:
-            pass_s = 0.9 * pass_s + 0.1 * step
-            self.batch = 0.9 * self.batch + 0.1 * len(running.reqs)
+            pass_s = running_mean(pass_s, step)
+            self.batch = running_mean(self.batch, len(running.reqs))
         self.request_states.pass_info = PassInfo(before.pass_no + 1, now, pass_s)
         tokens = 0
         if last is not None and last.forward_mode.is_extend():
@@ -232,17 +234,16 @@ class PlanExecutor:
         """
         if self._fits(running):
             return False
-        for state in self.planner.queue.resident_worst_first(self.request_states.pass_info):
-            self._spill(state)
-            if self._fits(running):
-                return False
         states = [state_of(r) for r in running.reqs if r.to_finish is None]
-        for state in self.planner.victims.worst_first(states, self.request_states.pass_info):
-            if len(running.reqs) == 1 and not self.paused_requests.count(
+        for state in giving_way(self.planner, states, self.request_states.pass_info):
+            if state.status is RequestStatus.RESIDENT:
+                self._spill(state)
+            elif len(running.reqs) > 1 or self.paused_requests.count(
                 PauseStatus.LEAVING, PauseStatus.ARRIVING
             ):
+                self._take_out([state], running, "memory", lambda _: None)
+            else:
                 break
-            self._take_out([state], running, "memory", lambda _: None)
             if running.is_empty() or self._fits(running):
                 return False
         return self.paused_requests.releasing_tokens > 0

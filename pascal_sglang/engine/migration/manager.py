@@ -28,6 +28,7 @@ from pascal_sglang.engine.observability.migration_metrics import MigrationMetric
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, catch_on_all_ranks
+from pascal_sglang.policy.running_mean import running_mean
 from pascal_sglang.policy.timeline import Phase
 
 logger = logging.getLogger(__name__)
@@ -205,8 +206,7 @@ class Migrations:
             if self.metrics is not None:
                 self.metrics.blocked(blocked_s)
         if req.finished() and (spoke := state_of(req).pacer.delivered):
-            before = self.answer_tokens
-            self.answer_tokens = spoke if before is None else 0.9 * before + 0.1 * spoke
+            self.answer_tokens = running_mean(self.answer_tokens, spoke)
 
     def gone(self, req: Req) -> None:
         """The request has ended here, or moved on, without another token."""
