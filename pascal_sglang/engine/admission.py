@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED
 from pascal_sglang.policy.plan import Planner
 from pascal_sglang.policy.request import RequestState, RequestStatus
@@ -30,7 +30,9 @@ class Admission:
     errors: passes in which the policy's queue was not SGLang's.
     """
 
-    def __init__(self, scheduler: Any, paused_requests: PausedRequests, planner: Planner) -> None:
+    def __init__(
+        self, scheduler: SchedulerProtocol, paused_requests: PausedRequests, planner: Planner
+    ) -> None:
         self.scheduler = scheduler
         self.paused_requests = paused_requests
         self.planner = planner

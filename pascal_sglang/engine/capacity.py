@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.plan import GROWTH, Capacity
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
@@ -14,7 +13,7 @@ from pascal_sglang.policy.request import RequestState, RequestStatus
 class CapacityView:
     """Reads memory and slots off a live scheduler."""
 
-    def __init__(self, scheduler: Any, paused_requests: PausedRequests) -> None:
+    def __init__(self, scheduler: SchedulerProtocol, paused_requests: PausedRequests) -> None:
         self.scheduler = scheduler
         self.paused_requests = paused_requests
         self.pool = paused_requests.pool

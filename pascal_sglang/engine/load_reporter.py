@@ -22,6 +22,7 @@ from pascal_sglang.cluster.prefix_index import block_names
 from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.ranking import is_demoted
 from pascal_sglang.policy.timeline import Phase
 
@@ -34,7 +35,7 @@ class LoadReporter:
     and at least every `ALIVE_S` seconds."""
 
     def __init__(
-        self, scheduler: Any, executor: PlanExecutor, control_sender: ControlSender
+        self, scheduler: SchedulerProtocol, executor: PlanExecutor, control_sender: ControlSender
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -78,7 +79,9 @@ class LoadReporter:
         )
 
 
-def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None) -> dict[str, Any]:
+def figures(
+    scheduler: SchedulerProtocol, executor: PlanExecutor, batch: ScheduleBatch | None
+) -> dict[str, Any]:
     """This instance in the terms of `policy.placement.Instance`; token counts and numbers of
     requests. batch: the one that runs: who is prefilled in it is neither waiting nor running."""
     planner, config = executor.planner, executor.request_states.config
@@ -121,7 +124,9 @@ def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None)
     }
 
 
-def build_load_reporter(scheduler: Any, executor: PlanExecutor | None) -> LoadReporter | None:
+def build_load_reporter(
+    scheduler: SchedulerProtocol, executor: PlanExecutor | None
+) -> LoadReporter | None:
     """The load reporter of an instance's leading rank behind our controller; None otherwise."""
     folder = os.environ.get(CONTROL_ENV)
     if folder is None or executor is None or get_parallel().attn_tp_rank != 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
@@ -18,6 +18,7 @@ from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.request_states import RequestStates
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, agree, catch_on_all_ranks, is_alone
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 from pascal_sglang.policy.plan import KVAccounting, Plan, Planner
@@ -44,7 +45,7 @@ class PlanExecutor:
 
     def __init__(
         self,
-        scheduler: Any,
+        scheduler: SchedulerProtocol,
         config: PascalConfig,
         copies: HostCopies,
         costs: Costs,

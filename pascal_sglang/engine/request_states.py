@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 
@@ -19,6 +18,7 @@ from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.queue_times import entered_queue, left_queue
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.queue import WaitQueue
@@ -52,7 +52,7 @@ class RequestStates:
 
     def __init__(
         self,
-        scheduler: Any,
+        scheduler: SchedulerProtocol,
         config: PascalConfig,
         paused_requests: PausedRequests,
         queue: WaitQueue,

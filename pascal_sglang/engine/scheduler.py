@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from functools import partial
 from typing import Any
 
 import zmq
@@ -28,9 +27,9 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.build import build_executor
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.load_reporter import build_load_reporter, figures
-from pascal_sglang.engine.migration import location_replies
 from pascal_sglang.engine.migration.build import build_migrations, control_folder
 from pascal_sglang.engine.migration.control_receiver import ControlBatch, PascalRequestReceiver
+from pascal_sglang.engine.migration.location_replies import LocationReplies
 from pascal_sglang.engine.migration.manager import Migrations
 from pascal_sglang.engine.migration.revoked import Revoked
 from pascal_sglang.engine.observability.metrics import DecisionMetrics, PhaseMetrics
@@ -88,6 +87,7 @@ class PascalScheduler(OperationsScheduler):
 
     invariant_checker: Any
     request_receiver: Any
+    location_replies: LocationReplies | None = None
 
     def __init__(self, server_args: Any, port_args: Any) -> None:
         config = PascalConfig.from_env()
@@ -145,8 +145,8 @@ class PascalScheduler(OperationsScheduler):
     def take_control_batch(self, control_batch: ControlBatch) -> None:
         if self.migrations is not None:
             self.migrations.hear(control_batch)
-        else:
-            location_replies.hear(self, control_batch)
+        elif self.location_replies is not None:
+            self.location_replies.hear(control_batch)
 
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         return PascalOutputStreamer
@@ -204,8 +204,14 @@ class PascalScheduler(OperationsScheduler):
             self.invariant_checker.paused_requests = self.plan_executor.paused_requests
             self.migrations = build_migrations(self, self.plan_executor, self.pascal_config)
             self.plan_executor.migrations = self.invariant_checker.migrations = self.migrations
-            if self.migrations is not None:
-                self.migrations.locate = partial(location_replies.reply, self)
+            if self.load_reporter is not None:
+                self.location_replies = LocationReplies(
+                    scheduler=self,
+                    paused_requests=self.plan_executor.paused_requests,
+                    load_reporter=self.load_reporter,
+                )
+                if self.migrations is not None:
+                    self.migrations.locate = self.location_replies.reply
 
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None

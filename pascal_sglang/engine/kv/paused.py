@@ -21,6 +21,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from pascal_sglang.engine.kv.decode_batch import decoding, joined
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 
@@ -82,7 +83,7 @@ class PausedRequests:
     # Pauses and KV entries by tier, spills, resumes, copies that failed.
     counts: Counter[str]
 
-    def __init__(self, scheduler: Any, copies: HostCopies, costs: Costs) -> None:
+    def __init__(self, scheduler: SchedulerProtocol, copies: HostCopies, costs: Costs) -> None:
         self.scheduler = scheduler
         self.pool = Pool(scheduler)
         self.copies = copies

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.common import (
 
 from pascal_sglang import clock
 from pascal_sglang.engine.kv.host_copies import HostCopies
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.kv_tier import Costs
 
 # Enough that a layer's copy takes longer than its launch.
@@ -42,7 +43,7 @@ class Pool:
     # ending the same prefix then.
     changes: int
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: SchedulerProtocol) -> None:
         self.scheduler = scheduler
         self.changes = 0
 
@@ -139,7 +140,7 @@ class Pool:
         return None if found is None else found[:tokens]
 
 
-def measure_costs(scheduler: Any, copies: HostCopies) -> Costs:
+def measure_costs(scheduler: SchedulerProtocol, copies: HostCopies) -> Costs:
     """Time copies of KV to the host and back before the first request: one token, and many.
 
     The pool's content is written back as it was. Nothing is timed where nothing can be copied.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from types import SimpleNamespace
-from typing import Any
 
 from sglang.srt.runtime_context import get_parallel, get_serving
 
@@ -27,6 +26,7 @@ from pascal_sglang.engine.migration.receive_buffer import (
     slot_tokens,
 )
 from pascal_sglang.engine.plan_executor import PlanExecutor
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree, from_every_rank
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def migration_folder(config: PascalConfig) -> str | None:
 
 
 def build_migrations(
-    scheduler: Any, executor: PlanExecutor | None, config: PascalConfig
+    scheduler: SchedulerProtocol, executor: PlanExecutor | None, config: PascalConfig
 ) -> Migrations | None:
     """The moves of a scheduler with an executor; None, and logged, where requests cannot move."""
     folder = migration_folder(config)

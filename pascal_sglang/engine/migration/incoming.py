@@ -30,6 +30,7 @@ from pascal_sglang.engine.migration.request_snapshot import (
 from pascal_sglang.engine.migration.revoked import Revoked
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
 from pascal_sglang.engine.request_states import RequestStates
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.request import RequestStatus
 
@@ -45,7 +46,7 @@ class IncomingMigrations:
 
     def __init__(
         self,
-        scheduler: Any,
+        scheduler: SchedulerProtocol,
         states: RequestStates,
         capacity: CapacityView,
         terms: Terms,

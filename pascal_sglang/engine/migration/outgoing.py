@@ -23,6 +23,7 @@ from pascal_sglang.engine.migration.request_snapshot import export_state, why_no
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.request import RequestStatus
 
@@ -38,7 +39,7 @@ class OutgoingMigrations:
 
     def __init__(
         self,
-        scheduler: Any,
+        scheduler: SchedulerProtocol,
         states: RequestStates,
         terms: Terms,
         transport: Transport,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -16,6 +15,7 @@ from pascal_sglang.engine.kv.host_copies import HostKV
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.serializer import KVSerializer
 from pascal_sglang.engine.req_attributes import timeline_of
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.request import RequestStatus
 
@@ -143,7 +143,7 @@ class OutgoingMigration:
         self.paused_requests.let_go(self.req)
 
 
-def find(rid: str, scheduler: Any, paused_requests: PausedRequests) -> Req | None:
+def find(rid: str, scheduler: SchedulerProtocol, paused_requests: PausedRequests) -> Req | None:
     """The live request of that name that runs or is paused."""
     paused = paused_requests.in_status(
         PauseStatus.LEAVING, PauseStatus.RESIDENT, PauseStatus.HOST, PauseStatus.ARRIVING
