@@ -24,7 +24,7 @@ seconds: a source that was stopped itself hears what has come meanwhile before i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -79,25 +79,18 @@ class Terms:
     cancellations: int = 60
 
 
-@dataclass(slots=True)
-class MigrationSource:
-    """One move. What it returns has to be sent to the target, in order.
+@dataclass(slots=True, kw_only=True, eq=False)
+class MigrationSource(ABC):
+    """One migration. What it returns has to be sent to the target, in order.
 
-    reserve: KV entries asked for; the request must not outgrow them. stop: called once, when the
-    request has to leave the batch. snapshot: called once, when it stands still. resume: it stays
-    after a stop. release: it is the target's now. lose: it may be, and ends, because the target has
-    died or does not answer.
+    The engine extends it with what the decisions do to the request.
     """
 
     migration: str
     rid: str
     terms: Terms
+    # KV entries asked for; the request must not outgrow them.
     reserve: int
-    stop: Callable[[], None]
-    snapshot: Callable[[], dict[str, Any]]
-    resume: Callable[[], None]
-    release: Callable[[], None]
-    lose: Callable[[], None]
     state: SourceState = SourceState.ASKING
     why: str = ""
     sent: int = 0
@@ -107,6 +100,26 @@ class MigrationSource:
     _said: float = 0.0
     _times: int = 0
     _handover: Handover | None = field(default=None)
+
+    @abstractmethod
+    def stop(self) -> None:
+        """The request has to leave the batch. Called once."""
+
+    @abstractmethod
+    def snapshot(self) -> dict[str, Any]:
+        """The state of the request, which stands still. Called once."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """The request stays after a stop."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """The request is the target's now."""
+
+    @abstractmethod
+    def lose(self) -> None:
+        """The request may be the target's, which has died or does not answer: it ends."""
 
     def begin(self, now: float, layout: str) -> list[Message]:
         self.heard = now

@@ -1,5 +1,8 @@
 """Two sides of a move with a network in between that a test may disturb."""
 
+from dataclasses import dataclass
+from typing import Any
+
 from pascal_sglang.cluster.messages import Handover, KVChunk, ReserveGranted, ReserveRequest
 from pascal_sglang.cluster.migration_source import MigrationSource, Terms
 from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
@@ -14,6 +17,66 @@ def terms(**more):
 TERMS = terms()
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
+class Source(MigrationSource):
+    """A source whose request decodes in a world."""
+
+    world: Any
+
+    def stop(self):
+        assert self.world.running
+        self.world.running = False
+        self.world.events.append("stop")
+
+    def snapshot(self):
+        assert not self.world.running
+        return {"kv": self.world.kv}
+
+    def resume(self):
+        assert not self.world.running
+        self.world.running = True
+        self.world.events.append("resume")
+
+    def release(self):
+        assert not self.world.running
+        self.world.events.append("release")
+
+    def lose(self):
+        assert not self.world.running
+        self.world.events.append("lose")
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Target(MigrationTarget):
+    """A target whose memory is in a world. wrong: what is wrong with every state. unreadable:
+    nothing can be read from the slot."""
+
+    world: Any
+    wrong: str | None = None
+    unreadable: bool = False
+
+    def fetch(self, begin, end):
+        if self.unreadable:
+            return False
+        assert (begin, end) == self.world.slot, "the slot holds something else"
+        self.world.received = end
+        return True
+
+    def problem(self, state, tokens):
+        return self.wrong
+
+    def take(self, state, tokens):
+        assert self.world.received == tokens == state["kv"], "a hole in the KV"
+        self.world.taken = state
+        self.world.events.append("take")
+
+    def drop(self):
+        self.world.events.append("drop")
+
+    def revoke(self):
+        self.world.events.append("revoke")
+
+
 class World:
     """Two sides of a move and everything they own, with the network in between.
 
@@ -25,68 +88,13 @@ class World:
         self.now, self.kv, self.limit = 0.0, kv, limit
         self.running, self.events, self.taken = True, [], None
         self.slot, self.received = (0, 0), 0
-        self.source = MigrationSource(
-            "m1",
-            "r",
-            terms,
-            limit,
-            self.stop,
-            self.snapshot,
-            self.resume,
-            self.release,
-            self.lose,
-        )
-        self.target = MigrationTarget(
-            "m1",
-            "r",
-            terms,
-            limit,
-            self.fetch,
-            self.take,
-            self.drop,
-            lambda: self.events.append("revoke"),
-            lambda state, tokens: None,
-        )
+        self.source = Source(migration="m1", rid="r", terms=terms, reserve=limit, world=self)
+        self.target = Target(migration="m1", rid="r", terms=terms, tokens=limit, world=self)
         self.asked = False
         # Sides that do nothing until they are continued, and what has come for them meanwhile.
         self.stopped, self.inbox = set(), {"source": [], "target": []}
         self.to_target, self.to_source = [], []
         self.to_target += self.source.begin(self.now, "layout")
-
-    def stop(self):
-        assert self.running
-        self.running = False
-        self.events.append("stop")
-
-    def snapshot(self):
-        assert not self.running
-        return {"kv": self.kv}
-
-    def resume(self):
-        assert not self.running
-        self.running = True
-        self.events.append("resume")
-
-    def release(self):
-        assert not self.running
-        self.events.append("release")
-
-    def lose(self):
-        assert not self.running
-        self.events.append("lose")
-
-    def fetch(self, begin, end):
-        assert (begin, end) == self.slot, "the slot holds something else"
-        self.received = end
-        return True
-
-    def take(self, state, tokens):
-        assert self.received == tokens == state["kv"], "a hole in the KV"
-        self.taken = state
-        self.events.append("take")
-
-    def drop(self):
-        self.events.append("drop")
 
     def deliver_to_target(self, at):
         self.inbox["target"].append(self.to_target[at])

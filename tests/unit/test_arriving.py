@@ -7,7 +7,7 @@ import pytest
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopy, HostKV
 from pascal_sglang.engine.kv.paused import PauseStatus
-from pascal_sglang.engine.migration.outgoing_migration import OutgoingMigration, find
+from pascal_sglang.engine.migration.outgoing_kv import OutgoingKV, find
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.policy.kv_tier import Costs
 from pascal_sglang.policy.request import RequestStatus
@@ -101,7 +101,10 @@ def test_a_move_waits_for_it(executor):
     paused_requests.resume(request, Batch(reqs=["other"]))
     executor.scheduler.running_batch = Batch(reqs=[])
     assert find("r", executor.scheduler, paused_requests) is request
-    assert OutgoingMigration(request, 1, paused_requests, 0.0).status(set()) is None
+    leaving = OutgoingKV(
+        req=request, paused_requests=paused_requests, transport=None, serializer=None, tp_rank=0
+    )
+    assert leaving.status(set()) is None
 
 
 def test_a_policy_that_fails_right_after_loses_nobody(executor, monkeypatch):

@@ -118,24 +118,25 @@ class Instance:
         )
         capacity = SimpleNamespace(promised_tokens=lambda: 0)
         control_sender = SimpleNamespace(send=lambda to, said: self.said.extend(said))
-        sides = (self.scheduler, self.states)
-        way = (
-            self.transport,
-            self.kv,
-            self.receive_buffer.slot_tokens,
-            control_sender,
-            PrefillGate(),
+        shared = {
+            "scheduler": self.scheduler,
+            "states": self.states,
+            "terms": Terms(),
+            "control_sender": control_sender,
+        }
+        self.outgoing_migrations = OutgoingMigrations(
+            transport=self.transport,
+            kv=self.kv,
+            slot_tokens=self.receive_buffer.slot_tokens,
+            prefill_gate=PrefillGate(),
+            **shared,
         )
-        self.outgoing_migrations = OutgoingMigrations(*sides, Terms(), *way)
-        receive_buffers = [self.transport.address]
         self.incoming_migrations = IncomingMigrations(
-            *sides,
-            capacity,
-            Terms(),
-            self.receive_buffer,
-            receive_buffers,
-            control_sender,
-            PrefillGate(),
+            capacity=capacity,
+            receive_buffer=self.receive_buffer,
+            receive_buffers=[self.transport.address],
+            prefill_gate=PrefillGate(),
+            **shared,
         )
 
     def take(self, kind):
@@ -162,7 +163,7 @@ def sides(monkeypatch):
     monkeypatch.setattr(f"{there}.migration.outgoing.why_not_migratable", lambda req: None)
     monkeypatch.setattr(f"{there}.migration.outgoing.state_of", lambda req: None)
     monkeypatch.setattr(f"{there}.migration.outgoing.remaining_of", lambda req, member: 20)
-    timeline = SimpleNamespace(stopped=lambda why, now: None)
+    timeline = SimpleNamespace(stopped=lambda why, now: None, last_answer=1.0)
     monkeypatch.setattr(f"{there}.migration.outgoing.timeline_of", lambda req: timeline)
     state = {"blocked_since": 1.0}
     monkeypatch.setattr(f"{there}.migration.outgoing.export_state", lambda req, since: state)
@@ -289,9 +290,9 @@ def test_whatever_fails_on_a_rank_is_told_to_the_others_who_wait_for_its_word(si
     target.kv.copy_in = source.transport.room = None
     target.incoming_migrations.hear(0, *source.take(messages.KVChunk), 1.0)
     assert target.take(messages.ReserveRefused) == [messages.ReserveRefused("m", "transport")]
-    out = source.outgoing_migrations.under_way["m"]
-    out.write(0, 5, None, source.transport, source.kv, 0)
-    assert "reading KV failed" in out.written(source.transport, source.kv)
+    kv = source.outgoing_migrations.under_way["m"].kv
+    kv.write(0, 5, None)
+    assert "reading KV failed" in kv.written()
 
 
 def cancelled(target):

@@ -273,7 +273,7 @@ def test_a_request_that_outgrows_its_reservation_stops_in_time():
 
 def test_a_target_refuses_what_it_cannot_continue_by_name():
     world = World()
-    world.target.valid = lambda state, tokens: "state of version 2"
+    world.target.wrong = "state of version 2"
     assert world.target.hear(Handover("m1", 0, 0, {}), 0.1) == [
         ReserveRefused("m1", "state of version 2")
     ]
@@ -286,7 +286,7 @@ def test_a_target_refuses_what_it_cannot_continue_by_name():
     why = "outgrew its reservation"
     assert world.target.hear(Handover("m1", 0, 999, {}), 0.1) == [ReserveRefused("m1", why)]
     world = World()
-    world.target.fetch = lambda begin, end: False
+    world.target.unreadable = True
     assert world.target.hear(KVChunk("m1", 0, 40), 0.1) == [ReserveRefused("m1", "transport")]
 
 

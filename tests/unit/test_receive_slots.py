@@ -2,6 +2,8 @@
 whatever is lost and whoever is stopped in the middle of a write for however long."""
 
 import random
+from dataclasses import dataclass
+from typing import Any
 
 from pascal_sglang.cluster.messages import (
     Handover,
@@ -57,49 +59,66 @@ def test_a_source_that_has_died_is_waited_for_once_more():
     assert (slots.free, slots.in_doubt) == (2, 0)
 
 
+class Source(MigrationSource):
+    """A source whose request does nothing."""
+
+    def nothing(self):
+        pass
+
+    stop = resume = release = lose = nothing
+
+    def snapshot(self):
+        return {}
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Target(MigrationTarget):
+    """A target with a slot of a world's receive buffer."""
+
+    move: Any
+
+    def fetch(self, begin, end):
+        written = self.move.world.memory[self.move.slot]
+        assert begin == end or written == (self.migration, begin, end), "torn KV"
+        return True
+
+    def problem(self, state, tokens):
+        return None
+
+    def take(self, state, tokens):
+        self.move.world.taken += 1
+        self.move.world.slots.give_back(self.move.slot)
+
+    def drop(self):
+        slots, now = self.move.world.slots, self.move.world.now
+        if self.why == "cancelled":
+            slots.give_back(self.move.slot)
+        else:
+            slots.doubt(self.move.slot, self.migration, self.move.sender, now, dead=False)
+
+    def revoke(self):
+        pass
+
+
 class Move:
     """One move of an endless request. writing: the piece whose write has begun and is not over."""
 
     def __init__(self, world, sender, name):
         self.world, self.sender, self.name = world, sender, name
-        self.source = MigrationSource(
-            name, "r", Terms(), 10_000, self.nothing, dict, self.nothing, self.nothing, self.nothing
-        )
+        self.source = Source(migration=name, rid="r", terms=Terms(), reserve=10_000)
         self.target = self.slot = self.at = self.writing = None
         self.kv = 100
 
-    def nothing(self):
-        pass
-
     def granted(self, slot):
         self.slot = slot
-        self.target = MigrationTarget(
-            self.name,
-            "r",
-            Terms(),
-            10_000,
-            self.fetch,
-            self.take,
-            self.drop,
-            self.nothing,
-            lambda state, tokens: None,
+        self.target = Target(
+            migration=self.name,
+            rid="r",
+            terms=Terms(),
+            tokens=10_000,
             heard=self.world.now,
+            move=self,
         )
-
-    def take(self, state, tokens):
-        self.world.taken += 1
-        self.world.slots.give_back(self.slot)
-
-    def fetch(self, begin, end):
-        assert begin == end or self.world.memory[self.slot] == (self.name, begin, end), "torn KV"
-        return True
-
-    def drop(self):
-        if self.target.why == "cancelled":
-            self.world.slots.give_back(self.slot)
-        else:
-            now = self.world.now
-            self.world.slots.doubt(self.slot, self.name, self.sender, now, dead=False)
 
 
 class World:

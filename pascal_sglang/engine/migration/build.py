@@ -90,24 +90,24 @@ def build_migrations(
             control_sender.send(other, [messages.ReceiveBuffers(receive_buffers)])
     prefill_gate = PrefillGate()
     outgoing_migrations = OutgoingMigrations(
-        scheduler,
-        executor.request_states,
-        terms,
-        transport,
-        kv,
-        receive_buffer.slot_tokens,
-        control_sender,
-        prefill_gate,
+        scheduler=scheduler,
+        states=executor.request_states,
+        terms=terms,
+        transport=transport,
+        kv=kv,
+        slot_tokens=receive_buffer.slot_tokens,
+        control_sender=control_sender,
+        prefill_gate=prefill_gate,
     )
     incoming_migrations = IncomingMigrations(
-        scheduler,
-        executor.request_states,
-        executor.capacity,
-        terms,
-        receive_buffer,
-        receive_buffers,
-        control_sender,
-        prefill_gate,
+        scheduler=scheduler,
+        states=executor.request_states,
+        capacity=executor.capacity,
+        terms=terms,
+        receive_buffer=receive_buffer,
+        receive_buffers=receive_buffers,
+        control_sender=control_sender,
+        prefill_gate=prefill_gate,
     )
     return Migrations(
         executor.request_states,

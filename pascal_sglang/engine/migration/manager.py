@@ -1,6 +1,6 @@
 """Moves of requests between this instance and others.
 
-Both sides' states are in `cluster.source` and `cluster.target`. Every TP rank takes the same
+Both sides' states are in `cluster.migration_source` and `cluster.migration_target`. Every TP rank takes the same
 messages in the same pass and reads the same clock, so that all ranks do the same; only rank 0
 speaks.
 """
@@ -222,14 +222,12 @@ class Migrations:
         slots = self.incoming_migrations.receive_buffer.slots
         return {
             "out": [
-                {"rid": out.req.rid, "to": out.target, "state": out.source.state.value}
+                {"rid": out.rid, "to": out.target, "state": out.state.value}
                 for out in self.outgoing_migrations.under_way.values()
-                if out.source is not None
             ],
             "in": [
-                {"rid": target.rid, "from": incoming.sender, "state": target.state.value}
-                for incoming in self.incoming_migrations.under_way.values()
-                if (target := incoming.target) is not None
+                {"rid": each.rid, "from": each.sender, "state": each.state.value}
+                for each in self.incoming_migrations.under_way.values()
             ],
             "windows": {"free": slots.free, "in_doubt": slots.in_doubt},
             "outgoing": dict(self.outgoing_migrations.counts),

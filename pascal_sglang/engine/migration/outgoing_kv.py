@@ -1,4 +1,4 @@
-"""A request on its way out: reads its KV wherever the engine has it, and lets go of it."""
+"""The KV of a request on its way out: reads it wherever the engine has it, and lets go of it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-from pascal_sglang.cluster.messages import KVChunk, ReserveGranted
-from pascal_sglang.cluster.migration_source import MigrationSource
+from pascal_sglang.cluster.messages import ReserveGranted
 from pascal_sglang.cluster.transport import Transport, TransportError
 from pascal_sglang.engine.kv.host_copies import HostKV
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.serializer import KVSerializer
-from pascal_sglang.engine.req_attributes import timeline_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.request import RequestStatus
@@ -26,31 +24,22 @@ KEPT: dict[PauseStatus | None, RequestStatus] = {
 }
 
 
-@dataclass(slots=True, eq=False)
-class OutgoingMigration:
-    """One move from here. target: the instance it goes to. aborted: its client gave it up after the
-    Handover. stopped_at: when it was told to leave the batch, in seconds; 0 while it runs. unsaid:
-    what is said once the copy begun in the last pass is complete."""
+@dataclass(kw_only=True, slots=True, eq=False)
+class OutgoingKV:
+    """The KV of one request on its way out."""
 
     req: Req
-    target: int
     paused_requests: PausedRequests
-    began: float
-    source: MigrationSource | None = None
+    transport: Transport
+    serializer: KVSerializer
+    tp_rank: int
+    # The target's word on where the KV goes.
     granted: ReserveGranted | None = None
-    aborted: bool = False
-    stopped_at: float = 0.0
+    # By this rank.
     bytes_sent: int = 0
-    unsaid: KVChunk | None = None
     _copy: HostKV | None = None
     _written: tuple[str, int, int] | None = None
     _problem: str | None = None
-
-    @property
-    def blocked_since(self) -> float:
-        """When its last token left; for one that was paused, when the move began to hold it."""
-        timeline = timeline_of(self.req)
-        return max(self.stopped_at, timeline.last_answer or timeline.reasoning_end or 0.0)
 
     def status(self, running: set[Req]) -> RequestStatus | None:
         """Where the request is; None while its KV cannot be read (it leaves or joins the batch)."""
@@ -62,51 +51,44 @@ class OutgoingMigration:
         between = paused in (PauseStatus.LEAVING, PauseStatus.ARRIVING)
         return None if between else RequestStatus.WAITING
 
-    def kv_tokens(self, status: RequestStatus, in_flight: bool) -> int:
+    def tokens(self, status: RequestStatus, in_flight: bool) -> int:
         """KV entries that are written for good."""
         if status is RequestStatus.HOST:
             return self.paused_requests.copy_of(self.req).tokens
         # A step under way still writes the last one.
         return int(self.req.kv.kv_committed_len) - in_flight
 
-    def write(
-        self,
-        begin: int,
-        end: int,
-        status: RequestStatus,
-        transport: Transport,
-        kv: KVSerializer,
-        rank: int,
-    ) -> None:
+    def write(self, begin: int, end: int, status: RequestStatus) -> None:
         """Begin to put KV of the tokens `begin`..`end` into the target's slot; `written` says
         what came of it."""
         assert self.granted is not None
         self._problem = self._written = self._copy = None
         if begin == end:
             return
-        size = (end - begin) * kv.per_token
+        size = (end - begin) * self.serializer.per_token
         try:
-            if rank >= len(self.granted.receive_buffers):
+            if self.tp_rank >= len(self.granted.receive_buffers):
                 raise TransportError("the target has fewer TP ranks")
-            there = (self.granted.receive_buffers[rank], self.granted.offset, size)
-            memory = transport.room(*there)
+            there = (self.granted.receive_buffers[self.tp_rank], self.granted.offset, size)
+            memory = self.transport.room(*there)
             if status is RequestStatus.HOST:
-                kv.copy_host(self.paused_requests.copy_of(self.req).halves(), begin, end, memory)
+                halves = self.paused_requests.copy_of(self.req).halves()
+                self.serializer.copy_host(halves, begin, end, memory)
             else:
-                self._copy = kv.copy_out(self._locations(status)[begin:end], memory)
+                self._copy = self.serializer.copy_out(self._locations(status)[begin:end], memory)
             self._written = there
         except TransportError as error:
             self._problem = str(error)
         except Exception as error:  # Whatever it is: the other ranks wait to be told so.
             self._problem = f"reading KV failed: {error}"
 
-    def written(self, transport: Transport, kv: KVSerializer) -> str | None:
+    def written(self) -> str | None:
         """Wait for what `write` began; None if it is in the slot, else why it is not."""
-        if self._copy is not None and not kv.copies.wait(self._copy):
+        if self._copy is not None and not self.serializer.copies.wait(self._copy):
             self._problem = "reading KV failed"
         if self._problem is None and self._written is not None:
             try:
-                transport.put(*self._written)
+                self.transport.put(*self._written)
                 self.bytes_sent += self._written[2]
             except Exception as error:  # As above.
                 self._problem = str(error)
