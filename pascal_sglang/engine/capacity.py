@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
+from pascal_sglang.engine.kv.pool import Pool
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.plan import GROWTH, Capacity
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
 class CapacityView:
     """Reads memory and slots off a live scheduler."""
 
-    def __init__(self, scheduler: SchedulerProtocol, paused_requests: PausedRequests) -> None:
-        self.scheduler = scheduler
-        self.paused_requests = paused_requests
-        self.pool = paused_requests.pool
+    scheduler: SchedulerProtocol
+    paused_requests: PausedRequests
+    pool: Pool
 
     def available(self, running: ScheduleBatch) -> Capacity:
         scheduler = self.scheduler

@@ -53,7 +53,9 @@ class PlanExecutor:
         self.scheduler = scheduler
         self.paused_requests = PausedRequests(scheduler, copies, costs)
         self.pool = self.paused_requests.pool
-        self.capacity = CapacityView(scheduler, self.paused_requests)
+        self.capacity = CapacityView(
+            scheduler=scheduler, paused_requests=self.paused_requests, pool=self.pool
+        )
         policy = config.record
         tuning = Tuning(
             quantum=config.quantum_tokens,
@@ -63,7 +65,9 @@ class PlanExecutor:
         self.planner = Planner(
             policy, tuning, KVAccounting(self.capacity.required, self.capacity.reclaimable)
         )
-        self.admission = Admission(scheduler, self.paused_requests, self.planner)
+        self.admission = Admission(
+            scheduler=scheduler, paused_requests=self.paused_requests, queue=self.planner.queue
+        )
         self.decision_log = DecisionLog(policy, tuning, log=config.log_decisions)
         self.request_states = RequestStates(
             scheduler, config, self.paused_requests, self.planner.queue, self.decision_log

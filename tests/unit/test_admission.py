@@ -28,7 +28,11 @@ class World:
         self.scheduler = SimpleNamespace(waiting_queue=[])
         self.paused_requests = PausedRequests(self.scheduler, None, Costs())
         self.planner = Planner(POLICIES["pascal"], Tuning())
-        self.admission = Admission(self.scheduler, self.paused_requests, self.planner)
+        self.admission = Admission(
+            scheduler=self.scheduler,
+            paused_requests=self.paused_requests,
+            queue=self.planner.queue,
+        )
         self.started = []
         self.requests = [self.request(seq) for seq in range(4)]
         for request in self.requests:

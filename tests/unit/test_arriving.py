@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.kv.host_copies import HostCopy, HostKV
 from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.migration.outgoing_kv import OutgoingKV, find
@@ -116,7 +117,7 @@ def test_a_policy_that_fails_right_after_loses_nobody(executor, monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(executor.planner, "is_content", fail)
-    monkeypatch.setattr(executor.capacity, "spare_tokens", lambda *_: 0)
+    monkeypatch.setattr(CapacityView, "spare_tokens", lambda *_: 0)
     running = executor.govern(Batch(reqs=[]), None)
     assert running.reqs == [request]
     assert executor.errors == 1
@@ -134,7 +135,7 @@ def test_one_whose_copy_fails_on_any_rank_gives_all_back_and_is_prefilled_again(
     )
     monkeypatch.setattr(paused_requests.pool, "release", done.append)
     monkeypatch.setattr(paused_requests, "can_resume", lambda *_: True)
-    monkeypatch.setattr(executor.capacity, "promised_tokens", lambda: 0)
+    monkeypatch.setattr(CapacityView, "promised_tokens", lambda _: 0)
     executor.request_states.stopped(request, RequestStatus.HOST)
     monkeypatch.setattr("pascal_sglang.engine.kv.paused.all_agree", lambda _, holds: False)
     monkeypatch.setattr(executor.decision_log, "left_device", lambda *_: None)

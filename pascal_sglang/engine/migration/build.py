@@ -110,9 +110,9 @@ def build_migrations(
         prefill_gate=prefill_gate,
     )
     return Migrations(
-        executor.request_states,
-        outgoing_migrations,
-        incoming_migrations,
-        control_sender,
-        config.force_migration,
+        states=executor.request_states,
+        outgoing_migrations=outgoing_migrations,
+        incoming_migrations=incoming_migrations,
+        control_sender=control_sender,
+        force_migration=config.force_migration,
     )

@@ -127,7 +127,7 @@ class IncomingMigrations:
     _dp_rank: int = field(default_factory=lambda: get_parallel().dp_rank or 0)
 
     def __post_init__(self) -> None:
-        self.revoked = Revoked(self.scheduler, self.states)
+        self.revoked = Revoked(scheduler=self.scheduler, states=self.states)
 
     def came_with(self, batch: ScheduleBatch) -> bool:
         """Whether somebody's first token here is among those of this step."""

@@ -1,8 +1,8 @@
 """Moves of requests between this instance and others.
 
-Both sides' states are in `cluster.migration_source` and `cluster.migration_target`. Every TP rank takes the same
-messages in the same pass and reads the same clock, so that all ranks do the same; only rank 0
-speaks.
+Both sides' states are in `cluster.migration_source` and `cluster.migration_target`. Every TP rank
+takes the same messages in the same pass and reads the same clock, so that all ranks do the same;
+only rank 0 speaks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import random
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -45,40 +46,33 @@ TO_TARGET = (messages.KVChunk, messages.Handover, messages.MigrationCancelled)
 PASSES = 4
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
 class Migrations:
-    """All moves of one scheduler.
+    """All migrations of one scheduler."""
 
-    stayed: requests that reached their boundary and cannot move, by reason. rejected: messages that
-    were no messages, by reason. blocked_s: seconds without a token, of the last moves to here.
-    """
+    states: RequestStates
+    outgoing_migrations: OutgoingMigrations
+    incoming_migrations: IncomingMigrations
+    control_sender: Rank0Sender
+    # For tests: the chance per pass that an answer asks to move again.
+    force_migration: float
+    # Requests that ended their reasoning and cannot move, by reason.
+    stayed: Counter[str] = field(default_factory=Counter)
+    # Malformed messages, by reason.
+    rejected: Counter[str] = field(default_factory=Counter)
+    # Seconds without a token, of the last migrations to here.
+    blocked_s: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
+    # Tokens that an answer has here, on average; None before the first.
+    answer_tokens: float | None = None
+    metrics: MigrationMetrics | None = None
+    # Answers the controller which requests live here.
+    locate: Callable[[messages.LocationQuery], None] = lambda query: None
+    _dice: random.Random = field(default_factory=lambda: random.Random(0))
+    _dp_rank: int = field(default_factory=lambda: get_parallel().dp_rank or 0)
+    _instances: int = field(default_factory=lambda: get_parallel().dp_size)
 
-    def __init__(
-        self,
-        states: RequestStates,
-        outgoing_migrations: OutgoingMigrations,
-        incoming_migrations: IncomingMigrations,
-        control_sender: Rank0Sender,
-        force_migration: float,
-    ) -> None:
-        """force_migration: for tests: the chance per pass that an answer asks to move again."""
-        self.states, self.outgoing_migrations, self.incoming_migrations = (
-            states,
-            outgoing_migrations,
-            incoming_migrations,
-        )
-        self.control_sender = control_sender
+    def __post_init__(self) -> None:
         self.outgoing_migrations.left = self.gone
-        self.stayed: Counter[str] = Counter()
-        self.rejected: Counter[str] = Counter()
-        self.blocked_s: deque[float] = deque(maxlen=1024)
-        # Tokens that an answer has here, on average; None before the first.
-        self.answer_tokens: float | None = None
-        self.metrics: MigrationMetrics | None = None
-        # Answers the controller which requests live here.
-        self.locate: Callable[[messages.LocationQuery], None] = lambda query: None
-        self._force_migration = force_migration
-        self._dice = random.Random(0)
-        self._dp_rank, self._instances = get_parallel().dp_rank or 0, get_parallel().dp_size
 
     @property
     def reserved_tokens(self) -> int:
@@ -164,11 +158,11 @@ class Migrations:
             or self.incoming_migrations.receive_buffer.slots.in_doubt
         ):
             self.incoming_migrations.step(now)
-        if self._force_migration:
+        if self.force_migration:
             for req in running.reqs:
                 if (
                     state_of(req).phase is Phase.ANSWERING
-                    and self._dice.random() < self._force_migration
+                    and self._dice.random() < self.force_migration
                 ):
                     self.reasoning_ended(req)
 
