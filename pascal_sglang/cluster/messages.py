@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pascal_sglang.policy.placement import LoadFigures
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -179,24 +181,11 @@ class ControlAnswered:
     request: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadReport:
-    """Instance to controller: its load now. Names and meaning: `policy.placement.Instance`.
-
-    received: requests it has taken in since it started, so that the controller knows which of its
-    dispatches are counted here already.
-    """
+@dataclass(slots=True, kw_only=True)
+class LoadReport(LoadFigures):
+    """Instance to controller: its load now."""
 
     dp_rank: int
+    # Requests it has taken in since it started, so that the controller knows which of its
+    # dispatches are counted here already.
     received: int
-    on_pace: bool
-    footprint: int
-    thinking: int
-    fresh: int
-    free: int
-    waiting: int
-    capacity: int
-    load: int
-    pass_us: int
-    batch: int
-    prefill_ns: int

@@ -75,15 +75,15 @@ class LoadReporter:
         return LoadReport(
             dp_rank=self._dp_rank,
             received=self.received,
-            **figures(self.scheduler, self.executor, batch),
+            **load_figures(self.scheduler, self.executor, batch),
         )
 
 
-def figures(
+def load_figures(
     scheduler: SchedulerProtocol, executor: PlanExecutor, batch: ScheduleBatch | None
 ) -> dict[str, Any]:
-    """This instance in the terms of `policy.placement.Instance`; token counts and numbers of
-    requests. batch: the one that runs: who is prefilled in it is neither waiting nor running."""
+    """This instance in the terms of `policy.placement.LoadFigures`. batch: the one that runs: who
+    is prefilled in it is neither waiting nor running."""
     planner, config = executor.planner, executor.request_states.config
     arriving = executor.paused_requests.in_status(PauseStatus.ARRIVING)
     present = dict.fromkeys((*scheduler.running_batch.reqs, *arriving))

@@ -26,7 +26,7 @@ from pascal_sglang.cluster.metric_files import survive_a_full_disk
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.build import build_executor
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
-from pascal_sglang.engine.load_reporter import build_load_reporter, figures
+from pascal_sglang.engine.load_reporter import build_load_reporter, load_figures
 from pascal_sglang.engine.migration.build import build_migrations, control_folder
 from pascal_sglang.engine.migration.control_receiver import ControlBatch, PascalRequestReceiver
 from pascal_sglang.engine.migration.location_replies import LocationReplies
@@ -308,7 +308,7 @@ class PascalScheduler(OperationsScheduler):
                 "evictable": self.tree_cache.evictable_size(),
                 "host": 0 if paused_requests is None else paused_requests.host_tokens,
             },
-            "load": {} if executor is None else figures(self, executor, self.last_batch),
+            "load": {} if executor is None else load_figures(self, executor, self.last_batch),
             "paused": len(paused),
             "pauses": {} if paused_requests is None else dict(paused_requests.counts),
             "costs": {} if paused_requests is None else paused_requests.costs.describe(),
