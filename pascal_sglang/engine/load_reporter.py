@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -30,20 +31,19 @@ EVERY_S = 0.02
 ALIVE_S = 1.0
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
 class LoadReporter:
     """Sends a `LoadReport` when something has changed, at most every `EVERY_S` seconds while busy,
     and at least every `ALIVE_S` seconds."""
 
-    def __init__(
-        self, scheduler: SchedulerProtocol, executor: PlanExecutor, control_sender: ControlSender
-    ) -> None:
-        self.scheduler = scheduler
-        self.executor = executor
-        self.control_sender = control_sender
-        self.received = 0
-        self._dp_rank = get_parallel().dp_rank or 0
-        self._last: LoadReport | None = None
-        self._sent_at = 0.0
+    scheduler: SchedulerProtocol
+    executor: PlanExecutor
+    control_sender: ControlSender
+    # Requests taken in since the start.
+    received: int = 0
+    _dp_rank: int = field(default_factory=lambda: get_parallel().dp_rank or 0)
+    _last: LoadReport | None = None
+    _sent_at: float = 0.0
 
     def tell(self, batch: ScheduleBatch | None, now: float) -> None:
         """Say how it is `now`; `batch` is what runs next."""
@@ -131,4 +131,8 @@ def build_load_reporter(
     folder = os.environ.get(CONTROL_ENV)
     if folder is None or executor is None or get_parallel().attn_tp_rank != 0:
         return None
-    return LoadReporter(scheduler, executor, ControlSender(folder, get_parallel().dp_rank or 0))
+    return LoadReporter(
+        scheduler=scheduler,
+        executor=executor,
+        control_sender=ControlSender(folder, get_parallel().dp_rank or 0),
+    )
