@@ -124,3 +124,12 @@ def test_the_policy_has_no_clock_of_its_own():
     for name in FILES:
         if name.startswith("pascal_sglang.policy."):
             assert not {"time", "random", "datetime"} & set(imported(name)), name
+
+
+def test_there_is_one_clock():
+    """The simulator, which imports the policy alone, times its own runs."""
+    for name in (n for n in FILES if n.startswith("pascal_sglang.")):
+        if room_of(name) not in ("clock", "sim"):
+            text = FILES[name].read_text()
+            assert "time.perf_counter(" not in text, name
+            assert "time.monotonic(" not in text, name

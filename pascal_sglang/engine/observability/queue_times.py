@@ -36,7 +36,7 @@ def left_queue(req: Req) -> None:
 
 
 def waiting_since(req: Req) -> float:
-    """When somebody began to wait for the request, in seconds of `time.perf_counter`."""
+    """When somebody began to wait for the request, in seconds of `clock.now`."""
     entered: float = req.time_stats.wait_queue_entry_time
     pacer = state_of(req).pacer
     return max(entered, pacer.shown) if pacer.delivered else entered
