@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pascal_sglang.engine.migration.receive_buffer import WINDOWS
+from pascal_sglang.engine.migration.receive_buffer import SLOTS
 from pascal_sglang.request_ids import MAX_ID
 from tests.doors import check
 from tests.engine.conftest import LATE, SERVE
@@ -90,12 +90,12 @@ def wait_for(server, holds):
 
 
 def all_is_given_back(shown):
-    """No window may still be written into, and the controller knows of no request."""
-    windows = [i["migrations"]["windows"] for i in shown["instances"]]
-    in_doubt = sum(w["in_doubt"] for w in windows)
+    """No slot may still be written into, and the controller knows of no request."""
+    slots = [i["migrations"]["windows"] for i in shown["instances"]]
+    in_doubt = sum(w["in_doubt"] for w in slots)
     return (
         not in_doubt
-        and all(w["free"] == WINDOWS for w in windows)
+        and all(w["free"] == SLOTS for w in slots)
         and not shown["controller"]["live_requests"]
     )
 
