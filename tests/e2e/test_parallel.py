@@ -102,7 +102,7 @@ def balanced_by_sglang(tiny_model):
     """Two instances of two ranks; requests that do not say whether they think do."""
     flags = ["--dp-size", "2", "--tp-size", "2", "--load-balance-method", "round_robin"]
     model = ["--model-path", str(tiny_model), *TINY_FLAGS]
-    with Server(PASCAL, [*model, *flags, "--pascal-assume-reasoning"]) as server:
+    with Server(PASCAL, [*model, *flags, "--pascal-assume-reasoning"], warm=True) as server:
         yield server
 
 
