@@ -69,10 +69,13 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class PassInfo:
-    """When a plan is made: the pass number, the clock (s), the recent length of a pass (s)."""
+    """When a plan is made."""
 
+    # Number of the pass.
     pass_no: int
+    # TP rank 0's clock at the start of the pass, in seconds: all ranks decide by this reading.
     now: float
+    # Recent length of a pass of a busy engine, in seconds.
     pass_s: float
 
 
