@@ -6,16 +6,16 @@ Under a policy that schedules, the plan alone decides on priorities and on the o
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
 
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.priorities import Priorities, with_priorities
 from pascal_sglang.policy.registry import Policy
 
 
-def take_over(scheduler: Any, policy: Policy) -> Policy:
+def take_over(scheduler: SchedulerProtocol, policy: Policy) -> Policy:
     """The policy under the scheduler's priorities, whose flags are as the operator gave them.
 
     SGLang's own use of them ends: it would sort what the plan admits anew, and where slots are
@@ -31,15 +31,15 @@ def take_over(scheduler: Any, policy: Policy) -> Policy:
     return with_priorities(policy, Priorities(preempts=preempts, threshold=threshold))
 
 
-def priority_of(scheduler: Any, req: Req) -> int:
+def priority_of(scheduler: SchedulerProtocol, req: Req) -> int:
     """The priority of a request, lower first; the same for all where priorities are off.
 
     A request without one goes last, as in SGLang.
     """
     if not scheduler.enable_priority_scheduling:
         return 0
-    values_low_first: bool = scheduler.schedule_low_priority_values_first
+    low_first = scheduler.schedule_low_priority_values_first
     given: int | None = req.priority
     if given is None:
-        given = sys.maxsize if values_low_first else -sys.maxsize - 1
-    return given if values_low_first else -given
+        given = sys.maxsize if low_first else -sys.maxsize - 1
+    return given if low_first else -given

@@ -13,6 +13,7 @@ from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.placement import Answer
 from pascal_sglang.policy.rank_forecast import RankForecast
 from pascal_sglang.policy.ranking import Tuning
+from pascal_sglang.policy.running_mean import running_mean
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.arms import Arm
 from pascal_sglang.sim.checks import Books
@@ -192,9 +193,7 @@ class Cluster:
         self.books.closes(request)
         self.outcome.note(request, now, instance.index)
         mean = self._answers[instance.index]
-        self._answers[instance.index] = (
-            request.answer if mean is None else 0.9 * mean + 0.1 * request.answer
-        )
+        self._answers[instance.index] = running_mean(mean, request.answer)
         follows = load.follows[request.index] if load.follows else -1
         if follows >= 0:
             instance.memory.remember(request.talk, request.held)
