@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, agree, catch_on_all_ranks, is_alone
-from pascal_sglang.policy.kv_tier import Costs, KVTier
+from pascal_sglang.policy.kv_tier import TYPICAL_QUANTA, Costs, KVTier
 from pascal_sglang.policy.plan import KVAccounting, Plan, Planner
 from pascal_sglang.policy.ranking import PassInfo, Tuning
 from pascal_sglang.policy.relief import giving_way
@@ -62,6 +63,9 @@ class PlanExecutor:
             demote=config.demote_tokens,
             demote_on=config.demote_on,
         )
+        stall_s = costs.stall_s(TYPICAL_QUANTA * config.quantum_tokens)
+        if stall_s is not None:
+            tuning = dataclasses.replace(tuning, stall_s=stall_s)
         self.planner = Planner(
             policy, tuning, KVAccounting(self.capacity.required, self.capacity.reclaimable)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pascal_sglang.policy.ranking import REACTION_PASSES, Tuning, is_demoted
+from pascal_sglang.policy.ranking import REACTION_PASSES, Tuning, has_pace, is_demoted
 from pascal_sglang.policy.request import RequestState
 from pascal_sglang.policy.timeline import Phase
 
@@ -39,7 +39,7 @@ class RankForecast:
             if self.demotes and not is_demoted(request, tuning):
                 counted = request.total_tokens if tuning.demote_on == "kv" else request.phase_tokens
                 found = min(found, tuning.demote + 1 - counted)
-        elif self.paced:
+        elif self.paced and has_pace(request):
             found = min(found, _calm_in(request, tuning, step_s, now, pass_s))
         if request.credit > 0:
             runs_out = request.ran_from + tuning.quantum - request.total_tokens
@@ -59,8 +59,9 @@ def _calm_in(
     if step_s >= tpot:
         return NEVER
     shown = max(request.pacer.last_shown, now + step_s - tpot)
-    for lead in sorted((tuning.burst, tuning.settle * tuning.quantum)):
-        short = now + REACTION_PASSES * pass_s - shown + (tuning.guard - 1 + lead) * tpot
+    for stalls in sorted((tuning.burst, tuning.settle)):
+        lead = (tuning.guard - 1) * tpot + stalls * tuning.stall_s
+        short = now + REACTION_PASSES * pass_s - shown + lead
         if short > 0:
             return max(1, int(short / (tpot - step_s)))
     return NEVER

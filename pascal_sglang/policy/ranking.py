@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pascal_sglang.policy.request import RequestState, RequestStatus
+from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 Rank = tuple[int, int]
 
-URGENT, SETTLING, THINKING, DEMOTED, AHEAD = range(5)
+OVERDUE, URGENT, SETTLING, THINKING, DEMOTED, WHOLE, AHEAD = range(7)
 HIGH, LOW = range(2)
 URGENT_RANK, SETTLING_RANK, AHEAD_RANK = (URGENT, 0), (SETTLING, 0), (AHEAD, 0)
 
@@ -37,25 +37,34 @@ class Tuning:
     """Numbers of the policies; token counts unless said otherwise.
 
     quantum: tokens a request runs before its rank falls behind those that ran less.
-    demote: a thinker longer than this loses its place before all other thinkers.
+    demote: a thinker longer than this falls behind: by `demotion` quanta under `pascal`, behind all
+        other thinkers under `paper`.
     demote_on: what counts towards that: `kv`, all tokens it generated, or `thinking`, its thinking
         tokens alone (they differ for models that write before they open their thinking).
+    demotion: quanta that a demoted thinker counts as having run besides its own.
     ageing: quanta-lengths of passes a request waits to be forgiven one quantum.
-    burst: an answer brought back is urgent until it has this many tokens of lead.
-    settle: until it has this many quanta of lead, thinking does not displace it either: a pause
-        costs two copies of its KV, and what it gives back is wanted again soon.
+    overdue: a thinker forgiven this many quanta more than it has run goes before answers too.
+    stall_s: seconds that decode steps stand still for one pause and its return, as measured here.
+    burst: an answer brought back is urgent until it has this many `stall_s` of lead.
+    settle: until it has this many `stall_s` of lead, thinking does not displace it either. So the
+        pauses of one answer stall the others for at most `1 / settle` of the time.
     guard: an answer this close to running dry, in tokens of its reader's pace, comes first.
     headroom: tokens somebody who starts must be able to grow by, unless it ends its phase sooner.
+    backfill: quanta-lengths of passes that the first in line waits before nothing behind it starts.
     """
 
     quantum: int = 500
     demote: int = 5000
     demote_on: str = "kv"
-    ageing: int = 4
-    burst: int = 24
-    settle: float = 1.0
+    demotion: int = 4
+    ageing: int = 8
+    overdue: int = 2
+    stall_s: float = 0.03
+    burst: float = 50.0
+    settle: float = 1500.0
     guard: int = 2
     headroom: int = 32
+    backfill: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +95,22 @@ def credit_of(request: RequestState, tuning: Tuning) -> int:
     return request.credit
 
 
-def quanta(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> int:
-    """Consumed quanta in this phase, less what waiting has earned; negative after a long wait.
-
-    Bound on starvation: nobody's count grows while it waits, so after at most
-    `ageing * quantum * (quanta + 1)` passes a waiting request outranks every request of its class
-    that has not waited as long.
-    """
+def consumed_quanta(request: RequestState, tuning: Tuning) -> int:
+    """Quanta run in this phase, with demotion, less what earlier waiting has earned."""
     consumed = request.phase_tokens // tuning.quantum
     if request.credit:
         consumed -= credit_of(request, tuning)
+    return consumed + tuning.demotion if is_demoted(request, tuning) else consumed
+
+
+def quanta(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> int:
+    """Consumed quanta in this phase, less what waiting has earned; negative after a long wait.
+
+    Bound on starvation: no count grows while its request waits, so after
+    `ageing * quantum * (consumed + overdue)` passes a waiting request is overdue. From then on it
+    outranks every answer, and every thinker that has waited a quantum's ageing less than that.
+    """
+    consumed = consumed_quanta(request, tuning)
     if request.status is RequestStatus.RUNNING:
         return consumed
     waited = pass_info.pass_no - request.since_pass + request.head_start
@@ -105,11 +120,14 @@ def quanta(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> int:
 def served(request: RequestState, tuning: Tuning) -> float:
     """The pass at which a request of no quanta would have come to stand where this one stands: the
     order of `quanta` while everybody waits, without the clock."""
-    consumed = request.phase_tokens // tuning.quantum
-    if request.credit:
-        consumed -= credit_of(request, tuning)
+    consumed = consumed_quanta(request, tuning)
     stands_since = request.since_pass - request.head_start
     return consumed * tuning.ageing * tuning.quantum + stands_since
+
+
+def overdue_at(request: RequestState, tuning: Tuning) -> float:
+    """The pass in which a waiting request without a pace is overdue."""
+    return served(request, tuning) + tuning.overdue * tuning.ageing * tuning.quantum
 
 
 def is_demoted(request: RequestState, tuning: Tuning) -> bool:
@@ -120,20 +138,27 @@ def is_demoted(request: RequestState, tuning: Tuning) -> bool:
 
 
 def pascal(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
-    """Answers about to run dry, then those that have just come back, then thinking, then demoted
-    thinking, then answers with slack."""
-    if request.phase is Phase.ANSWERING:
+    """Answers about to run dry, then those that have just come back, then thinking and answers that
+    a program reads, then answers with slack. What has no reader and has waited for very long goes
+    before all of them."""
+    if has_pace(request):
         if is_urgent(request, pass_info, tuning):
             return URGENT_RANK
         return SETTLING_RANK if is_settling(request, pass_info, tuning) else AHEAD_RANK
-    priority_class = DEMOTED if is_demoted(request, tuning) else THINKING
-    return (priority_class, quanta(request, pass_info, tuning))
+    count = quanta(request, pass_info, tuning)
+    return (THINKING if count > -tuning.overdue else OVERDUE, count)
+
+
+def has_pace(request: RequestState) -> bool:
+    """Whether a human reads what the request generates now: the answer can be ahead of its reader,
+    and behind."""
+    return request.phase is Phase.ANSWERING and request.reader is Reader.HUMAN
 
 
 def is_urgent(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> bool:
-    """The SLO guard. A running answer stays urgent until it has a burst of lead, so that it does
-    not come and go with every token; the first answering token is always urgent: TTFO waits."""
-    lead = tuning.burst * request.pacer.pace if request.status is RequestStatus.RUNNING else 0.0
+    """The SLO guard. A running answer stays urgent until it has some lead, so that it does not come
+    and go with every token; the first answering token is always urgent: TTFO waits."""
+    lead = tuning.burst * tuning.stall_s if request.status is RequestStatus.RUNNING else 0.0
     return urgent_at(request, tuning) - lead < pass_info.now + REACTION_PASSES * pass_info.pass_s
 
 
@@ -141,7 +166,7 @@ def is_settling(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> b
     """A running answer that is not urgent any more, but whose pause would be over too soon."""
     if request.status is not RequestStatus.RUNNING:
         return False
-    lead = tuning.settle * tuning.quantum * request.pacer.pace
+    lead = tuning.settle * tuning.stall_s
     return urgent_at(request, tuning) - lead < pass_info.now + REACTION_PASSES * pass_info.pass_s
 
 
@@ -177,15 +202,15 @@ def by_all_quanta(request: RequestState, tuning: Tuning) -> int:
 
 
 def pascal_key(request: RequestState, tuning: Tuning) -> float:
-    """Answers: who has to come back first; thinkers: who has been served least."""
-    if request.phase is Phase.ANSWERING:
+    """Answers at a pace: which has to come back first; all others: which has been served least."""
+    if has_pace(request):
         return urgent_at(request, tuning)
     return served(request, tuning)
 
 
 def pascal_class(request: RequestState, tuning: Tuning) -> int:
     if request.phase is Phase.ANSWERING:
-        return AHEAD
+        return AHEAD if request.reader is Reader.HUMAN else WHOLE
     return DEMOTED if is_demoted(request, tuning) else THINKING
 
 

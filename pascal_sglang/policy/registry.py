@@ -39,6 +39,8 @@ class Policy:
     reasoning_class: int = 0
     # A rank that none exceeds, if there is one.
     worst: Rank | None = None
+    # Whether requests behind a first in line that does not fit may start (`Planner.backfill`).
+    backfills: bool = False
     # When ranks change.
     forecast: RankForecast = ANY_PASS
     # How instances are chosen; None: by SGLang's own balancing.
@@ -52,9 +54,18 @@ POLICIES = {
         rank=ranking.pascal,
         key=ranking.pascal_key,
         priority_class=ranking.pascal_class,
-        class_names=("urgent_answer", "settling_answer", "thinking", "demoted", "answer"),
+        class_names=(
+            "overdue",
+            "urgent_answer",
+            "settling_answer",
+            "thinking",
+            "demoted",
+            "program_answer",
+            "answer",
+        ),
         reasoning_class=ranking.THINKING,
         worst=ranking.AHEAD_RANK,
+        backfills=True,
         forecast=RankForecast(quanta="phase", demotes=True, paced=True),
         placement=PlacementRule(),
     ),

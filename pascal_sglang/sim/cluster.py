@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pascal_sglang.policy.kv_tier import TYPICAL_QUANTA, Costs
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.placement import Answer
 from pascal_sglang.policy.rank_forecast import RankForecast
@@ -79,6 +80,9 @@ class Cluster:
         self.progress = progress
         self.clock = Clock()
         numbers: dict[str, Any] = {"quantum": setup.quantum, "demote": setup.demote}
+        copies = Costs(setup.cost.copy_s, setup.cost.copy_token_s)
+        if stall_s := copies.stall_s(TYPICAL_QUANTA * setup.quantum):
+            numbers["stall_s"] = stall_s
         self.tuning = Tuning(**(numbers | dict(arm.tuning)))
         self.instances = [self._instance(index) for index in range(setup.instances)]
         self.controller = Controller(arm, self.clock, self.instances, setup.quantum)

@@ -12,14 +12,15 @@ from pascal_sglang.policy.rank_forecast import NEVER
 from pascal_sglang.policy.ranking import (
     PREFIX_HEAD_START,
     REACTION_PASSES,
-    PassInfo,
+    Rank,
+    has_pace,
     is_demoted,
+    overdue_at,
     urgent_at,
 )
 from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.relief import giving_way
 from pascal_sglang.policy.request import RequestStatus
-from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.instance import Instance
 from pascal_sglang.sim.request import SimRequest
 
@@ -37,10 +38,11 @@ class PascalInstance(Instance):
         self.costs = Costs(self.cost.copy_s, self.cost.copy_token_s)
         self.knows_lengths = knows_lengths
         self.pauses = dict.fromkeys(KVTier, 0)
-        self._blocked: SimRequest | None = None
+        self._blocked: tuple[SimRequest, Rank] | None = None
         self._tried_pass = 0
         self._pending = False
         self._hurry: list[tuple[float, int, float, SimRequest]] = []
+        self._overdue: list[tuple[float, int, float, SimRequest]] = []
         self._hurried = 0
         self._waiting_tokens = 0
         self._leaving: list[tuple[SimRequest, object, Callable[[bool], None]]] = []
@@ -109,7 +111,7 @@ class PascalInstance(Instance):
             return
         passed = self.passes.count - self._tried_pass
         self._tried_pass += max(0, passed - 1) // PATIENCE * PATIENCE
-        self.planner.gave_up_on(self._blocked, PassInfo(self._tried_pass, 0.0, 0.0))
+        self.planner.gave_up_on(*self._blocked, self._tried_pass)
 
     def _note(self, plan: Plan) -> None:
         """Keep track of whether displacement was tried for the best who is blocked, as the planner
@@ -122,42 +124,53 @@ class PascalInstance(Instance):
         self.again = bool(plan.start or plan.pause or plan.spill)
         if blocked is None or blocked in plan.spill:
             return
-        if blocked is not self._blocked or self.passes.count >= self._tried_pass + PATIENCE:
-            self._blocked, self._tried_pass = blocked, self.passes.count
+        tried = (blocked, self.planner.policy.rank(blocked, self.pass_info, self.tuning))
+        if tried != self._blocked or self.passes.count >= self._tried_pass + PATIENCE:
+            self._blocked, self._tried_pass = tried, self.passes.count
         else:
             self._pending = True
 
     def next_look(self) -> int:
-        """Who is paused may get in a hurry, who waits may have waited long enough, and what could
-        not be tried may be tried again."""
+        """A paused answer may get in a hurry, a waiting thinker may be forgiven a quantum or be
+        overdue, and what could not be tried may be tried again."""
         step = NEVER
         if not self.planner.queue:
             return step
         batch = self.batch
         if self._pending:
             step = batch.steps + self._tried_pass + PATIENCE - self.passes.count
-        blocked = self._blocked
+        blocked = None if self._blocked is None else self._blocked[0]
         if self.forecast.paced and blocked is not None and self.planner.queue.holds(blocked):
             age = self.tuning.ageing * self.tuning.quantum
             waited = self.passes.count - blocked.since_pass + blocked.head_start
             step = min(step, batch.steps + age - waited % age)
         hurry = self._hurry
-        while hurry:
-            at, _, since, request = hurry[0]
-            if (
-                request.status is RequestStatus.RUNNING
-                or request.since != since
-                or not self.planner.queue.holds(request)
-            ):
-                heapq.heappop(hurry)
-                continue
-            when = at - REACTION_PASSES * self.passes.mean_s
+        if self._first_waits(hurry):
+            when = hurry[0][0] - REACTION_PASSES * self.passes.mean_s
             if when < self.clock.now:
                 heapq.heappop(hurry)
                 return batch.steps
             step = min(step, batch.steps_by(when) + 1)
-            break
+        if self._first_waits(self._overdue):
+            at = int(self._overdue[0][0])
+            if at <= self.passes.count:
+                heapq.heappop(self._overdue)
+                return batch.steps
+            step = min(step, batch.steps + at - self.passes.count)
         return step
+
+    def _first_waits(self, due: list[tuple[float, int, float, SimRequest]]) -> bool:
+        """Drop from the top of `due` the requests that have run since; whether one is left."""
+        while due:
+            _, _, since, request = due[0]
+            if (
+                request.status is not RequestStatus.RUNNING
+                and request.since == since
+                and self.planner.queue.holds(request)
+            ):
+                return True
+            heapq.heappop(due)
+        return False
 
     def _wait(self, request: SimRequest) -> None:
         request.status = RequestStatus.WAITING
@@ -175,8 +188,13 @@ class PascalInstance(Instance):
         if status is RequestStatus.WAITING:
             self._waiting_tokens += request.kv_tokens
         self.planner.queue.stopped(request, status, self.pass_info)
-        if self.forecast.paced and request.phase is Phase.ANSWERING and request.pacer.delivered:
-            self._hurried += 1
+        if not self.forecast.paced:
+            return
+        self._hurried += 1
+        if not has_pace(request):
+            at = overdue_at(request, self.tuning)
+            heapq.heappush(self._overdue, (at, self._hurried, request.since, request))
+        elif request.pacer.delivered:
             at = urgent_at(request, self.tuning)
             heapq.heappush(self._hurry, (at, self._hurried, request.since, request))
 

@@ -1,18 +1,38 @@
 """Promises of the plan, for every policy, under random situations."""
 
+import dataclasses
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, Plan, Planner
-from pascal_sglang.policy.ranking import AHEAD, URGENT, PassInfo, Tuning, is_demoted
+from pascal_sglang.policy.plan import (
+    GROWTH,
+    MOST_STARTS,
+    PATIENCE,
+    Capacity,
+    KVAccounting,
+    Plan,
+    Planner,
+)
+from pascal_sglang.policy.ranking import (
+    AHEAD,
+    OVERDUE,
+    REACTION_PASSES,
+    THINKING,
+    URGENT,
+    PassInfo,
+    Tuning,
+    is_demoted,
+)
 from pascal_sglang.policy.registry import POLICIES
-from pascal_sglang.policy.request import RequestState, RequestStatus
+from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 HEADROOM = 20
-TUNING = Tuning(quantum=50, demote=400, burst=10, settle=0.4, headroom=HEADROOM)
+TUNING = Tuning(quantum=50, demote=400, stall_s=0.01, burst=100, settle=200, headroom=HEADROOM)
 NOW = 1000.0
 TPOT = 0.1
 
@@ -31,6 +51,7 @@ def request(draw, seq, status):
         pacer=pacer,
         status=status,
         phase=Phase.ANSWERING if answering else Phase.REASONING,
+        reader=draw(st.sampled_from([Reader.HUMAN, Reader.HUMAN, Reader.PROGRAM])),
         phase_tokens=tokens,
         total_tokens=tokens + (draw(st.integers(0, 300)) if answering else 0),
         kv_tokens=draw(st.integers(1, 700)),
@@ -203,7 +224,8 @@ def test_an_answer_about_to_run_dry_comes_back_if_any_order_allows(case):
         return planner.policy.rank(m, MOMENT, TUNING)[0] == URGENT
 
     dry = sorted((m for m in others if urgent(m)), key=place_in(planner))
-    if not dry:
+    ranks = [planner.policy.rank(m, MOMENT, TUNING)[0] for m in others]
+    if not dry or OVERDUE in ranks:
         return
     yielding = [m for m in running if m.pausable and not urgent(m)]
     most = capacity.free_tokens + capacity.releasing_tokens - GROWTH * len(running)
@@ -213,10 +235,13 @@ def test_an_answer_about_to_run_dry_comes_back_if_any_order_allows(case):
 
 
 def test_an_answer_that_came_back_settles_before_thinking_displaces_it():
-    """Its lead grows to `settle` quanta first; one about to run dry does not wait for that."""
+    """Its lead grows to `settle` stalls first; one about to run dry does not wait for that."""
     pacer = Pacer(TPOT, delivered=5, last_shown=NOW + 1.5)  # More than a burst, less than settled.
     back = RequestState(0, pacer, RequestStatus.RUNNING, Phase.ANSWERING, 5, 50, kv_tokens=90)
-    thinker, later = (RequestState(seq, Pacer(TPOT), kv_tokens=50) for seq in (1, 2))
+    since = MOMENT.pass_no
+    thinker, later = (
+        RequestState(seq, Pacer(TPOT), kv_tokens=50, since_pass=since) for seq in (1, 2)
+    )
     dry_pacer = Pacer(TPOT, delivered=5, last_shown=NOW)
     dry = RequestState(3, dry_pacer, RequestStatus.HOST, Phase.ANSWERING, 5, 50, kv_tokens=50)
     blocked = planner_with("pascal", [thinker]).plan([back], Capacity(10, 0, 4), MOMENT)
@@ -281,29 +306,230 @@ def test_what_counts_towards_demotion(on, demoted):
     assert is_demoted(late, Tuning(demote=400, demote_on=on)) is demoted
 
 
-def test_waiting_is_bounded_under_endless_new_thinkers():
-    """A long thinker, one slot, always a fresh short one in line: it runs within the bound."""
+STRIDE = 8  # Passes between two plans, in which every running request gets a token each.
+
+
+@given(
+    tokens=st.sampled_from([0, 120, 399, 401, 1000]),
+    length=st.integers(5, 120),
+    clients=st.integers(1, 4),
+    answers=st.booleans(),
+    status=st.sampled_from([RequestStatus.WAITING, RequestStatus.HOST]),
+)
+@settings(max_examples=25, deadline=None)
+def test_waiting_is_bounded_under_endless_streams(tokens, length, clients, answers, status):
+    """A thinker, room for one request, and always new short ones and urgent answers in line.
+
+    1,000 tokens here are twenty quanta, as 10,000 are by default.
+    """
     planner = Planner(POLICIES["pascal"], TUNING)
-    long = RequestState(
-        seq=0, pacer=Pacer(TPOT), status=RequestStatus.HOST, phase_tokens=300, kv_tokens=20
+    thinker = RequestState(
+        0, Pacer(TPOT), status, phase_tokens=tokens, total_tokens=tokens, kv_tokens=20
     )
-    quanta = long.phase_tokens // TUNING.quantum
-    bound = TUNING.ageing * TUNING.quantum * (quanta + 2)
-    planner.queue.add(long)
-    running, seq = None, 1
-    for pass_no in range(1, bound + TUNING.quantum + 2):
+    consumed = tokens // TUNING.quantum + (TUNING.demotion if tokens > TUNING.demote else 0)
+    bound = TUNING.ageing * TUNING.quantum * (consumed + TUNING.overdue)
+    # Those that have come first, and the time in which the planner tries again.
+    bound += (clients + 1) * (length + STRIDE) + PATIENCE + STRIDE
+    planner.queue.add(thinker)
+    fresh: list[RequestState] = []
+    running: list[RequestState] = []
+    seq = itertools.count(1)
+    for pass_no in range(1, bound + 2, STRIDE):
         pass_info = PassInfo(pass_no, NOW, 0.01)
-        fresh = RequestState(seq=seq, pacer=Pacer(TPOT), kv_tokens=20, since_pass=pass_no)
-        planner.queue.add(fresh)
-        seq += 1
-        free = 50 - (running.kv_tokens if running else 0)
-        plan = planner.plan([running] if running else [], Capacity(free, 0, 1), pass_info)
-        if long in plan.start:
+        while sum(planner.queue.holds(m) for m in fresh) < clients:
+            fresh.append(RequestState(next(seq), Pacer(TPOT), kv_tokens=20))
+            planner.queue.stopped(fresh[-1], RequestStatus.WAITING, pass_info)
+        if answers:
+            dry = Pacer(TPOT, delivered=5, last_shown=NOW)
+            answer = RequestState(
+                next(seq), dry, phase=Phase.ANSWERING, phase_tokens=5, kv_tokens=20
+            )
+            planner.queue.stopped(answer, RequestStatus.HOST, pass_info)
+        free = 50 - sum(m.kv_tokens for m in running)
+        plan = planner.plan(running, Capacity(free, 0, 4), pass_info)
+        if thinker in plan.start:
             return
-        planner.queue.remove(fresh)
-        if plan.start:
-            running = plan.start[0]
-            planner.queue.started(running, pass_info)
-        running.phase_tokens += 1
-        running.total_tokens += 1
+        for m in plan.pause:
+            planner.queue.stopped(m, RequestStatus.HOST, pass_info)
+        running = [m for m in running if m not in plan.pause] + list(plan.start)
+        for m in plan.start:
+            planner.queue.started(m, pass_info)
+        for m in running:
+            m.total_tokens += STRIDE
+            m.phase_tokens += STRIDE
+        running = [m for m in running if m.total_tokens < length]
+        fresh = [m for m in fresh if planner.queue.holds(m)]
+        if answers:
+            planner.queue.remove(answer)
     pytest.fail(f"starved for more than {bound} passes")
+
+
+def test_demotion_is_an_offset_that_waiting_makes_up_for():
+    """`demotion` quanta behind; `paper` keeps its low class, which nothing leaves."""
+    tuning = dataclasses.replace(TUNING, demote_on="thinking")
+    demoted, thinker = (
+        RequestState(seq, Pacer(TPOT), phase_tokens=count, total_tokens=count, kv_tokens=20)
+        for seq, count in enumerate((450, 350))
+    )
+    since = MOMENT.pass_no
+    for waited, first in (
+        (0, thinker),
+        (1 + TUNING.demotion, thinker),
+        (3 + TUNING.demotion, demoted),
+    ):
+        demoted.since_pass = since - waited * tuning.ageing * tuning.quantum
+        thinker.since_pass = since
+        for policy, expected in (("pascal", first), ("paper", thinker)):
+            planner = Planner(POLICIES[policy], tuning)
+            planner.queue.recount([demoted, thinker])
+            assert next(planner.queue.best_first(MOMENT)) is expected
+
+
+BACKFILLING = sorted(name for name in SCHEDULING if POLICIES[name].backfills)
+
+
+@given(st.sampled_from(BACKFILLING), situation())
+@settings(max_examples=300, deadline=None)
+def test_backfill_takes_only_memory_that_nobody_ahead_can_use(policy, case):
+    """Who starts behind a blocked request has a quantum of room, and nobody gives way for it."""
+    running, others, capacity = case
+    planner, plan = decide(policy, running, others, capacity)
+    if plan.blocked is None or plan.blocked in plan.start:
+        return
+    place = place_in(planner)
+    behind = [m for m in plan.start if place(m) > place(plan.blocked)]
+    if not behind:
+        return
+    assert not plan.pause
+    assert not plan.spill
+    assert MOMENT.pass_no - plan.blocked.since_pass < TUNING.backfill * TUNING.quantum
+    before = [m for m in plan.start if m not in behind]
+    left = capacity.free_tokens + capacity.releasing_tokens - GROWTH * len(running)
+    left -= sum(needs(m) + HEADROOM for m in before)
+    assert sum(needs(m) + TUNING.quantum for m in behind) <= left
+    assert len(plan.start) <= capacity.slots
+
+
+def test_the_first_in_line_waits_no_longer_for_backfill_than_its_bound():
+    """A big prompt, room for it only in an empty instance, and always a small one behind it."""
+    tuning = dataclasses.replace(TUNING, ageing=100)  # Ageing does not help it before.
+    planner = Planner(POLICIES["pascal"], tuning)
+    big = RequestState(0, Pacer(TPOT), RequestStatus.WAITING, kv_tokens=900)
+    planner.queue.add(big)
+    bound, overtaken = TUNING.backfill * TUNING.quantum, 0
+    running = [RequestState(10**6, Pacer(TPOT), RequestStatus.RUNNING, kv_tokens=80)]
+    for pass_no in range(1, bound + TUNING.quantum):
+        pass_info = PassInfo(pass_no, NOW, 0.01)
+        small = RequestState(pass_no, Pacer(TPOT), kv_tokens=20, since_pass=pass_no)
+        planner.queue.add(small)
+        free = 1000 - sum(m.kv_tokens + m.total_tokens for m in running)
+        plan = planner.plan(running, Capacity(free, 0, 9), pass_info)
+        if big in plan.start:
+            assert pass_no >= bound, "until then the small ones use the memory"
+            assert overtaken > bound / TUNING.quantum
+            return
+        for m in plan.start:
+            planner.queue.started(m, pass_info)
+            running.append(m)
+            overtaken += 1
+        planner.queue.remove(small)
+        for m in running:
+            m.total_tokens += 1
+            m.phase_tokens += 1
+        running = [m for m in running if m.total_tokens < TUNING.quantum - 1]
+    pytest.fail(f"the first in line waited for more than {bound + TUNING.quantum} passes")
+
+
+def test_a_pass_that_cannot_find_anybody_new_does_not_look():
+    asked: list[int] = []
+
+    def required(m):
+        asked.append(m.seq)
+        return needs(m)
+
+    planner = Planner(POLICIES["pascal"], TUNING, KVAccounting(required=required))
+    queue = [RequestState(i, Pacer(TPOT), kv_tokens=kv) for i, kv in enumerate((900, 300, 400))]
+    for m in queue:
+        planner.queue.stopped(m, RequestStatus.WAITING, PassInfo(1, NOW, 0.01))
+    running = [RequestState(9, Pacer(TPOT), RequestStatus.RUNNING, kv_tokens=500)]
+
+    def looked_at(pass_no, free):
+        asked.clear()
+        plan = planner.plan(running, Capacity(free, 0, 9), PassInfo(pass_no, NOW, 0.01))
+        return plan.start, asked[1:]
+
+    assert looked_at(2, 200) == ((), [1, 2])
+    assert looked_at(3, 200) == ((), [])
+    assert looked_at(4, 300 + TUNING.quantum + GROWTH - 1) == ((), [])
+    assert looked_at(5, 300 + TUNING.quantum + GROWTH) == ((queue[1],), [1])
+    assert looked_at(6, 300 + TUNING.quantum + GROWTH) == ((queue[1],), [1]), "it did not start"
+    planner.queue.started(queue[1], PassInfo(6, NOW, 0.01))
+    assert looked_at(7, 200) == ((), [2])
+    fresh = RequestState(8, Pacer(TPOT), kv_tokens=100)
+    planner.queue.stopped(fresh, RequestStatus.WAITING, PassInfo(7, NOW, 0.01))
+    assert looked_at(8, 200) == ((fresh,), [2, 8])
+
+
+def test_an_answer_that_turns_urgent_while_it_is_first_in_line_starts_at_once():
+    """Displacement failed for it as an answer with slack; that says nothing about it in a hurry."""
+    pacer = Pacer(TPOT, delivered=5, last_shown=NOW + 1)
+    answer = RequestState(0, pacer, RequestStatus.HOST, Phase.ANSWERING, 5, 50, kv_tokens=50)
+    thinker = RequestState(1, Pacer(TPOT), RequestStatus.RUNNING, kv_tokens=90)
+    planner = planner_with("pascal", [answer])
+    calm = planner.plan([thinker], Capacity(10, 0, 4), PassInfo(1, NOW, 0.01))
+    assert calm == Plan(blocked=answer, shortage="rank")
+    hurried = planner.plan([thinker], Capacity(10, 0, 4), PassInfo(2, NOW + 1, 0.01))
+    assert (hurried.pause, hurried.start) == ((thinker,), (answer,))
+
+
+@pytest.mark.parametrize(("tpot", "lead"), [(0.05, 1.9), (0.05, 2.1), (0.5, 1.9), (0.5, 2.1)])
+def test_how_long_an_answer_is_left_alone_follows_from_what_a_pause_costs(tpot, lead):
+    """From `settle` stalls of lead on it may be displaced, whatever the pace of its reader."""
+    last_shown = NOW + lead + (TUNING.guard - 1) * tpot + REACTION_PASSES * MOMENT.pass_s
+    pacer = Pacer(tpot, delivered=5, last_shown=last_shown)
+    answer = RequestState(0, pacer, RequestStatus.RUNNING, Phase.ANSWERING, 5, 50, kv_tokens=90)
+    thinker = RequestState(1, Pacer(tpot), kv_tokens=50, since_pass=MOMENT.pass_no)
+    plan = planner_with("pascal", [thinker]).plan([answer], Capacity(10, 0, 4), MOMENT)
+    assert bool(plan.start) == (lead > TUNING.settle * TUNING.stall_s)
+
+
+def test_an_answer_that_a_program_reads_stays_among_the_thinkers():
+    """It is neither urgent before its first token nor paused for being ahead."""
+    ahead = Pacer(TPOT, delivered=50, last_shown=NOW + 90)
+    read, whole = (
+        RequestState(
+            seq, ahead, RequestStatus.RUNNING, Phase.ANSWERING, reader=reader, kv_tokens=90
+        )
+        for seq, reader in enumerate((Reader.HUMAN, Reader.PROGRAM))
+    )
+    since = MOMENT.pass_no
+    thinker = RequestState(2, Pacer(TPOT), kv_tokens=50, since_pass=since)
+    plan = planner_with("pascal", [thinker]).plan([read, whole], Capacity(10, 0, 4), MOMENT)
+    assert plan.pause == (read,)
+    later = RequestState(3, Pacer(TPOT), kv_tokens=50, since_pass=since)
+    blocked = planner_with("pascal", [later]).plan([whole], Capacity(10, 0, 4), MOMENT)
+    assert blocked == Plan(blocked=later, shortage="rank")
+    whole.phase_tokens = TUNING.quantum
+    later = RequestState(4, Pacer(TPOT), kv_tokens=50, since_pass=since)
+    in_turn = planner_with("pascal", [later]).plan([whole], Capacity(10, 0, 4), MOMENT)
+    assert in_turn.pause == (whole,), "served more than the thinker"
+    first = RequestState(
+        5, Pacer(TPOT), RequestStatus.HOST, Phase.ANSWERING, reader=Reader.PROGRAM, since_pass=since
+    )
+    assert POLICIES["pascal"].rank(first, MOMENT, TUNING) == (THINKING, 0)
+
+
+def test_a_long_queue_starts_in_order_over_several_passes():
+    """Planning a pass takes bounded time; nothing is lost and the order stays."""
+    planner = Planner(POLICIES["pascal"], TUNING)
+    queue = [RequestState(i, Pacer(TPOT), kv_tokens=10) for i in range(150)]
+    running: list[RequestState] = []
+    for m in queue:
+        planner.queue.stopped(m, RequestStatus.WAITING, PassInfo(1, NOW, 0.01))
+    for pass_no in (2, 3, 4):
+        plan = planner.plan(running, Capacity(10**6, 0, 10**6), PassInfo(pass_no, NOW, 0.01))
+        assert 0 < len(plan.start) <= MOST_STARTS
+        for m in plan.start:
+            planner.queue.started(m, PassInfo(pass_no, NOW, 0.01))
+        running += plan.start
+    assert running == queue

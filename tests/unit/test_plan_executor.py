@@ -12,11 +12,14 @@ from pascal_sglang import support
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopy
 from pascal_sglang.engine.kv.paused import PauseStatus
+from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.request_states import remaining_of
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.request import RequestState, RequestStatus
+from pascal_sglang.policy.ranking import PassInfo, Tuning
+from pascal_sglang.policy.registry import POLICIES
+from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 
@@ -322,3 +325,20 @@ def test_a_resume_matches_its_prefix_once_and_again_only_after_a_change(executor
     executor.pool.changed()
     assert paused_requests.needs(request) == 4
     assert len(matches) == 5
+
+
+@pytest.mark.parametrize(
+    ("phase", "tokens", "reader", "name"),
+    [
+        (Phase.REASONING, 100, Reader.HUMAN, "thinking"),
+        (Phase.REASONING, 6000, Reader.HUMAN, "demoted"),
+        (Phase.ANSWERING, 100, Reader.PROGRAM, "program_answer"),
+        (Phase.ANSWERING, 0, Reader.HUMAN, "urgent_answer"),
+    ],
+)
+def test_decisions_are_counted_by_the_class_that_a_user_knows(phase, tokens, reader, name):
+    state = RequestState(
+        0, Pacer(0.1), phase=phase, phase_tokens=tokens, total_tokens=tokens, reader=reader
+    )
+    decision_log = DecisionLog(POLICIES["pascal"], Tuning(), log=False)
+    assert decision_log.class_of(state, PassInfo(1, 1.0, 0.01)) == name
