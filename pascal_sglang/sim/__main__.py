@@ -13,7 +13,7 @@ from typing import Any
 from pascal_sglang.policy.registry import UnknownPolicy
 from pascal_sglang.sim import cost as costs
 from pascal_sglang.sim import workload
-from pascal_sglang.sim.arms import ARMS, Arm, arm_of
+from pascal_sglang.sim.arms import ARMS, Arm, arm_of, with_inf
 from pascal_sglang.sim.cluster import Setup
 from pascal_sglang.sim.experiments import ablations, paper, tables
 from pascal_sglang.sim.experiments.runs import Task, run_all
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _paper(asked: argparse.Namespace) -> int:
     began = time.monotonic()
     print(paper.choices(asked.requests))
-    arms = asked.arms or list(ARMS.values())
+    arms = with_inf(asked.arms or list(ARMS.values()))
     rows = run_all(paper.tasks(arms, asked.seeds, asked.requests), asked.processes)
     print("\n".join(tables.report(rows)))
     print("\n== The paper's figures beside ours")
@@ -76,13 +76,13 @@ def _paper(asked: argparse.Namespace) -> int:
 def _remedies(asked: argparse.Namespace) -> int:
     began = time.monotonic()
     tasks = ablations.tasks(
-        asked.source, seeds=asked.seeds, requests=asked.requests, chosen=asked.arms
+        asked.source,
+        seeds=asked.seeds,
+        requests=asked.requests,
+        chosen=with_inf(asked.arms) if asked.arms else None,
     )
     rows = run_all(tasks, asked.processes)
-    loads = ", ".join(f"{load:g}" for load in ablations.LOADS)
-    print(f"{asked.source}, {asked.requests} requests a run, {asked.seeds} seeds; load {loads}:")
-    print("mean TTFO (s), P99 slowdown, SLO violations (%), requests moved (%)")
-    print("\n".join(ablations.table(rows)))
+    print("\n".join(tables.report(rows)))
     print(f"\n{_took(began)}")
     return _save(rows, asked.out)
 
@@ -120,7 +120,7 @@ def _run(asked: argparse.Namespace) -> int:
             seed=seed,
             workload=given,
         )
-        for arm in asked.arms or ARMS.values()
+        for arm in with_inf(asked.arms or list(ARMS.values()))
         for seed in range(seeds)
     ]
     rows = run_all(tasks, asked.processes)

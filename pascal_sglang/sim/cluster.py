@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from pascal_sglang.sim.workload import Workload
 Progress = Callable[[int], None]
 REPORT_EVERY = 100
 UNLIMITED = 1 << 30
+# KV tokens of an instance without a limit.
+UNLIMITED_KV = 1 << 40
 # Passes that a move takes besides those of its transfer (`engine.migrations`).
 MOVE_PASSES = 4
 
@@ -78,11 +81,17 @@ class Cluster:
         self.progress = progress
         self.clock = Clock()
         numbers: dict[str, Any] = {"quantum": setup.quantum, "demote": setup.demote}
+        self.cost = (
+            dataclasses.replace(setup.cost, capacity=UNLIMITED_KV) if arm.unlimited else setup.cost
+        )
         self.tuning = Tuning(**(numbers | dict(arm.tuning)))
         self.instances = [self._instance(index) for index in range(setup.instances)]
         self.controller = Controller(arm, self.clock, self.instances, setup.quantum)
         self.migrations = Migrations(
-            self.clock, Network(setup.cost, setup.instances), self._migrated
+            self.clock,
+            Network(setup.cost, setup.instances),
+            self._migrated,
+            refusable=arm.migration != "always",
         )
         self.outcome = Outcome.empty(len(workload))
         self.books = Books(workload)
@@ -107,8 +116,8 @@ class Cluster:
             "knows_lengths": setup.knows_lengths,
         }
         if record is None:
-            return StockInstance(index, setup.cost, self.clock, self, **shared)
-        return PascalInstance(index, setup.cost, self.clock, self, policy=record, **shared)
+            return StockInstance(index, self.cost, self.clock, self, **shared)
+        return PascalInstance(index, self.cost, self.clock, self, policy=record, **shared)
 
     def run(self) -> Outcome:
         self._next_arrival()

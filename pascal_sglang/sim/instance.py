@@ -293,9 +293,11 @@ class Instance(ABC):
                 return True
             request.phase, request.phase_tokens, request.credit = Phase.ANSWERING, 0, 0
             request.reasoning_end = now
+            # Placement takes it from its instance's thinkers itself.
+            moves = self.listener.thought(self, request)
             self.thinking.pop(request, None)
             self.answers_here(request)
-            if self.listener.thought(self, request):
+            if moves:
                 self.leave(request)
                 return False
             return True

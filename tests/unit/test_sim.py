@@ -9,13 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pascal_sglang.policy import victims
+from pascal_sglang.policy.placement import Placement
+from pascal_sglang.sim import controller
 from pascal_sglang.sim.arms import ARMS
 from pascal_sglang.sim.cluster import Setup, simulate
-from pascal_sglang.sim.experiments import paper
+from pascal_sglang.sim.experiments import ablations, paper
 from pascal_sglang.sim.experiments.runs import run_all
 from pascal_sglang.sim.figures import alone, figures
 from pascal_sglang.sim.hardware import PRESETS
 from pascal_sglang.sim.loads.lengths import PRESETS as LENGTHS
+from pascal_sglang.sim.outcome import Outcome
 from pascal_sglang.sim.passes import Passes
 from pascal_sglang.sim.workload import Workload, draw, from_rows, mean_lengths
 
@@ -141,6 +144,63 @@ def test_pauses_without_host_memory_are_recomputed():
     assert outcome.recomputed_tokens > 0
 
 
+def test_moves_that_ignore_the_override_are_never_refused():
+    outcomes = [
+        simulate(Setup(cost=SMALL, instances=2), ARMS[name], load("arena-hard", 150, 1.5, 2))
+        for name in ("paper", "paper-non-adaptive")
+    ]
+    adaptive, always = outcomes
+    assert adaptive.refused_migrations > 0
+    assert always.refused_migrations == 0
+    assert always.moved.sum() == always.decisions["fewest_there"] + always.decisions["none_on_pace"]
+
+
+@pytest.mark.parametrize("status_s", [0.0, 0.02])
+def test_the_end_of_thinking_counts_once(monkeypatch, status_s):
+    """Whether the controller has just heard from the instance or not."""
+    monkeypatch.setattr(controller, "STATUS_S", status_s)
+    seen = []
+    decide = Placement._by_counts
+
+    def spy(self, instances, here, answer):
+        seen.append((here.thinking, here.fresh))
+        return decide(self, instances, here, answer)
+
+    monkeypatch.setattr(Placement, "_by_counts", spy)
+    work = Workload([0.0] * 3, [100] * 3, [10, 20, 30], [50] * 3)
+    simulate(Setup(cost=SMALL, instances=1), ARMS["paper"], work)
+    assert seen == [(2, 0), (1, 1), (0, 2)]
+
+
+def test_unlimited_memory_is_never_short():
+    setup, work = Setup(cost=SMALL, instances=2), load("arena-hard", 150, 1.5, seed=2)
+    rows = {name: figures(setup, work, simulate(setup, ARMS[name], work)) for name in ARMS}
+    assert rows["INF"]["pauses"] == 0
+    assert all(rows["INF"]["mean_ttfo"] < row["mean_ttfo"] for n, row in rows.items() if n != "INF")
+
+
+def test_figures_of_bins_and_big_prompts_by_hand():
+    outcome = Outcome.empty(20)
+    work = Workload([0.0] * 20, [100] * 18 + [5000] * 2, [100] * 10 + [600] * 10, [2] * 20)
+    idle = alone(SMALL, work)
+    outcome.arrival[:] = np.arange(20.0)
+    outcome.first_token[:] = outcome.reasoning_end[:] = outcome.arrival + idle / 2
+    outcome.first_answer[:] = outcome.arrival + idle * np.array([2] * 10 + [3] * 8 + [5] * 2)
+    outcome.finished[:] = outcome.first_answer
+    outcome.qoe[:] = 1
+    outcome.moved[:] = outcome.pauses[:] = 0
+    outcome.busy_s = 1.0
+    found = figures(Setup(cost=SMALL), work, outcome)
+    assert found["mean_slowdown_big_prompts"] == pytest.approx(5)
+    assert found["worst_bin"] == "512-1000"
+    assert found["worst_bin_slowdown"] == pytest.approx(5)
+    assert found["steadiness"] == pytest.approx(19 / np.percentile(found_e2e(outcome), 99))
+
+
+def found_e2e(outcome):
+    return outcome.finished - outcome.arrival
+
+
 def test_later_turns_come_after_their_pause_and_find_their_prefix():
     rows = [
         {"arrival_s": 0.0, "prompt_tokens": 2000, "thinking_tokens": 20, "answer_tokens": 10,
@@ -167,9 +227,20 @@ def test_the_command_prints_tables_and_a_page_shows_them(tmp_path, capsys):
     assert main([*asked.split(), "--load", "1", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "tail TTFO (s)" in shown
-    assert "SLO viol %" in shown
+    for column in ("SLO viol %", "worst bin", "big prompts", "e2e mean", "a ramp: arrivals last"):
+        assert column in shown
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith("INF")] == ["INF"] * 2
     page.write([out], tmp_path / "page.html")
     assert "<svg" in (tmp_path / "page.html").read_text()
+
+
+def test_every_remedy_runs(capsys):
+    from pascal_sglang.sim.__main__ import main
+
+    assert main("remedies --requests 30 --seeds 1 --processes 1".split()) == 0
+    shown = capsys.readouterr().out
+    for arm in ablations.arms():
+        assert shown.count(f"\n{arm.name}  ") >= len(ablations.LOADS)
 
 
 @pytest.mark.parametrize(

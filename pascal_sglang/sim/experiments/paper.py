@@ -8,7 +8,7 @@ from pascal_sglang.sim.arms import ARMS, Arm
 from pascal_sglang.sim.cluster import Setup
 from pascal_sglang.sim.experiments.runs import Task
 from pascal_sglang.sim.experiments.tables import Rows, bin_tails, lay_out, mean, pick, shown
-from pascal_sglang.sim.figures import bin_names
+from pascal_sglang.sim.figures import ENOUGH_SAMPLES, STEADY_TIMES, bin_names
 from pascal_sglang.sim.hardware import PRESETS
 from pascal_sglang.sim.workload import mean_lengths
 
@@ -19,12 +19,12 @@ HEAVY = "reasoning-heavy"
 LOADS = {"low": 0.7, "medium": 1.0, "high": 1.3}
 REQUESTS = 2000
 SEEDS = 3
-ENOUGH_SAMPLES = 10
 
 CHOICES = """\
 What the paper leaves undefined, and what was chosen here:
  1. Lengths: it replays token counts of o4-mini; here log-normals with its means, clipped at 15,000.
  2. Requests per run: not said (the sets have 805 and 500 prompts); here {requests} drawn per run.
+    Each table says for how many P99 end-to-end times they arrive: below {steady:g}, a ramp.
  3. Rates: called low, medium and high; here {loads} of the rate at which memory stays full.
  4. Speed: vLLM 0.6.1 profiles that are not published; here a roofline (`sim/hardware.py`): a step
     takes {step:.1f} ms alone and {full:.1f} ms with memory full, {capacity} KV tokens fit.
@@ -42,6 +42,7 @@ What the paper leaves undefined, and what was chosen here:
 14. FCFS pauses whoever came last when memory runs out (vLLM swaps); RR counts quanta of the whole
     request.
 15. Prefill and decode take turns in all arms but `sglang`, which prefills first.
+16. INF is FCFS with KV memory without a limit, at the same arrivals.
 """
 
 
@@ -55,6 +56,7 @@ def choices(requests: int) -> str:
         capacity=cost.capacity,
         edges=", ".join(bin_names()),
         enough=ENOUGH_SAMPLES,
+        steady=STEADY_TIMES,
     )
 
 
