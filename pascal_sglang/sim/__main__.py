@@ -18,7 +18,7 @@ from pascal_sglang.sim.cluster import Setup
 from pascal_sglang.sim.experiments import ablations, paper, tables
 from pascal_sglang.sim.experiments.runs import Task, run_all
 from pascal_sglang.sim.figures import BIN_EDGES
-from pascal_sglang.sim.hardware import PRESETS
+from pascal_sglang.sim.hardware import PRESETS, preset
 
 EXIT_BAD_INPUT = 2
 
@@ -41,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     how.add_argument("--rate", type=_positive, help="requests per second, of all instances")
     how.add_argument("--load", type=_positive, help="share of what keeps memory full (0.8)")
     single.add_argument("--hardware", choices=PRESETS, default=paper.HARDWARE)
+    single.add_argument(
+        "--kv-read-share",
+        type=_positive,
+        help="of the memory's bandwidth that KV reads reach (0.8)",
+    )
     single.add_argument("--cost", type=Path, help="a measured cost file instead of --hardware")
     single.add_argument("--tpot-ms", type=_positive, default=100.0, help="the reader's pace")
     single.add_argument("--quantum-tokens", type=_count, default=500)
@@ -90,7 +95,7 @@ def _remedies(asked: argparse.Namespace) -> int:
 def _run(asked: argparse.Namespace) -> int:
     began = time.monotonic()
     setup = Setup(
-        cost=costs.load(asked.cost) if asked.cost else PRESETS[asked.hardware],
+        cost=costs.load(asked.cost) if asked.cost else preset(asked.hardware, asked.kv_read_share),
         instances=asked.instances,
         tpot=asked.tpot_ms / 1e3,
         quantum=asked.quantum_tokens,

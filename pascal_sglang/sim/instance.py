@@ -192,7 +192,13 @@ class Instance(ABC):
 
     def _short_in(self) -> int:
         """Steps until there is no room left for those who run to grow."""
-        return max(1, (self.memory.free // len(self.batch)) - self.reserve_steps() + 1)
+        reserve = self.reserve_steps()
+        free = self.memory.free - reserve * self.joining()
+        return max(1, free // len(self.batch) - reserve + 1)
+
+    def joining(self) -> int:
+        """Requests whose KV is on its way back to the device."""
+        return 0
 
     def reserve_steps(self) -> int:
         """Steps of growth that have to be free for everybody who runs."""

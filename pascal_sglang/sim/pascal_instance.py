@@ -24,10 +24,17 @@ from pascal_sglang.sim.request import SimRequest
 
 
 class PascalInstance(Instance):
-    """SGLang under our executor. A pause and the start it makes room for fall into one pass here;
-    the engine needs two.
+    """SGLang under our executor. A pause whose copy the engine waits for and the start that it
+    makes room for fall into one pass here; the engine needs two.
 
-    knows_lengths: requests say how much they will generate, as those of `evals` do.
+    Where copies run beside the decoding (`Cost.copies_beside`), the memory of a paused request is
+    free in the first pass after its copy, and a request that comes back joins the first pass after
+    its own. The engine still waits where memory has to be free at once: for requests that were
+    paused with their KV on the device, and for a step that does not fit.
+
+    copying: paused requests whose KV leaves the device; arriving: requests whose KV comes back;
+    both with the time (s) at which the copy ends. knows_lengths: requests say how much they will
+    generate, as those of `evals` do.
     """
 
     def __init__(self, *args: Any, policy: Policy, knows_lengths: bool, **kwargs: Any) -> None:
@@ -42,6 +49,9 @@ class PascalInstance(Instance):
         self._hurry: list[tuple[float, int, float, SimRequest]] = []
         self._hurried = 0
         self._waiting_tokens = 0
+        self.copying: dict[SimRequest, float] = {}
+        self.arriving: dict[SimRequest, float] = {}
+        self._copies_end = 0.0
         self._leaving: list[tuple[SimRequest, object, Callable[[bool], None]]] = []
 
     def may_prefill(self) -> bool:
@@ -54,6 +64,9 @@ class PascalInstance(Instance):
 
     def reserve_steps(self) -> int:
         return GROWTH
+
+    def joining(self) -> int:
+        return len(self.arriving)
 
     def has_prefilled(self, tokens: int, seconds: float) -> None:
         self.costs.prefilled(tokens, seconds)
@@ -68,7 +81,8 @@ class PascalInstance(Instance):
         for request, migration, handed_over in self._leaving:
             handed_over(request.migration is migration and self.lets_go(request))
         self._leaving.clear()
-        growing = len(self.batch) + len(self.filling)
+        self._end_copies(self.clock.now)
+        growing = len(self.batch) + len(self.filling) + len(self.arriving)
         short = self.memory.free < GROWTH * growing
         asked = self.stirred or self.again or self.step_by_step
         self.again = False
@@ -79,11 +93,14 @@ class PascalInstance(Instance):
 
     def _plan(self) -> None:
         self._try_in_vain()
+        joining = len(self.filling) + len(self.arriving)
         capacity = Capacity(
-            self.memory.free, 0, self.cost.slots - len(self.batch) - len(self.filling)
+            self.memory.free,
+            sum(request.kv_tokens for request in self.copying),
+            self.cost.slots - len(self.batch) - joining,
         )
         pass_info = self.pass_info
-        plan = self.planner.plan(self.batch, capacity, pass_info, len(self.filling))
+        plan = self.planner.plan(self.batch, capacity, pass_info, joining)
         self._note(plan)
         for request in plan.pause:
             assert isinstance(request, SimRequest)
@@ -179,8 +196,11 @@ class PascalInstance(Instance):
             at = urgent_at(request, self.tuning)
             heapq.heappush(self._hurry, (at, self._hurried, request.since, request))
 
-    def pause(self, request: SimRequest, tier: KVTier | None) -> None:
-        """Take a running job out; without a tier its KV leaves the device by the cheapest."""
+    def pause(
+        self, request: SimRequest, tier: KVTier | None, *, beside: bool | None = None
+    ) -> None:
+        """Take a running job out; without a tier its KV leaves the device by the cheapest. beside:
+        whether its copy may run beside the decoding; if unsaid, where copies can."""
         self.leave(request)
         request.pauses += 1
         tokens = request.kv_tokens = request.held
@@ -188,15 +208,44 @@ class PascalInstance(Instance):
         self.pauses[tier] += 1
         if tier is KVTier.RESIDENT:
             self._stop(request, RequestStatus.RESIDENT)
+        elif tier is KVTier.HOST and (self.cost.copies_beside if beside is None else beside):
+            request.status = RequestStatus.HOST
+            self.memory.copy_to_host(tokens)
+            self.copying[request] = self._copy_beside(tokens)
         else:
             self._off_device(request, tier)
             self._stop(request, request.status)
 
+    def _copy_beside(self, tokens: int) -> float:
+        """Launch a copy behind those under way; when it ends."""
+        self._hold_s += self.cost.copy_launch_s
+        begins = max(self._copies_end, self.clock.now + self._hold_s)
+        self._copies_end = begins + self.cost.copy(tokens)
+        self.clock.at(self._copies_end, self._copy_ended)
+        return self._copies_end
+
+    def _copy_ended(self, _: object) -> None:
+        self.poke()
+
+    def _end_copies(self, now: float) -> None:
+        """Take in the copies that have ended by `now`."""
+        for request in [r for r, end in self.copying.items() if end <= now]:
+            del self.copying[request]
+            self.memory.give(request.kv_tokens)
+            self._stop(request, RequestStatus.HOST)
+        for request in [r for r, end in self.arriving.items() if end <= now]:
+            del self.arriving[request]
+            self.join(request)
+            self.watch(request)
+
     def _off_device(self, request: SimRequest, tier: KVTier) -> None:
+        """The engine waits until the KV has left the device."""
         tokens = request.kv_tokens
         if tier is KVTier.HOST:
             self.memory.to_host(tokens)
+            self._await_copies(self._copies_end)
             self._hold_s += self.cost.copy(tokens)
+            self._copies_end = max(self._copies_end, self.clock.now + self._hold_s)
             request.status = RequestStatus.HOST
             return
         self.memory.give(tokens)
@@ -213,15 +262,25 @@ class PascalInstance(Instance):
             self._waiting_tokens += request.kv_tokens
         self.planner.queue.spilled(request, request.status)
 
+    def _await_copies(self, end: float) -> None:
+        """The next pass does not begin before `end`."""
+        self._hold_s = max(self._hold_s, end - self.clock.now)
+
     def _fits(self, request: SimRequest) -> bool:
-        """An idle instance is asked to try whoever is first."""
-        return request.kv_tokens <= self.memory.free
+        """An idle instance is asked to try whoever is first, and some of what a plan gives away is
+        still being copied."""
+        keep = len(self.batch) + len(self.arriving) if self.copying else 0
+        return request.kv_tokens + keep <= self.memory.free
 
     def _resume(self, request: SimRequest) -> None:
         if request.status is RequestStatus.HOST:
             if not self._fits(request):
                 return
             self.memory.from_host(request.kv_tokens)
+            if self.cost.copies_beside:
+                self.planner.queue.started(request, self.pass_info)
+                self.arriving[request] = self._copy_beside(request.kv_tokens)
+                return
             self._hold_s += self.cost.copy(request.kv_tokens)
         self.planner.queue.started(request, self.pass_info)
         self.join(request)
@@ -241,6 +300,12 @@ class PascalInstance(Instance):
         """Requests that do not fit the next step give way (`PlanExecutor.relieve`)."""
         if self.memory.free >= len(self.batch):
             return
+        if self.copying:
+            last = max(self.copying.values())
+            self._await_copies(last)
+            self._end_copies(last)
+            if self.memory.free >= len(self.batch):
+                return
         for request in self.planner.queue.resident_worst_first(self.pass_info):
             assert isinstance(request, SimRequest)
             self._spill(request)
@@ -251,13 +316,15 @@ class PascalInstance(Instance):
             if len(self.batch) == 1 or self.memory.free >= len(self.batch):
                 return
             assert isinstance(request, SimRequest)
-            self.pause(request, None)
+            self.pause(request, None, beside=False)
 
     def waiting(self) -> tuple[int, int, int]:
         counts, priority_class = self.planner.queue.counts, self.planner.policy.reasoning_class
         thinking = sum(n for (lane_of, _), n in counts.items() if lane_of == priority_class)
         arrived = sum(request.prompt for request in self.inbox)
-        everybody = sum(counts.values()) + len(self.inbox) + len(self.filling)
+        copied = [*self.copying, *self.arriving]
+        thinking += sum(request.phase is Phase.REASONING for request in copied)
+        everybody = sum(counts.values()) + len(self.inbox) + len(self.filling) + len(copied)
         return thinking + len(self.inbox), everybody, self._waiting_tokens + arrived
 
     def takes_over(self, request: SimRequest) -> None:
@@ -292,8 +359,10 @@ class PascalInstance(Instance):
 
     def lets_go(self, request: SimRequest) -> bool:
         """A request moves away with its KV; False if it has none any more."""
-        if request in self.filling or (
-            request.status is RequestStatus.RUNNING and request not in self.batch
+        if (
+            request in self.filling
+            or request in self.copying
+            or (request.status is RequestStatus.RUNNING and request not in self.batch)
         ):
             return False
         if request in self.batch:

@@ -29,14 +29,16 @@ def load(source, requests, share, seed, instances=2, cost=SMALL):
     return draw(source, requests, cost.rate(*mean_lengths(source)) * instances * share, seed)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["blocking", "beside"])
 @pytest.mark.parametrize(("source", "seed"), [("arena-hard", 3), ("reasoning-heavy", 0)])
 @pytest.mark.parametrize("name", ARMS)
-def test_jumping_decides_as_stepping_does(name, source, seed, monkeypatch):
+def test_jumping_decides_as_stepping_does(name, source, seed, beside, monkeypatch):
     # A ranking kept for several passes depends on which pass made it.
     monkeypatch.setattr(victims, "KEEP_PASSES", 0)
     work = load(source, 70, 1.3, seed)
+    cost = dataclasses.replace(SMALL, copies_beside=beside)
     jumped, stepped = (
-        simulate(Setup(cost=SMALL, instances=2, step_by_step=steps), ARMS[name], work)
+        simulate(Setup(cost=cost, instances=2, step_by_step=steps), ARMS[name], work)
         for steps in (False, True)
     )
     for column in ("first_token", "reasoning_end", "first_answer", "finished", "qoe"):
@@ -54,11 +56,14 @@ def test_jumping_decides_as_stepping_does(name, source, seed, monkeypatch):
     host=st.sampled_from([0, 3000, 10**6]),
     slots=st.sampled_from([6, 256]),
     known=st.booleans(),
+    beside=st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
-def test_nothing_is_lost_under_any_load(arm, seed, share, capacity, host, slots, known):
+def test_nothing_is_lost_under_any_load(arm, seed, share, capacity, host, slots, known, beside):
     # `simulate` itself balances requests, tokens and memory.
-    cost = dataclasses.replace(SMALL, capacity=capacity, host=host, slots=slots)
+    cost = dataclasses.replace(
+        SMALL, capacity=capacity, host=host, slots=slots, copies_beside=beside
+    )
     work = load("alpacaeval", 60, share, seed, cost=cost)
     outcome = simulate(Setup(cost=cost, instances=2, knows_lengths=known), ARMS[arm], work)
     assert outcome.tokens == work.output_tokens
@@ -199,6 +204,32 @@ def test_figures_of_bins_and_big_prompts_by_hand():
 
 def found_e2e(outcome):
     return outcome.finished - outcome.arrival
+
+
+def test_copies_beside_the_decoding_by_hand():
+    """The first request, after its quantum, gives way to the third; the second runs meanwhile."""
+    slow = dataclasses.replace(SMALL, capacity=950, copy_token_s=1 / 550, prefill_token_s=5e-3)
+    work = Workload([0.0, 5.7, 6.3], [400, 50, 400], [300, 60, 50], [5, 5, 5])
+
+    def run(**changes):
+        setup = Setup(cost=dataclasses.replace(slow, **changes), instances=1, quantum=100)
+        outcome = simulate(setup, ARMS["rr-restart"], work)
+        assert outcome.pauses.tolist() == [1, 0, 0]
+        return outcome
+
+    blocking, beside = run(copies_beside=False), run(copies_beside=True, copy_launch_s=0.0)
+    launched = run(copies_beside=True, copy_launch_s=0.3)
+    copy_s = slow.copy(520)
+    # Decoding goes on while the copy runs, but for its launch.
+    assert blocking.finished[1] - beside.finished[1] > 0.8 * copy_s
+    assert launched.finished[1] - beside.finished[1] == pytest.approx(0.3, abs=0.05)
+    # Memory is free after the copy, and not before.
+    for outcome in (blocking, beside):
+        took = outcome.first_token[2] - outcome.arrival[2] - slow.prefill(400)
+        assert copy_s < took < copy_s + 0.1
+    # The request that comes back decodes after its own copy.
+    steps = (300 + 1 + 1 - 120) * slow.step_s
+    assert beside.first_answer[0] - beside.finished[2] > copy_s + 0.8 * steps
 
 
 def test_later_turns_come_after_their_pause_and_find_their_prefix():

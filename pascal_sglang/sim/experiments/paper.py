@@ -37,7 +37,7 @@ What the paper leaves undefined, and what was chosen here:
 11. Demotion counts all KV beyond the prompt.
 12. Bins of thinking length: end at {edges}; tails as the paper takes them (max below 10 samples,
     then P90, P95, P99), mean over seeds; bins below {enough} samples are not called best or worst.
-13. A pause copies KV over PCIe while the engine waits, as ours does; transfers between instances
+13. A pause copies KV over PCIe beside the decoding, as ours does; transfers between instances
     take turns on 100 Gbit/s links, and a moving request waits for its own.
 14. FCFS pauses whoever came last when memory runs out (vLLM swaps); RR counts quanta of the whole
     request.
