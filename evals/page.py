@@ -145,8 +145,8 @@ def _extent(results: Results) -> str:
 def _verdicts(results: Results) -> Iterable[str]:
     """A table per load: targets down, arms across."""
     if results.verdicts:
-        yield "<h2>Verdict</h2><p>Ratios to the best stock arm of each figure, with their range "
-        yield "over seeds.</p>"
+        yield "<h2>Verdict</h2><p>Ratios to the best stock arm of each figure, or to the arm that "
+        yield "a target names, with their range over seeds.</p>"
     for rate, by_arm in results.verdicts.items():
         lines = {arm: {t.name: t for t in targets} for arm, targets in by_arm.items()}
         names = dict.fromkeys(name for found in lines.values() for name in found)

@@ -15,7 +15,8 @@ from pascal_sglang.sim import cost as costs
 from pascal_sglang.sim import workload
 from pascal_sglang.sim.arms import ARMS, Arm, arm_of, with_inf
 from pascal_sglang.sim.cluster import Setup
-from pascal_sglang.sim.experiments import ablations, paper, tables
+from pascal_sglang.sim.experiments import ablations, paper, scenarios, tables
+from pascal_sglang.sim.experiments.provenance import provenance
 from pascal_sglang.sim.experiments.runs import Task, run_all
 from pascal_sglang.sim.figures import BIN_EDGES
 from pascal_sglang.sim.hardware import PRESETS, preset
@@ -53,14 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     single.add_argument(
         "--known-lengths", action="store_true", help="requests say how much they will generate"
     )
-    for each in (compared, alone, single):
+    regimes = ways.add_parser("scenarios", help="regimes, each with its targets and a verdict")
+    regimes.add_argument("names", nargs="*", metavar="NAME", help="of a scenario, or its file")
+    regimes.add_argument("--requests", type=_count, help="per run, instead of the scenario's")
+    for each in (compared, alone, single, regimes):
         each.add_argument("--arms", type=_arms, default=None, help="by comma; all by default")
-        each.add_argument("--seeds", type=_count, default=paper.SEEDS)
+        of_scenario = None if each is regimes else paper.SEEDS
+        each.add_argument("--seeds", type=_count, default=of_scenario)
         each.add_argument("--processes", type=_count, help="all cores by default")
         each.add_argument("--out", type=_file, help="JSON file for all figures")
     asked = parser.parse_args(argv)
     try:
-        return {"paper": _paper, "remedies": _remedies, "run": _run}[asked.way](asked)
+        ways_to = {"paper": _paper, "remedies": _remedies, "run": _run, "scenarios": _scenarios}
+        return ways_to[asked.way](asked)
     except (ValueError, OSError) as error:
         print(f"sim: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -135,20 +141,43 @@ def _run(asked: argparse.Namespace) -> int:
     return _save(rows, asked.out)
 
 
+def _scenarios(asked: argparse.Namespace) -> int:
+    began = time.monotonic()
+    chosen = scenarios.load_all(asked.names)
+    arms = scenarios.arms(asked.arms)
+    tasks = [task for each in chosen for task in each.tasks(arms, asked.seeds, asked.requests)]
+    rows = run_all(tasks, asked.processes)
+    lines, verdicts = scenarios.report(chosen, rows)
+    print("\n".join([*tables.report(rows), *lines]))
+    print(f"\n{len(rows)} runs, {_took(began)}")
+    return _save(rows, asked.out, verdicts=verdicts)
+
+
 def _took(began: float) -> str:
     return f"{time.monotonic() - began:.0f} s"
 
 
-def _save(rows: list[dict[str, Any]], out: Path | None) -> int:
+def _save(rows: list[dict[str, Any]], out: Path | None, **more: object) -> int:
     if out is not None:
-        out.write_text(
-            json.dumps(
-                {"simulated": list(BIN_EDGES), "command": sys.argv[1:], "runs": rows}, indent=1
-            )
-            + "\n"
-        )
+        told = {
+            "simulated": list(BIN_EDGES),
+            "provenance": provenance(sys.argv[1:]),
+            **more,
+        }
+        # A line per run.
+        runs = ",\n".join(json.dumps(_rounded(row)) for row in rows)
+        out.write_text(f'{json.dumps(told, indent=1)[:-2]},\n "runs": [\n{runs}\n]}}\n')
         print(f"written to {out}")
     return 0
+
+
+def _rounded(value: Any) -> Any:
+    """To six digits, which is more than any figure is good for."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _arms(text: str) -> list[Arm]:

@@ -76,6 +76,8 @@ ARMS = {
         Arm(name="fcfs", policy="fcfs"),
         Arm(name="rr", policy="rr"),
         Arm(name="rr-restart", policy="rr-restart"),
+        # Told apart from `pascal` by nothing but the order.
+        PASCAL.but("rr-restart+", policy="rr-restart"),
         PAPER,
         PAPER.but("paper-no-migration", migration="off"),
         PAPER.but("paper-non-adaptive", migration="always"),

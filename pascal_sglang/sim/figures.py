@@ -63,7 +63,8 @@ def figures(setup: Setup, workload: Workload, outcome: Outcome) -> dict[str, Any
     slowdown: TTFO over TTFO alone. worst_bin: the thinking-length bin with the highest tail of it.
     big_prompts: the tenth of the requests with the longest prompts. steadiness: P99 end-to-end
     times that arrivals last; below `STEADY_TIMES` a run is mostly ramp. blocking: end of thinking
-    to the first answering token. transfer: asking for a move to its KV being there. throughput:
+    to the first answering token. Violations and QoE are of human readers. ttfo_interactive,
+    ttfo_batch: by priority. transfer: asking for a move to its KV being there. throughput:
     output tokens per second of what had ended when the last request arrived. efficiency: tokens
     per second that instances were busy.
     """
@@ -75,14 +76,18 @@ def figures(setup: Setup, workload: Workload, outcome: Outcome) -> dict[str, Any
     tpot = (outcome.finished - outcome.first_answer)[several] / (answers[several] - 1)
     output = np.array(workload.thinking) + 1 + answers
     window = float(outcome.arrival.max())
+    none = [False] * len(workload)
+    program = np.array(workload.program or none)
+    interactive = np.array(workload.interactive or none)
+    qoe = outcome.qoe[~program]
     in_time = outcome.finished <= window
     found: dict[str, Any] = {
         "requests": len(workload),
         "steadiness": window / float(np.percentile(e2e, 99)),
         "tail_ttfo_by_bin": [tail(ttfo[mask]) for mask in bins(workload.thinking)],
         "bin_requests": [int(mask.sum()) for mask in bins(workload.thinking)],
-        "slo_violations": float((outcome.qoe < setup.slo).mean()),
-        "mean_qoe": float(outcome.qoe.mean()),
+        "slo_violations": float((qoe < setup.slo).mean()) if len(qoe) else 0.0,
+        "mean_qoe": float(qoe.mean()) if len(qoe) else 1.0,
         "throughput": float(output[in_time].sum() / window) if window > 0 else 0.0,
         "efficiency": outcome.tokens / outcome.busy_s,
         "moved": int(outcome.moved.sum()),
@@ -105,6 +110,9 @@ def figures(setup: Setup, workload: Workload, outcome: Outcome) -> dict[str, Any
         ("ttft", outcome.first_token - outcome.arrival),
         ("blocking", outcome.first_answer - outcome.reasoning_end),
         ("e2e", e2e),
+        ("e2e_program", e2e[program]),
+        ("ttfo_interactive", ttfo[interactive]),
+        ("ttfo_batch", ttfo[~interactive] if interactive.any() else ttfo[interactive]),
         ("answer_tpot", tpot),
         ("transfer", np.array(outcome.transfers_s)),
     ):

@@ -20,7 +20,7 @@ from pascal_sglang.sim.hardware import PRESETS
 from pascal_sglang.sim.loads.lengths import PRESETS as LENGTHS
 from pascal_sglang.sim.outcome import Outcome
 from pascal_sglang.sim.passes import Passes
-from pascal_sglang.sim.workload import Workload, draw, from_rows, mean_lengths
+from pascal_sglang.sim.workload import Shape, Workload, draw, from_rows, mean_lengths
 
 SMALL = dataclasses.replace(PRESETS["r1-qwen-32b-h100"], capacity=20000, host=60000)
 
@@ -319,3 +319,48 @@ def test_sources_are_those_of_the_load_generator():
         assert [i.prompt_tokens for i in items] == mine.prompt
         assert [i.thinking_tokens for i in items] == mine.thinking
         assert [i.answer_tokens for i in items] == mine.answer
+
+
+def test_shapes_are_those_of_the_load_generator():
+    from evals.workload import Recipe, build
+
+    shapes = {"burst_s": (20.0, 40.0)}, {"turns": 3.0, "pause_s": 5.0}
+    recipes = {"arrivals": "burst", "burst_on_s": 20.0, "burst_off_s": 40.0}, shapes[1]
+    for shape, recipe in zip(shapes, recipes, strict=True):
+        items = build(Recipe(source="servegen-r1", requests=60, rate=2.0, seed=3, **recipe))
+        mine = draw("servegen-r1", 60, 2.0, 3, Shape(**shape))
+        theirs = from_rows([dataclasses.asdict(item) for item in items])
+        for column in ("prompt", "thinking", "answer", "talk", "history", "follows", "pause_s"):
+            assert getattr(mine, column) == getattr(theirs, column), column
+        first = [i for i in range(60) if i not in mine.later]
+        assert [mine.arrival_s[i] for i in first] == [theirs.arrival_s[i] for i in first]
+
+
+def test_requests_that_fit_nowhere_are_left_out_with_the_turns_after_them():
+    for turns in (1.0, 4.0):
+        whole, cut = (
+            draw("servegen-r1", 400, 1.0, 0, Shape(turns=turns, fits=fits))
+            for fits in (1 << 60, 12000)
+        )
+        kv = [p + whole.output(i) for i, p in enumerate(whole.prompt)]
+        assert max(kv) > 12000 >= max(p + cut.output(i) for i, p in enumerate(cut.prompt))
+        assert len(cut) <= sum(tokens <= 12000 for tokens in kv)
+        simulate(Setup(cost=SMALL, instances=2), ARMS["pascal"], cut)
+
+
+def test_a_share_of_answers_is_read_by_programs_and_of_requests_is_interactive():
+    shape = Shape(programs=0.5, interactive=0.3)
+    work = draw("alpacaeval", 2000, 1.0, 0, shape)
+    assert np.mean(work.program) == pytest.approx(0.5, abs=0.05)
+    assert np.mean(work.interactive) == pytest.approx(0.3, abs=0.05)
+    plain = draw("alpacaeval", 2000, 1.0, 0)
+    assert (plain.prompt, plain.arrival_s) == (work.prompt, work.arrival_s)
+
+
+def test_violations_are_of_human_readers():
+    work = Workload([0.0, 100.0], [100] * 2, [50] * 2, [20] * 2, program=[True, False])
+    outcome = simulate(Setup(cost=SMALL, instances=1), ARMS["pascal"], work)
+    outcome.qoe[:] = 0.5, 1.0
+    found = figures(Setup(cost=SMALL, instances=1), work, outcome)
+    assert found["slo_violations"] == 0
+    assert found["mean_e2e_program"] == pytest.approx(outcome.finished[0])
