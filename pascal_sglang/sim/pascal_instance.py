@@ -81,7 +81,8 @@ class PascalInstance(Instance):
         for request, migration, handed_over in self._leaving:
             handed_over(request.migration is migration and self.lets_go(request))
         self._leaving.clear()
-        self._end_copies(self.clock.now)
+        if self.copying or self.arriving:
+            self._end_copies(self.clock.now)
         growing = len(self.batch) + len(self.filling) + len(self.arriving)
         short = self.memory.free < GROWTH * growing
         asked = self.stirred or self.again or self.step_by_step

@@ -12,6 +12,7 @@ from pascal_sglang.policy import victims
 from pascal_sglang.policy.placement import Placement
 from pascal_sglang.sim import controller
 from pascal_sglang.sim.arms import ARMS
+from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.cluster import Setup, simulate
 from pascal_sglang.sim.experiments import ablations, paper
 from pascal_sglang.sim.experiments.runs import run_all
@@ -158,6 +159,14 @@ def test_moves_that_ignore_the_override_are_never_refused():
     assert adaptive.refused_migrations > 0
     assert always.refused_migrations == 0
     assert always.moved.sum() == always.decisions["fewest_there"] + always.decisions["none_on_pace"]
+
+
+def test_a_status_does_not_reset_what_the_controller_counts_itself():
+    views = controller.Controller(ARMS["paper"], Clock(), [None], quantum=500)
+    view = views.views[0]
+    view.migrations, view.arriving, view.thinking = 3, 700, 5
+    views._recall(view)
+    assert (view.migrations, view.arriving, view.thinking) == (3, 700, 0)
 
 
 @pytest.mark.parametrize("status_s", [0.0, 0.02])
