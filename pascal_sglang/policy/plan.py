@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from pascal_sglang.policy.queue import WaitQueue
 from pascal_sglang.policy.ranking import PassInfo, Rank, Tuning
@@ -17,6 +18,8 @@ GROWTH = 4
 # Passes before displacement is tried again for a request for which it has just failed. Running
 # requests change rank but once in many passes, and looking at all of them costs.
 PATIENCE = 16
+# Requests behind a blocked first in line that a pass looks at.
+BACKFILL_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,14 @@ class Planner:
         self.accounting = accounting or KVAccounting()
         self.queue = WaitQueue(policy, tuning)
         self.victims = Victims(policy, tuning)
-        self._blocked: RequestState | None = None
+        # The last request for which displacement failed, its rank then, and the pass from which on
+        # to try again for the same request of the same rank.
+        self._gave_up: tuple[RequestState, Rank] | None = None
         self._look_again = 0
+        # The last look at the requests behind a blocked one, if none could start: that one and the
+        # state of the queue, and the least budget with which one of them could have started.
+        self._seen: tuple[RequestState, int] | None = None
+        self._least_budget = 0
 
     def plan(
         self,
@@ -90,7 +99,7 @@ class Planner:
         running: requests that decode. joining: requests that come out of a prefill in this pass and
         cannot be paused yet. A request is paused only if the decode step would run out of memory,
         or if a request of strictly lower rank starts with what the pause gives back. No request
-        starts beyond memory and slots.
+        starts beyond memory and slots. The queue is served in order, but for `backfill`.
         """
         budget = (
             capacity.free_tokens + capacity.releasing_tokens - GROWTH * (len(running) + joining)
@@ -101,7 +110,8 @@ class Planner:
         builder.free_for_decode()
         start: list[RequestState] = []
         blocked: RequestState | None = None
-        for request in self.queue.best_first(pass_info):
+        in_line = self.queue.best_first(pass_info)
+        for request in in_line:
             if request in builder.spilled:
                 blocked = request  # It has just given way; no request behind it goes first.
                 break
@@ -113,10 +123,11 @@ class Planner:
                     start.append(request)  # An idle instance: let the engine try, or refuse it.
                 blocked = request
                 break
-            builder.budget -= need
-            builder.slots -= 1
-            builder.starting.add(request)
+            builder.start(request, need)
             start.append(request)
+        if blocked is not None and blocked not in start:
+            start += self.backfill(blocked, in_line, builder)
+        in_line.close()
         builder.free_for_decode(allow_better=True)
         builder.park_what_fits()
         return Plan(
@@ -128,6 +139,41 @@ class Planner:
             "" if blocked is None else builder.shortage,
         )
 
+    def backfill(
+        self, blocked: RequestState, behind: Generator[RequestState], builder: PlanBuilder
+    ) -> list[RequestState]:
+        """Start requests `behind` a first in line that does not fit, in memory it cannot use.
+
+        Each fits with a quantum to grow, so that it does not have to give way at once, and no
+        request gives way in the same pass. Once the first in line has waited for
+        `Tuning.backfill` quanta-lengths of passes, it is served before all others.
+        """
+        waited = builder.pass_info.pass_no - blocked.since_pass
+        if not self.policy.backfills or waited >= self.tuning.backfill * self.tuning.quantum:
+            return []
+        if builder.paused or builder.spilled or builder.slots < 1:
+            return []
+        sight = (blocked, self.queue.changes)
+        if sight == self._seen and builder.budget < self._least_budget:
+            return []
+        found: list[RequestState] = []
+        least = 1 << 60
+        for request in islice(behind, BACKFILL_DEPTH):
+            need = max(self._headroom(request), min(self.tuning.quantum, request.remaining))
+            if need <= builder.budget:
+                need += self.accounting.required(request)
+            if need > builder.budget:
+                least = min(least, need)
+                continue
+            builder.start(request, need)
+            found.append(request)
+            if builder.slots < 1:
+                break
+        # A request found here may not get to start, and is found again then.
+        self._seen = None if found else sight
+        self._least_budget = least
+        return found
+
     def is_content(self, spare_tokens: int) -> bool:
         """Whether there is nothing to decide: no request waits, and with `spare_tokens` left after
         the next steps none has to give way."""
@@ -136,12 +182,14 @@ class Planner:
     def _headroom(self, request: RequestState) -> int:
         return max(GROWTH, min(self.tuning.headroom, request.remaining))
 
-    def stays_blocked(self, request: RequestState, pass_info: PassInfo) -> bool:
-        return request is self._blocked and pass_info.pass_no < self._look_again
+    def stays_blocked(self, request: RequestState, rank: Rank, pass_no: int) -> bool:
+        """Whether displacement failed recently for `request` at this `rank`."""
+        return (request, rank) == self._gave_up and pass_no < self._look_again
 
-    def gave_up_on(self, request: RequestState, pass_info: PassInfo) -> None:
-        self._blocked = request
-        self._look_again = pass_info.pass_no + PATIENCE
+    def gave_up_on(self, request: RequestState, rank: Rank, pass_no: int) -> None:
+        """Note that displacement failed for `request` at this `rank`."""
+        self._gave_up = (request, rank)
+        self._look_again = pass_no + PATIENCE
 
 
 class PlanBuilder:
@@ -167,6 +215,12 @@ class PlanBuilder:
         self.shortage = "memory"
         self._parked: list[RequestState] | None = None
         self._gave: dict[RequestState, int] = {}
+
+    def start(self, request: RequestState, need: int) -> None:
+        """`request` starts, and `need` KV entries are kept for it."""
+        self.budget -= need
+        self.slots -= 1
+        self.starting.add(request)
 
     def free_for_decode(self, *, allow_better: bool = False) -> None:
         """Free KV for the next decode steps.
@@ -207,12 +261,12 @@ class PlanBuilder:
         spills = self._spills(tokens, besides=request)
         tokens -= sum(planner.accounting.reclaimable(r) for r in spills)
         if tokens > 0 or slots > 0:
-            if planner.stays_blocked(request, self.pass_info):
-                return False
             rank = planner.policy.rank(request, self.pass_info, planner.tuning)
+            if planner.stays_blocked(request, rank, self.pass_info.pass_no):
+                return False
             victims = self._displaced(rank, tokens, slots)
             if victims is None:
-                planner.gave_up_on(request, self.pass_info)
+                planner.gave_up_on(request, rank, self.pass_info.pass_no)
                 return False
             for victim in victims:
                 self._pause(victim)

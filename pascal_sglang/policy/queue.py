@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 
 from pascal_sglang.policy.ranking import PassInfo, Rank, Tuning, credit_of
@@ -26,12 +26,15 @@ class WaitQueue:
     counts: Counter[tuple[int, RequestStatus]]
     # Paused requests whose KV is on the device, in the order in which they came.
     resident: dict[RequestState, None]
+    # Grows whenever a request comes, goes, or changes what orders it.
+    changes: int
 
     def __init__(self, policy: Policy, tuning: Tuning) -> None:
         self.policy = policy
         self.tuning = tuning
         self.counts = Counter()
         self.resident = {}
+        self.changes = 0
         self._classes: dict[int, list[Entry]] = {}
         self._size = 0
 
@@ -65,6 +68,7 @@ class WaitQueue:
             request.ticket += 1
             self.counts[request.priority_class, request.status] -= not request.internal
             self._size -= 1
+            self.changes += 1
 
     def recount(self, requests: Iterable[RequestState]) -> None:
         """Make the queue anew from the requests that truly wait."""
@@ -85,6 +89,7 @@ class WaitQueue:
         heapq.heappush(entries, (key, request.seq, request.ticket, request))
         self.counts[request.priority_class, request.status] += not request.internal
         self._size += 1
+        self.changes += 1
         if request.status is RequestStatus.RESIDENT:
             self.resident[request] = None
 
@@ -112,7 +117,7 @@ class WaitQueue:
         """Paused requests whose KV is on the device; the one that resumes last comes first."""
         return self.ranked(self.resident, pass_info)[::-1]
 
-    def best_first(self, pass_info: PassInfo) -> Iterator[RequestState]:
+    def best_first(self, pass_info: PassInfo) -> Generator[RequestState]:
         """The requests in the queue by `(rank, key, seq)`; the queue stays as it is."""
         taken: list[tuple[list[Entry], Entry]] = []
         try:

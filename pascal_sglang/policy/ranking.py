@@ -46,6 +46,7 @@ class Tuning:
         costs two copies of its KV, and what it gives back is wanted again soon.
     guard: an answer this close to running dry, in tokens of its reader's pace, comes first.
     headroom: tokens somebody who starts must be able to grow by, unless it ends its phase sooner.
+    backfill: quanta-lengths of passes that the first in line waits before nothing behind it starts.
     """
 
     quantum: int = 500
@@ -56,6 +57,7 @@ class Tuning:
     settle: float = 1.0
     guard: int = 2
     headroom: int = 32
+    backfill: int = 32
 
 
 @dataclass(frozen=True, slots=True)

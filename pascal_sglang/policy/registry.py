@@ -39,6 +39,8 @@ class Policy:
     reasoning_class: int = 0
     # A rank that none exceeds, if there is one.
     worst: Rank | None = None
+    # Whether requests behind a first in line that does not fit may start (`Planner.backfill`).
+    backfills: bool = False
     # When ranks change.
     forecast: RankForecast = ANY_PASS
     # How instances are chosen; None: by SGLang's own balancing.
@@ -55,6 +57,7 @@ POLICIES = {
         class_names=("urgent_answer", "settling_answer", "thinking", "demoted", "answer"),
         reasoning_class=ranking.THINKING,
         worst=ranking.AHEAD_RANK,
+        backfills=True,
         forecast=RankForecast(quanta="phase", demotes=True, paced=True),
         placement=PlacementRule(),
     ),

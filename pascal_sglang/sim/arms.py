@@ -24,6 +24,8 @@ class Arm:
     lazy: move only from memory pressure to room. live: copy while the source decodes.
     prefixes: a prefix that an instance was sent before weighs in its favour.
     predict: new requests go where their answer is expected first, not to the smallest footprint.
+    backfills: whether requests start behind a first in line that does not fit; None: as the policy
+        says.
     tuning: numbers of the policy that differ from `Tuning`.
     """
 
@@ -37,13 +39,19 @@ class Arm:
     live: bool = False
     prefixes: bool = False
     predict: bool = False
-    unlimited: bool = False
+        # Told apart from `pascal` by nothing but the order.
+        PASCAL.but("rr-restart+", policy="rr-restart", backfills=True),
     tuning: tuple[tuple[str, float | str], ...] = ()
 
     @property
     def record(self) -> Policy | None:
         """All that is known of the policy; None for SGLang's own scheduling."""
-        return None if self.policy == STOCK else find(self.policy)
+        if self.policy == STOCK:
+            return None
+        policy = find(self.policy)
+        if self.backfills is None:
+            return policy
+        return dataclasses.replace(policy, backfills=self.backfills)
 
     def but(self, name: str, **changes: object) -> Arm:
         """The same arm with something changed, under another name."""
@@ -76,8 +84,12 @@ ARMS = {
         Arm(name="fcfs", policy="fcfs"),
         Arm(name="rr", policy="rr"),
         Arm(name="rr-restart", policy="rr-restart"),
+<<<<<<< HEAD
         # Told apart from `pascal` by nothing but the order.
         PASCAL.but("rr-restart+", policy="rr-restart"),
+=======
+        Arm(name="rr-restart-backfill", policy="rr-restart", backfills=True),
+>>>>>>> policy18
         PAPER,
         PAPER.but("paper-no-migration", migration="off"),
         PAPER.but("paper-non-adaptive", migration="always"),

@@ -12,7 +12,7 @@ from pascal_sglang.policy.rank_forecast import NEVER
 from pascal_sglang.policy.ranking import (
     PREFIX_HEAD_START,
     REACTION_PASSES,
-    PassInfo,
+    Rank,
     is_demoted,
     urgent_at,
 )
@@ -43,7 +43,7 @@ class PascalInstance(Instance):
         self.costs = Costs(self.cost.copy_s, self.cost.copy_token_s)
         self.knows_lengths = knows_lengths
         self.pauses = dict.fromkeys(KVTier, 0)
-        self._blocked: SimRequest | None = None
+        self._blocked: tuple[SimRequest, Rank] | None = None
         self._tried_pass = 0
         self._pending = False
         self._hurry: list[tuple[float, int, float, SimRequest]] = []
@@ -126,7 +126,7 @@ class PascalInstance(Instance):
             return
         passed = self.passes.count - self._tried_pass
         self._tried_pass += max(0, passed - 1) // PATIENCE * PATIENCE
-        self.planner.gave_up_on(self._blocked, PassInfo(self._tried_pass, 0.0, 0.0))
+        self.planner.gave_up_on(*self._blocked, self._tried_pass)
 
     def _note(self, plan: Plan) -> None:
         """Keep track of whether displacement was tried for the best who is blocked, as the planner
@@ -139,8 +139,9 @@ class PascalInstance(Instance):
         self.again = bool(plan.start or plan.pause or plan.spill)
         if blocked is None or blocked in plan.spill:
             return
-        if blocked is not self._blocked or self.passes.count >= self._tried_pass + PATIENCE:
-            self._blocked, self._tried_pass = blocked, self.passes.count
+        tried = (blocked, self.planner.policy.rank(blocked, self.pass_info, self.tuning))
+        if tried != self._blocked or self.passes.count >= self._tried_pass + PATIENCE:
+            self._blocked, self._tried_pass = tried, self.passes.count
         else:
             self._pending = True
 
@@ -153,7 +154,7 @@ class PascalInstance(Instance):
         batch = self.batch
         if self._pending:
             step = batch.steps + self._tried_pass + PATIENCE - self.passes.count
-        blocked = self._blocked
+        blocked = None if self._blocked is None else self._blocked[0]
         if self.forecast.paced and blocked is not None and self.planner.queue.holds(blocked):
             age = self.tuning.ageing * self.tuning.quantum
             waited = self.passes.count - blocked.since_pass + blocked.head_start

@@ -1,11 +1,13 @@
 """Promises of the plan, for every policy, under random situations."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, Plan, Planner
+from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, KVAccounting, Plan, Planner
 from pascal_sglang.policy.ranking import AHEAD, URGENT, PassInfo, Tuning, is_demoted
 from pascal_sglang.policy.registry import POLICIES
 from pascal_sglang.policy.request import RequestState, RequestStatus
@@ -307,3 +309,100 @@ def test_waiting_is_bounded_under_endless_new_thinkers():
         running.phase_tokens += 1
         running.total_tokens += 1
     pytest.fail(f"starved for more than {bound} passes")
+
+
+BACKFILLING = sorted(name for name in SCHEDULING if POLICIES[name].backfills)
+
+
+@given(st.sampled_from(BACKFILLING), situation())
+@settings(max_examples=300, deadline=None)
+def test_backfill_takes_only_memory_that_nobody_ahead_can_use(policy, case):
+    """Who starts behind a blocked request has a quantum of room, and nobody gives way for it."""
+    running, others, capacity = case
+    planner, plan = decide(policy, running, others, capacity)
+    if plan.blocked is None or plan.blocked in plan.start:
+        return
+    place = place_in(planner)
+    behind = [m for m in plan.start if place(m) > place(plan.blocked)]
+    if not behind:
+        return
+    assert not plan.pause
+    assert not plan.spill
+    assert MOMENT.pass_no - plan.blocked.since_pass < TUNING.backfill * TUNING.quantum
+    before = [m for m in plan.start if m not in behind]
+    left = capacity.free_tokens + capacity.releasing_tokens - GROWTH * len(running)
+    left -= sum(needs(m) + HEADROOM for m in before)
+    assert sum(needs(m) + TUNING.quantum for m in behind) <= left
+    assert len(plan.start) <= capacity.slots
+
+
+def test_the_first_in_line_waits_no_longer_for_backfill_than_its_bound():
+    """A big prompt, room for it only in an empty instance, and always a small one behind it."""
+    tuning = dataclasses.replace(TUNING, ageing=100)  # Ageing does not help it before.
+    planner = Planner(POLICIES["pascal"], tuning)
+    big = RequestState(0, Pacer(TPOT), RequestStatus.WAITING, kv_tokens=900)
+    planner.queue.add(big)
+    bound, overtaken = TUNING.backfill * TUNING.quantum, 0
+    running = [RequestState(10**6, Pacer(TPOT), RequestStatus.RUNNING, kv_tokens=80)]
+    for pass_no in range(1, bound + TUNING.quantum):
+        pass_info = PassInfo(pass_no, NOW, 0.01)
+        small = RequestState(pass_no, Pacer(TPOT), kv_tokens=20, since_pass=pass_no)
+        planner.queue.add(small)
+        free = 1000 - sum(m.kv_tokens + m.total_tokens for m in running)
+        plan = planner.plan(running, Capacity(free, 0, 9), pass_info)
+        if big in plan.start:
+            assert pass_no >= bound, "until then the small ones use the memory"
+            assert overtaken > bound / TUNING.quantum
+            return
+        for m in plan.start:
+            planner.queue.started(m, pass_info)
+            running.append(m)
+            overtaken += 1
+        planner.queue.remove(small)
+        for m in running:
+            m.total_tokens += 1
+            m.phase_tokens += 1
+        running = [m for m in running if m.total_tokens < TUNING.quantum - 1]
+    pytest.fail(f"the first in line waited for more than {bound + TUNING.quantum} passes")
+
+
+def test_a_pass_that_cannot_find_anybody_new_does_not_look():
+    asked: list[int] = []
+
+    def required(m):
+        asked.append(m.seq)
+        return needs(m)
+
+    planner = Planner(POLICIES["pascal"], TUNING, KVAccounting(required=required))
+    queue = [RequestState(i, Pacer(TPOT), kv_tokens=kv) for i, kv in enumerate((900, 300, 400))]
+    for m in queue:
+        planner.queue.stopped(m, RequestStatus.WAITING, PassInfo(1, NOW, 0.01))
+    running = [RequestState(9, Pacer(TPOT), RequestStatus.RUNNING, kv_tokens=500)]
+
+    def looked_at(pass_no, free):
+        asked.clear()
+        plan = planner.plan(running, Capacity(free, 0, 9), PassInfo(pass_no, NOW, 0.01))
+        return plan.start, asked[1:]
+
+    assert looked_at(2, 200) == ((), [1, 2])
+    assert looked_at(3, 200) == ((), [])
+    assert looked_at(4, 300 + TUNING.quantum + GROWTH - 1) == ((), [])
+    assert looked_at(5, 300 + TUNING.quantum + GROWTH) == ((queue[1],), [1])
+    assert looked_at(6, 300 + TUNING.quantum + GROWTH) == ((queue[1],), [1]), "it did not start"
+    planner.queue.started(queue[1], PassInfo(6, NOW, 0.01))
+    assert looked_at(7, 200) == ((), [2])
+    fresh = RequestState(8, Pacer(TPOT), kv_tokens=100)
+    planner.queue.stopped(fresh, RequestStatus.WAITING, PassInfo(7, NOW, 0.01))
+    assert looked_at(8, 200) == ((fresh,), [2, 8])
+
+
+def test_an_answer_that_turns_urgent_while_it_is_first_in_line_starts_at_once():
+    """Displacement failed for it as an answer with slack; that says nothing about it in a hurry."""
+    pacer = Pacer(TPOT, delivered=5, last_shown=NOW + 1)
+    answer = RequestState(0, pacer, RequestStatus.HOST, Phase.ANSWERING, 5, 50, kv_tokens=50)
+    thinker = RequestState(1, Pacer(TPOT), RequestStatus.RUNNING, kv_tokens=90)
+    planner = planner_with("pascal", [answer])
+    calm = planner.plan([thinker], Capacity(10, 0, 4), PassInfo(1, NOW, 0.01))
+    assert calm == Plan(blocked=answer, shortage="rank")
+    hurried = planner.plan([thinker], Capacity(10, 0, 4), PassInfo(2, NOW + 1, 0.01))
+    assert (hurried.pause, hurried.start) == ((thinker,), (answer,))
