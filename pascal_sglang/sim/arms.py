@@ -39,8 +39,8 @@ class Arm:
     live: bool = False
     prefixes: bool = False
     predict: bool = False
-        # Told apart from `pascal` by nothing but the order.
-        PASCAL.but("rr-restart+", policy="rr-restart", backfills=True),
+    unlimited: bool = False
+    backfills: bool | None = None
     tuning: tuple[tuple[str, float | str], ...] = ()
 
     @property
@@ -86,9 +86,8 @@ ARMS = {
         Arm(name="rr-restart", policy="rr-restart"),
 <<<<<<< HEAD
         # Told apart from `pascal` by nothing but the order.
-        PASCAL.but("rr-restart+", policy="rr-restart"),
+        PASCAL.but("rr-restart+", policy="rr-restart", backfills=True),
 =======
-        Arm(name="rr-restart-backfill", policy="rr-restart", backfills=True),
 >>>>>>> policy18
         PAPER,
         PAPER.but("paper-no-migration", migration="off"),
