@@ -84,11 +84,8 @@ ARMS = {
         Arm(name="fcfs", policy="fcfs"),
         Arm(name="rr", policy="rr"),
         Arm(name="rr-restart", policy="rr-restart"),
-<<<<<<< HEAD
         # Told apart from `pascal` by nothing but the order.
         PASCAL.but("rr-restart+", policy="rr-restart", backfills=True),
-=======
->>>>>>> policy18
         PAPER,
         PAPER.but("paper-no-migration", migration="off"),
         PAPER.but("paper-non-adaptive", migration="always"),
