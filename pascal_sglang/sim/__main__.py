@@ -20,6 +20,7 @@ from pascal_sglang.sim.experiments.provenance import provenance
 from pascal_sglang.sim.experiments.runs import Task, run_all
 from pascal_sglang.sim.figures import BIN_EDGES
 from pascal_sglang.sim.hardware import PRESETS, preset
+from pascal_sglang.sim.workload import Shape
 
 EXIT_BAD_INPUT = 2
 
@@ -129,6 +130,7 @@ def _run(asked: argparse.Namespace) -> int:
             rate=rate,
             requests=requests,
             seed=seed,
+            shape=Shape(fits=setup.cost.capacity),
             workload=given,
         )
         for arm in with_inf(asked.arms or list(ARMS.values()))

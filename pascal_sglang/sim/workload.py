@@ -131,11 +131,14 @@ class Means(NamedTuple):
 
 
 @functools.cache
-def mean_lengths(source: str, samples: int = 100_000) -> Means:
+def mean_lengths(source: str, fits: int = PLAIN.fits, samples: int = 100_000) -> Means:
+    """Of the requests that need no more than `fits` KV tokens."""
     found = _sample(source, np.random.default_rng(0), samples)
     output = found.thinking + found.answer + 1.0
-    held = (output * (found.prompt + output / 2)).sum() / output.sum()
-    return Means(float(found.prompt.mean()), float(output.mean()), float(held))
+    left = found.prompt + output <= fits
+    prompt, output = found.prompt[left], output[left]
+    held = (output * (prompt + output / 2)).sum() / output.sum()
+    return Means(float(prompt.mean()), float(output.mean()), float(held))
 
 
 def _sample(source: str, rng: np.random.Generator, requests: int) -> Sampled:

@@ -357,6 +357,16 @@ def test_requests_that_fit_nowhere_are_left_out_with_the_turns_after_them():
         simulate(Setup(cost=SMALL, instances=2), ARMS["pascal"], cut)
 
 
+def test_loads_are_of_the_requests_that_fit():
+    setup = Setup(cost=PRESETS["r1-qwen-32b-h100-80"], instances=1)
+    work = draw("servegen-r1", 20_000, 1.0, 1, Shape(fits=setup.cost.capacity))
+    output = np.array([work.output(i) for i in range(len(work))])
+    prompt = np.array(work.prompt)
+    held = (output * (prompt + output / 2)).sum() / output.sum()
+    whole = setup.cost.rate(prompt.mean(), output.mean(), held)
+    assert paper.rate("servegen-r1", 0.7, setup) == pytest.approx(0.7 * whole, rel=0.03)
+
+
 def test_a_share_of_answers_is_read_by_programs_and_of_requests_is_interactive():
     shape = Shape(programs=0.5, interactive=0.3)
     work = draw("alpacaeval", 2000, 1.0, 0, shape)

@@ -61,8 +61,9 @@ def choices(requests: int) -> str:
 
 
 def rate(source: str, share: float, setup: Setup) -> float:
-    """Requests per second of a load."""
-    return share * setup.instances * setup.cost.rate(*mean_lengths(source))
+    """Requests per second of a load, of those that fit an instance."""
+    cost = setup.cost
+    return share * setup.instances * cost.rate(*mean_lengths(source, cost.capacity))
 
 
 def tasks(
