@@ -16,7 +16,7 @@ from pascal_sglang.policy.timeline import Phase
 
 Rank = tuple[int, int]
 
-URGENT, SETTLING, THINKING, DEMOTED, AHEAD = range(5)
+OVERDUE, URGENT, SETTLING, THINKING, DEMOTED, AHEAD = range(6)
 HIGH, LOW = range(2)
 URGENT_RANK, SETTLING_RANK, AHEAD_RANK = (URGENT, 0), (SETTLING, 0), (AHEAD, 0)
 
@@ -37,10 +37,13 @@ class Tuning:
     """Numbers of the policies; token counts unless said otherwise.
 
     quantum: tokens a request runs before its rank falls behind those that ran less.
-    demote: a thinker longer than this loses its place before all other thinkers.
+    demote: a thinker longer than this falls behind: by `demotion` quanta under `pascal`, behind all
+        other thinkers under `paper`.
     demote_on: what counts towards that: `kv`, all tokens it generated, or `thinking`, its thinking
         tokens alone (they differ for models that write before they open their thinking).
+    demotion: quanta that a demoted thinker counts as having run besides its own.
     ageing: quanta-lengths of passes a request waits to be forgiven one quantum.
+    overdue: a thinker forgiven this many quanta more than it has run goes before answers too.
     burst: an answer brought back is urgent until it has this many tokens of lead.
     settle: until it has this many quanta of lead, thinking does not displace it either: a pause
         costs two copies of its KV, and what it gives back is wanted again soon.
@@ -52,7 +55,9 @@ class Tuning:
     quantum: int = 500
     demote: int = 5000
     demote_on: str = "kv"
-    ageing: int = 4
+    demotion: int = 4
+    ageing: int = 8
+    overdue: int = 2
     burst: int = 24
     settle: float = 1.0
     guard: int = 2
@@ -85,16 +90,22 @@ def credit_of(request: RequestState, tuning: Tuning) -> int:
     return request.credit
 
 
-def quanta(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> int:
-    """Consumed quanta in this phase, less what waiting has earned; negative after a long wait.
-
-    Bound on starvation: nobody's count grows while it waits, so after at most
-    `ageing * quantum * (quanta + 1)` passes a waiting request outranks every request of its class
-    that has not waited as long.
-    """
+def consumed_quanta(request: RequestState, tuning: Tuning) -> int:
+    """Quanta run in this phase, with demotion, less what earlier waiting has earned."""
     consumed = request.phase_tokens // tuning.quantum
     if request.credit:
         consumed -= credit_of(request, tuning)
+    return consumed + tuning.demotion if is_demoted(request, tuning) else consumed
+
+
+def quanta(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> int:
+    """Consumed quanta in this phase, less what waiting has earned; negative after a long wait.
+
+    Bound on starvation: no count grows while its request waits, so after
+    `ageing * quantum * (consumed + overdue)` passes a waiting request is overdue. From then on it
+    outranks every answer, and every thinker that has waited a quantum's ageing less than that.
+    """
+    consumed = consumed_quanta(request, tuning)
     if request.status is RequestStatus.RUNNING:
         return consumed
     waited = pass_info.pass_no - request.since_pass + request.head_start
@@ -104,11 +115,14 @@ def quanta(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> int:
 def served(request: RequestState, tuning: Tuning) -> float:
     """The pass at which a request of no quanta would have come to stand where this one stands: the
     order of `quanta` while everybody waits, without the clock."""
-    consumed = request.phase_tokens // tuning.quantum
-    if request.credit:
-        consumed -= credit_of(request, tuning)
+    consumed = consumed_quanta(request, tuning)
     stands_since = request.since_pass - request.head_start
     return consumed * tuning.ageing * tuning.quantum + stands_since
+
+
+def overdue_at(request: RequestState, tuning: Tuning) -> float:
+    """The pass in which a thinker that waits is overdue."""
+    return served(request, tuning) + tuning.overdue * tuning.ageing * tuning.quantum
 
 
 def is_demoted(request: RequestState, tuning: Tuning) -> bool:
@@ -119,14 +133,14 @@ def is_demoted(request: RequestState, tuning: Tuning) -> bool:
 
 
 def pascal(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
-    """Answers about to run dry, then those that have just come back, then thinking, then demoted
-    thinking, then answers with slack."""
+    """Answers about to run dry, then those that have just come back, then thinking, then answers
+    with slack. Thinking that has waited for very long goes before all of them."""
     if request.phase is Phase.ANSWERING:
         if is_urgent(request, pass_info, tuning):
             return URGENT_RANK
         return SETTLING_RANK if is_settling(request, pass_info, tuning) else AHEAD_RANK
-    priority_class = DEMOTED if is_demoted(request, tuning) else THINKING
-    return (priority_class, quanta(request, pass_info, tuning))
+    count = quanta(request, pass_info, tuning)
+    return (THINKING if count > -tuning.overdue else OVERDUE, count)
 
 
 def is_urgent(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> bool:

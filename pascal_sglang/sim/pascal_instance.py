@@ -14,6 +14,7 @@ from pascal_sglang.policy.ranking import (
     REACTION_PASSES,
     Rank,
     is_demoted,
+    overdue_at,
     urgent_at,
 )
 from pascal_sglang.policy.registry import Policy
@@ -47,6 +48,7 @@ class PascalInstance(Instance):
         self._tried_pass = 0
         self._pending = False
         self._hurry: list[tuple[float, int, float, SimRequest]] = []
+        self._overdue: list[tuple[float, int, float, SimRequest]] = []
         self._hurried = 0
         self._waiting_tokens = 0
         self.copying: dict[SimRequest, float] = {}
@@ -146,8 +148,8 @@ class PascalInstance(Instance):
             self._pending = True
 
     def next_look(self) -> int:
-        """Who is paused may get in a hurry, who waits may have waited long enough, and what could
-        not be tried may be tried again."""
+        """A paused answer may get in a hurry, a waiting thinker may be forgiven a quantum or be
+        overdue, and what could not be tried may be tried again."""
         step = NEVER
         if not self.planner.queue:
             return step
@@ -160,22 +162,32 @@ class PascalInstance(Instance):
             waited = self.passes.count - blocked.since_pass + blocked.head_start
             step = min(step, batch.steps + age - waited % age)
         hurry = self._hurry
-        while hurry:
-            at, _, since, request = hurry[0]
-            if (
-                request.status is RequestStatus.RUNNING
-                or request.since != since
-                or not self.planner.queue.holds(request)
-            ):
-                heapq.heappop(hurry)
-                continue
-            when = at - REACTION_PASSES * self.passes.mean_s
+        if self._first_waits(hurry):
+            when = hurry[0][0] - REACTION_PASSES * self.passes.mean_s
             if when < self.clock.now:
                 heapq.heappop(hurry)
                 return batch.steps
             step = min(step, batch.steps_by(when) + 1)
-            break
+        if self._first_waits(self._overdue):
+            at = int(self._overdue[0][0])
+            if at <= self.passes.count:
+                heapq.heappop(self._overdue)
+                return batch.steps
+            step = min(step, batch.steps + at - self.passes.count)
         return step
+
+    def _first_waits(self, due: list[tuple[float, int, float, SimRequest]]) -> bool:
+        """Drop from the top of `due` the requests that have run since; whether one is left."""
+        while due:
+            _, _, since, request = due[0]
+            if (
+                request.status is not RequestStatus.RUNNING
+                and request.since == since
+                and self.planner.queue.holds(request)
+            ):
+                return True
+            heapq.heappop(due)
+        return False
 
     def _wait(self, request: SimRequest) -> None:
         request.status = RequestStatus.WAITING
@@ -193,8 +205,13 @@ class PascalInstance(Instance):
         if status is RequestStatus.WAITING:
             self._waiting_tokens += request.kv_tokens
         self.planner.queue.stopped(request, status, self.pass_info)
-        if self.forecast.paced and request.phase is Phase.ANSWERING and request.pacer.delivered:
-            self._hurried += 1
+        if not self.forecast.paced:
+            return
+        self._hurried += 1
+        if request.phase is Phase.REASONING:
+            at = overdue_at(request, self.tuning)
+            heapq.heappush(self._overdue, (at, self._hurried, request.since, request))
+        elif request.pacer.delivered:
             at = urgent_at(request, self.tuning)
             heapq.heappush(self._hurry, (at, self._hurried, request.since, request))
 

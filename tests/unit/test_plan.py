@@ -1,6 +1,7 @@
 """Promises of the plan, for every policy, under random situations."""
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, KVAccounting, Plan, Planner
-from pascal_sglang.policy.ranking import AHEAD, URGENT, PassInfo, Tuning, is_demoted
+from pascal_sglang.policy.ranking import AHEAD, OVERDUE, URGENT, PassInfo, Tuning, is_demoted
 from pascal_sglang.policy.registry import POLICIES
 from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
@@ -205,7 +206,8 @@ def test_an_answer_about_to_run_dry_comes_back_if_any_order_allows(case):
         return planner.policy.rank(m, MOMENT, TUNING)[0] == URGENT
 
     dry = sorted((m for m in others if urgent(m)), key=place_in(planner))
-    if not dry:
+    ranks = [planner.policy.rank(m, MOMENT, TUNING)[0] for m in others]
+    if not dry or OVERDUE in ranks:
         return
     yielding = [m for m in running if m.pausable and not urgent(m)]
     most = capacity.free_tokens + capacity.releasing_tokens - GROWTH * len(running)
@@ -218,7 +220,10 @@ def test_an_answer_that_came_back_settles_before_thinking_displaces_it():
     """Its lead grows to `settle` quanta first; one about to run dry does not wait for that."""
     pacer = Pacer(TPOT, delivered=5, last_shown=NOW + 1.5)  # More than a burst, less than settled.
     back = RequestState(0, pacer, RequestStatus.RUNNING, Phase.ANSWERING, 5, 50, kv_tokens=90)
-    thinker, later = (RequestState(seq, Pacer(TPOT), kv_tokens=50) for seq in (1, 2))
+    since = MOMENT.pass_no
+    thinker, later = (
+        RequestState(seq, Pacer(TPOT), kv_tokens=50, since_pass=since) for seq in (1, 2)
+    )
     dry_pacer = Pacer(TPOT, delivered=5, last_shown=NOW)
     dry = RequestState(3, dry_pacer, RequestStatus.HOST, Phase.ANSWERING, 5, 50, kv_tokens=50)
     blocked = planner_with("pascal", [thinker]).plan([back], Capacity(10, 0, 4), MOMENT)
@@ -283,32 +288,83 @@ def test_what_counts_towards_demotion(on, demoted):
     assert is_demoted(late, Tuning(demote=400, demote_on=on)) is demoted
 
 
-def test_waiting_is_bounded_under_endless_new_thinkers():
-    """A long thinker, one slot, always a fresh short one in line: it runs within the bound."""
+STRIDE = 8  # Passes between two plans, in which every running request gets a token each.
+
+
+@given(
+    tokens=st.sampled_from([0, 120, 399, 401, 1000]),
+    length=st.integers(5, 120),
+    clients=st.integers(1, 4),
+    answers=st.booleans(),
+    status=st.sampled_from([RequestStatus.WAITING, RequestStatus.HOST]),
+)
+@settings(max_examples=25, deadline=None)
+def test_waiting_is_bounded_under_endless_streams(tokens, length, clients, answers, status):
+    """A thinker, room for one request, and always new short ones and urgent answers in line.
+
+    1,000 tokens here are twenty quanta, as 10,000 are by default.
+    """
     planner = Planner(POLICIES["pascal"], TUNING)
-    long = RequestState(
-        seq=0, pacer=Pacer(TPOT), status=RequestStatus.HOST, phase_tokens=300, kv_tokens=20
+    thinker = RequestState(
+        0, Pacer(TPOT), status, phase_tokens=tokens, total_tokens=tokens, kv_tokens=20
     )
-    quanta = long.phase_tokens // TUNING.quantum
-    bound = TUNING.ageing * TUNING.quantum * (quanta + 2)
-    planner.queue.add(long)
-    running, seq = None, 1
-    for pass_no in range(1, bound + TUNING.quantum + 2):
+    consumed = tokens // TUNING.quantum + (TUNING.demotion if tokens > TUNING.demote else 0)
+    bound = TUNING.ageing * TUNING.quantum * (consumed + TUNING.overdue)
+    # Those that have come first, and the time in which the planner tries again.
+    bound += (clients + 1) * (length + STRIDE) + PATIENCE + STRIDE
+    planner.queue.add(thinker)
+    fresh: list[RequestState] = []
+    running: list[RequestState] = []
+    seq = itertools.count(1)
+    for pass_no in range(1, bound + 2, STRIDE):
         pass_info = PassInfo(pass_no, NOW, 0.01)
-        fresh = RequestState(seq=seq, pacer=Pacer(TPOT), kv_tokens=20, since_pass=pass_no)
-        planner.queue.add(fresh)
-        seq += 1
-        free = 50 - (running.kv_tokens if running else 0)
-        plan = planner.plan([running] if running else [], Capacity(free, 0, 1), pass_info)
-        if long in plan.start:
+        while sum(planner.queue.holds(m) for m in fresh) < clients:
+            fresh.append(RequestState(next(seq), Pacer(TPOT), kv_tokens=20))
+            planner.queue.stopped(fresh[-1], RequestStatus.WAITING, pass_info)
+        if answers:
+            dry = Pacer(TPOT, delivered=5, last_shown=NOW)
+            answer = RequestState(
+                next(seq), dry, phase=Phase.ANSWERING, phase_tokens=5, kv_tokens=20
+            )
+            planner.queue.stopped(answer, RequestStatus.HOST, pass_info)
+        free = 50 - sum(m.kv_tokens for m in running)
+        plan = planner.plan(running, Capacity(free, 0, 4), pass_info)
+        if thinker in plan.start:
             return
-        planner.queue.remove(fresh)
-        if plan.start:
-            running = plan.start[0]
-            planner.queue.started(running, pass_info)
-        running.phase_tokens += 1
-        running.total_tokens += 1
+        for m in plan.pause:
+            planner.queue.stopped(m, RequestStatus.HOST, pass_info)
+        running = [m for m in running if m not in plan.pause] + list(plan.start)
+        for m in plan.start:
+            planner.queue.started(m, pass_info)
+        for m in running:
+            m.total_tokens += STRIDE
+            m.phase_tokens += STRIDE
+        running = [m for m in running if m.total_tokens < length]
+        fresh = [m for m in fresh if planner.queue.holds(m)]
+        if answers:
+            planner.queue.remove(answer)
     pytest.fail(f"starved for more than {bound} passes")
+
+
+def test_demotion_is_an_offset_that_waiting_makes_up_for():
+    """`demotion` quanta behind; `paper` keeps its low class, which nothing leaves."""
+    tuning = dataclasses.replace(TUNING, demote_on="thinking")
+    demoted, thinker = (
+        RequestState(seq, Pacer(TPOT), phase_tokens=count, total_tokens=count, kv_tokens=20)
+        for seq, count in enumerate((450, 350))
+    )
+    since = MOMENT.pass_no
+    for waited, first in (
+        (0, thinker),
+        (1 + TUNING.demotion, thinker),
+        (3 + TUNING.demotion, demoted),
+    ):
+        demoted.since_pass = since - waited * tuning.ageing * tuning.quantum
+        thinker.since_pass = since
+        for policy, expected in (("pascal", first), ("paper", thinker)):
+            planner = Planner(POLICIES[policy], tuning)
+            planner.queue.recount([demoted, thinker])
+            assert next(planner.queue.best_first(MOMENT)) is expected
 
 
 BACKFILLING = sorted(name for name in SCHEDULING if POLICIES[name].backfills)
