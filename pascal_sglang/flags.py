@@ -35,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--pascal-demote-tokens",
         type=int,
         default=defaults.demote_tokens,
-        help="a thinker longer than this falls behind all others (%(default)s)",
+        help="a thinker longer than this falls behind shorter ones (%(default)s)",
     )
     group.add_argument(
         "--pascal-demote-on",

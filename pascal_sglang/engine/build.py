@@ -39,6 +39,8 @@ def build_executor(scheduler: Any, config: PascalConfig) -> PlanExecutor | None:
     copies.reserve(budget)
     measured = measure_costs(scheduler, copies)
     costs = Costs(*agree(scheduler, measured.copy_s, measured.copy_token_s))
+    if measured.launch_s is not None:
+        costs.launch_s = agree(scheduler, measured.launch_s)
     if copies.buffers is None:
         pool = type(scheduler.token_to_kv_pool_allocator.get_kvcache()).__name__
         logger.warning("pascal_sglang: KV in this %s is not copied; pauses recompute it", pool)

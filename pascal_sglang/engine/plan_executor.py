@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, agree, catch_on_all_ranks, is_alone
-from pascal_sglang.policy.kv_tier import Costs, KVTier
+from pascal_sglang.policy.kv_tier import TYPICAL_QUANTA, Costs, KVTier
 from pascal_sglang.policy.plan import KVAccounting, Plan, Planner
 from pascal_sglang.policy.ranking import PassInfo, Tuning
 from pascal_sglang.policy.request import RequestState, RequestStatus
@@ -57,6 +58,9 @@ class PlanExecutor:
             demote=config.demote_tokens,
             demote_on=config.demote_on,
         )
+        stall_s = costs.stall_s(TYPICAL_QUANTA * config.quantum_tokens)
+        if stall_s is not None:
+            tuning = dataclasses.replace(tuning, stall_s=stall_s)
         self.planner = Planner(
             policy, tuning, KVAccounting(self.capacity.required, self.capacity.reclaimable)
         )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+# KV of a request that is paused, in quanta, where one figure has to stand for all of them.
+TYPICAL_QUANTA = 4
+
 
 class KVTier(Enum):
     """Where a paused request's KV is, cheapest first."""
@@ -20,11 +23,14 @@ class Costs:
 
     copy_s, copy_token_s: one copy between device and host, and each of its tokens.
     prefill_token_s: each token of a prefill; None until one has been seen.
+    launch_s: what launching a copy takes where decode steps go on beside it; None where they wait
+        for the copy.
     """
 
     copy_s: float = 0.0
     copy_token_s: float = 0.0
     prefill_token_s: float | None = None
+    launch_s: float | None = None
     _tokens: float = field(default=0.0, repr=False)
     _seconds: float = field(default=0.0, repr=False)
 
@@ -36,6 +42,15 @@ class Costs:
         self._tokens = 0.9 * self._tokens + tokens
         self._seconds = 0.9 * self._seconds + seconds
         self.prefill_token_s = self._seconds / self._tokens
+
+    def stall_s(self, tokens: int) -> float | None:
+        """Seconds that decode steps stand still for a pause of `tokens` of KV and its return; None
+        where copies have not been measured."""
+        if self.launch_s is not None:
+            return 2 * self.launch_s
+        if not (self.copy_s or self.copy_token_s):
+            return None
+        return 2 * (self.copy_s + tokens * self.copy_token_s)
 
     def describe(self) -> dict[str, float | None]:
         """The figures by name, in seconds."""

@@ -59,8 +59,9 @@ def _calm_in(
     if step_s >= tpot:
         return NEVER
     shown = max(request.pacer.last_shown, now + step_s - tpot)
-    for lead in sorted((tuning.burst, tuning.settle * tuning.quantum)):
-        short = now + REACTION_PASSES * pass_s - shown + (tuning.guard - 1 + lead) * tpot
+    for stalls in sorted((tuning.burst, tuning.settle)):
+        lead = (tuning.guard - 1) * tpot + stalls * tuning.stall_s
+        short = now + REACTION_PASSES * pass_s - shown + lead
         if short > 0:
             return max(1, int(short / (tpot - step_s)))
     return NEVER

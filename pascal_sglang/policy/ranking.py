@@ -44,9 +44,10 @@ class Tuning:
     demotion: quanta that a demoted thinker counts as having run besides its own.
     ageing: quanta-lengths of passes a request waits to be forgiven one quantum.
     overdue: a thinker forgiven this many quanta more than it has run goes before answers too.
-    burst: an answer brought back is urgent until it has this many tokens of lead.
-    settle: until it has this many quanta of lead, thinking does not displace it either: a pause
-        costs two copies of its KV, and what it gives back is wanted again soon.
+    stall_s: seconds that decode steps stand still for one pause and its return, as measured here.
+    burst: an answer brought back is urgent until it has this many `stall_s` of lead.
+    settle: until it has this many `stall_s` of lead, thinking does not displace it either. So the
+        pauses of one answer stall the others for at most `1 / settle` of the time.
     guard: an answer this close to running dry, in tokens of its reader's pace, comes first.
     headroom: tokens somebody who starts must be able to grow by, unless it ends its phase sooner.
     backfill: quanta-lengths of passes that the first in line waits before nothing behind it starts.
@@ -58,8 +59,9 @@ class Tuning:
     demotion: int = 4
     ageing: int = 8
     overdue: int = 2
-    burst: int = 24
-    settle: float = 1.0
+    stall_s: float = 0.03
+    burst: float = 50.0
+    settle: float = 1500.0
     guard: int = 2
     headroom: int = 32
     backfill: int = 32
@@ -144,9 +146,9 @@ def pascal(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
 
 
 def is_urgent(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> bool:
-    """The SLO guard. A running answer stays urgent until it has a burst of lead, so that it does
-    not come and go with every token; the first answering token is always urgent: TTFO waits."""
-    lead = tuning.burst * request.pacer.pace if request.status is RequestStatus.RUNNING else 0.0
+    """The SLO guard. A running answer stays urgent until it has some lead, so that it does not come
+    and go with every token; the first answering token is always urgent: TTFO waits."""
+    lead = tuning.burst * tuning.stall_s if request.status is RequestStatus.RUNNING else 0.0
     return urgent_at(request, tuning) - lead < pass_info.now + REACTION_PASSES * pass_info.pass_s
 
 
@@ -154,7 +156,7 @@ def is_settling(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> b
     """A running answer that is not urgent any more, but whose pause would be over too soon."""
     if request.status is not RequestStatus.RUNNING:
         return False
-    lead = tuning.settle * tuning.quantum * request.pacer.pace
+    lead = tuning.settle * tuning.stall_s
     return urgent_at(request, tuning) - lead < pass_info.now + REACTION_PASSES * pass_info.pass_s
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pascal_sglang.policy.kv_tier import TYPICAL_QUANTA
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.placement import Answer
 from pascal_sglang.policy.rank_forecast import RankForecast
@@ -22,7 +23,7 @@ from pascal_sglang.sim.cost import Cost
 from pascal_sglang.sim.instance import Instance
 from pascal_sglang.sim.migration import Migration, Migrations, Network
 from pascal_sglang.sim.outcome import Outcome
-from pascal_sglang.sim.pascal_instance import PascalInstance
+from pascal_sglang.sim.pascal_instance import PascalInstance, costs_of
 from pascal_sglang.sim.request import SimRequest
 from pascal_sglang.sim.stock_instance import StockInstance
 from pascal_sglang.sim.workload import Workload
@@ -84,6 +85,8 @@ class Cluster:
         self.cost = (
             dataclasses.replace(setup.cost, capacity=UNLIMITED_KV) if arm.unlimited else setup.cost
         )
+        if stall_s := costs_of(setup.cost).stall_s(TYPICAL_QUANTA * setup.quantum):
+            numbers["stall_s"] = stall_s
         self.tuning = Tuning(**(numbers | dict(arm.tuning)))
         self.instances = [self._instance(index) for index in range(setup.instances)]
         self.controller = Controller(arm, self.clock, self.instances, setup.quantum)

@@ -20,8 +20,15 @@ from pascal_sglang.policy.ranking import (
 from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import RequestStatus
 from pascal_sglang.policy.timeline import Phase
+from pascal_sglang.sim.cost import Cost
 from pascal_sglang.sim.instance import Instance
 from pascal_sglang.sim.request import SimRequest
+
+
+def costs_of(cost: Cost) -> Costs:
+    """What the policy is told of copies here."""
+    launch_s = cost.copy_launch_s if cost.copies_beside else None
+    return Costs(cost.copy_s, cost.copy_token_s, launch_s=launch_s)
 
 
 class PascalInstance(Instance):
@@ -41,7 +48,7 @@ class PascalInstance(Instance):
     def __init__(self, *args: Any, policy: Policy, knows_lengths: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.planner = Planner(policy, self.tuning)
-        self.costs = Costs(self.cost.copy_s, self.cost.copy_token_s)
+        self.costs = costs_of(self.cost)
         self.knows_lengths = knows_lengths
         self.pauses = dict.fromkeys(KVTier, 0)
         self._blocked: tuple[SimRequest, Rank] | None = None

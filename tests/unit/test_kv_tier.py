@@ -28,3 +28,12 @@ def test_prefill_cost_is_learned_and_nonsense_is_not():
     assert costs.prefill_token_s == pytest.approx(2.9 / 1009)
     costs.prefilled(1, 0.5)
     assert costs.prefill_token_s == pytest.approx((0.9 * 2.9 + 0.5) / (0.9 * 1009 + 1)), "hardly"
+
+
+def test_a_pause_stalls_for_its_copies_or_for_launching_them():
+    """Out and back; beside decode steps the length of the copies does not matter."""
+    assert Costs().stall_s(2000) is None, "nothing has been measured"
+    waiting = Costs(copy_s=0.001, copy_token_s=1e-5)
+    assert waiting.stall_s(2000) == pytest.approx(0.042)
+    beside = Costs(copy_s=0.001, copy_token_s=1e-5, launch_s=0.002)
+    assert beside.stall_s(10) == beside.stall_s(2000) == pytest.approx(0.004)

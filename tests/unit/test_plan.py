@@ -9,13 +9,21 @@ from hypothesis import strategies as st
 
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, KVAccounting, Plan, Planner
-from pascal_sglang.policy.ranking import AHEAD, OVERDUE, URGENT, PassInfo, Tuning, is_demoted
+from pascal_sglang.policy.ranking import (
+    AHEAD,
+    OVERDUE,
+    REACTION_PASSES,
+    URGENT,
+    PassInfo,
+    Tuning,
+    is_demoted,
+)
 from pascal_sglang.policy.registry import POLICIES
 from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 HEADROOM = 20
-TUNING = Tuning(quantum=50, demote=400, burst=10, settle=0.4, headroom=HEADROOM)
+TUNING = Tuning(quantum=50, demote=400, stall_s=0.01, burst=100, settle=200, headroom=HEADROOM)
 NOW = 1000.0
 TPOT = 0.1
 
@@ -217,7 +225,7 @@ def test_an_answer_about_to_run_dry_comes_back_if_any_order_allows(case):
 
 
 def test_an_answer_that_came_back_settles_before_thinking_displaces_it():
-    """Its lead grows to `settle` quanta first; one about to run dry does not wait for that."""
+    """Its lead grows to `settle` stalls first; one about to run dry does not wait for that."""
     pacer = Pacer(TPOT, delivered=5, last_shown=NOW + 1.5)  # More than a burst, less than settled.
     back = RequestState(0, pacer, RequestStatus.RUNNING, Phase.ANSWERING, 5, 50, kv_tokens=90)
     since = MOMENT.pass_no
@@ -462,3 +470,14 @@ def test_an_answer_that_turns_urgent_while_it_is_first_in_line_starts_at_once():
     assert calm == Plan(blocked=answer, shortage="rank")
     hurried = planner.plan([thinker], Capacity(10, 0, 4), PassInfo(2, NOW + 1, 0.01))
     assert (hurried.pause, hurried.start) == ((thinker,), (answer,))
+
+
+@pytest.mark.parametrize(("tpot", "lead"), [(0.05, 1.9), (0.05, 2.1), (0.5, 1.9), (0.5, 2.1)])
+def test_how_long_an_answer_is_left_alone_follows_from_what_a_pause_costs(tpot, lead):
+    """From `settle` stalls of lead on it may be displaced, whatever the pace of its reader."""
+    last_shown = NOW + lead + (TUNING.guard - 1) * tpot + REACTION_PASSES * MOMENT.pass_s
+    pacer = Pacer(tpot, delivered=5, last_shown=last_shown)
+    answer = RequestState(0, pacer, RequestStatus.RUNNING, Phase.ANSWERING, 5, 50, kv_tokens=90)
+    thinker = RequestState(1, Pacer(tpot), kv_tokens=50, since_pass=MOMENT.pass_no)
+    plan = planner_with("pascal", [thinker]).plan([answer], Capacity(10, 0, 4), MOMENT)
+    assert bool(plan.start) == (lead > TUNING.settle * TUNING.stall_s)

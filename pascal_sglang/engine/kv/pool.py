@@ -124,19 +124,29 @@ def measure_costs(scheduler: Any, copies: HostCopies) -> Costs:
     if not many:
         return Costs()
 
-    def one_way(tokens: int) -> float:
+    def one_way(tokens: int) -> tuple[float, float]:
+        """Seconds until a copy is there, and until it is launched."""
         locations = torch.arange(1, tokens + 1, dtype=torch.int64, device=device)
-        took = []
+        took, launched = [], []
         for _ in range(PROBES):
             begin = time.perf_counter()
             kv = copies.to_host(locations)
+            launch = time.perf_counter() - begin
             copies.wait(kv)  # As a pause does.
+            again = time.perf_counter()
             copies.to_device(kv, locations)
+            launch += time.perf_counter() - again
             if not copies.wait(kv):
                 raise RuntimeError("KV cannot be copied between the device and host memory")
             copies.free(kv)
             took.append((time.perf_counter() - begin) / 2)
-        return min(took)
+            launched.append(launch / 2)
+        return min(took), min(launched)
 
-    fixed = one_way(1)
-    return Costs(fixed, max(0.0, one_way(many) - fixed) / max(1, many - 1))
+    fixed, _ = one_way(1)
+    whole, launch_s = one_way(many)
+    return Costs(
+        fixed,
+        max(0.0, whole - fixed) / max(1, many - 1),
+        launch_s=launch_s if copies.deferred else None,
+    )
