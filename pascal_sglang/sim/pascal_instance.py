@@ -168,10 +168,14 @@ class PascalInstance(Instance):
             ):
                 heapq.heappop(hurry)
                 continue
-            when = at - REACTION_PASSES * self.passes.mean_s
-            if when < self.clock.now:
+            mean_s = self.passes.mean_s
+            if at - REACTION_PASSES * mean_s < self.clock.now:
                 heapq.heappop(hurry)
                 return batch.steps
+            # The mean gets longer meanwhile, but no longer than the last of these steps.
+            ahead = batch.steps_by(at) - batch.steps
+            longest_s = batch.step_s + ahead * batch.cost.kv_token_s * len(batch)
+            when = at - REACTION_PASSES * max(mean_s, longest_s)
             step = min(step, batch.steps_by(when) + 1)
             break
         return step
