@@ -170,10 +170,14 @@ class PascalInstance(Instance):
             step = min(step, batch.steps + age - waited % age)
         hurry = self._hurry
         if self._first_waits(hurry):
-            when = hurry[0][0] - REACTION_PASSES * self.passes.mean_s
-            if when < self.clock.now:
+            at, mean_s = hurry[0][0], self.passes.mean_s
+            if at - REACTION_PASSES * mean_s < self.clock.now:
                 heapq.heappop(hurry)
                 return batch.steps
+            # The mean gets longer meanwhile, but no longer than the last of these steps.
+            ahead = batch.steps_by(at) - batch.steps
+            longest_s = batch.step_s + ahead * batch.cost.kv_token_s * len(batch)
+            when = at - REACTION_PASSES * max(mean_s, longest_s)
             step = min(step, batch.steps_by(when) + 1)
         if self._first_waits(self._overdue):
             at = int(self._overdue[0][0])
