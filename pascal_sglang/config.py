@@ -13,7 +13,8 @@ from typing import Any
 
 from pascal_sglang import request_checks, request_ids
 from pascal_sglang.policy.registry import Policy, UnknownPolicy, find
-from pascal_sglang.request_checks import ASKED_TPOT_MS, asked_tpot_ms, is_number
+from pascal_sglang.policy.request import Reader
+from pascal_sglang.request_checks import ASKED_TPOT_MS, asked, is_number, reader_of
 
 CONFIG_ENV = "PASCAL_SGLANG_CONFIG"
 # Set in Ray's actors, which are child processes that `multiprocessing` does not know as such.
@@ -176,12 +177,22 @@ class PascalConfig:
     def answer_tpot_ms_of(self, custom_params: object) -> float:
         """The pace of one request's reader: its own, in `custom_params`, or everybody's. What HTTP
         should have refused (`request_checks`) becomes the nearest that may be asked for."""
-        asked = asked_tpot_ms(custom_params)
-        if not is_number(asked):
+        pace = asked(custom_params, "answer_tpot_ms")
+        if not is_number(pace):
             return self.answer_tpot_ms
         low, high = ASKED_TPOT_MS
         # Clamped as whole numbers are, which may be larger than any float.
-        return float(min(max(asked, low), high))
+        return float(min(max(pace, low), high))
+
+    def stream_tpot_ms_of(self, sampling: dict[str, Any]) -> float:
+        """The pace at which a streamed answer leaves; 0, at once, where a program reads it."""
+        if reader_of(True, sampling) is Reader.PROGRAM:
+            return 0.0
+        return self.answer_tpot_ms_of(sampling.get("custom_params"))
+
+    def reader_of(self, streamed: bool, sampling: object) -> Reader:
+        """Who reads the answer of a request with these sampling parameters."""
+        return reader_of(streamed, sampling)
 
     def problem_with_request(self, obj: Any, override: str | None = None) -> str | None:
         """What this server refuses in a request, or in a batch, that SGLang itself would take; None

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, TypeGuard
+
+from pascal_sglang.policy.request import Reader
 
 # Milliseconds per answering token that a request may ask for, both included. Nobody reads faster,
 # and what `--pascal-pace-stream` holds back at most (1,024 tokens) leaves within three hours.
 ASKED_TPOT_MS = (1.0, 10_000.0)
+
+
+# Fields of SGLang's sampling parameters that ask for an answer of a given structure.
+STRUCTURED = ("json_schema", "regex", "ebnf", "structural_tag")
+READERS = tuple(each.value for each in Reader)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -17,10 +25,21 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return not (isinstance(value, float) and math.isnan(value))
 
 
-def asked_tpot_ms(custom_params: object) -> object:
-    """What the request asks for as `answer_tpot_ms`, whatever it is; None if it says nothing."""
+def asked(custom_params: object, name: str) -> object:
+    """What the request asks for as `name`, whatever it is; None if it says nothing."""
     own = custom_params.get("pascal") if isinstance(custom_params, dict) else None
-    return own.get("answer_tpot_ms") if isinstance(own, dict) else None
+    return own.get(name) if isinstance(own, dict) else None
+
+
+def reader_of(streamed: bool, sampling: object) -> Reader:
+    """Who reads the answer: what the request says, or else a program, unless it is streamed free
+    text. sampling: the request's sampling parameters, as they came or as SGLang's object."""
+    of = sampling.get if isinstance(sampling, dict) else partial(getattr, sampling)
+    said = asked(of("custom_params", None), "reader")
+    if said in READERS:
+        return Reader(said)
+    structured = any(of(name, None) is not None for name in STRUCTURED)
+    return Reader.HUMAN if streamed and not structured else Reader.PROGRAM
 
 
 def problem_with(sampling_params: Any) -> str | None:
@@ -33,10 +52,12 @@ def problem_with(sampling_params: Any) -> str | None:
         own = custom.get("pascal") if isinstance(custom, dict) else None
         if own is not None and not isinstance(own, dict):
             return f"custom_params.pascal must be an object, not {own!r:.40}"
-        asked = asked_tpot_ms(custom)
-        if asked is not None and not (is_number(asked) and low <= asked <= high):
+        pace, reader = asked(custom, "answer_tpot_ms"), asked(custom, "reader")
+        if pace is not None and not (is_number(pace) and low <= pace <= high):
             return (
                 "custom_params.pascal.answer_tpot_ms must be a number of milliseconds from "
-                f"{low:g} to {high:g}, not {asked!r:.40}"
+                f"{low:g} to {high:g}, not {pace!r:.40}"
             )
+        if reader is not None and reader not in READERS:
+            return f"custom_params.pascal.reader must be {' or '.join(READERS)}, not {reader!r:.40}"
     return None

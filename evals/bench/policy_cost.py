@@ -4,7 +4,7 @@ Builds requests as the engine does, with KV memory exhausted, and times `Planner
 
 settled     nobody can displace anybody, as in most passes
 arrivals    in every pass a short thinker arrives and the plan is carried out
-uproar      half of those who run rank below everybody who waits, all at once
+uproar      half of those who run rank below everybody who waits: as much as one pass changes
 
 Prints microseconds: the mean of many passes in a row for the first, mean and P99 for the second, a
 single pass for the third; best of several rounds.
@@ -28,6 +28,8 @@ from pascal_sglang.policy.timeline import Phase
 SIZES = ((32, 64), (256, 1_000), (1_024, 10_000))
 ROUNDS = 5
 PASSES = 200
+# Passes until all that can start at once has started.
+WARM_UP = 50
 NOW = 29.0
 ARRIVALS = itertools.count()
 
@@ -90,9 +92,10 @@ def settled_us(policy: str, running: int, others: int) -> float:
 
 def arrivals_us(policy: str, running: int, others: int) -> list[float]:
     planner, active = scene(policy, running, others, steady=False)
-    one_pass(planner, active, 0)
+    for turn in range(WARM_UP):
+        one_pass(planner, active, turn)
     took = []
-    for turn in range(1, PASSES):
+    for turn in range(WARM_UP, WARM_UP + PASSES):
         fresh = RequestState(seq=next(ARRIVALS), pacer=Pacer(0.1), kv_tokens=100)
         planner.queue.stopped(fresh, RequestStatus.WAITING, PassInfo(turn, NOW, 0.02))
         took.append(one_pass(planner, active, turn)[0])

@@ -23,7 +23,7 @@ from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.queue import WaitQueue
 from pascal_sglang.policy.ranking import PREFIX_HEAD_START, PassInfo, fastest_pace
-from pascal_sglang.policy.request import RequestState, RequestStatus
+from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,10 @@ class RequestStates:
         tpot_ms = self.config.answer_tpot_ms_of(req.sampling_params.custom_params)
         self._arrivals += 1
         pacer = Pacer(tpot_ms / 1000)
-        state = RequestState(self._arrivals, pacer, internal=is_internal(req), handle=req)
+        reader = self.config.reader_of(req.stream, req.sampling_params)
+        state = RequestState(
+            self._arrivals, pacer, reader=reader, internal=is_internal(req), handle=req
+        )
         reason = why_not_pausable(req)
         if reason:
             state.pausable = False
@@ -137,11 +140,12 @@ class RequestStates:
         self.queue.remove(state_of(req))
 
     def observe(self, req: Req) -> bool:
-        """The request may have produced tokens: bring its state up to date, tell its reader.
+        """The request may have produced tokens: bring its state up to date, tell its human reader.
 
         True if it has just ended its thinking."""
         state, timeline = state_of(req), timeline_of(req)
-        if new := timeline.answer_tokens - state.pacer.delivered:
+        reads = state.reader is Reader.HUMAN
+        if reads and (new := timeline.answer_tokens - state.pacer.delivered):
             floor = fastest_pace(self.config.answer_tpot_ms / 1000, self.pass_info)
             state.pacer.deliver(self.pass_info.now, new, floor=floor)
         answering = timeline.phase is Phase.ANSWERING

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,6 +18,8 @@ GROWTH = 4
 # Passes before displacement is tried again for a request for which it has just failed. Running
 # requests change rank but once in many passes, and looking at all of them costs.
 PATIENCE = 16
+# Starts of one pass: planning takes time in which nothing decodes. The others start a pass later.
+MOST_STARTS = 64
 # Requests behind a blocked first in line that a pass looks at.
 BACKFILL_DEPTH = 32
 
@@ -112,6 +114,8 @@ class Planner:
         blocked: RequestState | None = None
         in_line = self.queue.best_first(pass_info)
         for request in in_line:
+            if len(start) == MOST_STARTS:
+                break
             if request in builder.spilled:
                 blocked = request  # It has just given way; no request behind it goes first.
                 break
@@ -214,6 +218,8 @@ class PlanBuilder:
         self.starting: set[RequestState] = set()
         self.shortage = "memory"
         self._parked: list[RequestState] | None = None
+        self._worst: list[RequestState] | None = None
+        self._given = 0
         self._gave: dict[RequestState, int] = {}
 
     def start(self, request: RequestState, need: int) -> None:
@@ -312,9 +318,7 @@ class PlanBuilder:
                 break
             taken: list[RequestState] = []
             left, lacking = tokens, slots
-            for victim in planner.victims.worst_first(self.running, self.pass_info, fresh=fresh):
-                if victim in self._gave:
-                    continue
+            for victim in self._worst_left(fresh=fresh):
                 if planner.policy.rank(victim, self.pass_info, planner.tuning) <= rank:
                     self.shortage = "rank"
                     break
@@ -324,6 +328,17 @@ class PlanBuilder:
                 if left <= 0 and lacking <= 0:
                     return taken
         return None
+
+    def _worst_left(self, *, fresh: bool) -> Iterator[RequestState]:
+        """Running requests that have not given way yet, worst first. Those that give way are a
+        beginning of the ranking, which is not walked again."""
+        if self._worst is None or fresh:
+            ranked = self.planner.victims.worst_first(self.running, self.pass_info, fresh=fresh)
+            self._worst = [r for r in ranked if r not in self._gave]
+            self._given = 0
+        while self._given < len(self._worst) and self._worst[self._given] in self._gave:
+            self._given += 1
+        return islice(self._worst, self._given, None)
 
     def _pause(self, victim: RequestState) -> None:
         given = self.planner.accounting.reclaimable(victim)

@@ -120,14 +120,22 @@ class WaitQueue:
     def best_first(self, pass_info: PassInfo) -> Generator[RequestState]:
         """The requests in the queue by `(rank, key, seq)`; the queue stays as it is."""
         taken: list[tuple[list[Entry], Entry]] = []
+        # The first of each class; ranks are compared as they are in this pass.
+        heads = [
+            (self._order(entries[0], pass_info), number, entries)
+            for number, entries in self._classes.items()
+            if self._surface(entries)
+        ]
+        heapq.heapify(heads)
         try:
-            while True:
-                heads = [entries for entries in self._classes.values() if self._surface(entries)]
-                if not heads:
-                    return
-                best = min(heads, key=lambda entries: self._order(entries[0], pass_info))
+            while heads:
+                _, number, best = heads[0]
                 entry = heapq.heappop(best)
                 taken.append((best, entry))
+                if self._surface(best):
+                    heapq.heapreplace(heads, (self._order(best[0], pass_info), number, best))
+                else:
+                    heapq.heappop(heads)
                 yield entry[3]
         finally:
             for entries, entry in taken:

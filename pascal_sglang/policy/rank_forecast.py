@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pascal_sglang.policy.ranking import REACTION_PASSES, Tuning, is_demoted
+from pascal_sglang.policy.ranking import REACTION_PASSES, Tuning, has_pace, is_demoted
 from pascal_sglang.policy.request import RequestState
 from pascal_sglang.policy.timeline import Phase
 
@@ -39,7 +39,7 @@ class RankForecast:
             if self.demotes and not is_demoted(request, tuning):
                 counted = request.total_tokens if tuning.demote_on == "kv" else request.phase_tokens
                 found = min(found, tuning.demote + 1 - counted)
-        elif self.paced:
+        elif self.paced and has_pace(request):
             found = min(found, _calm_in(request, tuning, step_s, now, pass_s))
         if request.credit > 0:
             runs_out = request.ran_from + tuning.quantum - request.total_tokens

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pascal_sglang.policy.request import RequestState, RequestStatus
+from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 Rank = tuple[int, int]
 
-OVERDUE, URGENT, SETTLING, THINKING, DEMOTED, AHEAD = range(6)
+OVERDUE, URGENT, SETTLING, THINKING, DEMOTED, WHOLE, AHEAD = range(7)
 HIGH, LOW = range(2)
 URGENT_RANK, SETTLING_RANK, AHEAD_RANK = (URGENT, 0), (SETTLING, 0), (AHEAD, 0)
 
@@ -123,7 +123,7 @@ def served(request: RequestState, tuning: Tuning) -> float:
 
 
 def overdue_at(request: RequestState, tuning: Tuning) -> float:
-    """The pass in which a thinker that waits is overdue."""
+    """The pass in which a waiting request without a pace is overdue."""
     return served(request, tuning) + tuning.overdue * tuning.ageing * tuning.quantum
 
 
@@ -135,14 +135,21 @@ def is_demoted(request: RequestState, tuning: Tuning) -> bool:
 
 
 def pascal(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
-    """Answers about to run dry, then those that have just come back, then thinking, then answers
-    with slack. Thinking that has waited for very long goes before all of them."""
-    if request.phase is Phase.ANSWERING:
+    """Answers about to run dry, then those that have just come back, then thinking and answers that
+    a program reads, then answers with slack. What has no reader and has waited for very long goes
+    before all of them."""
+    if has_pace(request):
         if is_urgent(request, pass_info, tuning):
             return URGENT_RANK
         return SETTLING_RANK if is_settling(request, pass_info, tuning) else AHEAD_RANK
     count = quanta(request, pass_info, tuning)
     return (THINKING if count > -tuning.overdue else OVERDUE, count)
+
+
+def has_pace(request: RequestState) -> bool:
+    """Whether a human reads what the request generates now: the answer can be ahead of its reader,
+    and behind."""
+    return request.phase is Phase.ANSWERING and request.reader is Reader.HUMAN
 
 
 def is_urgent(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> bool:
@@ -192,15 +199,15 @@ def by_all_quanta(request: RequestState, tuning: Tuning) -> int:
 
 
 def pascal_key(request: RequestState, tuning: Tuning) -> float:
-    """Answers: who has to come back first; thinkers: who has been served least."""
-    if request.phase is Phase.ANSWERING:
+    """Answers at a pace: which has to come back first; all others: which has been served least."""
+    if has_pace(request):
         return urgent_at(request, tuning)
     return served(request, tuning)
 
 
 def pascal_class(request: RequestState, tuning: Tuning) -> int:
     if request.phase is Phase.ANSWERING:
-        return AHEAD
+        return AHEAD if request.reader is Reader.HUMAN else WHOLE
     return DEMOTED if is_demoted(request, tuning) else THINKING
 
 

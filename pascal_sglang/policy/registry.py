@@ -60,6 +60,7 @@ POLICIES = {
             "settling_answer",
             "thinking",
             "demoted",
+            "program_answer",
             "answer",
         ),
         reasoning_class=ranking.THINKING,

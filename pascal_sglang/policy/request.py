@@ -19,6 +19,13 @@ class RequestStatus(Enum):
     HOST = "host"  # paused, KV in host memory
 
 
+class Reader(Enum):
+    """Who reads an answer."""
+
+    HUMAN = "human"  # token by token, at a pace: ahead of it, the answer can wait
+    PROGRAM = "program"  # once it is whole, and so wants it soon
+
+
 @dataclass(slots=True, eq=False)
 class RequestState:
     """One request. The engine, or the simulator, keeps it true."""
@@ -47,6 +54,7 @@ class RequestState:
     credit: int = 0
     # `total_tokens` when it began to run.
     ran_from: int = 0
+    reader: Reader = Reader.HUMAN
     # No user waits for it: it is planned for like any other, and counted nowhere.
     internal: bool = False
     # The engine's own object.

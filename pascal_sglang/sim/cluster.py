@@ -14,6 +14,7 @@ from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.placement import Answer
 from pascal_sglang.policy.rank_forecast import RankForecast
 from pascal_sglang.policy.ranking import Tuning
+from pascal_sglang.policy.request import Reader
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.arms import Arm
 from pascal_sglang.sim.checks import Books
@@ -161,6 +162,7 @@ class Cluster:
             remaining=UNLIMITED,
             talk=load.talk[index] if load.talk else -1,
             history=load.history[index] if load.history else 0,
+            reader=Reader.PROGRAM if load.program and load.program[index] else Reader.HUMAN,
         )
         self.books.opens(request)
         self.instances[self.controller.place(prompt, request.talk)].arrive(request)

@@ -13,6 +13,7 @@ from pascal_sglang.policy.ranking import (
     PREFIX_HEAD_START,
     REACTION_PASSES,
     Rank,
+    has_pace,
     is_demoted,
     overdue_at,
     urgent_at,
@@ -219,7 +220,7 @@ class PascalInstance(Instance):
         if not self.forecast.paced:
             return
         self._hurried += 1
-        if request.phase is Phase.REASONING:
+        if not has_pace(request):
             at = overdue_at(request, self.tuning)
             heapq.heappush(self._overdue, (at, self._hurried, request.since, request))
         elif request.pacer.delivered:

@@ -97,15 +97,15 @@ def generate_request(
         return stream
 
     def tpot_of(index: Hashable) -> float:
-        return config.answer_tpot_ms_of(_custom_params(obj, index)) / 1000
+        return config.stream_tpot_ms_of(_sampling_params(obj, index)) / 1000
 
     return paced(stream, Pacing(tpot_of), stopping=lambda: is_ending(manager))
 
 
-def _custom_params(obj: Any, index: Hashable) -> Any:
-    """The `custom_params` of one answer of a request; a batch has one set per prompt, and `n`
-    answers to each prompt in a row."""
+def _sampling_params(obj: Any, index: Hashable) -> dict[str, Any]:
+    """The parameters of one answer of a request; a batch has one set per prompt, and `n` answers to
+    each prompt in a row."""
     params = obj.sampling_params
     if isinstance(params, list) and isinstance(index, int):
         params = params[index // obj.parallel_sample_num]
-    return params.get("custom_params") if isinstance(params, dict) else None
+    return params if isinstance(params, dict) else {}

@@ -113,3 +113,11 @@ def test_a_umask_that_opens_sglangs_sockets_is_named(umask, warns):
     finally:
         os.umask(before)
     assert (f"umask {umask:04o} lets other users" in (warning or "")) == warns
+
+
+def test_a_stream_that_a_program_reads_is_not_paced():
+    config = PascalConfig(answer_tpot_ms=50.0)
+    own = {"custom_params": {"pascal": {"answer_tpot_ms": 30}}}
+    assert config.stream_tpot_ms_of({}) == 50.0
+    assert config.stream_tpot_ms_of(own) == 30.0
+    assert config.stream_tpot_ms_of({**own, "json_schema": "{}"}) == 0.0

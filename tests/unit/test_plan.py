@@ -8,18 +8,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, KVAccounting, Plan, Planner
+from pascal_sglang.policy.plan import (
+    GROWTH,
+    MOST_STARTS,
+    PATIENCE,
+    Capacity,
+    KVAccounting,
+    Plan,
+    Planner,
+)
 from pascal_sglang.policy.ranking import (
     AHEAD,
     OVERDUE,
     REACTION_PASSES,
+    THINKING,
     URGENT,
     PassInfo,
     Tuning,
     is_demoted,
 )
 from pascal_sglang.policy.registry import POLICIES
-from pascal_sglang.policy.request import RequestState, RequestStatus
+from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 HEADROOM = 20
@@ -42,6 +51,7 @@ def request(draw, seq, status):
         pacer=pacer,
         status=status,
         phase=Phase.ANSWERING if answering else Phase.REASONING,
+        reader=draw(st.sampled_from([Reader.HUMAN, Reader.HUMAN, Reader.PROGRAM])),
         phase_tokens=tokens,
         total_tokens=tokens + (draw(st.integers(0, 300)) if answering else 0),
         kv_tokens=draw(st.integers(1, 700)),
@@ -481,3 +491,45 @@ def test_how_long_an_answer_is_left_alone_follows_from_what_a_pause_costs(tpot, 
     thinker = RequestState(1, Pacer(tpot), kv_tokens=50, since_pass=MOMENT.pass_no)
     plan = planner_with("pascal", [thinker]).plan([answer], Capacity(10, 0, 4), MOMENT)
     assert bool(plan.start) == (lead > TUNING.settle * TUNING.stall_s)
+
+
+def test_an_answer_that_a_program_reads_stays_among_the_thinkers():
+    """It is neither urgent before its first token nor paused for being ahead."""
+    ahead = Pacer(TPOT, delivered=50, last_shown=NOW + 90)
+    read, whole = (
+        RequestState(
+            seq, ahead, RequestStatus.RUNNING, Phase.ANSWERING, reader=reader, kv_tokens=90
+        )
+        for seq, reader in enumerate((Reader.HUMAN, Reader.PROGRAM))
+    )
+    since = MOMENT.pass_no
+    thinker = RequestState(2, Pacer(TPOT), kv_tokens=50, since_pass=since)
+    plan = planner_with("pascal", [thinker]).plan([read, whole], Capacity(10, 0, 4), MOMENT)
+    assert plan.pause == (read,)
+    later = RequestState(3, Pacer(TPOT), kv_tokens=50, since_pass=since)
+    blocked = planner_with("pascal", [later]).plan([whole], Capacity(10, 0, 4), MOMENT)
+    assert blocked == Plan(blocked=later, shortage="rank")
+    whole.phase_tokens = TUNING.quantum
+    later = RequestState(4, Pacer(TPOT), kv_tokens=50, since_pass=since)
+    in_turn = planner_with("pascal", [later]).plan([whole], Capacity(10, 0, 4), MOMENT)
+    assert in_turn.pause == (whole,), "served more than the thinker"
+    first = RequestState(
+        5, Pacer(TPOT), RequestStatus.HOST, Phase.ANSWERING, reader=Reader.PROGRAM, since_pass=since
+    )
+    assert POLICIES["pascal"].rank(first, MOMENT, TUNING) == (THINKING, 0)
+
+
+def test_a_long_queue_starts_in_order_over_several_passes():
+    """Planning a pass takes bounded time; nothing is lost and the order stays."""
+    planner = Planner(POLICIES["pascal"], TUNING)
+    queue = [RequestState(i, Pacer(TPOT), kv_tokens=10) for i in range(150)]
+    running: list[RequestState] = []
+    for m in queue:
+        planner.queue.stopped(m, RequestStatus.WAITING, PassInfo(1, NOW, 0.01))
+    for pass_no in (2, 3, 4):
+        plan = planner.plan(running, Capacity(10**6, 0, 10**6), PassInfo(pass_no, NOW, 0.01))
+        assert 0 < len(plan.start) <= MOST_STARTS
+        for m in plan.start:
+            planner.queue.started(m, PassInfo(pass_no, NOW, 0.01))
+        running += plan.start
+    assert running == queue

@@ -7,9 +7,9 @@ import pytest
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.ranking import URGENT, PassInfo, Tuning, fastest_pace
 from pascal_sglang.policy.registry import POLICIES
-from pascal_sglang.policy.request import RequestState, RequestStatus
+from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
-from pascal_sglang.request_checks import problem_with
+from pascal_sglang.request_checks import STRUCTURED, problem_with, reader_of
 
 
 def asking(pace):
@@ -36,6 +36,35 @@ def test_parameters_that_are_not_ours_are_left_to_sglang():
     for params in (None, {}, [], "x", [None, 3], {"custom_params": "x"}, {"custom_params": {}}):
         assert problem_with(params) is None
     assert "must be an object" in problem_with({"custom_params": {"pascal": 7}})
+
+
+@pytest.mark.parametrize("reader", ["human", "program", None])
+def test_who_reads_may_be_said(reader):
+    assert problem_with({"custom_params": {"pascal": {"reader": reader}}}) is None
+
+
+@pytest.mark.parametrize("reader", ["", "Human", "robot", 1, True, ["human"], {}])
+def test_a_reader_of_no_known_kind_is_refused(reader):
+    problem = problem_with({"custom_params": {"pascal": {"reader": reader}}})
+    assert problem.startswith("custom_params.pascal.reader must be human or program, not ")
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("streamed", "sampling", "reader"),
+    [
+        (True, {}, Reader.HUMAN),
+        (False, {}, Reader.PROGRAM),
+        *((True, {name: "x"}, Reader.PROGRAM) for name in STRUCTURED),
+        (True, {"json_schema": None}, Reader.HUMAN),
+        (False, {"custom_params": {"pascal": {"reader": "human"}}}, Reader.HUMAN),
+        (True, {"custom_params": {"pascal": {"reader": "program"}}}, Reader.PROGRAM),
+        (True, {"custom_params": {"pascal": {"reader": ["program"]}}}, Reader.HUMAN),
+        (False, {"custom_params": "x"}, Reader.PROGRAM),
+    ],
+)
+def test_who_reads_follows_from_the_request(streamed, sampling, reader):
+    assert reader_of(streamed, sampling) is reader
 
 
 def decode(tpot, passes, pass_s=0.02, usual=0.1):

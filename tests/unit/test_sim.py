@@ -383,3 +383,14 @@ def test_violations_are_of_human_readers():
     found = figures(Setup(cost=SMALL, instances=1), work, outcome)
     assert found["slo_violations"] == 0
     assert found["mean_e2e_program"] == pytest.approx(outcome.finished[0])
+
+
+def test_the_policy_is_told_who_reads():
+    work = load("arena-hard", 100, 1.5, seed=2)
+    setup = Setup(cost=SMALL, instances=2)
+    e2e = []
+    for programs in (False, True):
+        read = dataclasses.replace(work, program=[programs] * len(work))
+        outcome = simulate(setup, ARMS["pascal"], read)
+        e2e.append((outcome.finished - outcome.arrival).mean())
+    assert e2e[1] < e2e[0]

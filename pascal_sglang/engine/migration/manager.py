@@ -26,7 +26,7 @@ from pascal_sglang.engine.migration.incoming import IncomingMigrations
 from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
 from pascal_sglang.engine.migration.request_snapshot import why_not_migratable
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
-from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, catch_on_all_ranks
 from pascal_sglang.policy.timeline import Phase
@@ -205,7 +205,7 @@ class Migrations:
             self.blocked_s.append(blocked_s)
             if self.metrics is not None:
                 self.metrics.blocked(blocked_s)
-        if req.finished() and (spoke := state_of(req).pacer.delivered):
+        if req.finished() and (spoke := timeline_of(req).answer_tokens):
             before = self.answer_tokens
             self.answer_tokens = spoke if before is None else 0.9 * before + 0.1 * spoke
 
