@@ -280,10 +280,8 @@ class Instance(ABC):
         first = request.phase is Phase.ANSWERING and not request.phase_tokens
         steps = 1 if first else request.left
         if not first or not self.forecast.paced:
-            # Steps get no shorter than this, whoever leaves; so no look comes too late.
-            step_s = self.cost.step_s
-            pass_s = min(step_s, self.passes.mean_s)
-            seen = self.forecast.steps(request, self.tuning, step_s, batch.origin, pass_s)
+            now, step_s = batch.origin, batch.step_s
+            seen = self.forecast.steps(request, self.tuning, step_s, now, self.passes.mean_s)
             steps = min(steps, seen)
         due = batch.steps + steps
         if due != request.due:
