@@ -21,7 +21,7 @@ SERIES = {"counter": "_total", "gauge": "", "histogram": ""}
 
 def flags() -> str:
     """The `--pascal-*` flags, from the parser itself."""
-    from pascal_sglang.flags import add_flags
+    from pascal_sglang.config import add_flags
 
     parser = argparse.ArgumentParser(add_help=False)
     add_flags(parser)

@@ -1,4 +1,4 @@
-"""The arms of a comparison: their TOML, and one server process tree at a time.
+"""The arms of a comparison: their TOML, and the server of each.
 
 Arms are started by command line and spoken to over HTTP, as any user would.
 """
@@ -7,24 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import random
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 import tomllib
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from evals.load import auth
+from evals.load.server import START_TIMEOUT_S, ArmError, Server, environment
 
 COMMANDS = {"stock": "sglang.launch_server", "pascal": "pascal_sglang.launch_server"}
 # Stock SGLang has no platform for a CPU without AMX; it gets ours, and nothing else of ours.
@@ -32,9 +23,6 @@ STOCK_ON_CPU = {"SGLANG_PLATFORM": "pascal_cpu"}
 TINY = "tiny"
 ROLES = ("stock", "candidate", "oracle")
 PROCESSOR = "from pascal_sglang.demo.budget import {name}; print({name}.to_str())"
-SUPERVISE = Path(__file__).parents[1] / "launch" / "supervise.py"
-STOP_TIMEOUT_S = 40
-IDLE_TIMEOUT_S = 60
 TARGETS = {
     "mean_ttfo": 0.6,
     "p99_slowdown": 0.35,
@@ -43,10 +31,6 @@ TARGETS = {
     "throughput": 0.97,
     "violations": 0.01,
 }
-
-
-class ArmError(RuntimeError):
-    """An arm that cannot be run; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +95,7 @@ class Plan:
     sustained_per_s: float = 0.0
     request_timeout_s: float = 300.0
     run_timeout_s: float = 600.0
-    start_timeout_s: float = 240.0
+    start_timeout_s: float = START_TIMEOUT_S
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.targets) - set(TARGETS)):
@@ -171,12 +155,6 @@ def _named(known: list[Any], wanted: list[str] | None, kind: str) -> tuple[Any, 
     return tuple(each for each in known if wanted is None or each.name in wanted)
 
 
-def environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without what would switch pascal_sglang on or tune an engine."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PASCAL_SGLANG", "SGLANG_"))}
-    return {**kept, **extra}
-
-
 def model_folder(model: str, folder: Path) -> Path:
     """Build a plan's model in `folder`, unless it is there; returns where it is."""
     if model != TINY:
@@ -219,95 +197,7 @@ def command_env(arm: Arm, plan: Plan) -> dict[str, str]:
     return {**plan.env, **(STOCK_ON_CPU if on_cpu else {}), **arm.env}
 
 
-def free_port() -> int:
-    """A free port below those the system gives to outgoing connections, one of which could take it
-    before the server binds it, half a minute from now."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise ArmError("no free port")
-
-
-class Server:
-    """A server of one arm, with its output in a file; leaving the context takes it all down, and so
-    does any other end of this process.
-
-    process: what watches the server and has its exit code.
-    """
-
-    def __init__(self, arm: Arm, plan: Plan, model: Path) -> None:
-        port = free_port()
-        self.base_url = f"http://127.0.0.1:{port}"
-        self._start_timeout_s = plan.start_timeout_s
-        command = command_line(arm, plan, model)
-        auth.use_key_of(command)
-        descriptor, log = tempfile.mkstemp(prefix=f"evals-{arm.name}-", suffix=".log")
-        self.log = Path(log)
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, str(SUPERVISE), "--stop-timeout", str(STOP_TIMEOUT_S)),
-                *(*command, "--host", "127.0.0.1", "--port", str(port)),
-            ],
-            stdout=descriptor,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.PIPE,
-            env=environment(command_env(arm, plan)),
-        )
-        os.close(descriptor)
-
-    def __enter__(self) -> Server:
-        try:
-            deadline = time.monotonic() + self._start_timeout_s
-            while not self._answers():
-                if self.process.poll() is not None:
-                    raise ArmError(f"server ended at start: {self._last_words()}")
-                if time.monotonic() > deadline:
-                    raise ArmError(f"server not ready in time: {self._last_words()}")
-                time.sleep(0.5)
-        except BaseException:
-            self._stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    @property
-    def pid(self) -> int:
-        """The server's own process, once it answers."""
-        (server,) = psutil.Process(self.process.pid).children()
-        return int(server.pid)
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.base_url}/health", timeout=5):
-                return True
-        except OSError:
-            return False
-
-    def _last_words(self) -> str:
-        text = self.log.read_text(errors="replace").strip()
-        return text.splitlines()[-1] if text else "(no output)"
-
-    def _stop(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(STOP_TIMEOUT_S + 20)
-
-    def flush(self) -> None:
-        """Wait until nothing runs and empty the prefix cache; the server refuses while it is busy,
-        so one request does both."""
-        request = urllib.request.Request(
-            f"{self.base_url}/flush_cache?timeout={IDLE_TIMEOUT_S}",
-            method="POST",
-            headers=auth.headers(),
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=IDLE_TIMEOUT_S + 10):
-                return
-        except (OSError, urllib.error.HTTPError) as error:
-            raise ArmError(f"server did not become idle: {error}") from error
+def serve(arm: Arm, plan: Plan, model: Path) -> Server:
+    """The arm's server, which starts now; its context waits until it answers."""
+    command, env = command_line(arm, plan, model), command_env(arm, plan)
+    return Server(arm.name, command, env, plan.start_timeout_s)

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from evals import arms, page, workload
-from evals.arms import Arm, ArmError, Plan, Rate, Server
+from evals.arms import Arm, Plan, Rate, serve
 from evals.load import alone, remote
 from evals.load.client import LAG_LIMIT_MS, Target, replay
 from evals.load.record import Idle
+from evals.load.server import ArmError, Server
 from evals.load.timeline import details
 from evals.options import count, out_file
 from evals.reporting import balance, report, verdict
@@ -107,7 +108,7 @@ class Comparison:
     def run_arm(self, arm: Arm, seed: int, model: Path, processor: str) -> None:
         plan = self.plan
         began = time.monotonic()
-        with Server(arm, plan, model) as server:
+        with serve(arm, plan, model) as server:
             target = target_of(plan, server, processor)
             idle = self.measure_idle(arm, target)
             self.say(f"{arm.name}, seed {seed}: server up in {time.monotonic() - began:.0f} s")

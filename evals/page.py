@@ -6,37 +6,25 @@
 from __future__ import annotations
 
 import argparse
-import html
 import sys
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
 from evals.load.timeline import STALL_FACTOR
-from evals.reporting import plots
+from evals.reporting import plots, words
 from evals.reporting.report import SECTIONS, STATISTICS, bin_names, totals
 from evals.reporting.result_files import load
 from evals.reporting.results import ResultError, Results, Shown
+from evals.reporting.svg import Look, looks
 from evals.reporting.verdict import Target
 
 EXIT_BAD_INPUT = 2
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-       max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-svg { max-width: 100%; height: auto; }
-figure { margin: 0 0 1rem; } figcaption, .absent { color: #555; font-size: .9rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .15rem .55rem; text-align: right; border-bottom: 1px solid #ddd;
-         white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-pre { background: #f5f5f5; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-.FAIL { color: #b00020; font-weight: 600; } .pass { color: #1a7f37; } .note { color: #b00020; }
-summary { cursor: pointer; color: #555; }
-"""
+LAG = "lag_p99_ms"
 TOTALS = (
     ("accuracy (share)", "accuracy"),
     ("completed", "completed"),
@@ -68,66 +56,137 @@ MEANS = (
     ("failed", "failed", 1.0),
     ("no answer", "no_answer", 1.0),
 )
-CAPTIONS = {
-    "cdf": "Share of all requests whose answer had begun by then, seeds together. A curve that ends"
-    " below 1 belongs to an arm with requests that never answered.",
-    "bins": "Mean over seeds of the tail in each bin (the maximum below 10 requests in a run, then"
-    " P90, P95 from 30, P99 from 100). n counts the requests, seeds together.",
-    "slowdown": "TTFO over the TTFO of the same request alone on an idle server, on a logarithmic"
-    " scale. Bars span the seeds.",
-    "rate": "QoE SLO attainment is the share of requests that finished with a QoE of at least 0.95."
-    " Goodput counts the requests that met every objective of --goodput. Bars span the seeds.",
-    "timeline": "First seed. From the arrival times of tokens at the client: queued is the time to"
-    " the first token; paused and moved are what the server told of the request (ours do);"
-    f" stalled is a gap of more than {STALL_FACTOR:g} times the median gap of the same request that"
-    " nobody explains, such as a retraction by a stock server.",
-}
-ABSENT = {
-    "cdf": "No TTFO of single requests in the results: no distribution to draw.",
-    "bins": "No answered request in any thinking-length bin: no tails to draw.",
-    "slowdown": "TTFO alone on an idle server was not measured: no slowdown to draw.",
-    "rate": "No throughput in the results: nothing to draw.",
-    "timeline": "No timelines of single requests in the results.",
-}
+COUNTS = ("failed", "no_answer")
+# Name, title, caption, and what is said where there is nothing to draw.
+FIGURES = (
+    (
+        "load",
+        "Time to the answer against load",
+        "Means over seeds, on a logarithmic scale. Bars span the seeds. Points of one load stand"
+        " side by side.",
+        "No TTFO in the results.",
+    ),
+    (
+        "cdf",
+        "Distribution of the time to the answer",
+        "Share of all requests whose answer had begun by then, seeds together, on a logarithmic"
+        " scale. A curve that ends below 1 belongs to an arm with requests that never answered.",
+        "No TTFO of single requests in the results: no distribution to draw.",
+    ),
+    (
+        "bins",
+        "Tail of the time to the answer by thinking length",
+        "Mean over seeds of the tail in each bin, on a logarithmic scale. n counts the requests,"
+        " seeds together.",
+        "No answered request in any thinking-length bin: no tails to draw.",
+    ),
+    (
+        "slowdown",
+        "Slowdown",
+        "TTFO over the TTFO of the same request alone on an idle server, on a logarithmic scale."
+        " Bars span the seeds.",
+        "TTFO alone on an idle server was not measured: no slowdown to draw.",
+    ),
+    (
+        "rate",
+        "Violations and throughput against load",
+        "Means over seeds; bars span the seeds. The axes need not begin at 0.",
+        "No throughput in the results: nothing to draw.",
+    ),
+    (
+        "timeline",
+        "A few requests",
+        "First seed. From the arrival times of tokens at the client: queued is the time to"
+        " the first token; paused and moved are what the server told of the request (ours do);"
+        f" stalled is a gap of more than {STALL_FACTOR:g} times the median gap of the same request"
+        " that nothing explains, such as a retraction by a stock server.",
+        "No timelines of single requests in the results.",
+    ),
+)
+ABSENT = {name: absent for name, _, _, absent in FIGURES}
+NO_COUNTERS = (
+    "No server showed a counter of pauses, migrations or retractions. SGLang shows those of its own"
+    " after their first event only."
+)
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "reporting"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    # Whether its cells may break into lines.
+    wrap: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    name: str
+    title: str
+    caption: str
+    panels: Sequence[str]
+    legend: Sequence[str]
+    wide: bool = False
+    tables: Sequence[Table] = ()
 
 
 def render(results: Results, title: str) -> str:
     """The whole page."""
-    parts = [
-        f"<h1>{_text(title)}</h1>",
-        *(f"<p>{_text(line)}</p>" for line in (_extent(results), *results.about)),
-        *(f'<p class="note">{_text(note)}</p>' for note in results.notes),
-        *_verdicts(results),
-        "<h2>Means over seeds</h2>",
-        _means_table(results),
-        "<h2>Time to first output token</h2>",
-        _figure("cdf", [plots.ttfo_cdf(results)]),
-        "<h2>Tail TTFO by thinking length</h2>",
-        _figure("bins", [plots.tail_by_bin(results)]),
-        *_bin_tables(results),
-        "<h2>Slowdown</h2>",
-        _figure("slowdown", [plots.slowdown(results)]),
-        "<h2>SLO attainment and throughput against load</h2>",
-        _figure("rate", [plots.attainment_and_throughput(results)]),
-        "<h2>A few requests</h2>",
-        _figure("timeline", [plots.timelines(results, rate) for rate, _ in results.loads]),
-        "<h2>All figures</h2>",
-        f"<details><summary>Every run a row</summary>{_figures_table(results)}</details>",
-        *_counters(results),
-        "<h2>Commands</h2>",
-        *(f"<h3>{_text(k)}</h3><pre>{_text(v)}</pre>" for k, v in results.commands.items()),
-        *([] if results.commands else ['<p class="absent">The results name no commands.</p>']),
-        "<h2>Versions</h2>",
-        _table(["", "version"], [[name, told] for name, told in results.versions.items()])
+    drawn = {
+        "load": plots.ttfo_against_load(results),
+        "cdf": plots.ttfo_cdf(results),
+        "bins": plots.tail_by_bin(results),
+        "slowdown": plots.slowdown(results),
+        "rate": plots.violations_and_throughput(results),
+        "timeline": plots.timelines(results),
+    }
+    bins = list(_bins(results))
+    counters = list(_counters(results))
+    absent = [ABSENT[name] for name, panels in drawn.items() if not panels]
+    absent += [] if counters else [NO_COUNTERS]
+    absent += [] if results.commands else ["The results name no commands."]
+    absent += [] if results.versions else ["The results name no versions."]
+    told = words.arms(results)
+    samples = {name: _sample(look) for name, look in looks(results.arms).items()}
+    return TEMPLATES.get_template("page.html.jinja").render(
+        title=title,
+        extent=[_extent(results), *results.about],
+        notes=results.notes,
+        conclusions=words.conclusions(results),
+        arms=[
+            {"name": name, "sample": sample, "words": told.get(name, "")}
+            for name, sample in samples.items()
+        ],
+        terms=words.terms(results),
+        verdicts=list(_verdicts(results)),
+        figures=[
+            Figure(
+                name=name,
+                title=heading,
+                caption=caption,
+                panels=[Markup(svg) for svg in drawn[name]],
+                legend=_states() if name == "timeline" else _legend(samples),
+                wide=name == "timeline",
+                tables=bins if name == "bins" else (),
+            )
+            for name, heading, caption, _ in FIGURES
+            if drawn[name] or (name == "bins" and bins)
+        ],
+        means=list(_per_load(results, _mean, MEANS)),
+        every=list(_per_load(results, _range, _every_figure(), wrap=True)),
+        counters=counters,
+        commands=results.commands,
+        versions=Table(head=("", "version"), rows=list(results.versions.items()))
         if results.versions
-        else '<p class="absent">The results name no versions.</p>',
-    ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
+        else None,
+        absent=absent,
     )
 
 
@@ -138,62 +197,122 @@ def write(paths: Sequence[Path], out: Path, title: str | None = None) -> None:
 
 
 def _extent(results: Results) -> str:
-    counts: dict[str, Sized] = {"run": results.runs, "arm": results.arms, "load": results.loads}
+    seeds = {run.seed for run in results.runs}
+    counts: dict[str, Sized] = {
+        **{"run": results.runs, "arm": results.arms, "load": results.loads, "seed": seeds}
+    }
     return ", ".join(f"{len(c)} {word}{'s' * (len(c) != 1)}" for word, c in counts.items())
 
 
-def _verdicts(results: Results) -> Iterable[str]:
+def _sample(look: Look) -> str:
+    """A piece of the arm's line with its marker."""
+    dashes = {"--": "5 3", ":": "2 2"}.get(look.line, "none")
+    middle = {
+        "s": '<rect x="11" y="3" width="6" height="6"/>',
+        "D": '<path d="M14 2 L18 6 L14 10 L10 6 Z"/>',
+        "^": '<path d="M14 2 L18 9 L10 9 Z"/>',
+    }.get(look.marker, '<circle cx="14" cy="6" r="3"/>')
+    return Markup(
+        f'<svg width="28" height="12" aria-hidden="true" fill="{look.colour}"'
+        f' stroke="{look.colour}"><path d="M0 6 L28 6" stroke-width="1.5"'
+        f' stroke-dasharray="{dashes}"/>{middle}</svg>'
+    )
+
+
+def _legend(samples: dict[str, str]) -> list[str]:
+    return [Markup("{}{}").format(sample, name) for name, sample in samples.items()]
+
+
+def _states() -> list[str]:
+    swatch = Markup('<i style="background:{}"></i>{}')
+    return [swatch.format(colour, state) for state, colour in plots.STATE_COLOURS.items()]
+
+
+def _verdicts(results: Results) -> Iterable[Table]:
     """A table per load: targets down, arms across."""
-    if results.verdicts:
-        yield "<h2>Verdict</h2><p>Ratios to the best stock arm of each figure, or to the arm that "
-        yield "a target names, with their range over seeds.</p>"
     for rate, by_arm in results.verdicts.items():
         lines = {arm: {t.name: t for t in targets} for arm, targets in by_arm.items()}
         names = dict.fromkeys(name for found in lines.values() for name in found)
-        rows = [
-            [_text(name), *(_judged(found.get(name)) for found in lines.values())] for name in names
-        ]
-        yield f"<h3>{_text(plots.load_name(results, rate))}</h3>"
-        yield _table(["target", *lines], rows, safe=True)
+        yield Table(
+            title=plots.load_name(results, rate),
+            head=["target", *lines],
+            rows=[
+                [name, *(_judged(found.get(name)) for found in lines.values())] for name in names
+            ],
+            wrap=True,
+        )
 
 
 def _judged(target: Target | None) -> str:
     if target is None:
         return ""
     word = {True: "pass", False: "FAIL", None: "not judged"}[target.passed]
-    return f'<span class="{word}">{word}: {_text(target.seen)}</span>'
+    return Markup('<span class="{0}">{0}: {1}</span>').format(word, target.seen)
 
 
-def _means_table(results: Results) -> str:
-    """Without the figures that no run has."""
-    means = [mean for mean in MEANS if any(mean[1] in run.summary for run in results.runs)]
-    rows = []
+def _per_load(
+    results: Results,
+    cell: Callable[[Sequence[Shown], str, float], str],
+    figures: Sequence[tuple[str, str, float]],
+    *,
+    wrap: bool = False,
+) -> Iterable[Table]:
+    """A table per load, figures down and arms across, without the figures that no run has."""
+    known = [
+        each for each in figures if any(_read(run, each[1]) is not None for run in results.runs)
+    ]
     for rate, _ in results.loads:
-        for arm in results.arms:
-            runs = results.of(arm, rate)
-            if runs:
-                cells = [_mean(runs, key, unit) for _, key, unit in means]
-                rows.append([f"{plots.load_name(results, rate)}: {arm}", *cells])
-    return _table(["load: arm", *(label for label, _, _ in means)], rows)
+        by_arm = {arm: runs for arm in results.arms if (runs := results.of(arm, rate))}
+        yield Table(
+            title=plots.load_name(results, rate),
+            head=["", *by_arm],
+            rows=[
+                [label, *(cell(runs, key, unit) for runs in by_arm.values())]
+                for label, key, unit in known
+            ],
+            wrap=wrap,
+        )
+
+
+def _read(run: Shown, key: str) -> float | None:
+    value: float | None = run.lag_p99_ms if key == LAG else run.summary.get(key)
+    return value
+
+
+def _values(runs: Sequence[Shown], key: str, unit: float) -> list[float]:
+    return [unit * v for run in runs if (v := _read(run, key)) is not None]
 
 
 def _mean(runs: Sequence[Shown], key: str, unit: float) -> str:
-    values = [v for run in runs if (v := run.summary.get(key)) is not None]
-    return f"{unit * sum(values) / len(values):.2f}" if values else "n/a"
+    values = _values(runs, key, unit)
+    if not values:
+        return "n/a"
+    mean = f"{sum(values) / len(values):.2f}"
+    return mean.removesuffix(".00") if key in COUNTS else mean
 
 
-def _figure(name: str, drawn: Sequence[str | None]) -> str:
-    shown = [svg for svg in drawn if svg is not None]
-    if not shown:
-        return f'<p class="absent">{ABSENT[name]}</p>'
-    caption = f"<figcaption>{_text(CAPTIONS[name])}</figcaption>"
-    return f'<figure id="{name}">{"".join(shown)}{caption}</figure>'
+def _range(runs: Sequence[Shown], key: str, unit: float) -> str:
+    values = _values(runs, key, unit)
+    if not values:
+        return "n/a"
+    low, high = _brief(min(values)), _brief(max(values))
+    return low if low == high else f"{_brief(sum(values) / len(values))} ({low}..{high})"
 
 
-def _bin_tables(results: Results) -> Iterable[str]:
-    """Per load and binning: tail TTFO in seconds and the sample count of every arm and bin."""
+def _every_figure() -> list[tuple[str, str, float]]:
+    return [
+        *((label, key, 1.0) for label, key in TOTALS),
+        *((f"{stat} {label}", f"{key}_{name}", 1.0) for _, label, name in SECTIONS
+          for stat, key in STATISTICS),
+        ("P99 client lag (ms)", LAG, 1.0),
+    ]  # fmt: skip
+
+
+def _bins(results: Results) -> Iterable[Table]:
+    """Per load and binning: tail TTFO and the sample count of every arm and bin."""
     for rate, _ in results.loads:
-        for edges in dict.fromkeys(run.edges for run in results.runs if run.rate == rate):
+        counted = [r for r in results.runs if r.rate == rate and "bin_requests" in r.summary]
+        for edges in dict.fromkeys(run.edges for run in counted):
             names = bin_names(edges)
             rows = []
             for arm in results.arms:
@@ -201,57 +320,36 @@ def _bin_tables(results: Results) -> Iterable[str]:
                 cells = [plots.bin_cell(runs, index) for index in range(len(names))]
                 if runs:
                     rows.append([arm, *(f"{_number(value)} ({n})" for value, n in cells)])
-            load = _text(plots.load_name(results, rate))
-            yield f"<h3>{load}: tail TTFO in seconds (requests)</h3>"
-            yield _table(["arm", *(f"{name} tokens" for name in names)], rows)
+            yield Table(
+                title=f"{plots.load_name(results, rate)}: tail TTFO in seconds (requests)",
+                head=["arm", *(f"{name} tokens" for name in names)],
+                rows=rows,
+            )
 
 
-def _figures_table(results: Results) -> str:
-    """Every run a row, every figure a column."""
-    keys = [
-        *TOTALS,
-        *((f"{stat} {label}", f"{key}_{name}") for _, label, name in SECTIONS
-          for stat, key in STATISTICS),
-    ]  # fmt: skip
-    known = [(label, key) for label, key in keys if any(key in r.summary for r in results.runs)]
-    lags = any(run.lag_p99_ms is not None for run in results.runs)
-    rows = [
-        [
-            f"{run.arm}, {run.rate}, seed {run.seed}",
-            *(_number(run.summary.get(key)) for _, key in known),
-            *([_number(run.lag_p99_ms)] if lags else []),
-        ]
-        for run in results.runs
-    ]
-    lag = ["P99 client lag (ms)"] if lags else []
-    return _table(["run", *(label for label, _ in known), *lag], rows)
+def _counters(results: Results) -> Iterable[Table]:
+    """Per load: counters down, the arms that have any across."""
+    for rate, _ in results.loads:
+        sums: dict[str, dict[str, float]] = {}
+        for arm in results.arms:
+            for run in results.of(arm, rate):
+                for name, change in totals(run.counters).items():
+                    of_arm = sums.setdefault(arm, {})
+                    of_arm[name] = of_arm.get(name, 0.0) + change
+        names = dict.fromkeys(name for found in sums.values() for name in found)
+        if names:
+            yield Table(
+                title=plots.load_name(results, rate),
+                head=["counter", *sums],
+                rows=[
+                    [name, *(_number(found.get(name)) for found in sums.values())] for name in names
+                ],
+            )
 
 
-def _counters(results: Results) -> Iterable[str]:
-    yield "<h2>Server counters, change during the run</h2>"
-    names = list(dict.fromkeys(name for run in results.runs for name in totals(run.counters)))
-    if not names:
-        yield (
-            '<p class="absent">No server showed a counter of pauses, moves or retractions. SGLang '
-            "shows those of its own after their first event only.</p>"
-        )
-        return
-    rows = [
-        [f"{r.arm}, {r.rate}, seed {r.seed}", *(_number(r.counters.get(n)) for n in names)]
-        for r in results.runs
-    ]
-    yield _table(["run", *names], rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, safe: bool = False) -> str:
-    """`safe`: the cells are HTML already."""
-    top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{c if safe else _text(c)}</td>" for c in row) + "</tr>"
-        for row in rows
-    )
-    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
+def _brief(value: float) -> str:
+    """Three digits that count, or all before the point."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _number(value: Any) -> str:
@@ -259,10 +357,6 @@ def _number(value: Any) -> str:
         return "n/a"
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     return f"{value:.0f}" if whole else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -77,7 +77,7 @@ pascal_prepare() {
         fi
         pascal_say "installing SGLang and what it needs into $pascal_venv (first time: about 5 minutes, 11 GB)"
         rm -f "$pascal_venv/.pascal_stamp"
-        pascal_pip install -e "$pascal_root[dev,evals]"
+        pascal_pip install -e "$pascal_root[dev,docs,evals]"
         pascal_stamp >"$pascal_venv/.pascal_stamp"
         pascal_say "installed"
     fi

@@ -1,18 +1,21 @@
-"""One frozen configuration, handed to every process as JSON in `PASCAL_SGLANG_CONFIG`."""
+"""One frozen configuration: the `--pascal-*` flags, handed to every process as JSON in
+`PASCAL_SGLANG_CONFIG`."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import functools
 import ipaddress
 import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_type_hints
 
 from pascal_sglang import request_checks, request_ids
-from pascal_sglang.policy.registry import Policy, UnknownPolicy, find
+from pascal_sglang.policy.registry import POLICIES, Policy, UnknownPolicy, find
 from pascal_sglang.policy.request import Reader
 from pascal_sglang.request_checks import ASKED_TPOT_MS, asked, is_number, reader_of
 
@@ -20,111 +23,126 @@ CONFIG_ENV = "PASCAL_SGLANG_CONFIG"
 # Set in Ray's actors, which are child processes that `multiprocessing` does not know as such.
 ACTOR_ENV = "PASCAL_SGLANG_ACTOR"
 
-DEMOTE_ON = ("kv", "thinking")
-PLACEMENTS = ("phase", "sglang")
-MIGRATIONS = ("adaptive", "always", "off")
-KV_TRANSPORTS = ("auto", "shm", "mooncake")
-
 
 class ConfigError(ValueError):
     """A configuration value that cannot be served; the message is one line."""
 
 
+def _field(
+    default: Any,
+    text: str | None = None,
+    *,
+    choices: tuple[str, ...] = (),
+    metavar: str | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A field with the values that it takes. With a text it is a `--pascal-*` flag too, of which
+    `--help` and docs/serving.md are made."""
+    limits = {"choices": choices, "least": least, "above": above, "most": most}
+    return field(default=default, metadata={"text": text, "metavar": metavar, **limits})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PascalConfig:
-    """What `--pascal-*` decided.
+    """What `--pascal-*` decided: one declaration a field makes the flag, its check and its docs."""
 
-    policy: name of the scheduling policy (`policy.registry.find`).
-    quantum_tokens, demote_tokens: see `policy.ranking.Tuning`.
-    demote_on: what counts towards `demote_tokens`: `kv`, all KV beyond the prompt, or `thinking`,
-        thinking tokens alone (a model may write text before it opens its thinking).
-    answer_tpot_ms: the reader's pace, milliseconds per answering token; a request may override it
-        in `custom_params["pascal"]["answer_tpot_ms"]`.
-    qoe_slo: an answer whose QoE ends below this counts as an SLO violation.
-    host_kv_gb: host memory for paused KV, per instance; None: twice the device pool, at most this
-        instance's share of a quarter of the memory that is free at start.
-    pace_stream: streamed answers leave the server at the reader's pace.
-    placement: `phase`, or `sglang` for the balancing of `--load-balance-method`; only with several
-        instances. The launcher sets the latter where that flag is given.
-    migration: whether a request may move to another instance at the end of its thinking:
-        `adaptive`, where that helps; `always`, by counts alone (PASCAL without its adaptive
-        override); or `off`. Only with several instances that are placed by phase.
-    live_migration: KV is copied while the request still decodes; otherwise it stops first.
-    kv_transport: how KV gets from one instance to another; `auto` is `shm` inside a host.
-    kv_listen: an IPv4 address of this host at which peers on a network reach the `mooncake`
-        transport; None: 127.0.0.1, this host alone.
-    gpus: how many GPUs the instances share, one beside the other; None: each has its own. To try
-        several instances on one GPU; `mem_fraction_static` has to leave room.
-    assume_reasoning: `/generate` requests that do not say `require_reasoning` count as reasoning.
-    log_decisions: log every scheduling decision as one line of JSON.
-    default_thinking_budget: thinking tokens after which a request without a logit processor of its
-        own is made to close its thinking; None leaves requests alone. Set by `--demo`.
-    client_processors: whether clients may send logit processors, which are code, where SGLang's
-        flag is given. `--demo`, which gives it for its own ones, says no.
-    chaos: for tests: the chance per pass that a running request is paused, or a paused one resumed,
-        whatever the policy says.
-    force_migration: for tests: every request moves at the end of its thinking, and with this chance
-        per pass again.
-    """
-
-    policy: str = "pascal"
-    quantum_tokens: int = 500
-    demote_tokens: int = 5000
-    demote_on: str = "kv"
-    answer_tpot_ms: float = 100.0
-    qoe_slo: float = 0.95
-    host_kv_gb: float | None = None
-    pace_stream: bool = False
-    placement: str = "phase"
-    migration: str = "adaptive"
-    live_migration: bool = True
-    kv_transport: str = "auto"
-    kv_listen: str | None = None
-    gpus: int | None = None
-    assume_reasoning: bool = False
-    log_decisions: bool = False
-    default_thinking_budget: int | None = None
-    client_processors: bool = True
-    chaos: float = 0.0
-    force_migration: float = 0.0
+    # A name that `policy.registry.find` knows.
+    policy: str = _field(
+        "pascal",
+        "pascal: thinking first, answers on pace; paper: PASCAL to the letter; rr: phase-blind "
+        "round robin, rr-restart: its count restarts at the phase boundary; fcfs: SGLang's own "
+        "order untouched; or a record of your own",
+        metavar="{" + ",".join(POLICIES) + "} or MODULE:NAME",
+    )
+    # This and the next: see `policy.ranking.Tuning`.
+    quantum_tokens: int = _field(
+        500, "tokens a request runs before others of its class get their turn", least=1
+    )
+    demote_tokens: int = _field(
+        5000, "a thinker longer than this falls behind shorter ones", least=1
+    )
+    # A model may write text before it opens its thinking.
+    demote_on: str = _field(
+        "kv",
+        "what counts towards that: all KV beyond the prompt, or thinking tokens",
+        choices=("kv", "thinking"),
+    )
+    # A request may override it in `custom_params["pascal"]["answer_tpot_ms"]`.
+    answer_tpot_ms: float = _field(
+        100.0, "the reader's pace: milliseconds per answering token", above=0
+    )
+    qoe_slo: float = _field(
+        0.95, "answers whose QoE ends below this count as SLO violations", above=0, most=1
+    )
+    # None: twice the device pool, at most this instance's share of a quarter of the memory that is
+    # free at start.
+    host_kv_gb: float | None = _field(
+        None,
+        "host memory for paused KV, per instance (default: by the device pool's size)",
+        least=0,
+    )
+    # Only with several instances that are placed by phase. `always` is PASCAL without its adaptive
+    # override.
+    migration: str = _field(
+        "adaptive",
+        "with --dp-size above 1: whether a request may move to another instance at the end of its "
+        "thinking; adaptive: where that helps, always: by counts alone",
+        choices=("adaptive", "always", "off"),
+    )
+    live_migration: bool = _field(
+        True, "copy KV while the request still decodes; otherwise it stops first"
+    )
+    kv_transport: str = _field(
+        "auto",
+        "how KV moves; auto: shm, inside a host; mooncake: Mooncake Transfer Engine",
+        choices=("auto", "shm", "mooncake"),
+    )
+    kv_listen: str | None = _field(
+        None,
+        "open mooncake at this IPv4 address of this host: all who reach it can read and write KV "
+        "that moves (default: 127.0.0.1)",
+        metavar="ADDRESS",
+    )
+    gpus: int | None = _field(
+        None,
+        "instances share this many GPUs, one beside the other, to try several on one; "
+        "--mem-fraction-static has to leave room (default: each has its own)",
+        least=1,
+    )
+    pace_stream: bool = _field(False, "release streamed answering tokens at the reader's pace")
+    log_decisions: bool = _field(False, "log every scheduling decision as one line of JSON")
+    assume_reasoning: bool = _field(
+        False, "treat /generate requests that do not say require_reasoning as reasoning"
+    )
+    # `sglang`: the balancing of `--load-balance-method`; the launcher sets it where that flag is
+    # given. Only with several instances.
+    placement: str = _field("phase", choices=("phase", "sglang"))
+    # Thinking tokens after which a request without a logit processor of its own is made to close
+    # its thinking; None leaves requests alone. Set by `--demo`.
+    default_thinking_budget: int | None = _field(None, least=0)
+    # Whether clients may send logit processors, which are code, where SGLang's flag is given.
+    # `--demo`, which gives it for its own ones, says no.
+    client_processors: bool = _field(True)
+    # For tests: the chance per pass that a running request is paused, or a paused one resumed,
+    # whatever the policy says.
+    chaos: float = _field(0.0, least=0, most=1)
+    # For tests: every request migrates at the end of its thinking, and with this chance per pass
+    # again.
+    force_migration: float = _field(0.0, least=0, most=1)
 
     def __post_init__(self) -> None:
         try:
             find(self.policy)
         except UnknownPolicy as error:
             raise ConfigError(str(error)) from error
-        for name, choices in (
-            ("demote_on", DEMOTE_ON),
-            ("placement", PLACEMENTS),
-            ("migration", MIGRATIONS),
-            ("kv_transport", KV_TRANSPORTS),
-        ):
+        for name, kind, optional, limits in _declared():
             value = getattr(self, name)
-            _require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        for name in (
-            "pace_stream",
-            "live_migration",
-            "assume_reasoning",
-            "log_decisions",
-            "client_processors",
-        ):
-            _require(isinstance(getattr(self, name), bool), f"{name} must be true or false")
+            if not (optional and value is None):
+                _check(name, kind, value, limits)
         if self.kv_listen is not None:
             self._require_one_address()
-        self._require_whole("quantum_tokens", at_least=1)
-        self._require_whole("demote_tokens", at_least=1)
-        self._require_whole("default_thinking_budget", at_least=0, optional=True)
-        self._require_whole("gpus", at_least=1, optional=True)
-        self._require_number("answer_tpot_ms", above=0)
-        self._require_number("qoe_slo", above=0)
-        _require(self.qoe_slo <= 1, f"qoe_slo is at most 1, not {self.qoe_slo!r}")
-        self._require_number("host_kv_gb", above=-1e-9, optional=True)
-        self._require_number("chaos", above=-1e-9)
-        self._require_number("force_migration", above=-1e-9)
-        _require(
-            max(self.chaos, self.force_migration) <= 1,
-            "chaos and force_migration are probabilities",
-        )
 
     def _require_one_address(self) -> None:
         try:
@@ -136,23 +154,6 @@ class PascalConfig:
         _require(
             self.kv_transport == "mooncake",
             f"kv_listen is for the mooncake transport; {self.kv_transport} listens nowhere",
-        )
-
-    def _require_whole(self, name: str, at_least: int, optional: bool = False) -> None:
-        value = getattr(self, name)
-        holds = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-        _require(
-            holds or (optional and value is None),
-            f"{name} must be a whole number of at least {at_least}, not {value!r}",
-        )
-
-    def _require_number(self, name: str, above: float, optional: bool = False) -> None:
-        value = getattr(self, name)
-        holds = isinstance(value, int | float) and not isinstance(value, bool)
-        holds = holds and math.isfinite(value) and value > above
-        _require(
-            holds or (optional and value is None),
-            f"{name} must be a number above {above:g}, not {value!r}",
         )
 
     @classmethod
@@ -233,6 +234,62 @@ class PascalConfig:
         values.pop("policy")
         shown = " ".join(f"{name}={value}" for name, value in values.items())
         return f"pascal_sglang: policy={self.policy} {shown}"
+
+
+@functools.cache
+def _declared() -> list[tuple[str, type, bool, Mapping[str, Any]]]:
+    """Of every field: its name, its type, whether it may be None, and what it was declared with."""
+    hints = get_type_hints(PascalConfig)
+    found: list[tuple[str, type, bool, Mapping[str, Any]]] = []
+    for each in dataclasses.fields(PascalConfig):
+        kinds = get_args(hints[each.name]) or (hints[each.name],)
+        found.append((each.name, kinds[0], type(None) in kinds, each.metadata))
+    return found
+
+
+def _check(name: str, kind: type, value: object, limits: Mapping[str, Any]) -> None:
+    choices, least, above, most = (limits[k] for k in ("choices", "least", "above", "most"))
+    if choices:
+        _require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    elif kind is bool:
+        _require(isinstance(value, bool), f"{name} must be true or false")
+    elif kind in (int, float):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        fits = (
+            (whole or (kind is float and isinstance(value, float) and math.isfinite(value)))
+            and (least is None or value >= least)
+            and (above is None or value > above)
+            and (most is None or value <= most)
+        )
+        bounds = (("of at least", least), ("above", above), ("of at most", most))
+        told = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        number = "a whole number" if kind is int else "a number"
+        _require(fits, f"{name} must be {number} {told}, not {value!r}")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the `--pascal-*` flags; defaults are `PascalConfig`'s own."""
+    group = parser.add_argument_group("pascal_sglang")
+    defaults = PascalConfig()
+    for name, kind, _, declared in _declared():
+        text, default = declared["text"], getattr(defaults, name)
+        if text is None:
+            continue
+        options: dict[str, Any] = {"default": default, "help": text}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        else:
+            options |= {"type": kind, "metavar": declared["metavar"]}
+            options["choices"] = declared["choices"] or None
+            if default is not None:
+                options["help"] = f"{text} (%(default)s)"
+        group.add_argument("--pascal-" + name.replace("_", "-"), **options)
+
+
+def from_flags(options: argparse.Namespace) -> PascalConfig:
+    """Build the configuration from parsed `--pascal-*` flags."""
+    names = [name for name, _, _, declared in _declared() if declared["text"] is not None]
+    return PascalConfig(**{name: getattr(options, f"pascal_{name}") for name in names})
 
 
 def _require(holds: bool, message: str) -> None:

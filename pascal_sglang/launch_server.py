@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import psutil
 
 from pascal_sglang.cluster.private_folder import remove_all
-from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
+from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig, add_flags, from_flags
 from pascal_sglang.entrypoints import sglang_flags
 from pascal_sglang.entrypoints.preflight import (
     LaunchError,
@@ -32,7 +32,6 @@ from pascal_sglang.entrypoints.preflight import (
     one_line,
     open_to_others,
 )
-from pascal_sglang.flags import add_flags, from_flags
 
 PROG = "pascal_sglang"
 EXIT_BAD_INPUT = 2

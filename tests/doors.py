@@ -72,7 +72,7 @@ class Found:
 
 def check(server: Server) -> set[str]:
     """Look at every process of a server that listens on 127.0.0.1; the names of rows seen."""
-    tests = {server._log, warm_servers() if isinstance(server.process, Fork) else ""}
+    tests = {str(server.log), warm_servers() if isinstance(server.process, Fork) else ""}
     found = sorted(
         {f for p in server.tree() for f in _of(p) if f.what.partition(" ")[2] not in tests},
         key=lambda f: (f.what, f.process),

@@ -20,10 +20,8 @@ from typing import Any
 
 import psutil
 
-from evals.arms import free_port
-
-START_TIMEOUT_S = 240
-STOP_TIMEOUT_S = 40
+from evals.load.server import STOP_TIMEOUT_S, LocalServer
+from evals.load.server import environment as of_this_process
 
 # A shell cannot trap a signal that was ignored when it started, as under `nohup` or in a job's
 # background.
@@ -40,12 +38,9 @@ TINY_FLAGS = (
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment without anything that would activate or tune pascal_sglang."""
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("PASCAL_SGLANG", "SGLANG_")) and k != "PYTHONPATH"
-    }
-    return {**env, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(extra or {})}
+    env = of_this_process({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    env.pop("PYTHONPATH", None)
+    return {**env, **(extra or {})}
 
 
 class Fork:
@@ -104,8 +99,8 @@ def warm_servers() -> str:
 _kept: list[subprocess.Popen[bytes]] = []
 
 
-class Server:
-    """A server process tree of our own, with its output in a file.
+class Server(LocalServer):
+    """A server for tests.
 
     warm: as a fork of `warm_servers`, for servers with a policy; otherwise as a shell starts it.
     headers: what `get` sends along.
@@ -120,25 +115,23 @@ class Server:
         *,
         warm: bool = False,
     ) -> None:
-        self.port = free_port()
+        super().__init__("server")
         self.headers: dict[str, str] = {}
-        self.base_url = f"http://127.0.0.1:{self.port}"
-        descriptor, self._log = tempfile.mkstemp(prefix="server-", suffix=".log")
-        whole = [*command, *flags, "--host", "127.0.0.1", "--port", str(self.port)]
+        whole = [*command, *flags, *self.address]
         self.process: Fork | subprocess.Popen[bytes]
         if warm:
             self.process = self._fork(whole, environment(env), cwd or Path.cwd())
         else:
-            self.process = subprocess.Popen(
-                whole,
-                stdout=descriptor,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environment(env),
-                cwd=cwd,
-                start_new_session=True,
-            )
-        os.close(descriptor)
+            with self.log.open("ab") as output:
+                self.process = subprocess.Popen(
+                    whole,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env=environment(env),
+                    cwd=cwd,
+                    start_new_session=True,
+                )
         self._seen: dict[int, psutil.Process] = {}
 
     def _fork(self, command: list[str], env: dict[str, str], cwd: Path) -> Fork:
@@ -146,8 +139,8 @@ class Server:
             connection.settimeout(60)
             connection.connect(warm_servers())
             with connection.makefile("rw") as pipe:
-                print(json.dumps([command, env, str(cwd), self._log]), file=pipe, flush=True)
-                return Fork(int(pipe.readline()), Path(f"{self._log}.code"))
+                print(json.dumps([command, env, str(cwd), str(self.log)]), file=pipe, flush=True)
+                return Fork(int(pipe.readline()), Path(f"{self.log}.code"))
 
     def __enter__(self) -> Server:
         try:
@@ -159,10 +152,6 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    @property
-    def output(self) -> str:
-        return Path(self._log).read_text(errors="replace")
 
     def tree(self) -> list[psutil.Process]:
         """Every process seen under this server that still lives."""
@@ -177,17 +166,11 @@ class Server:
         ]
 
     def wait_ready(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"server ended early:\n{self.output[-4000:]}")
-            try:
-                with urllib.request.urlopen(f"{self.base_url}/health", timeout=5):
-                    self.tree()
-                    return
-            except OSError:
-                time.sleep(0.5)
-        raise TimeoutError(f"server not ready:\n{self.output[-4000:]}")
+        super().wait_ready()
+        self.tree()
+
+    def _last_words(self) -> str:
+        return f"\n{self.output[-4000:]}"
 
     def stop(self, how: int = signal.SIGINT) -> None:
         """Ask the server to end and insist that nothing of it stays behind.

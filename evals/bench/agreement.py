@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tabulate import tabulate
 
 from evals import arms, workload
-from evals.arms import Arm, ArmError, Plan, Server
+from evals.arms import Arm, Plan, serve
 from evals.load.items import Item
+from evals.load.server import ArmError, Server, environment
 from evals.options import count
 from evals.reporting.verdict import Spread
 
@@ -125,7 +127,7 @@ def _run(module: str, bench: Bench, load: Load, more: Sequence[str]) -> dict[str
     if load.concurrency is not None:
         command += ["--max-concurrency", str(load.concurrency)]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=arms.environment({}), timeout=TIMEOUT_S
+        command, capture_output=True, text=True, env=environment({}), timeout=TIMEOUT_S
     )
     if done.returncode:
         raise ArmError(f"{module}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
@@ -150,12 +152,14 @@ def compare(
 
 def table(we: Sequence[dict[str, Any]], they: Sequence[dict[str, Any]]) -> list[str]:
     """Lines: mean of each tool with its own range, and our figure over theirs."""
-    lines = [f"{'':<22}{'ours':>24}{'theirs':>24}{'ours / theirs':>24}"]
+    rows = []
     for key in KEYS:
         both = [[run[key] for run in runs] for runs in (we, they)]
         cells = [f"{sum(v) / len(v):.2f} ({min(v):.2f}..{max(v):.2f})" for v in both]
         ratio = Spread.of([a / b for a, b in zip(*both, strict=True)]) or "n/a"
-        lines.append(f"{key:<22}{cells[0]:>24}{cells[1]:>24}{ratio!s:>24}")
+        rows.append([key, *cells, str(ratio)])
+    heads = ["", "ours", "theirs", "ours / theirs"]
+    lines: list[str] = tabulate(rows, heads, tablefmt="plain", disable_numparse=True).splitlines()
     return lines
 
 
@@ -198,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(plan: Plan, arm: Arm, model: Path, loads: Sequence[Load], pairs: int) -> bool:
     """Print every load of one arm; whether both tools did the same work."""
     same = True
-    with Server(arm, plan, model) as server, tempfile.TemporaryDirectory() as folder:
+    with serve(arm, plan, model) as server, tempfile.TemporaryDirectory() as folder:
         for load in loads:
             bench = Bench(server.base_url, model, Path(folder), plan.requests)
             wanted = requests(plan, load)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evals.arms import Arm, Plan, Server
+from evals.arms import Arm, Plan, serve
 from evals.bench import pair
 from evals.compare import target_of
 from evals.load import remote
@@ -36,7 +36,7 @@ def blocked_s(base_url: str) -> tuple[list[float], int]:
 
 def run(arm: Arm, plan: Plan, items: list[Item], model: Path, processor: str) -> str:
     """One row of the table."""
-    with Server(arm, plan, model) as server:
+    with serve(arm, plan, model) as server:
         back = replay(items, target_of(plan, server, processor), seed=0)
         blocked, sent = blocked_s(server.base_url)
     failed = [r.error for r in back.records if r.error]

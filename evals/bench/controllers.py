@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from evals.arms import Arm, Plan, Server
+from evals.arms import Arm, Plan, serve
 from evals.bench import pair
 from evals.compare import target_of
 from evals.load.client import replay
@@ -43,7 +43,7 @@ def processor_s(pid: int) -> float:
 
 def run(arm: Arm, plan: Plan, items: list[Item], model: Path, processor: str) -> tuple[float, ...]:
     """Throughputs of the bursts, and how busy the idle server is (per cent)."""
-    with Server(arm, plan, model) as server:
+    with serve(arm, plan, model) as server:
         target, found = target_of(plan, server, processor), []
         replay(items[:8], target, seed=REPEATS)
         for seed in range(REPEATS):

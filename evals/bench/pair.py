@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from evals import arms
-from evals.arms import TINY, Arm, ArmError, Plan, Rate
+from evals.arms import TINY, Arm, Plan, Rate
 from evals.compare import CACHE, EXIT_BAD_INPUT
+from evals.load.server import ArmError
 from evals.options import folder
 
 FLAGS = (

@@ -2,9 +2,9 @@
 
 Builds requests as the engine does, with KV memory exhausted, and times `Planner.plan`:
 
-settled     nobody can displace anybody, as in most passes
-arrivals    in every pass a short thinker arrives and the plan is carried out
-uproar      half of those who run rank below everybody who waits: as much as one pass changes
+steady        no request can displace another, as in most passes
+arrivals      in every pass a short thinker arrives and the plan is carried out
+full_rerank   half of the running requests rank below every waiting one: all that one pass changes
 
 Prints microseconds: the mean of many passes in a row for the first, mean and P99 for the second, a
 single pass for the third; best of several rounds.
@@ -85,7 +85,7 @@ def one_pass(planner: Planner, active: list[RequestState], turn: int) -> tuple[f
     return took, pass_info
 
 
-def settled_us(policy: str, running: int, others: int) -> float:
+def steady_us(policy: str, running: int, others: int) -> float:
     planner, active = scene(policy, running, others, steady=True)
     return statistics.mean(one_pass(planner, active, turn)[0] for turn in range(PASSES))
 
@@ -102,7 +102,7 @@ def arrivals_us(policy: str, running: int, others: int) -> list[float]:
     return took
 
 
-def uproar_us(policy: str, running: int, others: int) -> float:
+def full_rerank_us(policy: str, running: int, others: int) -> float:
     planner, active = scene(policy, running, others, steady=False)
     return one_pass(planner, active, 0)[0]
 
@@ -111,17 +111,17 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    columns = ("settled", "arrivals", "p99", "uproar")
-    print(f"{'policy':<12}{'running':>8}{'others':>8}" + "".join(f"{c:>10}" for c in columns))
+    columns = ("steady", "arrivals", "p99", "full_rerank")
+    print(f"{'policy':<12}{'running':>8}{'others':>8}" + "".join(f"{c:>12}" for c in columns))
     for policy in (name for name, record in POLICIES.items() if record.schedules):
         for size in SIZES:
-            steady = min(settled_us(policy, *size) for _ in range(ROUNDS))
+            steady = min(steady_us(policy, *size) for _ in range(ROUNDS))
             flow = min((arrivals_us(policy, *size) for _ in range(ROUNDS)), key=statistics.mean)
             p99 = statistics.quantiles(flow, n=100)[98]
-            full_rerank = min(uproar_us(policy, *size) for _ in range(ROUNDS))
+            full_rerank = min(full_rerank_us(policy, *size) for _ in range(ROUNDS))
             figures = (steady, statistics.mean(flow), p99, full_rerank)
             row = f"{policy:<12}{size[0]:>8}{size[1]:>8}"
-            print(row + "".join(f"{figure:>10.0f}" for figure in figures))
+            print(row + "".join(f"{figure:>12.0f}" for figure in figures))
 
 
 if __name__ == "__main__":

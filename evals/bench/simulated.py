@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from evals import arms, workload
-from evals.arms import Arm, ArmError, Plan, Server
+from evals.arms import Arm, Plan, serve
 from evals.compare import CACHE, EXIT_BAD_INPUT, target_of
 from evals.load import remote
 from evals.load.client import replay
 from evals.load.items import Item
 from evals.load.record import Record
+from evals.load.server import ArmError
 from evals.options import out_file
 from evals.reporting.metrics import measure
 from pascal_sglang.sim.arms import ARMS, STOCK
@@ -98,7 +99,7 @@ def simulated(plan: Plan, arm: Arm, found: Fit, per_s: float, seed: int) -> dict
 
 def measure_arm(plan: Plan, arm: Arm, model: Path, processor: str, seeds: int) -> dict[str, Any]:
     """Fit one run of an arm, then measure the others."""
-    with Server(arm, plan, model) as server:
+    with serve(arm, plan, model) as server:
         target = target_of(plan, server, processor)
         middle = sum(rate.per_s for rate in plan.rates) / len(plan.rates)
         replay(items_of(plan, middle, CALIBRATION_SEED + 1)[:20], target, seed=1)  # Warms it up.

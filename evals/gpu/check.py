@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from evals import arms
-from evals.arms import Arm, ArmError, Plan, Rate, Server
+from evals.arms import Arm, Plan, Rate
 from evals.compare import CACHE, Comparison
 from evals.gpu import device, figures, identity
 from evals.load import remote
 from evals.load.client import Target
 from evals.load.record import Idle
+from evals.load.server import ArmError, Server
 from evals.options import folder, positive
 
 HERE = Path(__file__).parent

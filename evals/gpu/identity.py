@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.arms import STOCK_ON_CPU, Arm, ArmError, Plan, Server
+from evals.arms import STOCK_ON_CPU, Arm, Plan, serve
 from evals.load import auth, remote
+from evals.load.server import ArmError
 
 CONCURRENCY = 24
 REQUEST_TIMEOUT_S = 120.0
@@ -129,9 +130,9 @@ def forced(plan: Plan) -> Arm:
 def check(plan: Plan, model: Path, processor: str, count: int) -> Identity:
     """Run both servers, one after the other."""
     requests = bodies(count, processor)
-    with Server(plan.arms[0], plan, model) as server:
+    with serve(plan.arms[0], plan, model) as server:
         expected = ask(server.base_url, requests)
-    with Server(forced(plan), plan, model) as server:
+    with serve(forced(plan), plan, model) as server:
         seen = ask(server.base_url, requests)
         found = at_rest(server.base_url)
     longest = [body["sampling_params"]["max_new_tokens"] for body in requests]

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
-import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp
+import httpx
+import openai
 import orjson
 from tqdm import tqdm
 
 from evals.grading.reply import Heard
-from evals.load import auth, sse
+from evals.load import auth
 from evals.load.attended import CUT, ctrl_c_cancels
 
 TIMEOUT = "timeout (request)"
@@ -43,38 +40,37 @@ class Endpoint:
     request_timeout_s: float = 3600.0
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def body(self, prompt: str) -> bytes:
-        body: dict[str, Any] = {
+    def request(self, prompt: str) -> dict[str, Any]:
+        """The arguments of the client's call."""
+        request: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": self.temperature,
             "seed": self.seed,
             "stream": True,
             "stream_options": {"include_usage": True},
+            "extra_body": self.extra,
         }
-        if self.max_tokens is not None:
-            body["max_tokens"] = self.max_tokens
-        return orjson.dumps({**body, **self.extra})
+        return request if self.max_tokens is None else {**request, "max_tokens": self.max_tokens}
 
 
 def first_model(base_url: str) -> str | None:
     """The first model an endpoint lists, None where it lists none. Raises EndpointError where
-    nobody answers."""
+    no server answers."""
     try:
-        request = urllib.request.Request(f"{base_url}/v1/models", headers=_headers())
-        with urllib.request.urlopen(request, timeout=LOOKUP_TIMEOUT_S) as reply:
-            body = reply.read()
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            raise EndpointError(f"{base_url} refuses us: HTTP {error.code}") from error
+        with openai.OpenAI(timeout=LOOKUP_TIMEOUT_S, **_to(base_url)) as client:
+            return str(client.models.list().data[0].id)
+    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+        raise EndpointError(f"{base_url} refuses us: HTTP {error.status_code}") from error
+    except openai.APIConnectionError as error:
+        raise EndpointError(f"no server answers at {base_url} ({error.__cause__})") from error
+    except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise EndpointError(f"no server answers at {base_url} ({reason})") from error
-    try:
-        return str(json.loads(body)["data"][0]["id"])
-    except (ValueError, LookupError, TypeError):
-        return None
+
+
+def _to(base_url: str) -> dict[str, Any]:
+    """The client's arguments for a server, with a key if there is one; nothing is sent twice."""
+    return {"base_url": f"{base_url}/v1", "api_key": auth.key() or "", "max_retries": 0}
 
 
 def ask_all(endpoint: Endpoint, prompts: Sequence[str], bar: tqdm[Any]) -> list[Heard]:
@@ -101,18 +97,17 @@ async def _ask_all(
     start = time.perf_counter()
     # Shared by the workers: each takes the next one that nobody has taken.
     places = iter(range(len(prompts)))
-    # The server closes idle connections in its own time; limit 0: never queue behind a stream.
-    connector = aiohttp.TCPConnector(limit=0)
+    # No request queues behind a stream, and each has a time-out of its own.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with (
-        aiohttp.ClientSession(
-            connector=connector, headers=_headers(), timeout=aiohttp.ClientTimeout(total=None)
-        ) as session,
+        openai.DefaultAsyncHttpxClient(limits=limits, timeout=None, trust_env=False) as connections,
         asyncio.TaskGroup() as group,
     ):
+        client = openai.AsyncOpenAI(http_client=connections, timeout=None, **_to(endpoint.base_url))
 
         async def work() -> None:
             for place in places:
-                await _ask(session, endpoint, prompts[place], heard[place], start)
+                await _ask(client, endpoint, prompts[place], heard[place], start)
                 bar.update()
 
         for _ in range(min(endpoint.concurrency, len(prompts))):
@@ -120,30 +115,28 @@ async def _ask_all(
 
 
 async def _ask(
-    session: aiohttp.ClientSession, endpoint: Endpoint, prompt: str, heard: Heard, start: float
+    client: openai.AsyncOpenAI, endpoint: Endpoint, prompt: str, heard: Heard, start: float
 ) -> None:
-    record, body = heard.record, endpoint.body(prompt)
+    record, completions = heard.record, client.chat.completions
     record.arrival_s = record.sent_s = time.perf_counter() - start
     try:
         async with (
             asyncio.timeout(endpoint.request_timeout_s),
-            session.post(f"{endpoint.base_url}/v1/chat/completions", data=body) as reply,
+            # As lines: the client's own events would cost more than twice the time of each.
+            completions.with_streaming_response.create(**endpoint.request(prompt)) as reply,
         ):
-            if reply.status != 200:
-                record.error = f"HTTP {reply.status}: {(await reply.text())[:200]}"
-                return
-            async for now, payload in sse.payloads(reply.content):
-                heard.note(orjson.loads(payload), now - start)
+            async for line in reply.iter_lines():
+                payload = line.removeprefix("data:").strip()
+                if line.startswith("data:") and payload != "[DONE]":
+                    heard.note(orjson.loads(payload), time.perf_counter() - start)
     except TimeoutError:
         record.error = TIMEOUT
-    except (aiohttp.ClientError, ValueError) as error:
+    except openai.APIStatusError as error:
+        record.error = f"HTTP {error.status_code}: {error.response.text[:200]}"
+    except (openai.OpenAIError, httpx.HTTPError, ValueError) as error:
         record.error = f"{type(error).__name__}: {error}"[:200]
     except asyncio.CancelledError:
         record.error = CUT
         raise
     finally:
         heard.close()
-
-
-def _headers() -> dict[str, str]:
-    return {"Content-Type": "application/json", **auth.headers()}

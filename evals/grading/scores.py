@@ -5,11 +5,13 @@ The interval of an accuracy is Wilson's score interval for a binomial share at 9
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from scipy.stats import binomtest
+from tabulate import tabulate
 
 from evals.grading.chat import TIMEOUT
 from evals.grading.grades import Grade, Task
@@ -20,8 +22,6 @@ from evals.workload import Item
 
 OUTCOMES = ("correct", "wrong", "no_answer", "timeout", "error")
 INTERRUPTED = "interrupted"
-Z_95 = 1.959964
-COLUMN = 14
 
 ROWS = (
     ("Questions:", "questions", 1),
@@ -76,11 +76,8 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     """Bounds of a binomial share at 95 %; of no trials, everything is possible."""
     if trials == 0:
         return 0.0, 1.0
-    share, square = successes / trials, Z_95**2
-    middle = share + square / (2 * trials)
-    half = Z_95 * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2))
-    low, high = ((middle + sign * half) / (1 + square / trials) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    interval = binomtest(successes, trials).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def figures(items: Sequence[Graded], target_tpot_s: float) -> dict[str, Any]:
@@ -147,12 +144,12 @@ def _ms(value_s: float | None) -> float | None:
 
 def table(title: str, arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The figures of every arm side by side; an arm's name heads its column."""
-    width = max([COLUMN, *(len(name) + 2 for name in arms)])
-    lines = [f"{f' {title} ':=^{WIDTH}}", f"{'':<40} " + "".join(f"{a:<{width}}" for a in arms)]
-    for label, key, factor in ROWS:
-        cells = [_cell(figures.get(key), factor) for figures in arms.values()]
-        lines.append(f"{label:<40} " + "".join(f"{cell:<{width}}" for cell in cells))
-    return [text.rstrip() for text in [*lines, "=" * WIDTH]]
+    rows = [
+        [label, *(_cell(figures.get(key), factor) for figures in arms.values())]
+        for label, key, factor in ROWS
+    ]
+    body = tabulate(rows, headers=["", *arms], tablefmt="plain", disable_numparse=True)
+    return [f"{f' {title} ':=^{WIDTH}}", *body.splitlines(), "=" * WIDTH]
 
 
 def _cell(value: float | None, factor: int) -> str:

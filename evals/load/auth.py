@@ -28,11 +28,14 @@ def use_key_of(command: Sequence[str]) -> None:
     """Send the key that a server so started asks for, if it does."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--api-key", nargs="?")
-    if key := parser.parse_known_args(command)[0].api_key:
-        use(key)
+    if given := parser.parse_known_args(command)[0].api_key:
+        use(given)
+
+
+def key() -> str | None:
+    return os.environ.get(ENV)
 
 
 def headers() -> dict[str, str]:
     """What a request says for itself; nothing without a key."""
-    key = os.environ.get(ENV)
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    return {"Authorization": f"Bearer {own}"} if (own := key()) else {}

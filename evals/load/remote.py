@@ -6,13 +6,14 @@ import http.client
 import importlib.metadata
 import json
 import platform
-import re
 import shlex
 import sys
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from evals.load import auth
 
@@ -24,7 +25,6 @@ TIMEOUT_S = 10
 STATUS_TIMEOUT_S = 30
 COUNTERS = ("sglang:num_retract", "pascal:")
 KEPT = ("tier", "why", "way", "outcome", "shortage", "reason")
-LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 def wait_ready(base_url: str, timeout_s: float) -> bool:
@@ -53,14 +53,14 @@ def parse_counters(text: str) -> dict[str, float]:
     """Counters of interest in Prometheus text, one for each value of the labels `KEPT`, such as
     `pascal:paused_tokens_total{tier="recompute"}`, summed over all other labels."""
     found: dict[str, float] = {}
-    for line in text.splitlines():
-        if not line.startswith(COUNTERS):
-            continue
-        name = re.split(r"[{ ]", line, maxsplit=1)[0]
-        if name.endswith(("_total", "_sum", "_count")):
-            labels = ",".join(f'{k}="{v}"' for k, v in LABEL.findall(line) if k in KEPT)
-            key = f"{name}{{{labels}}}" if labels else name
-            found[key] = found.get(key, 0.0) + float(line.rsplit(" ", 1)[1])
+    # The rest of a page is thousands of lines.
+    lines = (line for line in text.splitlines() if line.startswith(COUNTERS))
+    for family in text_string_to_metric_families("\n".join(lines)):
+        for sample in family.samples:
+            if sample.name.endswith(("_total", "_sum", "_count")):
+                labels = ",".join(f'{k}="{v}"' for k, v in sample.labels.items() if k in KEPT)
+                key = f"{sample.name}{{{labels}}}" if labels else sample.name
+                found[key] = found.get(key, 0.0) + sample.value
     return found
 
 

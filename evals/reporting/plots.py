@@ -1,21 +1,26 @@
-"""The figures of a page. Each takes results and gives SVG, or None where the data is not there."""
+"""The figures of a page: each takes results and gives its panels as SVG, none where the data is not
+there."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from evals.reporting.report import bin_names
 from evals.reporting.results import Results, Shown
-from evals.reporting.svg import colour, inline, legend, panels, styled
+from evals.reporting.svg import inline, looks, panel, styled
 
 MANY_ARMS = 3
+MANY_BINS = 5
 FEW_REQUESTS = 4
+# Loads nearer than this share of the axis stand evenly apart, so that their names do not overlap.
+NEAREST_LOADS = 0.15
 STATE_COLOURS = {
     "queued": "#d9d9d9",
     "thinking": "#0072b2",
@@ -24,96 +29,111 @@ STATE_COLOURS = {
     "moved": "#cc79a7",
     "stalled": "#d55e00",
 }
+Read = Callable[[Mapping[str, Any]], float | None]
+
+
+def ttfo_against_load(results: Results) -> list[str]:
+    return _against_load(
+        results,
+        [
+            ("mean TTFO (s)", lambda s: _scaled(s.get("mean_ttfo_ms"), 1e-3)),
+            ("P99 TTFO (s)", lambda s: _scaled(s.get("p99_ttfo_ms"), 1e-3)),
+        ],
+        logarithmic=True,
+    )
 
 
 @styled
-def ttfo_cdf(results: Results) -> str | None:
+def ttfo_cdf(results: Results) -> list[str]:
     """Share of *all* requests whose answer had begun by then, a panel per load."""
-    loads = [
-        rate
-        for rate, _ in results.loads
-        if any(t is not None for r in results.runs if r.rate == rate for t in _ttfos(r))
-    ]
-    if not loads:
-        return None
-    figure, axes = panels(len(loads))
-    for rate, one in zip(loads, axes, strict=True):
-        for arm in results.arms:
-            every = [t for run in results.of(arm, rate) for t in _ttfos(run)]
-            begun = sorted(t for t in every if t is not None)
-            if begun:
-                share = np.arange(1, len(begun) + 1) / len(every)
-                one.step(begun, share, where="post", label=arm, color=colour(results.arms, arm))
+    drawn = []
+    for rate, _ in results.loads:
+        every = {arm: [t for r in results.of(arm, rate) for t in _ttfos(r)] for arm in results.arms}
+        begun = {arm: sorted(t for t in ts if t is not None) for arm, ts in every.items()}
+        if not any(begun.values()):
+            continue
+        figure, one = panel()
+        for arm, look in looks(results.arms).items():
+            if begun[arm]:
+                share = np.arange(1, len(begun[arm]) + 1) / len(every[arm])
+                one.step(begun[arm], share, where="post", color=look.colour, ls=look.line)
         one.set(title=load_name(results, rate), xlabel="TTFO (s)", ylabel="share of requests")
         one.set_ylim(0, 1.02)
-        one.set_xlim(left=0)
-    legend(figure, axes)
-    return inline(figure, "Distribution of time to first output token, per arm and load")
+        _logarithmic(one, "x")
+        drawn.append(inline(figure, f"Distribution of TTFO under {rate}"))
+    return drawn
 
 
 @styled
-def tail_by_bin(results: Results) -> str | None:
-    """Tail TTFO per thinking-length bin, each with the count of requests behind it."""
-    groups = list(
-        dict.fromkeys(
-            (run.rate, run.edges)
-            for rate, _ in results.loads
-            for run in results.runs
-            if run.rate == rate and any(t is not None for t in tails(run))
-        )
+def tail_by_bin(results: Results) -> list[str]:
+    """Tail TTFO per thinking-length bin that has requests, each with their count."""
+    groups = dict.fromkeys(
+        (run.rate, run.edges)
+        for rate, _ in results.loads
+        for run in results.runs
+        if run.rate == rate and any(t is not None for t in tails(run))
     )
-    if not groups:
-        return None
-    figure, axes = panels(len(groups), (4.6, 2.8))
-    width = 0.8 / len(results.arms)
-    for (rate, edges), one in zip(groups, axes, strict=True):
-        names = bin_names(edges)
-        counts: list[set[int]] = [set() for _ in names]
-        for place, arm in enumerate(results.arms):
-            runs = [run for run in results.of(arm, rate) if run.edges == edges]
-            for index in range(len(names)):
-                value, count = bin_cell(runs, index)
-                if runs:
-                    counts[index].add(count)
-                if value is not None:
-                    at = index + (place - (len(results.arms) - 1) / 2) * width
-                    one.bar(at, value, width, color=colour(results.arms, arm), label=arm)
+    drawn = []
+    for rate, edges in groups:
+        figure, one = panel()
+        cells = {
+            arm: [bin_cell(runs, index) for index in range(len(edges) + 1)]
+            for arm in results.arms
+            if (runs := [run for run in results.of(arm, rate) if run.edges == edges])
+        }
+        names = {
+            index: f"{name}\nn = {_span(counts)}"
+            for index, name in enumerate(bin_names(edges))
+            if any(counts := {of_arm[index][1] for of_arm in cells.values()})
+        }
+        for place, (arm, look) in enumerate(looks(results.arms).items()):
+            aside = 0.5 * _aside(place, len(results.arms))
+            known = [
+                (place_of_bin + aside, value)
+                for place_of_bin, index in enumerate(names if arm in cells else ())
+                if (value := cells[arm][index][0]) is not None
+            ]
+            if known:
+                at, tail = zip(*known, strict=True)
+                one.plot(at, tail, c=look.colour, ls=look.line, marker=look.marker, ms=4, lw=0.8)
         one.set(title=load_name(results, rate), xlabel="thinking tokens", ylabel="tail TTFO (s)")
-        ticks = [f"{name}\nn = {_span(seen)}" for name, seen in zip(names, counts, strict=True)]
-        one.set_xticks(range(len(names)), ticks)
-    legend(figure, axes)
-    return inline(figure, "Tail time to first output token per thinking-length bin")
+        one.set_xticks(
+            range(len(names)), list(names.values()), fontsize=7 if len(names) > MANY_BINS else None
+        )
+        _logarithmic(one, "y")
+        drawn.append(inline(figure, f"Tail TTFO by thinking length under {rate}"))
+    return drawn
 
 
-@styled
-def slowdown(results: Results) -> str | None:
-    return _against_rate(
+def slowdown(results: Results) -> list[str]:
+    return _against_load(
         results,
         [
             ("median slowdown", lambda s: s.get("median_slowdown")),
             ("P99 slowdown", lambda s: s.get("p99_slowdown")),
         ],
-        "Slowdown against load",
-        ratio=True,
+        logarithmic=True,
     )
 
 
-@styled
-def attainment_and_throughput(results: Results) -> str | None:
-    return _against_rate(
+def violations_and_throughput(results: Results) -> list[str]:
+    return _against_load(
         results,
         [
-            ("QoE SLO attainment (%)", _kept),
+            ("SLO violations (%)", lambda s: _scaled(s.get("slo_violations"), 100)),
             ("goodput (req/s)", lambda s: s.get("request_goodput")),
             ("output throughput (tok/s)", lambda s: s.get("output_throughput")),
         ],
-        "SLO attainment, goodput and throughput against load",
     )
 
 
 @styled
-def timelines(results: Results, rate: str) -> str | None:
-    """A few requests of one load's first seed, each under every arm."""
+def timelines(results: Results) -> list[str]:
+    """A few requests of each load's first seed, each under every arm."""
+    return [drawn for rate, _ in results.loads if (drawn := _timelines(results, rate))]
+
+
+def _timelines(results: Results, rate: str) -> str | None:
     by_arm = {
         arm: {t["request"]: t for t in runs[0].summary.get("timelines", ())}
         for arm in results.arms
@@ -128,7 +148,7 @@ def timelines(results: Results, rate: str) -> str | None:
         picks = np.linspace(0, len(wanted) - 1, FEW_REQUESTS)
         wanted = [wanted[round(pick)] for pick in picks]
     rows = [(n, arm) for _, n in wanted for arm in by_arm if n in by_arm[arm]]
-    figure, (one,) = panels(1, (10.0, 0.9 + 0.22 * len(rows) + 0.16 * len(wanted)))
+    figure, one = panel((10.0, 0.9 + 0.22 * len(rows) + 0.16 * len(wanted)))
     places, labels, top = [], [], 0.0
     for index, (number, arm) in enumerate(rows):
         told = by_arm[arm][number]
@@ -137,7 +157,7 @@ def timelines(results: Results, rate: str) -> str | None:
             said = f"request {number}: {told['thinking_tokens']} thinking tokens"
             one.text(0, top - 0.8, said, fontsize=8, va="center")
         for state, start, end in told["segments"]:
-            one.barh(top, end - start, 0.8, start, color=STATE_COLOURS[state], label=state)
+            one.barh(top, end - start, 0.8, start, color=STATE_COLOURS[state])
         if told.get("error"):
             one.text(told["segments"][-1][2], top, " failed", fontsize=7, va="center")
         places.append(top)
@@ -147,7 +167,6 @@ def timelines(results: Results, rate: str) -> str | None:
     one.set_ylim(top - 0.4, -0.5)
     one.set(xlabel="seconds after the request was due", title=load_name(results, rate))
     one.grid(visible=False, axis="y")
-    legend(figure, [one])
     return inline(figure, f"What a few requests went through under {rate}")
 
 
@@ -182,77 +201,96 @@ def load_name(results: Results, rate: str) -> str:
     return f"{rate}, {per_s:g}/s" if known else rate
 
 
-def _kept(summary: Any) -> float | None:
-    violated = summary.get("slo_violations")
-    return None if violated is None else 100 * (1 - violated)
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else unit * value
 
 
-def _against_rate(
-    results: Results,
-    figures: Sequence[tuple[str, Callable[[Any], float | None]]],
-    label: str,
-    *,
-    ratio: bool = False,
-) -> str | None:
-    """Means over seeds with their range, a panel per figure that any run has. `ratio`: figures that
-    stand above 1, some far."""
-    present = [
-        (name, read)
-        for name, read in figures
-        if any(read(run.summary) is not None for run in results.runs)
-    ]
-    if not present:
-        return None
-    figure, axes = panels(len(present))
+@styled
+def _against_load(
+    results: Results, figures: Sequence[tuple[str, Read]], *, logarithmic: bool = False
+) -> list[str]:
+    """Means over seeds with their range, a panel per figure that any run has."""
+    drawn = []
+    places = _load_places(results)
+    span = max(places) - min(places) or 1.0
+    for name, read in figures:
+        if all(read(run.summary) is None for run in results.runs):
+            continue
+        figure, one = panel()
+        for index, (arm, look) in enumerate(looks(results.arms).items()):
+            # Beside their load, so that no arm hides another.
+            aside = 0.12 * span * _aside(index, len(results.arms))
+            at, mean, low, high = [], [], [], []
+            for place, (rate, _) in zip(places, results.loads, strict=True):
+                values = [
+                    v for run in results.of(arm, rate) if (v := read(run.summary)) is not None
+                ]
+                if values:
+                    at.append(place + aside)
+                    mean.append(sum(values) / len(values))
+                    low.append(mean[-1] - min(values))
+                    high.append(max(values) - mean[-1])
+            if at:
+                one.errorbar(
+                    at,
+                    mean,
+                    [low, high],
+                    elinewidth=0.8,
+                    capsize=2,
+                    lw=1.2,
+                    ms=4,
+                    color=look.colour,
+                    ls=look.line,
+                    marker=look.marker,
+                )
+        one.set(title=name, xlabel="load")
+        if logarithmic:
+            _logarithmic(one, "y")
+        elif _data_range(one, "y")[0] <= 0:
+            top = _data_range(one, "y")[1] or 1.0
+            one.set_ylim(-0.03 * top, 1.05 * top)
+        names = [load_name(results, rate).replace(", ", "\n") for rate, _ in results.loads]
+        one.set_xticks(places, names)
+        one.set_xlim(min(places) - 0.15 * span, max(places) + 0.15 * span)
+        drawn.append(inline(figure, f"{name} against load"))
+    return drawn
+
+
+def _load_places(results: Results) -> list[float]:
+    """Where loads stand on an axis: at their requests per second, or evenly apart where a load has
+    none, such as "all at once", or where two nearly agree."""
     rates = [per_s for _, per_s in results.loads]
-    # Places instead of numbers where a load has none, such as "all at once".
-    numeric = all(r is not None and math.isfinite(r) for r in rates) and len(set(rates)) > 1
-    for (name, read), one in zip(present, axes, strict=True):
-        for arm in results.arms:
-            _series(one, results, arm, read, numeric)
-        one.set(title=name, xlabel="requests per second" if numeric else "load")
-        if ratio:
-            _logarithmic(one)
-        else:
-            one.set_ylim(0, 1.05 * one.get_ylim()[1])
-        if not numeric:
-            names = [load_name(results, rate) for rate, _ in results.loads]
-            one.set_xticks(range(len(rates)), names)
-            one.set_xlim(-0.5, len(rates) - 0.5)
-    legend(figure, axes)
-    return inline(figure, label)
+    known = [r for r in rates if r is not None and math.isfinite(r)]
+    if len(known) == len(rates) > 1:
+        gaps = [b - a for a, b in itertools.pairwise(known)]
+        if min(gaps) > NEAREST_LOADS * sum(gaps):
+            return known
+    return [float(place) for place in range(len(rates))]
 
 
-def _logarithmic(one: Axes) -> None:
-    """From 1 on, with labels close enough that a range of less than 10 has some."""
-    one.set_yscale("log")
-    low, high = min(1.0, one.get_ylim()[0]), one.get_ylim()[1]
-    one.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 10 else (1, 2, 5)))
-    one.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    one.yaxis.set_minor_formatter(NullFormatter())
-    one.set_ylim(low, 1.05 * high)
+def _logarithmic(one: Axes, axis: str) -> None:
+    """With labels close enough that a range of less than 10 has some."""
+    low, high = _data_range(one, axis)
+    if not 0 < low <= high:
+        return
+    ours = getattr(one, f"{axis}axis")
+    getattr(one, f"set_{axis}scale")("log")
+    ours.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)))
+    if high < 1.5 * low:
+        ours.set_major_locator(
+            FixedLocator([float(f"{v:.3g}") for v in np.geomspace(low, high, 4)])
+        )
+    ours.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ours.set_minor_locator(NullLocator())
+    ours.set_minor_formatter(NullFormatter())
 
 
-def _series(
-    one: Axes, results: Results, arm: str, read: Callable[[Any], float | None], numeric: bool
-) -> None:
-    at, mean, low, high = [], [], [], []
-    aside = _aside(results, arm, numeric)
-    for place, (rate, per_s) in enumerate(results.loads):
-        values = [v for run in results.of(arm, rate) if (v := read(run.summary)) is not None]
-        if values:
-            at.append((per_s if numeric and per_s is not None else place) + aside)
-            mean.append(sum(values) / len(values))
-            low.append(mean[-1] - min(values))
-            high.append(max(values) - mean[-1])
-    if at:
-        ours = colour(results.arms, arm)
-        one.errorbar(at, mean, [low, high], label=arm, color=ours, marker="o", ms=3, capsize=2)
+def _data_range(one: Axes, axis: str) -> tuple[float, float]:
+    """Of all that was drawn."""
+    limits = one.dataLim
+    return (limits.x0, limits.x1) if axis == "x" else (limits.y0, limits.y1)
 
 
-def _aside(results: Results, arm: str, numeric: bool) -> float:
-    """How far an arm's points stand beside their load, so that none hides another."""
-    rates = [per_s for _, per_s in results.loads if per_s is not None]
-    width = 0.04 * (max(rates) - min(rates)) if numeric else 0.6
-    arms = results.arms
-    return width * (arms.index(arm) / (len(arms) - 1) - 0.5) if len(arms) > 1 else 0.0
+def _aside(place: int, count: int) -> float:
+    """From -0.5 for the first of `count` to 0.5 for the last."""
+    return place / (count - 1) - 0.5 if count > 1 else 0.0

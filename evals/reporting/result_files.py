@@ -15,6 +15,8 @@ from evals.gpu.figures import identity_lines, overhead_lines
 from evals.gpu.identity import Identity
 from evals.grading.parity import Parity
 from evals.load.remote import without_keys
+from evals.load.server import ArmError
+from evals.reporting import words
 from evals.reporting.results import ResultError, Results, Shown
 from evals.reporting.verdict import Target
 
@@ -97,6 +99,9 @@ def add_comparison(results: Results, told: Mapping[str, Any], part: str = "") ->
         )
         for run in told["runs"]
     ]
+    for arm in plan["arms"]:
+        results.roles[arm["name"]] = arm["role"]
+        results.arm_words[arm["name"]] = words.arm({"flags": (), **arm})
     whole = _plan(plan)
     if whole is not None:
         results.about += whole.describe()
@@ -166,7 +171,15 @@ def add_against_live(results: Results, told: Mapping[str, Any]) -> None:
                         summary={**means, "slo_violations": run[where]["slo_violations"]},
                     )
                 )
-    results.about += [line for line in told["console"] if "mean error" in line]
+    results.arm_words |= {
+        f"{name}, {where}": f"{words.POLICIES.get(name, name)}; {meaning}"
+        for name in told["arms"]
+        for where, meaning in (("live", "a server"), ("simulated", "the simulator, same requests"))
+    }
+    errors = [line.split(":", 1) for line in told["console"] if "mean error" in line]
+    results.conclusions += [
+        f"Simulator against servers, {figure.upper()}:{error}." for figure, error in errors
+    ]
     _add_provenance(results, told["provenance"], "comparison")
 
 
@@ -267,7 +280,7 @@ def _plan(told: Mapping[str, Any]) -> arms.Plan | None:
             "rates": tuple(arms.Rate(**rate) for rate in told["rates"]),
         }
         return arms.Plan(**{**{k: v for k, v in told.items() if k in known}, **every})
-    except (TypeError, KeyError, arms.ArmError):
+    except (TypeError, KeyError, ArmError):
         return None
 
 

@@ -32,18 +32,23 @@ class Shown:
 
 @dataclass(slots=True)
 class Results:
-    """Everything a page shows; whatever a file did not say stays empty.
-
-    about: what was run, in words. commands: how each arm, and the benchmark itself, was started, by
-    name. verdicts: by load and arm. notes: what a reader must know before trusting a figure.
-    """
+    """Everything a page shows; whatever a file did not say stays empty."""
 
     runs: list[Shown] = field(default_factory=list)
+    # What was run, in words.
     about: list[str] = field(default_factory=list)
+    # By arm: `stock`, `candidate` or `oracle`, and what it is in words.
+    roles: dict[str, str] = field(default_factory=dict)
+    arm_words: dict[str, str] = field(default_factory=dict)
+    # What came out, where the runs do not simply compete.
+    conclusions: list[str] = field(default_factory=list)
+    # By load and arm.
+    verdicts: dict[str, dict[str, list[Target]]] = field(default_factory=dict)
+    # What a reader must know before trusting a figure.
+    notes: list[str] = field(default_factory=list)
+    # How each arm, and the benchmark itself, was started, by name.
     commands: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    verdicts: dict[str, dict[str, list[Target]]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
     @property
     def arms(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Matplotlib figures as SVG that stands inside a page by itself: no reference leaves the figure."""
+"""Matplotlib panels as SVG that stands inside a page by itself: no reference leaves the panel."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -23,49 +24,59 @@ STYLE: Any = {
     "grid.alpha": 0.25,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
-    "legend.frameon": False,
 }
-COLOURS = (
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#8c564b",
-)  # fmt: skip
-PANEL_INCHES = (3.6, 2.6)
-LEAST_WIDTH_INCHES = 7.2
-ACROSS = 3
+PANEL_INCHES = (4.4, 3.1)
 _numbers = itertools.count()
 styled = matplotlib.rc_context(STYLE)  # decorates whatever draws
 
 
-def panels(count: int, size: tuple[float, float] = PANEL_INCHES) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, at most `ACROSS` side by side, with room for a legend above."""
-    across = min(count, ACROSS)
-    down = -(-count // across)
-    width = max(size[0] * across + 0.4, LEAST_WIDTH_INCHES)
-    figure = Figure(figsize=(width, size[1] * down + 0.4))
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How an arm is drawn. `line`: matplotlib's line style."""
+
+    colour: str
+    line: str
+    marker: str
+
+
+# The arms that the plans here and the simulator name look alike on every page: stock is dashed, the
+# bound without memory pressure dotted.
+KNOWN = {
+    "fcfs": Look("#7f7f7f", "--", "s"),
+    "priority": Look("#8c564b", "--", "s"),
+    "total-tokens": Look("#8c564b", "--", "s"),
+    "rr": Look("#0072b2", "-", "o"),
+    "rr-restart": Look("#56b4e9", "-", "o"),
+    "paper": Look("#cc79a7", "-", "o"),
+    "pascal": Look("#d55e00", "-", "o"),
+    "oracle": Look("#000000", ":", "D"),
+}
+OTHERS = ("#009e73", "#e69f00", "#9467bd", "#bcbd22", "#17becf", "#f781bf")
+
+
+def looks(names: Sequence[str]) -> dict[str, Look]:
+    """How each arm is drawn on a page, in every figure of it.
+
+    Arms that differ after a comma (`rr, live` and `rr, simulated`) share a colour; those after the
+    first are dotted.
+    """
+    found: dict[str, Look] = {}
+    bases: dict[str, Look] = {}
+    others = itertools.cycle(OTHERS)
+    for name in names:
+        base = name.partition(", ")[0]
+        if base in bases:
+            found[name] = Look(bases[base].colour, ":", "^")
+        else:
+            found[name] = bases[base] = KNOWN.get(base) or Look(next(others), "-", "o")
+    return found
+
+
+def panel(size: tuple[float, float] = PANEL_INCHES) -> tuple[Figure, Axes]:
+    """One set of axes; a page sets them side by side as its width allows."""
+    figure = Figure(figsize=size)
     figure.set_layout_engine("constrained")
-    return figure, [figure.add_subplot(down, across, i + 1) for i in range(count)]
-
-
-def colour(names: Sequence[str], name: str) -> str:
-    """The same name has the same colour in every figure of a page."""
-    return COLOURS[names.index(name) % len(COLOURS)]
-
-
-def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend for all panels, above them."""
-    entries = {
-        label: handle
-        for one in axes
-        for handle, label in zip(*one.get_legend_handles_labels(), strict=True)
-    }
-    if entries:
-        # In inches: a handle with its padding, and a letter.
-        width = 0.7 + 0.08 * max(map(len, entries))
-        figure.legend(
-            list(entries.values()),
-            list(entries),
-            loc="outside upper left",
-            ncols=max(1, min(len(entries), int(figure.get_figwidth() / width))),
-        )
+    return figure, figure.add_subplot()
 
 
 def inline(figure: Figure, label: str) -> str:

@@ -24,10 +24,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from evals import arms
-from evals.arms import TINY, Arm, ArmError, Plan, Rate, Server
+from evals.arms import TINY, Arm, Plan, Rate, serve
 from evals.compare import CACHE
 from evals.load import auth, remote
+from evals.load.server import ArmError, Server
 from evals.options import base_url, count, positive
 from evals.soak import checks
 from evals.soak.bodies import KINDS, catalogue
@@ -104,7 +107,7 @@ def served(asked: argparse.Namespace, size: int, bodies: list[Any]) -> Soak:
     kill = 1 if asked.kill and size > 1 else None
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         plan = plan_of(asked, size, folder)
-        with Server(plan.arms[0], plan, model) as server:
+        with serve(plan.arms[0], plan, model) as server:
             ready, root = len(_log_of(server)), server.pid
             task = Task(
                 base_url=server.base_url,
@@ -173,13 +176,10 @@ def plan_of(asked: argparse.Namespace, size: int, folder: str) -> Plan:
 def table(name: str, result: Soak) -> list[str]:
     """For people."""
     figures = result.figures
-    lines = ["", f"{name}", f"{'kind':<28}{'sent':>7}{'whole':>7}{'cut':>6}{'refused':>9}"]
-    lines[-1] += f"{'failed':>8}{'differ':>8}"
-    for kind, t in figures["requests"].items():
-        lines.append(
-            f"{kind:<28}{t['sent']:>7}{t['whole']:>7}{t['cut']:>6}{t['refused']:>9}"
-            f"{t['failed']:>8}{t['different']:>8}"
-        )
+    columns = ("sent", "whole", "cut", "refused", "failed", "different")
+    kinds = [[kind, *(t[key] for key in columns)] for kind, t in figures["requests"].items()]
+    heads = ("kind", *columns[:-1], "differ")
+    lines = ["", name, *tabulate(kinds, heads, tablefmt="plain").splitlines()]
     lines.append(f"tokens {figures['tokens']}; " + _named(figures["fates"]))
     if "pauses" in figures:
         lines.append("pauses and moves: " + _named(figures["pauses"]))

@@ -175,7 +175,8 @@ class Load:
         return None
 
     async def _twice(self, place: int) -> None:
-        """The second of two requests with one id is refused while the first is under way."""
+        """The second of two requests with one id is refused while the first is under way. Two
+        seconds after the end of a stream SGLang aborts what is under way by its id."""
         rid = self.new_rid()
         began = asyncio.Event()
         first = asyncio.create_task(self.ask(place, streamed=True, rid=rid, began=began))
@@ -186,7 +187,7 @@ class Load:
         reply = await first
         self.judge(place, reply)
         if second.status == 200 and second.sent > reply.ended - LATE_S:
-            self.judge(place, second)
+            self.judge(place, second, aborted=True)
         elif second.status not in (400, 0):
             self.findings.add("an id twice", f"{rid!r}: {second.status} {second.error}")
 

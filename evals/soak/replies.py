@@ -21,9 +21,9 @@ LOGPROB_TOLERANCE = 1e-3
 class Part:
     """One reply of a request: of a batch or of parallel samples there are several.
 
-    ids: `/generate` alone tells them. finish, matched: how SGLang says that it ended. ends: how
-    often. logprobs: (log probability, token id) of every output token; prompt_logprobs: of every
-    prompt token.
+    ids: `/generate` alone tells them. finish, matched: how SGLang says that it ended; message: of
+    an abort, where it says why. ends: how often. logprobs: (log probability, token id) of every
+    output token; prompt_logprobs: of every prompt token.
     """
 
     ids: list[int] | None = None
@@ -31,6 +31,7 @@ class Part:
     reasoning: str = ""
     finish: str | None = None
     matched: Any = None
+    message: str = ""
     ends: int = 0
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -148,6 +149,7 @@ class Reply:
         if reason is not None:
             part.ends += 1
             part.finish, part.matched = reason["type"], reason.get("matched")
+            part.message = reason.get("message") or ""
             if part.finish == "abort" and reason.get("status_code"):
                 # What a whole reply says by its status.
                 self.status, self.error = int(reason["status_code"]), reason.get("message")
@@ -179,7 +181,7 @@ def check(reply: Reply, *, aborted: bool) -> None:
             reply.fault(f"{len(part.ids)} tokens, usage says {part.completion_tokens}")
         if part.finish == "abort":
             if not aborted:
-                reply.fault("aborted by nobody")
+                reply.fault(f"aborted by nobody: {part.message}".rstrip(": "))
             elif part.ids and not part.prompt_tokens:
                 reply.fault("aborted, and no prompt tokens in its usage")
         elif part.finish == "length":

@@ -15,7 +15,7 @@ import zmq
 from pascal_sglang.cluster.codec import MAX_HANDOVER_BYTES, BadMessage, pack, unpack
 
 # The folder's address; inherited by the schedulers, which the controller starts.
-CONTROL_ENV = "PASCAL_SGLANG_POST"
+CONTROL_ENV = "PASCAL_SGLANG_CONTROL_DIR"
 CONTROLLER = "controller"
 # Messages that wait for a slow reader before further ones are dropped.
 WAITING = 4096

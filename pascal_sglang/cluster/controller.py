@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, sock_send
 from sglang.srt.runtime_context import get_observability
 
+from pascal_sglang import clock
 from pascal_sglang.cluster.control_channel import (
     CONTROL_ENV,
     CONTROLLER,
@@ -122,18 +122,18 @@ class PascalController(WatchedController):
 
     def get_init_info(self) -> dict[str, Any]:
         """The controller vouches for its instances towards the launcher."""
-        self.status_file.show(time.monotonic(), self.describe)
+        self.status_file.show(clock.now(), self.describe)
         info: dict[str, Any] = handed_on(super().get_init_info(), self.status_file.path)
         return info
 
     def silent(self) -> list[int]:
-        now = time.monotonic()
+        now = clock.now()
         return [i for i in self._active_workers if self.load_tracker.is_silent(i, now)]
 
     def active(self) -> list[Instance]:
         """Instances that take requests; those that have fallen silent only if there are no others.
         Raises: RuntimeError if there are none."""
-        now = time.monotonic()
+        now = clock.now()
         if now - self._active_at < LOOK_S:
             return self._active
         found = [self.load_tracker.instances[i] for i in self._active_workers if self.status[i]]
@@ -178,13 +178,13 @@ class PascalController(WatchedController):
         self._active_at = -math.inf
         self.prefixes.forget(instance)
         self.hear_all()
-        self.instance_failures.died(instance, time.monotonic())
+        self.instance_failures.died(instance, clock.now())
         for index in self._active_workers:
             self.control_sender.send(index, InstanceDown(instance))
 
     def hear_all(self) -> None:
         """Take in everything that the instances have said."""
-        now = time.monotonic()
+        now = clock.now()
         for data in self.control_receiver.receive():
             read = self.control_receiver.read(data)
             if read is not None:
@@ -228,7 +228,7 @@ class PascalController(WatchedController):
 
     def describe(self) -> dict[str, Any]:
         """For `GET /pascal/status`: what the controller decided, and whom it hears from."""
-        now = time.monotonic()
+        now = clock.now()
         heard = self.load_tracker.heard
         states = self.states()
         return {

@@ -50,14 +50,7 @@ class LoadTracker:
         while waiting and waiting[0][0] <= status.received:
             waiting.popleft()
         instance = self.instances[status.dp_rank]
-        instance.on_pace = status.on_pace
-        instance.footprint = status.footprint
-        instance.thinking = status.thinking + len(waiting)
-        instance.fresh = status.fresh
-        instance.free = status.free
-        instance.capacity = status.capacity
-        instance.load = status.load + len(waiting)
-        instance.pass_us = status.pass_us
-        instance.batch = status.batch
-        instance.prefill_ns = status.prefill_ns
-        instance.waiting = status.waiting + sum(tokens for _, tokens in waiting)
+        instance.hear(status)
+        instance.thinking += len(waiting)
+        instance.load += len(waiting)
+        instance.waiting += sum(tokens for _, tokens in waiting)

@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pascal_sglang.policy.placement import LoadFigures
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -40,13 +42,12 @@ class ReserveRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class ReserveGranted(Message):
-    """Target to source: memory is reserved, and so is a slot of the receive buffer of `window` KV
-    entries that begins at byte `offset` of the receive buffers at the addresses `receive_buffers`,
-    one per TP rank."""
+    """Target to source: memory is reserved, and so is a slot of `slot_tokens` KV entries. It begins
+    at byte `offset` of the receive buffers at the addresses `receive_buffers`, one per TP rank."""
 
     receive_buffers: list[str]
     offset: int
-    window: int
+    slot_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class ReserveRefused(Message):
 
 @dataclass(frozen=True, slots=True)
 class KVChunk(Message):
-    """Source to target: KV of the tokens `begin`..`end` is in the window. last: there is no more
+    """Source to target: KV of the tokens `begin`..`end` is in the slot. last: there is no more
     yet, and the request stops once the target has this."""
 
     begin: int
@@ -68,7 +69,7 @@ class KVChunk(Message):
 
 @dataclass(frozen=True, slots=True)
 class ChunkAck(Message):
-    """Target to source: KV up to token `upto` is in place; the window is free again."""
+    """Target to source: KV up to token `upto` is in place; the slot is free again."""
 
     upto: int
 
@@ -76,7 +77,7 @@ class ChunkAck(Message):
 @dataclass(frozen=True, slots=True)
 class Handover(Message):
     """Source to target: it is yours. The request stopped at `kv_tokens`; their KV from `begin` on
-    is in the window, and `state` is all else that it needs. Repeated until answered."""
+    is in the slot, and `state` is all else that it needs. Repeated until answered."""
 
     begin: int
     kv_tokens: int
@@ -90,19 +91,19 @@ class CommitAck(Message):
 
 @dataclass(frozen=True, slots=True)
 class MigrationCancelled(Message):
-    """Source to target: it writes into the window no more, and the request is not the target's:
+    """Source to target: it writes into the slot no more, and the request is not the target's:
     drop it, or what has come of it. Answered by Refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriteQuery(Message):
     """Target to source: for the target the move is over; may the source still write into its
-    window? Repeated until answered by Cancelled."""
+    slot? Repeated until answered by Cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningEnded:
-    """Instance to controller: the request has just ended its thinking.
+    """Instance to controller: the request has just ended its reasoning.
 
     remaining: the most answering tokens that it can still produce. likely: how many it probably
     will. passes: scheduling passes that moving it takes, and so tokens that it answers meanwhile.
@@ -180,24 +181,11 @@ class ControlAnswered:
     request: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadReport:
-    """Instance to controller: its load now. Names and meaning: `policy.placement.Instance`.
-
-    received: requests it has taken in since it started, so that the controller knows which of its
-    dispatches are counted here already.
-    """
+@dataclass(slots=True, kw_only=True)
+class LoadReport(LoadFigures):
+    """Instance to controller: its load now."""
 
     dp_rank: int
+    # Requests it has taken in since it started, so that the controller knows which of its
+    # dispatches are counted here already.
     received: int
-    on_pace: bool
-    footprint: int
-    thinking: int
-    fresh: int
-    free: int
-    waiting: int
-    capacity: int
-    load: int
-    pass_us: int
-    batch: int
-    prefill_ns: int

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pascal_sglang.cluster.metric_files import survive_a_full_disk
+
 # What an instance can be. Silent: it has not said for a while how it is.
 STATES = ("live", "silent", "dead")
 
@@ -15,6 +17,7 @@ class ControllerMetrics:
     def __init__(self, model: str) -> None:
         from prometheus_client import Counter, Gauge
 
+        survive_a_full_disk()
         self._model = model
         self._series = {
             name: Counter(f"pascal:{name}", text, ["model_name", label])

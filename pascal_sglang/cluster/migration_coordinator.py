@@ -52,7 +52,7 @@ class MigrationCoordinator:
     def boundary(
         self, at: ReasoningEnded, active: Sequence[Instance], now: float
     ) -> Decision | None:
-        """A request ends its thinking on one of the active instances: decide, and order it to
+        """A request ends its reasoning on one of the active instances: decide, and order it to
         move. None if its instance is not among them."""
         if all(i.index != at.dp_rank for i in active):
             return None

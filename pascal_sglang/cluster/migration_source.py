@@ -4,7 +4,7 @@
 |---|---|---|---|
 | ASKING | decodes here | Granted | COPYING |
 | COPYING | decodes here, KV follows | little is left, or stop-and-copy | STOPPING |
-| STOPPING | leaves the batch; the rest is copied | it stands still, one window is left | HANDED |
+| STOPPING | leaves the batch; the rest is copied | it stands still, one slot is left | HANDED |
 | HANDED | the target's, unless it refuses; KV kept | Mine | DONE: frees its KV |
 | REVOKING | has ended with an error | Refused | LOST |
 | KEPT | goes on here | | |
@@ -24,7 +24,7 @@ seconds: a source that was stopped itself hears what has come meanwhile before i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -79,34 +79,47 @@ class Terms:
     cancellations: int = 60
 
 
-@dataclass(slots=True)
-class MigrationSource:
-    """One move. What it returns has to be sent to the target, in order.
+@dataclass(slots=True, kw_only=True, eq=False)
+class MigrationSource(ABC):
+    """One migration. What it returns has to be sent to the target, in order.
 
-    reserve: KV entries asked for; the request must not outgrow them. stop: called once, when the
-    request has to leave the batch. snapshot: called once, when it stands still. resume: it stays
-    after a stop. release: it is the target's now. lose: it may be, and ends, because the target has
-    died or does not answer.
+    The engine extends it with what the decisions do to the request.
     """
 
     migration: str
     rid: str
     terms: Terms
+    # KV entries asked for; the request must not outgrow them.
     reserve: int
-    stop: Callable[[], None]
-    snapshot: Callable[[], dict[str, Any]]
-    resume: Callable[[], None]
-    release: Callable[[], None]
-    lose: Callable[[], None]
     state: SourceState = SourceState.ASKING
     why: str = ""
     sent: int = 0
     acked: int = 0
-    window: int = 0
+    slot_tokens: int = 0
     heard: float = 0.0
     _said: float = 0.0
     _times: int = 0
     _handover: Handover | None = field(default=None)
+
+    @abstractmethod
+    def stop(self) -> None:
+        """The request has to leave the batch. Called once."""
+
+    @abstractmethod
+    def snapshot(self) -> dict[str, Any]:
+        """The state of the request, which stands still. Called once."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """The request stays after a stop."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """The request is the target's now."""
+
+    @abstractmethod
+    def lose(self) -> None:
+        """The request may be the target's, which has died or does not answer: it ends."""
 
     def begin(self, now: float, layout: str) -> list[Message]:
         self.heard = now
@@ -128,7 +141,7 @@ class MigrationSource:
             return []
         self.heard = now
         if isinstance(message, ReserveGranted) and self.state is SourceState.ASKING:
-            self.state, self.window = SourceState.COPYING, message.window
+            self.state, self.slot_tokens = SourceState.COPYING, message.slot_tokens
         if isinstance(message, ChunkAck):
             self.acked = max(self.acked, message.upto)
         return []
@@ -148,12 +161,12 @@ class MigrationSource:
                 return []
         elif not still:
             return []
-        elif left <= self.window:
+        elif left <= self.slot_tokens:
             return [self._hand(now, kv_tokens)]
         return [self._chunk(kv_tokens)]
 
     def unsent(self, why: str) -> list[Message]:
-        """What `copy` has just returned could not be put into the window: the request stays."""
+        """What `copy` has just returned could not be put into the slot: the request stays."""
         if self.state is SourceState.HANDED:
             self._stay(why)
             return [MigrationCancelled(self.migration)]
@@ -222,10 +235,10 @@ class MigrationSource:
     def _far_enough(self, kv_tokens: int, left: int) -> bool:
         # The last of what was reserved is left for tokens that arrive while it stops.
         full = kv_tokens + 2 >= self.reserve
-        return not self.terms.live or left <= min(self.terms.tail, self.window) or full
+        return not self.terms.live or left <= min(self.terms.tail, self.slot_tokens) or full
 
     def _chunk(self, kv_tokens: int) -> KVChunk:
-        end = min(kv_tokens, self.sent + self.window)
+        end = min(kv_tokens, self.sent + self.slot_tokens)
         last = self.state is SourceState.COPYING and end == kv_tokens
         chunk = KVChunk(self.migration, self.sent, end, last)
         self.sent = end

@@ -15,7 +15,7 @@ is ever left, so that a repeated Handover is always told the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -39,29 +39,42 @@ class TargetState(Enum):
     DROPPED = "dropped"
 
 
-@dataclass(slots=True)
-class MigrationTarget:
-    """One move. What it returns has to be sent to the source, in order.
+@dataclass(slots=True, kw_only=True, eq=False)
+class MigrationTarget(ABC):
+    """One migration. What it returns has to be sent to the source, in order.
 
-    tokens: KV entries reserved. fetch: take KV of the tokens from..to out of the slot of the
-    receive buffer; whether that worked. take: everything is here and the request is ours. drop:
-    give the reserved memory back. revoke: end the request that was ours, without a word. valid:
-    what is wrong with a state, None if it can be continued here.
+    The engine extends it with what the decisions do to memory and to the request.
     """
 
     migration: str
     rid: str
     terms: Terms
+    # KV entries reserved.
     tokens: int
-    fetch: Callable[[int, int], bool]
-    take: Callable[[dict[str, Any], int], None]
-    drop: Callable[[], None]
-    revoke: Callable[[], None]
-    valid: Callable[[dict[str, Any], int], str | None]
     state: TargetState = TargetState.RECEIVING
     why: str = ""
     upto: int = 0
     heard: float = 0.0
+
+    @abstractmethod
+    def fetch(self, begin: int, end: int) -> bool:
+        """Take KV of the tokens `begin`..`end` out of the slot; whether that worked."""
+
+    @abstractmethod
+    def problem(self, state: dict[str, Any], tokens: int) -> str | None:
+        """What is wrong with the state of a request; None if it can be continued here."""
+
+    @abstractmethod
+    def take(self, state: dict[str, Any], tokens: int) -> None:
+        """Everything is here and the request is ours."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Give the reserved memory back."""
+
+    @abstractmethod
+    def revoke(self) -> None:
+        """End the request that was ours, without a word."""
 
     def hear(self, message: Message, now: float) -> list[Message]:
         """Take in the source's message, whatever its order."""
@@ -99,7 +112,7 @@ class MigrationTarget:
         if self.state is not TargetState.RECEIVING:
             return [ReserveRefused(self.migration, self.why)]
         self.heard = now
-        # Only the next piece is in the window. An earlier one said again is there already, and a
+        # Only the next piece is in the slot. An earlier one said again is there already, and a
         # later one cannot be: the source waits for our word before it writes.
         if chunk.begin == self.upto and not self._fetched(chunk.begin, chunk.end):
             return self.give_up("transport")
@@ -113,7 +126,7 @@ class MigrationTarget:
             return self.give_up("a hole in the KV")
         if handover.kv_tokens > self.tokens:
             return self.give_up("outgrew its reservation")
-        problem = self.valid(handover.state, handover.kv_tokens)
+        problem = self.problem(handover.state, handover.kv_tokens)
         if problem is not None:
             return self.give_up(problem)
         if not self._fetched(handover.begin, handover.kv_tokens):

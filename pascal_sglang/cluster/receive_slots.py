@@ -1,6 +1,6 @@
-"""The windows of a receive buffer, and which of them a source may still write into.
+"""The slots of a receive buffer, and which of them a source may still write into.
 
-| window | on | becomes |
+| slot | on | becomes |
 |---|---|---|
 | free | `take` | taken by a move |
 | taken | the move is over, and its source said that it writes no more | free |
@@ -8,9 +8,9 @@
 | in doubt | its source says so after all | free |
 | in doubt | its source has died, `DEAD_S` seconds ago | free |
 
-Time alone frees no window: a source that was stopped in the middle of a write goes on with it
-whenever it is continued. So the source of a window in doubt is asked again and again, and a receive
-buffer with all its windows in doubt or taken grants nothing.
+Time alone frees no slot: a source that was stopped in the middle of a write goes on with it
+whenever it is continued. So the source of a slot in doubt is asked again and again, and a receive
+buffer with all its slots in doubt or taken grants nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEAD_S = 10.0
 class _Doubt:
     """sender: the instance that may still write. ask_at, free_at: when, in seconds."""
 
-    window: int
+    slot: int
     sender: int
     ask_at: float
     wait: float = ASK_S
@@ -37,7 +37,7 @@ class _Doubt:
 
 
 class ReceiveSlots:
-    """`count` windows, by number; a window in doubt goes by the name of its last move."""
+    """`count` slots, by number; a slot in doubt goes by the name of its last move."""
 
     def __init__(self, count: int) -> None:
         self._free = deque(range(count))
@@ -52,24 +52,24 @@ class ReceiveSlots:
         return len(self._in_doubt)
 
     def take(self) -> int:
-        """A free window. Raises: IndexError without one."""
+        """A free slot. Raises: IndexError without one."""
         return self._free.popleft()
 
-    def give_back(self, window: int) -> None:
-        """No source writes into the window any more."""
-        self._free.append(window)
+    def give_back(self, slot: int) -> None:
+        """No source writes into the slot any more."""
+        self._free.append(slot)
 
-    def doubt(self, window: int, migration: str, sender: int, now: float, *, dead: bool) -> None:
+    def doubt(self, slot: int, migration: str, sender: int, now: float, *, dead: bool) -> None:
         """The move is over, and its source may still write. dead: it has died."""
         free_at = now + DEAD_S if dead else float("inf")
-        self._in_doubt[migration] = _Doubt(window, sender, now + ASK_S, free_at=free_at)
+        self._in_doubt[migration] = _Doubt(slot, sender, now + ASK_S, free_at=free_at)
 
     def confirmed(self, migration: str, sender: int) -> None:
         """The move's source writes no more."""
         doubt = self._in_doubt.get(migration)
         if doubt is not None and doubt.sender == sender:
             del self._in_doubt[migration]
-            self._free.append(doubt.window)
+            self._free.append(doubt.slot)
 
     def died(self, sender: int, now: float) -> None:
         """The instance is no more."""

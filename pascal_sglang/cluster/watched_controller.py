@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing.connection
-import time
 from http import HTTPStatus
 from typing import Any
 
@@ -24,6 +23,7 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.utils.network import get_zmq_socket
 
+from pascal_sglang import clock
 from pascal_sglang.cluster.control_channel import ControlReceiver
 from pascal_sglang.cluster.control_replies import ControlReplies
 from pascal_sglang.cluster.instance_failures import MESSAGE, InstanceFailures
@@ -140,7 +140,7 @@ class WatchedController(DataParallelController):
 
     def look_for_ended(self, *, at_once: bool = False) -> None:
         """See which schedulers have ended; among many requests only now and then."""
-        now = time.monotonic()
+        now = clock.now()
         if now - self._looked_at < LOOK_FOR_ENDED_S and not at_once:
             return
         self._looked_at = now
@@ -184,7 +184,7 @@ class WatchedController(DataParallelController):
             unsent = [worker for worker in self.workers if worker]
             ready: dict[Any, int] = dict(self._poller.poll(RETRY_MS if unsent else WAKE_MS))
             with self.errors.kept("housekeeping"):
-                self._tick(time.monotonic())
+                self._tick(clock.now())
             for worker in unsent:
                 worker.flush()
             if self.control_receiver.socket in ready:

@@ -10,34 +10,33 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
 
 from sglang.srt.managers.schedule_batch import Req
 
-from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED
-from pascal_sglang.policy.plan import Planner
+from pascal_sglang.policy.queue import WaitQueue
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
 class Admission:
-    """Splits SGLang's waiting queue for the length of a prefill step.
+    """Splits SGLang's waiting queue for the length of a prefill step."""
 
-    plan: waiting requests that the plan of this pass admits, best first.
-    errors: passes in which the policy's queue was not SGLang's.
-    """
-
-    def __init__(self, scheduler: Any, paused_requests: PausedRequests, planner: Planner) -> None:
-        self.scheduler = scheduler
-        self.paused_requests = paused_requests
-        self.planner = planner
-        self.plan: list[Req] = []
-        self.errors = 0
-        # Waiting requests that the prefill step does not see; None outside of it.
-        self._withheld: list[Req] | None = None
+    scheduler: SchedulerProtocol
+    paused_requests: PausedRequests
+    queue: WaitQueue
+    # Waiting requests that the plan of this pass admits, best first.
+    plan: list[Req] = field(default_factory=list)
+    # Passes in which the policy's queue was not SGLang's.
+    errors: int = 0
+    # Waiting requests that the prefill step does not see; None outside of it.
+    _withheld: list[Req] | None = None
 
     @contextmanager
     def only_planned(self, started: Callable[[Req], None]) -> Iterator[None]:
@@ -58,7 +57,7 @@ class Admission:
             self._withheld = None
             for req in shown:
                 # A request that was aborted meanwhile has left the policy's queue already.
-                if req not in left and self.planner.queue.holds(state_of(req)):
+                if req not in left and self.queue.holds(state_of(req)):
                     started(req)
 
     @contextmanager
@@ -81,34 +80,23 @@ class Admission:
     def is_true(self, *, thorough: bool) -> bool:
         """Whether the policy's queue is SGLang's waiting queue and the paused requests: their
         number, or `thorough`, each of them in its place."""
-        queue, waiting, paused_requests = (
-            self.planner.queue,
-            self.scheduler.waiting_queue,
-            self.paused_requests,
-        )
-        moving = sum(
-            req in paused_requests.resident or req in paused_requests.host
-            for req in paused_requests.moving
-        )
-        if (
-            len(queue)
-            != len(waiting) + len(paused_requests.resident) + len(paused_requests.host) - moving
-        ):
+        queue, waiting = self.queue, self.scheduler.waiting_queue
+        if len(queue) != len(waiting) + self.paused_requests.paused_count():
             return False
         return not thorough or all(
-            queue.holds(state) and state.status is status for state, status in self._places()
+            queue.holds(state) and state.status is status for state, status in self._expected()
         )
 
-    def _places(self) -> Iterator[tuple[RequestState, RequestStatus]]:
+    def _expected(self) -> Iterator[tuple[RequestState, RequestStatus]]:
         """Those who wait or are paused, each with its place."""
         paused_requests = self.paused_requests
         for status, reqs in (
             (RequestStatus.WAITING, self.scheduler.waiting_queue),
-            (RequestStatus.RESIDENT, paused_requests.resident),
-            (RequestStatus.HOST, paused_requests.host),
+            (RequestStatus.RESIDENT, paused_requests.in_status(PauseStatus.RESIDENT)),
+            (RequestStatus.HOST, paused_requests.in_status(PauseStatus.HOST)),
         ):
             yield from (
-                (state_of(req), status) for req in reqs if req not in paused_requests.moving
+                (state_of(req), status) for req in reqs if not paused_requests.is_migrating(req)
             )
 
     def check(self, *, thorough: bool) -> None:
@@ -119,8 +107,8 @@ class Admission:
         self.errors += 1
         if self.errors <= ERRORS_LOGGED:
             logger.error("pascal_sglang: the policy's queue was not SGLang's and is made anew")
-        self.planner.queue.recount([])
-        places = dict(self._places())
+        self.queue.recount([])
+        places = dict(self._expected())
         for state, status in places.items():
             state.status = status
-        self.planner.queue.recount([*places])
+        self.queue.recount([*places])

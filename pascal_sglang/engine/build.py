@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import psutil
 from sglang.srt.runtime_context import get_parallel, get_schedule
@@ -13,13 +12,14 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
 from pascal_sglang.engine.plan_executor import PlanExecutor
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import agree
 from pascal_sglang.policy.kv_tier import Costs
 
 logger = logging.getLogger(__name__)
 
 
-def build_executor(scheduler: Any, config: PascalConfig) -> PlanExecutor | None:
+def build_executor(scheduler: SchedulerProtocol, config: PascalConfig) -> PlanExecutor | None:
     """The executor of a scheduler whose pools exist; None under `fcfs` and for embedding models.
 
     Raises: RuntimeError for KV pools that the engine does not carry.
@@ -31,7 +31,7 @@ def build_executor(scheduler: Any, config: PascalConfig) -> PlanExecutor | None:
             f"policy {config.policy} does not work with {pool} yet; use --pascal-policy fcfs"
         )
     if get_schedule().prefill_decode_interval is None:
-        # SGLang prefills first: without this, endless new prompts would keep thinkers from
+        # SGLang prefills first: without this, endless new prompts would keep requests from
         # decoding. A prefill and a decode step take turns.
         scheduler.prefill_decode_interval = 1
     copies = HostCopies(scheduler)
@@ -47,7 +47,9 @@ def build_executor(scheduler: Any, config: PascalConfig) -> PlanExecutor | None:
     return PlanExecutor(scheduler, config, copies, costs)
 
 
-def host_budget_tokens(copies: HostCopies, scheduler: Any, config: PascalConfig) -> float:
+def host_budget_tokens(
+    copies: HostCopies, scheduler: SchedulerProtocol, config: PascalConfig
+) -> float:
     """Tokens of paused KV that this rank may hold in host memory."""
     parallel = get_parallel()
     if copies.buffers is None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
+from pascal_sglang.engine.kv.pool import Pool
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.plan import GROWTH, Capacity
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
 class CapacityView:
     """Reads memory and slots off a live scheduler."""
 
-    def __init__(self, scheduler: Any, paused_requests: PausedRequests) -> None:
-        self.scheduler = scheduler
-        self.paused_requests = paused_requests
-        self.pool = paused_requests.pool
+    scheduler: SchedulerProtocol
+    paused_requests: PausedRequests
+    pool: Pool
 
     def available(self, running: ScheduleBatch) -> Capacity:
         scheduler = self.scheduler
@@ -28,7 +30,7 @@ class CapacityView:
                 scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running),
                 scheduler.max_running_requests - len(running.reqs),
             )
-            + len(self.paused_requests.leaving),
+            + self.paused_requests.count(PauseStatus.LEAVING),
         )
 
     def spare_tokens(self, running: ScheduleBatch, last: ScheduleBatch | None) -> int:
@@ -61,8 +63,8 @@ class CapacityView:
         req: Req = state.handle
         if state.status is not RequestStatus.WAITING:
             return self.paused_requests.needs(req)
-        held = self.pool.held(req, state.kv_tokens - 1)
-        return self.pool.in_pages(state.kv_tokens - held.tokens) + held.evictable
+        prefix = self.pool.cached_prefix(req, state.kv_tokens - 1)
+        return self.pool.in_pages(state.kv_tokens - prefix.tokens) + prefix.evictable
 
     def reclaimable(self, state: RequestState) -> int:
         """KV that is free or evictable once the request has left the device."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -20,8 +20,10 @@ from pascal_sglang.cluster.messages import (
     RequestFinished,
 )
 from pascal_sglang.cluster.prefix_index import block_names
+from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.ranking import is_demoted
 from pascal_sglang.policy.timeline import Phase
 
@@ -29,24 +31,22 @@ EVERY_S = 0.02
 ALIVE_S = 1.0
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
 class LoadReporter:
     """Sends a `LoadReport` when something has changed, at most every `EVERY_S` seconds while busy,
     and at least every `ALIVE_S` seconds."""
 
-    def __init__(
-        self, scheduler: Any, executor: PlanExecutor, control_sender: ControlSender
-    ) -> None:
-        self.scheduler = scheduler
-        self.executor = executor
-        self.control_sender = control_sender
-        self.received = 0
-        self._dp_rank = get_parallel().dp_rank or 0
-        self._last: LoadReport | None = None
-        self._sent_at = 0.0
+    scheduler: SchedulerProtocol
+    executor: PlanExecutor
+    control_sender: ControlSender
+    # Requests taken in since the start.
+    received: int = 0
+    _dp_rank: int = field(default_factory=lambda: get_parallel().dp_rank or 0)
+    _last: LoadReport | None = None
+    _sent_at: float = 0.0
 
-    def tell(self, batch: ScheduleBatch | None) -> None:
-        """Say how it is; `batch` is what runs next."""
-        now = time.perf_counter()
+    def tell(self, batch: ScheduleBatch | None, now: float) -> None:
+        """Say how it is `now`; `batch` is what runs next."""
         if batch is not None and now - self._sent_at < EVERY_S:
             return
         status = self.status(batch)
@@ -75,15 +75,18 @@ class LoadReporter:
         return LoadReport(
             dp_rank=self._dp_rank,
             received=self.received,
-            **figures(self.scheduler, self.executor, batch),
+            **load_figures(self.scheduler, self.executor, batch),
         )
 
 
-def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None) -> dict[str, Any]:
-    """This instance in the terms of `policy.placement.Instance`; token counts and numbers of
-    requests. batch: the one that runs: who is prefilled in it is neither waiting nor running."""
+def load_figures(
+    scheduler: SchedulerProtocol, executor: PlanExecutor, batch: ScheduleBatch | None
+) -> dict[str, Any]:
+    """This instance in the terms of `policy.placement.LoadFigures`. batch: the one that runs: who
+    is prefilled in it is neither waiting nor running."""
     planner, config = executor.planner, executor.request_states.config
-    present = dict.fromkeys((*scheduler.running_batch.reqs, *executor.paused_requests.arriving))
+    arriving = executor.paused_requests.in_status(PauseStatus.ARRIVING)
+    present = dict.fromkeys((*scheduler.running_batch.reqs, *arriving))
     if batch is not None:
         present |= dict.fromkeys(batch.reqs)
     if scheduler.chunked_req is not None:
@@ -93,7 +96,7 @@ def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None)
     answering = [m for m in (*running, *paused) if m.phase is Phase.ANSWERING]
     priority_class = planner.policy.reasoning_class
     queued = sum(n for (lane_of, _), n in planner.queue.counts.items() if lane_of == priority_class)
-    thinking = sum(
+    reasoning = sum(
         m.phase is Phase.REASONING and not is_demoted(m, planner.tuning) for m in running
     )
     rule = config.record.placement
@@ -109,7 +112,7 @@ def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None)
     return {
         "on_pace": on_pace,
         "footprint": scheduler.max_total_num_tokens - free + executor.paused_requests.host_tokens,
-        "thinking": thinking + queued,
+        "thinking": reasoning + queued,
         "fresh": sum(m.phase_tokens < planner.tuning.quantum for m in answering),
         "free": free,
         "waiting": sum(state_of(r).kv_tokens for r in scheduler.waiting_queue),
@@ -121,9 +124,15 @@ def figures(scheduler: Any, executor: PlanExecutor, batch: ScheduleBatch | None)
     }
 
 
-def build_load_reporter(scheduler: Any, executor: PlanExecutor | None) -> LoadReporter | None:
+def build_load_reporter(
+    scheduler: SchedulerProtocol, executor: PlanExecutor | None
+) -> LoadReporter | None:
     """The load reporter of an instance's leading rank behind our controller; None otherwise."""
     folder = os.environ.get(CONTROL_ENV)
     if folder is None or executor is None or get_parallel().attn_tp_rank != 0:
         return None
-    return LoadReporter(scheduler, executor, ControlSender(folder, get_parallel().dp_rank or 0))
+    return LoadReporter(
+        scheduler=scheduler,
+        executor=executor,
+        control_sender=ControlSender(folder, get_parallel().dp_rank or 0),
+    )

@@ -7,7 +7,6 @@ these operations.
 
 from __future__ import annotations
 
-import time
 from http import HTTPStatus
 from typing import Any
 
@@ -16,10 +15,10 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.managers.scheduler import _make_abort_req
 from sglang.srt.runtime_context import get_serving
 
+from pascal_sglang import clock
 from pascal_sglang.engine.load_reporter import LoadReporter
 from pascal_sglang.engine.migration.manager import Migrations
 from pascal_sglang.engine.observability.phases import PhaseTracker
-from pascal_sglang.engine.retraction import retract_held
 from pascal_sglang.engine.stock_load_figures import ReportingScheduler
 
 
@@ -59,7 +58,7 @@ class OperationsScheduler(ReportingScheduler):
         if self.plan_executor is not None and recv_req.mode == "retract":
             if self.migrations is not None:
                 self.migrations.give_up("generation paused")
-            retract_held(self.plan_executor.request_states)
+            self.plan_executor.request_states.retract_held()
 
     def record_weight_version_change(self, new_version: str | None) -> None:
         """Which weights made which token is kept where a request is: it does not travel."""
@@ -72,7 +71,7 @@ class OperationsScheduler(ReportingScheduler):
         """An instance whose generation is paused still reports to the controller."""
         super()._record_scheduler_state_for_paused_engine()
         if self.load_reporter is not None:
-            self.load_reporter.tell(None)
+            self.load_reporter.tell(None, clock.now())  # There are no passes meanwhile.
 
     def send_abort_output(self, abort_req: AbortReq, req: Req) -> None:
         """End a request outside of a batch.
@@ -100,7 +99,7 @@ class OperationsScheduler(ReportingScheduler):
         self.output_streamer.stream_output([req], req.return_logprob)
 
     def _send_abort_alone(self, abort_req: AbortReq, req: Req) -> None:
-        self.phase_tracker.ended(req, time.perf_counter(), aborted=True)
+        self.phase_tracker.ended(req, clock.now(), aborted=True)
         if self.load_reporter is not None:
             self.load_reporter.gone(req)
         super().send_abort_output(abort_req, req)

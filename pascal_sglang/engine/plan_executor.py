@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
+from pascal_sglang import clock
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.admission import Admission
 from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.chaos import Chaos
 from pascal_sglang.engine.kv.host_copies import HostCopies
-from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.request_states import RequestStates
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, agree, catch_on_all_ranks, is_alone
 from pascal_sglang.policy.kv_tier import TYPICAL_QUANTA, Costs, KVTier
 from pascal_sglang.policy.plan import KVAccounting, Plan, Planner
 from pascal_sglang.policy.ranking import PassInfo, Tuning
+from pascal_sglang.policy.relief import giving_way
 from pascal_sglang.policy.request import RequestState, RequestStatus
+from pascal_sglang.policy.running_mean import LONGEST_PASS_S, running_mean
 
 if TYPE_CHECKING:
     from pascal_sglang.engine.migration.manager import Migrations
@@ -43,7 +46,7 @@ class PlanExecutor:
 
     def __init__(
         self,
-        scheduler: Any,
+        scheduler: SchedulerProtocol,
         config: PascalConfig,
         copies: HostCopies,
         costs: Costs,
@@ -51,7 +54,9 @@ class PlanExecutor:
         self.scheduler = scheduler
         self.paused_requests = PausedRequests(scheduler, copies, costs)
         self.pool = self.paused_requests.pool
-        self.capacity = CapacityView(scheduler, self.paused_requests)
+        self.capacity = CapacityView(
+            scheduler=scheduler, paused_requests=self.paused_requests, pool=self.pool
+        )
         policy = config.record
         tuning = Tuning(
             quantum=config.quantum_tokens,
@@ -64,7 +69,9 @@ class PlanExecutor:
         self.planner = Planner(
             policy, tuning, KVAccounting(self.capacity.required, self.capacity.reclaimable)
         )
-        self.admission = Admission(scheduler, self.paused_requests, self.planner)
+        self.admission = Admission(
+            scheduler=scheduler, paused_requests=self.paused_requests, queue=self.planner.queue
+        )
         self.decision_log = DecisionLog(policy, tuning, log=config.log_decisions)
         self.request_states = RequestStates(
             scheduler, config, self.paused_requests, self.planner.queue, self.decision_log
@@ -82,20 +89,22 @@ class PlanExecutor:
     def govern(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
         """Begin a pass. An error of ours is logged and counted, and SGLang's order stands in.
         Raises: RanksDiverged if it is not the same on all TP ranks."""
-        now = time.perf_counter()
-        self._tick(now if self._alone else agree(self.scheduler, now), running, last)
-        begin = time.perf_counter()
+        begin = clock.now()
+        now = begin if self._alone else agree(self.scheduler, begin)
+        self._tick(now, running, last)
+        if not self._alone:
+            begin = clock.now()  # Waiting for the other ranks is no cost of the policy.
         self._running = running  # With all who come back: an error must not lose them.
         error = catch_on_all_ranks(self.scheduler, lambda: self._carry_out(running, last))
         if error is not None:
             self.errors += 1
             self._log("the policy failed; SGLang's own order stands in", error)
-            if (error := catch_on_all_ranks(self.scheduler, self._stand_in)) is not None:
+            if (error := catch_on_all_ranks(self.scheduler, self._fall_back_to_fcfs)) is not None:
                 self._log("bringing paused requests back failed", error)
             self.admission.plan = list(self.scheduler.waiting_queue)
-        self.policy_s += time.perf_counter() - begin
-        if self.decision_log.metrics is not None and begin - self._reported >= REPORT_S:
-            self._reported = begin
+        self.policy_s += clock.now() - begin
+        if self.decision_log.metrics is not None and now - self._reported >= REPORT_S:
+            self._reported = now
             passes, seconds = self.request_states.pass_info.pass_no, self.policy_s
             totals = {"errors": self.errors, "passes": passes, "seconds": seconds}
             self.decision_log.metrics.update(totals, self.planner.queue.lengths())
@@ -110,11 +119,11 @@ class PlanExecutor:
         before = self.request_states.pass_info
         step = now - before.now if before.now and now > before.now else 0.0
         # Only passes of a busy engine say how long a step takes; an idle one may spin or sleep.
-        busy = 0.0 < step < 1.0
+        busy = 0.0 < step < LONGEST_PASS_S
         pass_s = before.pass_s
         if busy and last is not None:
-            pass_s = 0.9 * pass_s + 0.1 * step
-            self.batch = 0.9 * self.batch + 0.1 * len(running.reqs)
+            pass_s = running_mean(pass_s, step)
+            self.batch = running_mean(self.batch, len(running.reqs))
         self.request_states.pass_info = PassInfo(before.pass_no + 1, now, pass_s)
         tokens = 0
         if last is not None and last.forward_mode.is_extend():
@@ -144,6 +153,7 @@ class PlanExecutor:
         # A request told to end does so in its next step; pausing it would only keep it.
         states = [state_of(r) for r in going_on if r.to_finish is None]
         joining = self.capacity.joining(last) + len(going_on) - len(states)
+        self.pool.changed()  # SGLang's steps since the last pass.
         plan = self.planner.plan(states, self.capacity.available(running), pass_info, joining)
         self.decision_log.blocked(plan.blocked, plan.shortage, pass_info)
         self._pause(plan, running)
@@ -197,7 +207,7 @@ class PlanExecutor:
 
     def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> ScheduleBatch | None:
         """Bring a paused request back into the running batch; None if it does not fit now."""
-        growing = len(running.reqs) + len(self.paused_requests.arriving) + joining
+        growing = len(running.reqs) + self.paused_requests.count(PauseStatus.ARRIVING) + joining
         keep = self.capacity.promised_tokens() + growing + 1
         resumed = (
             self.paused_requests.resume(req, running)
@@ -211,10 +221,11 @@ class PlanExecutor:
             self.request_states.spilled(req, KVTier.RECOMPUTE)
         return resumed
 
-    def _stand_in(self) -> None:
+    def _fall_back_to_fcfs(self) -> None:
         """SGLang's order: everybody waiting may be admitted, and whoever is paused comes back in
         the order of arrival, before them."""
         self.request_states.finish_pauses()
+        self.pool.changed()
         running = self._running = self.paused_requests.arrive(self._running)
         for req in sorted(self.paused_requests.paused(), key=lambda r: state_of(r).seq):
             resumed = self._resume(req, running, joining=len(running.reqs))
@@ -232,17 +243,16 @@ class PlanExecutor:
         """
         if self._fits(running):
             return False
-        for state in self.planner.queue.resident_worst_first(self.request_states.pass_info):
-            self._spill(state)
-            if self._fits(running):
-                return False
         states = [state_of(r) for r in running.reqs if r.to_finish is None]
-        for state in self.planner.victims.worst_first(states, self.request_states.pass_info):
-            if len(running.reqs) == 1 and not (
-                self.paused_requests.leaving or self.paused_requests.arriving
+        for state in giving_way(self.planner, states, self.request_states.pass_info):
+            if state.status is RequestStatus.RESIDENT:
+                self._spill(state)
+            elif len(running.reqs) > 1 or self.paused_requests.count(
+                PauseStatus.LEAVING, PauseStatus.ARRIVING
             ):
+                self._take_out([state], running, "memory", lambda _: None)
+            else:
                 break
-            self._take_out([state], running, "memory", lambda _: None)
             if running.is_empty() or self._fits(running):
                 return False
         return self.paused_requests.releasing_tokens > 0
@@ -258,9 +268,10 @@ class PlanExecutor:
         best = self.planner.queue.ranked(map(state_of, reqs), self.request_states.pass_info)
         return [index[id(state)] for state in best]
 
-    def observe(self, req: Req) -> None:
+    def observe(self, req: Req, now: float) -> None:
+        """The request may have produced tokens, which leave `now`."""
         reasoning_ended = self.request_states.observe(req)
         if self.migrations is not None:
-            self.migrations.observe(req)
+            self.migrations.observe(req, now)
             if reasoning_ended:
                 self.migrations.reasoning_ended(req)

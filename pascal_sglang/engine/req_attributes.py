@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 from sglang.srt.managers.schedule_batch import Req
 
+from pascal_sglang import clock
 from pascal_sglang.policy.request import RequestState
 from pascal_sglang.policy.timeline import PhaseTimeline
 
@@ -14,7 +13,7 @@ def timeline_of(req: Req) -> PhaseTimeline:
     """The timeline of a request; made on first use for requests that SGLang built itself."""
     timeline: PhaseTimeline | None = getattr(req, "pascal_timeline", None)
     if timeline is None:
-        timeline = PhaseTimeline(arrival=time.perf_counter())
+        timeline = PhaseTimeline(arrival=clock.now())
         req.pascal_timeline = timeline
     return timeline
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 
@@ -19,6 +18,7 @@ from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.queue_times import entered_queue, left_queue
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.queue import WaitQueue
@@ -52,7 +52,7 @@ class RequestStates:
 
     def __init__(
         self,
-        scheduler: Any,
+        scheduler: SchedulerProtocol,
         config: PascalConfig,
         paused_requests: PausedRequests,
         queue: WaitQueue,
@@ -76,7 +76,7 @@ class RequestStates:
         state = RequestState(
             self._arrivals, pacer, reader=reader, internal=is_internal(req), handle=req
         )
-        reason = why_not_pausable(req)
+        reason = support.first(support.UNPAUSABLE, req)
         if reason:
             state.pausable = False
             if not self.unpausable[reason]:
@@ -88,7 +88,7 @@ class RequestStates:
     def queued(self, req: Req) -> None:
         """The request entered SGLang's waiting queue, for the first time or after a retraction."""
         whole = len(req.origin_input_ids) + len(req.output_ids)
-        cached = self.paused_requests.pool.held(req, whole - 1)
+        cached = self.paused_requests.pool.cached_prefix(req, whole - 1)
         state_of(req).head_start = PREFIX_HEAD_START * cached.tokens // whole
         self.stopped(req, RequestStatus.WAITING)
 
@@ -112,10 +112,9 @@ class RequestStates:
     def finish_pauses(self) -> None:
         """Handle the KV of the requests that left the batch and whose last token has arrived."""
         paused = self.paused_requests
-        for req, tier in paused.settle():
-            if req in paused.moving and tier is not KVTier.RECOMPUTE:
+        for req, tier in paused.finish_pauses():
+            if paused.is_migrating(req):
                 continue
-            paused.moving.discard(req)
             self.stopped(req, STATUSES[tier])
             self._left_device(req, tier)
 
@@ -135,6 +134,16 @@ class RequestStates:
         self.decision_log.started(state_of(req), self.pass_info)
         self.queue.started(state_of(req), self.pass_info)
 
+    def retract_held(self) -> None:
+        """Send every held request back to the waiting queue without its KV, as SGLang does with
+        those that it retracts. No step is in flight.
+
+        A request handed over to another instance waits only if that instance sends it back.
+        """
+        for req in self.paused_requests.drop():
+            if not self.paused_requests.is_migrating(req):
+                self.wait_again(req)
+
     def ended(self, req: Req) -> None:
         """The request ended outside the running batch."""
         self.queue.remove(state_of(req))
@@ -142,7 +151,7 @@ class RequestStates:
     def observe(self, req: Req) -> bool:
         """The request may have produced tokens: bring its state up to date, tell its human reader.
 
-        True if it has just ended its thinking."""
+        True if it has just ended its reasoning."""
         state, timeline = state_of(req), timeline_of(req)
         reads = state.reader is Reader.HUMAN
         if reads and (new := timeline.answer_tokens - state.pacer.delivered):
@@ -169,14 +178,14 @@ class RequestStates:
         if status is RequestStatus.RESIDENT:
             state.kv_tokens = req.kv.kv_committed_len
         elif status is RequestStatus.HOST:
-            state.kv_tokens = self.paused_requests.host[req].tokens
+            state.kv_tokens = self.paused_requests.copy_of(req).tokens
         else:
             state.kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
 
 
 def remaining_of(req: Req, state: RequestState) -> int:
     """Tokens the request can still produce in its phase: what `max_new_tokens` leaves, and while it
-    thinks no more than its `thinking_budget`."""
+    reasons no more than its `thinking_budget`."""
     params = req.sampling_params
     left = UNLIMITED
     if params.max_new_tokens is not None:
@@ -187,8 +196,3 @@ def remaining_of(req: Req, state: RequestState) -> int:
         if isinstance(budget, int) and budget >= 0:
             left = min(left, budget + 1 - state.phase_tokens)
     return max(0, left)
-
-
-def why_not_pausable(req: Req) -> str | None:
-    """What about the request the engine cannot carry; None if it can be paused."""
-    return support.first(support.UNPAUSABLE, req)

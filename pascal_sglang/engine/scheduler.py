@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import time
-from functools import partial
 from typing import Any
 
 import zmq
@@ -21,15 +19,17 @@ from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_priv
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
+from pascal_sglang import clock
 from pascal_sglang.cluster.control_channel import CONTROL_ENV, ControlReceiver
 from pascal_sglang.cluster.internal_requests import is_health_probe
+from pascal_sglang.cluster.metric_files import survive_a_full_disk
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.build import build_executor
-from pascal_sglang.engine.kv.paused import PausedRequests
-from pascal_sglang.engine.load_reporter import build_load_reporter, figures
-from pascal_sglang.engine.migration import location_replies
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
+from pascal_sglang.engine.load_reporter import build_load_reporter, load_figures
 from pascal_sglang.engine.migration.build import build_migrations, control_folder
 from pascal_sglang.engine.migration.control_receiver import ControlBatch, PascalRequestReceiver
+from pascal_sglang.engine.migration.location_replies import LocationReplies
 from pascal_sglang.engine.migration.manager import Migrations
 from pascal_sglang.engine.migration.revoked import Revoked
 from pascal_sglang.engine.observability.metrics import DecisionMetrics, PhaseMetrics
@@ -55,7 +55,7 @@ class PascalOutputStreamer(SchedulerOutputStreamer):
     ) -> None:
         if self.revoked:
             reqs = self.revoked.without(reqs)
-        self.tracker.observe((r for r in reqs if r is not skip_req), time.perf_counter())
+        self.tracker.observe((r for r in reqs if r is not skip_req), clock.now())
         SchedulerOutputStreamer.stream_output(self, reqs, return_logprob, skip_req)
 
 
@@ -69,13 +69,14 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
     def _requests_owning_rows(self) -> list[Req]:
         owners: list[Req] = SchedulerInvariantChecker._requests_owning_rows(self)
         known = set(owners)
-        between = (*self.paused_requests.leaving, *self.paused_requests.arriving)
+        between = self.paused_requests.in_status(PauseStatus.LEAVING, PauseStatus.ARRIVING)
         return owners + [r for r in between if r not in known and r.kv.holds_kv]
 
     def _get_total_uncached_sizes(self) -> tuple[int, int]:
         full, swa = SchedulerInvariantChecker._get_total_uncached_sizes(self)
         rowless = sum(
-            kv_private_tokens(r.kv, self.page_size) for r in self.paused_requests.resident
+            kv_private_tokens(r.kv, self.page_size)
+            for r in self.paused_requests.in_status(PauseStatus.RESIDENT)
         )
         reserved = 0 if self.migrations is None else self.migrations.reserved_tokens
         return full + rowless + reserved, swa
@@ -86,6 +87,7 @@ class PascalScheduler(OperationsScheduler):
 
     invariant_checker: Any
     request_receiver: Any
+    location_replies: LocationReplies | None = None
 
     def __init__(self, server_args: Any, port_args: Any) -> None:
         config = PascalConfig.from_env()
@@ -100,6 +102,8 @@ class PascalScheduler(OperationsScheduler):
     def init_output_streamer(self) -> None:
         reports = self.metrics_reporter.enable_metrics and get_parallel().attn_tp_rank == 0
         labels = self.metrics_collector.labels if reports else {}
+        if self.metrics_reporter.enable_metrics:
+            survive_a_full_disk()
         metrics = PhaseMetrics(labels, self.pascal_config.qoe_slo) if reports else None
         if reports and self.plan_executor is not None:
             per_token = self.plan_executor.paused_requests.copies.bytes_per_token
@@ -115,9 +119,9 @@ class PascalScheduler(OperationsScheduler):
             None if self.migrations is None else self.migrations.incoming_migrations.revoked
         )
 
-    def _observe(self, req: Req) -> None:
+    def _observe(self, req: Req, now: float) -> None:
         assert self.plan_executor is not None
-        self.plan_executor.observe(req)
+        self.plan_executor.observe(req, now)
         if self.load_reporter is not None and req.finished():
             self.load_reporter.gone(req)
 
@@ -141,8 +145,8 @@ class PascalScheduler(OperationsScheduler):
     def take_control_batch(self, control_batch: ControlBatch) -> None:
         if self.migrations is not None:
             self.migrations.hear(control_batch)
-        else:
-            location_replies.hear(self, control_batch)
+        elif self.location_replies is not None:
+            self.location_replies.hear(control_batch)
 
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         return PascalOutputStreamer
@@ -200,8 +204,14 @@ class PascalScheduler(OperationsScheduler):
             self.invariant_checker.paused_requests = self.plan_executor.paused_requests
             self.migrations = build_migrations(self, self.plan_executor, self.pascal_config)
             self.plan_executor.migrations = self.invariant_checker.migrations = self.migrations
-            if self.migrations is not None:
-                self.migrations.locate = partial(location_replies.reply, self)
+            if self.load_reporter is not None:
+                self.location_replies = LocationReplies(
+                    scheduler=self,
+                    paused_requests=self.plan_executor.paused_requests,
+                    load_reporter=self.load_reporter,
+                )
+                if self.migrations is not None:
+                    self.migrations.locate = self.location_replies.reply
 
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
@@ -209,8 +219,9 @@ class PascalScheduler(OperationsScheduler):
         if self.plan_executor is not None:
             running_batch = self.plan_executor.govern(running_batch, last_batch)
         plan = super().get_next_batch_to_run(running_batch=running_batch, last_batch=last_batch)
-        if self.load_reporter is not None:
-            self.load_reporter.tell(plan.batch_to_run)
+        if self.load_reporter is not None and self.plan_executor is not None:
+            now = self.plan_executor.request_states.pass_info.now
+            self.load_reporter.tell(plan.batch_to_run, now)
         return plan
 
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> Any:
@@ -276,10 +287,11 @@ class PascalScheduler(OperationsScheduler):
         live = [req for req in Scheduler.collect_inflight_reqs(self) if not req.finished()]
         executor = self.plan_executor
         paused_requests = None if executor is None else executor.paused_requests
-        paused = (
-            [] if paused_requests is None else [*paused_requests.leaving, *paused_requests.paused()]
-        )
-        arriving = [] if paused_requests is None else paused_requests.arriving
+        paused, arriving = [], []
+        if paused_requests is not None:
+            leaving = paused_requests.in_status(PauseStatus.LEAVING)
+            paused = [*leaving, *paused_requests.paused()]
+            arriving = paused_requests.in_status(PauseStatus.ARRIVING)
         live = list(dict.fromkeys([*live, *paused, *arriving]))
         capacity = self.max_total_num_tokens
         free = self.token_to_kv_pool_allocator.available_size()
@@ -296,7 +308,7 @@ class PascalScheduler(OperationsScheduler):
                 "evictable": self.tree_cache.evictable_size(),
                 "host": 0 if paused_requests is None else paused_requests.host_tokens,
             },
-            "load": {} if executor is None else figures(self, executor, self.last_batch),
+            "load": {} if executor is None else load_figures(self, executor, self.last_batch),
             "paused": len(paused),
             "pauses": {} if paused_requests is None else dict(paused_requests.counts),
             "costs": {} if paused_requests is None else paused_requests.costs.describe(),

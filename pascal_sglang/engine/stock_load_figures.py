@@ -16,7 +16,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.load_inquirer import SchedulerLoadInquirer
 from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 
-from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.observability.queue_times import with_paused
 
 if TYPE_CHECKING:
@@ -25,13 +25,8 @@ if TYPE_CHECKING:
 
 def held_back(paused_requests: PausedRequests) -> list[Req]:
     """Every request that has begun and does not run: paused, on its way out, or on its way back."""
-    held = dict.fromkeys(
-        (
-            *paused_requests.leaving,
-            *paused_requests.resident,
-            *paused_requests.host,
-            *paused_requests.arriving,
-        )
+    held = paused_requests.in_status(
+        PauseStatus.LEAVING, PauseStatus.RESIDENT, PauseStatus.HOST, PauseStatus.ARRIVING
     )
     return [req for req in held if not req.finished()]
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
+
 # Errors of one kind that a process writes to its log; the rest are counted.
 ERRORS_LOGGED = 5
 
@@ -38,13 +40,13 @@ class RankState:
     failed: str = ""
 
 
-def is_alone(scheduler: Any) -> bool:
+def is_alone(scheduler: SchedulerProtocol) -> bool:
     """Whether the instance has one rank, which agrees with itself."""
     size: int = scheduler.tp_cpu_group.size()
     return size == 1
 
 
-def agree(scheduler: Any, *values: float) -> Any:
+def agree(scheduler: SchedulerProtocol, *values: float) -> Any:
     """TP rank 0's value on every rank; a list if several are given. Raises: RanksDiverged."""
     if is_alone(scheduler):
         return list(values) if len(values) > 1 else values[0]
@@ -53,12 +55,12 @@ def agree(scheduler: Any, *values: float) -> Any:
     return shared if len(values) > 1 else shared[0]
 
 
-def all_agree(scheduler: Any, holds: bool) -> bool:
+def all_agree(scheduler: SchedulerProtocol, holds: bool) -> bool:
     """Whether something holds on every TP rank. Raises: RanksDiverged."""
     return holds if is_alone(scheduler) else bool(_least(scheduler, "holds", float(holds)))
 
 
-def catch_on_all_ranks(scheduler: Any, work: Callable[[], None]) -> Exception | None:
+def catch_on_all_ranks(scheduler: SchedulerProtocol, work: Callable[[], None]) -> Exception | None:
     """Do some work of ours, and return its error if it failed. The error is the same on all ranks
     then. Raises: RanksDiverged if it is not."""
     failed: Exception | None = None
@@ -79,7 +81,7 @@ def catch_on_all_ranks(scheduler: Any, work: Callable[[], None]) -> Exception | 
     return failed
 
 
-def _note(scheduler: Any, error: Exception) -> None:
+def _note(scheduler: SchedulerProtocol, error: Exception) -> None:
     """Remember a failure on this rank by its place: the text may name a device."""
     state = _state_of(scheduler)
     frames = traceback.extract_tb(error.__traceback__)
@@ -90,14 +92,14 @@ def _note(scheduler: Any, error: Exception) -> None:
     state.failed = f"{type(error).__name__}: {error}"
 
 
-def _state_of(scheduler: Any) -> RankState:
+def _state_of(scheduler: SchedulerProtocol) -> RankState:
     state: RankState | None = getattr(scheduler, "pascal_rank_state", None)
     if state is None:
         state = scheduler.pascal_rank_state = RankState()
     return state
 
 
-def _least(scheduler: Any, what: str, value: float) -> float:
+def _least(scheduler: SchedulerProtocol, what: str, value: float) -> float:
     """The least `value` of all ranks. One collective for everything that ranks agree on, so that
     ranks at different places of a pass take part in the same one, and notice."""
     state = _state_of(scheduler)
@@ -117,7 +119,7 @@ def _least(scheduler: Any, what: str, value: float) -> float:
     return float(least)
 
 
-def from_every_rank(scheduler: Any, value: str) -> list[str]:
+def from_every_rank(scheduler: SchedulerProtocol, value: str) -> list[str]:
     """Every TP rank's value, in the order of ranks."""
     group = scheduler.tp_cpu_group
     size = torch.distributed.get_world_size(group)

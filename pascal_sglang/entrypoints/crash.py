@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from pascal_sglang import clock
 from pascal_sglang.cluster.private_folder import remove_all
 from pascal_sglang.cluster.scheduler_processes import end_of
 
@@ -139,8 +140,8 @@ class CrashShutdown:
                 for setting in _diagnostics():
                     without.enter_context(setting.override(False))
                 manager.dump_requests_before_crash()
-        until = time.monotonic() + ANSWER_S
-        while time.monotonic() < until:
+        until = clock.now() + ANSWER_S
+        while clock.now() < until:
             self._fail_all()
             await asyncio.sleep(0.05)
         if asked:

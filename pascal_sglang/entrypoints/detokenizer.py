@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+from pascal_sglang import clock
 from pascal_sglang.cluster.instance_failures import MESSAGE
 from pascal_sglang.cluster.output_order import OutputOrder, Row
 from pascal_sglang.config import PascalConfig
@@ -33,11 +33,11 @@ def event_loop(original: Callable[[Any], None], manager: Any) -> None:
             received = sock_recv(manager.recv_from_scheduler) if came else None
         if isinstance(received, BatchTokenIDOutput) and received.dp_ranks:
             rows = rows_of(received)
-            for message in order.admit(received.dp_ranks[0], received, rows, time.monotonic()):
+            for message in order.admit(received.dp_ranks[0], received, rows, clock.now()):
                 _handle(manager, message)
         elif received is not None:
             _handle(manager, received)
-        for message, broken in order.overdue(time.monotonic()) if len(order) else ():
+        for message, broken in order.overdue(clock.now()) if len(order) else ():
             end_rows(message, broken)
             _handle(manager, message)
         manager.soft_watchdog.feed()

@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import Any
 
 from pascal_sglang.cluster import status_file
+from pascal_sglang.cluster.metric_files import survive_a_full_disk
 from pascal_sglang.cluster.private_folder import remove_all
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.entrypoints.crash import CrashShutdown, ProcessWatch, end_children
@@ -73,6 +74,8 @@ def run_http_server(
     config = PascalConfig.from_env()
     assert config is not None
     check_frontend(config, server_args)
+    if server_args.enable_metrics:
+        survive_a_full_disk()
 
     def clean_up() -> None:
         remove_all()

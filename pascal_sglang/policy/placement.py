@@ -7,7 +7,7 @@ All ties go to the instance asked first by `_turn`, which rotates, so that equal
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 NO_HITS: Mapping[int, int] = {}
 
@@ -20,33 +20,50 @@ GROWING_SHARE = 0.25
 HELD_SHARE = 0.25
 
 
-@dataclass(slots=True)
-class Instance:
-    """What the monitor knows of one instance; token counts unless said otherwise.
+@dataclass(slots=True, kw_only=True)
+class LoadFigures:
+    """What an instance says of itself; token counts unless said otherwise."""
 
-    on_pace: `t_i`, its answers meet their SLO now. footprint: `m_i`, KV on the device and in host
-    memory. thinking: `r_i`, requests reasoning in the high class. fresh: `a_i`, answering requests
-    inside their first quantum. free: KV free or evictable. waiting: prompt tokens not yet started.
-    arriving: KV reserved for requests on their way to it. moves: moves under way, either way.
-    capacity: KV tokens of the device. load: requests that run there, wait, or are on their way.
-    pass_us: recent length of a pass in microseconds, with `batch` requests in it. prefill_ns:
-    recent time per prefilled token in nanoseconds.
-    """
-
-    index: int
+    # `t_i`: its answers meet their SLO now.
     on_pace: bool = True
+    # `m_i`: KV on the device and in host memory.
     footprint: int = 0
+    # `r_i`: requests that reason in the high class.
     thinking: int = 0
+    # `a_i`: answering requests inside their first quantum.
     fresh: int = 0
+    # KV free or evictable.
     free: int = 0
+    # Prompt tokens not yet started.
     waiting: int = 0
-    arriving: int = 0
-    migrations: int = 0
+    # KV tokens of the device.
     capacity: int = 0
+    # Requests that run there, wait, or are on their way.
     load: int = 0
+    # Recent length of a pass in microseconds, with `batch` requests in it.
     pass_us: int = 0
     batch: int = 0
+    # Recent time per prefilled token in nanoseconds.
     prefill_ns: int = 0
+
+
+FIGURES = tuple(figure.name for figure in fields(LoadFigures))
+
+
+@dataclass(slots=True)
+class Instance(LoadFigures):
+    """What the controller knows of one instance."""
+
+    index: int
+    # KV reserved for requests on their way to it, in tokens.
+    arriving: int = 0
+    # Migrations under way, either way.
+    migrations: int = 0
+
+    def hear(self, figures: LoadFigures) -> None:
+        """The instance has said how it is."""
+        for name in FIGURES:
+            setattr(self, name, getattr(figures, name))
 
     @property
     def left(self) -> int:

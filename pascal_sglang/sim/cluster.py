@@ -15,6 +15,7 @@ from pascal_sglang.policy.placement import Answer
 from pascal_sglang.policy.rank_forecast import RankForecast
 from pascal_sglang.policy.ranking import Tuning
 from pascal_sglang.policy.request import Reader
+from pascal_sglang.policy.running_mean import running_mean
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.arms import Arm
 from pascal_sglang.sim.checks import Books
@@ -202,9 +203,7 @@ class Cluster:
         self.books.closes(request)
         self.outcome.note(request, now, instance.index)
         mean = self._answers[instance.index]
-        self._answers[instance.index] = (
-            request.answer if mean is None else 0.9 * mean + 0.1 * request.answer
-        )
+        self._answers[instance.index] = running_mean(mean, request.answer)
         follows = load.follows[request.index] if load.follows else -1
         if follows >= 0:
             instance.memory.remember(request.talk, request.held)

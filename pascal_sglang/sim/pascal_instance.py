@@ -19,6 +19,7 @@ from pascal_sglang.policy.ranking import (
     urgent_at,
 )
 from pascal_sglang.policy.registry import Policy
+from pascal_sglang.policy.relief import giving_way
 from pascal_sglang.policy.request import RequestStatus
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.cost import Cost
@@ -337,17 +338,17 @@ class PascalInstance(Instance):
             self._end_copies(last)
             if self.memory.free >= len(self.batch):
                 return
-        for request in self.planner.queue.resident_worst_first(self.pass_info):
+        requests: Sequence[SimRequest] = self.batch
+        for request in giving_way(self.planner, requests, self.pass_info):
             assert isinstance(request, SimRequest)
-            self._spill(request)
+            if request.status is RequestStatus.RESIDENT:
+                self._spill(request)
+            elif len(self.batch) > 1:
+                self.pause(request, None, beside=False)
+            else:
+                return
             if self.memory.free >= len(self.batch):
                 return
-        requests: Sequence[SimRequest] = self.batch
-        for request in self.planner.victims.worst_first(requests, self.pass_info):
-            if len(self.batch) == 1 or self.memory.free >= len(self.batch):
-                return
-            assert isinstance(request, SimRequest)
-            self.pause(request, None, beside=False)
 
     def waiting(self) -> tuple[int, int, int]:
         counts, priority_class = self.planner.queue.counts, self.planner.policy.reasoning_class

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-# The executor's running mean keeps this share of itself per pass, and leaves out longer passes.
-KEEP = 0.9
-LONGEST_S = 1.0
+from pascal_sglang.policy.running_mean import KEEP, LONGEST_PASS_S
 
 
 class Passes:
@@ -20,7 +18,7 @@ class Passes:
         """`count` passes with `batch` requests have ended; the last took `last_s`, each `growth_s`
         more than the one before. The same as adding them one by one."""
         self.count += count
-        if last_s >= LONGEST_S:
+        if last_s >= LONGEST_PASS_S:
             return
         kept = KEEP**count
         self.mean_batch = kept * self.mean_batch + (1 - kept) * batch

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-KVChunk = dict[str, Any]
+Chunk = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -28,16 +28,16 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldChunk:
     """One chunk without its text, and the lengths of its text and lists when it was made."""
 
-    chunk: KVChunk
+    chunk: Chunk
     text: Text | None
     text_length: int
     lengths: dict[str, int]
     meta_lengths: dict[str, int]
 
-    def as_it_was(self) -> KVChunk:
+    def as_it_was(self) -> Chunk:
         """The chunk as SGLang made it; the original dictionaries stay untouched."""
         chunk = _cut(self.chunk, self.lengths)
         if self.text is not None:
@@ -53,7 +53,7 @@ class Holder:
     def __init__(self) -> None:
         self._text = Text()
 
-    def hold(self, chunk: KVChunk) -> Held:
+    def hold(self, chunk: Chunk) -> HeldChunk:
         text = chunk.get("text")
         meta = chunk.get("meta_info")
         lengths, meta_lengths = _lengths(chunk), _lengths(meta) if isinstance(meta, dict) else {}
@@ -62,11 +62,11 @@ class Holder:
             # A prompt's chunk lies about in SGLang while others of its batch have their turn.
             lengths["output_ids"] = count
         if not isinstance(text, str):
-            return Held(chunk, None, 0, lengths, meta_lengths)
+            return HeldChunk(chunk, None, 0, lengths, meta_lengths)
         if not self._text.grows_to(text):
             self._text = Text(text)
         # A copy: SGLang may keep the original for its crash dump.
-        return Held({**chunk, "text": None}, self._text, len(text), lengths, meta_lengths)
+        return HeldChunk({**chunk, "text": None}, self._text, len(text), lengths, meta_lengths)
 
 
 def _lengths(holder: dict[str, Any]) -> dict[str, int]:

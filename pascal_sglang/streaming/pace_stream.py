@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import AsyncGenerator, Callable, Hashable
 from typing import Any
 
+from pascal_sglang.clock import now
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.entrypoints.crash import is_ending
-from pascal_sglang.streaming.held_chunks import KVChunk
+from pascal_sglang.streaming.held_chunks import Chunk
 from pascal_sglang.streaming.pacing import Pacing
 
 # How long, in seconds, a wait may go without looking whether the server wants to stop.
@@ -22,11 +22,11 @@ LOOK_UP_S = 1.0
 
 
 async def paced(
-    inner: AsyncGenerator[KVChunk, None],
+    inner: AsyncGenerator[Chunk, None],
     pacing: Pacing,
     stopping: Callable[[], bool] = lambda: False,
-    clock: Callable[[], float] = time.monotonic,
-) -> AsyncGenerator[KVChunk, None]:
+    clock: Callable[[], float] = now,
+) -> AsyncGenerator[Chunk, None]:
     """`inner`'s chunks, each when `pacing` has it due, and its error behind them without waiting.
 
     `inner` is read as fast as it gives while the buffer takes it. Closing or cancelling this
@@ -79,12 +79,12 @@ async def _wait(news: asyncio.Event, seconds: float) -> None:
 
 
 def generate_request(
-    original: Callable[..., AsyncGenerator[KVChunk, None]],
+    original: Callable[..., AsyncGenerator[Chunk, None]],
     manager: Any,
     obj: Any,
     *args: Any,
     **kwargs: Any,
-) -> AsyncGenerator[KVChunk, None]:
+) -> AsyncGenerator[Chunk, None]:
     """Around `TokenizerManager.generate_request`: streams are paced, everything else is left be.
 
     Raises: ValueError, for which every route answers 400, for what this server refuses.

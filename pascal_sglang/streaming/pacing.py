@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
-from pascal_sglang.streaming.held_chunks import Held, Holder, KVChunk
+from pascal_sglang.streaming.held_chunks import Chunk, HeldChunk, Holder
 
 # Tokens held per answer; beyond it the oldest leave early. Nobody reads this far behind, and it
 # bounds the memory.
@@ -27,7 +27,7 @@ class Answer:
 
     number: int
     tpot: float
-    held: deque[tuple[float, int, Held]] = field(default_factory=deque)
+    held: deque[tuple[float, int, HeldChunk]] = field(default_factory=deque)
     held_tokens: int = 0
     in_line: bool = False
     _seen: int = 0
@@ -35,7 +35,7 @@ class Answer:
     _last_due: float = -math.inf
     _next_due: float = -math.inf
 
-    def add(self, now: float, chunk: KVChunk) -> None:
+    def add(self, now: float, chunk: Chunk) -> None:
         """Take a chunk in. It is due when its first new answering token is; without one, at once
         behind the chunk before it."""
         tokens = answer_tokens(chunk)
@@ -56,7 +56,7 @@ class Answer:
         """When the first of `held` is due; from one to the next it never decreases."""
         return self.held[0][0]
 
-    def release(self) -> Held:
+    def release(self) -> HeldChunk:
         _, weight, held = self.held.popleft()
         self.held_tokens -= weight
         return held
@@ -74,9 +74,9 @@ class Pacing:
         self._answers: dict[Hashable, Answer] = {}
         # A heap of who holds chunks, under a time not later than the first of them is due.
         self._line: list[tuple[float, int, Answer]] = []
-        self._early: deque[Held] = deque()
+        self._early: deque[HeldChunk] = deque()
 
-    def add(self, now: float, chunk: KVChunk) -> None:
+    def add(self, now: float, chunk: Chunk) -> None:
         """Take in a chunk that came at `now`, which never decreases."""
         index = chunk.get("index")
         answer = self._answers.get(index)
@@ -108,7 +108,7 @@ class Pacing:
         first = self._first()
         return math.inf if first is None else first.due
 
-    def release(self, now: float) -> Iterator[KVChunk]:
+    def release(self, now: float) -> Iterator[Chunk]:
         """Chunks that are due by `now`, those included that are added meanwhile."""
         while True:
             first = None if self._early else self._first()
@@ -133,14 +133,14 @@ class Pacing:
         return None
 
 
-def answer_tokens(chunk: KVChunk) -> int:
+def answer_tokens(chunk: Chunk) -> int:
     """Answering tokens up to this chunk: all tokens so far less the thinking ones."""
     meta = chunk.get("meta_info") or {}
     whole, thinking = meta.get("completion_tokens") or 0, meta.get("reasoning_tokens") or 0
     return max(0, int(whole) - int(thinking))
 
 
-def is_aborted(chunk: KVChunk) -> bool:
+def is_aborted(chunk: Chunk) -> bool:
     """Whether this chunk ends its answer without finishing it."""
     reason = (chunk.get("meta_info") or {}).get("finish_reason")
     return isinstance(reason, dict) and reason.get("type") == "abort"

@@ -13,9 +13,9 @@ import psutil
 import pytest
 from openai import BadRequestError, OpenAI
 
-from evals.arms import free_port
+from evals.load.server import START_TIMEOUT_S, STOP_TIMEOUT_S, free_port
 from pascal_sglang.demo.budget import DemoThinkingBudget
-from tests.harness import BASH, START_TIMEOUT_S, STOP_TIMEOUT_S, environment
+from tests.harness import BASH, environment
 
 QUICKSTART = Path(__file__).parents[2] / "launch" / "quickstart.sh"
 KEY = "s3cret"

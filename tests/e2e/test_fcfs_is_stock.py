@@ -37,7 +37,7 @@ def outputs(server):
 
 def test_same_tokens_as_stock(tiny_model, stock_server):
     flags = ["--model-path", str(tiny_model), *TINY_FLAGS, "--pascal-policy", "fcfs"]
-    with Server(PASCAL, flags) as server:
+    with Server(PASCAL, flags, warm=True) as server:
         assert outputs(server) == outputs(stock_server)
         assert server.instances()[0]["policy"] == "fcfs"
 

@@ -21,7 +21,9 @@ THINK, TOTAL = 20, 80
 @pytest.fixture(scope="module")
 def paced_server(tiny_model):
     flags = ["--pascal-pace-stream", "--pascal-answer-tpot-ms", str(1000 * TPOT)]
-    with Server(PASCAL, ["--model-path", str(tiny_model), *TINY_FLAGS, *flags]) as server:
+    with Server(
+        PASCAL, ["--model-path", str(tiny_model), *TINY_FLAGS, *flags], warm=True
+    ) as server:
         yield server
 
 

@@ -102,7 +102,7 @@ def balanced_by_sglang(tiny_model):
     """Two instances of two ranks; requests that do not say whether they think do."""
     flags = ["--dp-size", "2", "--tp-size", "2", "--load-balance-method", "round_robin"]
     model = ["--model-path", str(tiny_model), *TINY_FLAGS]
-    with Server(PASCAL, [*model, *flags, "--pascal-assume-reasoning"]) as server:
+    with Server(PASCAL, [*model, *flags, "--pascal-assume-reasoning"], warm=True) as server:
         yield server
 
 
@@ -118,6 +118,10 @@ def test_sglangs_own_balancing_on_request(balanced_by_sglang):
 def test_two_tensor_parallel_ranks(pascal_server, balanced_by_sglang):
     assert ids(balanced_by_sglang) == ids(pascal_server)
     assert len(balanced_by_sglang.instances()) == 2, "whatever their ranks"
+
+
+def test_ranks_open_no_more_ways_in(balanced_by_sglang):
+    assert check(balanced_by_sglang) >= {"Ranks of an instance", "Broadcasts between ranks"}
 
 
 def test_who_does_not_say_thinks(balanced_by_sglang):

@@ -35,7 +35,7 @@ ENDS_AT = 120
 
 DECODING = [name for name in STATES if name not in ("stopping", "handed")]
 ENDINGS = ("length", "stop string", "stop token")
-WINDOWS = 8
+SLOTS = 8
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +157,9 @@ def test_who_ends_around_the_stop(ending, scene, endings):
 
 
 def test_a_busy_target_refuses(scene):
-    """As many as have windows come; one more stays. All ask before anybody is heard."""
+    """As many as have slots come; one more stays. All ask before anybody is heard."""
     scene.hold.say("hold-ReserveRequest")
-    readers = [scene.start(max_new_tokens=200) for _ in range(WINDOWS + 1)]
+    readers = [scene.start(max_new_tokens=200) for _ in range(SLOTS + 1)]
     deadline = time.monotonic() + 30
     while any(scene.states(reader.rid) != ("asking", None) for reader in readers):
         assert time.monotonic() < deadline
@@ -171,7 +171,7 @@ def test_a_busy_target_refuses(scene):
         assert reader.end() == (scene.alone["mover"][:200], ["length"])
     scene.over()
     assert scene.gained("outgoing", "kept:busy") == 1
-    assert scene.gained("outgoing", "moved") == WINDOWS
+    assert scene.gained("outgoing", "moved") == SLOTS
 
 
 def start_and_lose(scene, kind):

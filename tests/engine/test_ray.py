@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from evals.arms import free_port
+from evals.load.server import free_port
 from tests.engine.load import run, settled
 from tests.engine.test_failures import takes_only_its_own_along
 from tests.engine.test_migration import (

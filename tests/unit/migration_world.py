@@ -1,10 +1,13 @@
 """Two sides of a move with a network in between that a test may disturb."""
 
+from dataclasses import dataclass
+from typing import Any
+
 from pascal_sglang.cluster.messages import Handover, KVChunk, ReserveGranted, ReserveRequest
 from pascal_sglang.cluster.migration_source import MigrationSource, Terms
 from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
 
-WINDOW = 40
+SLOT_TOKENS = 40
 
 
 def terms(**more):
@@ -12,6 +15,66 @@ def terms(**more):
 
 
 TERMS = terms()
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Source(MigrationSource):
+    """A source whose request decodes in a world."""
+
+    world: Any
+
+    def stop(self):
+        assert self.world.running
+        self.world.running = False
+        self.world.events.append("stop")
+
+    def snapshot(self):
+        assert not self.world.running
+        return {"kv": self.world.kv}
+
+    def resume(self):
+        assert not self.world.running
+        self.world.running = True
+        self.world.events.append("resume")
+
+    def release(self):
+        assert not self.world.running
+        self.world.events.append("release")
+
+    def lose(self):
+        assert not self.world.running
+        self.world.events.append("lose")
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Target(MigrationTarget):
+    """A target whose memory is in a world. wrong: what is wrong with every state. unreadable:
+    nothing can be read from the slot."""
+
+    world: Any
+    wrong: str | None = None
+    unreadable: bool = False
+
+    def fetch(self, begin, end):
+        if self.unreadable:
+            return False
+        assert (begin, end) == self.world.slot, "the slot holds something else"
+        self.world.received = end
+        return True
+
+    def problem(self, state, tokens):
+        return self.wrong
+
+    def take(self, state, tokens):
+        assert self.world.received == tokens == state["kv"], "a hole in the KV"
+        self.world.taken = state
+        self.world.events.append("take")
+
+    def drop(self):
+        self.world.events.append("drop")
+
+    def revoke(self):
+        self.world.events.append("revoke")
 
 
 class World:
@@ -24,69 +87,14 @@ class World:
     def __init__(self, terms=TERMS, kv=100, limit=160):
         self.now, self.kv, self.limit = 0.0, kv, limit
         self.running, self.events, self.taken = True, [], None
-        self.window, self.received = (0, 0), 0
-        self.source = MigrationSource(
-            "m1",
-            "r",
-            terms,
-            limit,
-            self.stop,
-            self.snapshot,
-            self.resume,
-            self.release,
-            self.lose,
-        )
-        self.target = MigrationTarget(
-            "m1",
-            "r",
-            terms,
-            limit,
-            self.fetch,
-            self.take,
-            self.drop,
-            lambda: self.events.append("revoke"),
-            lambda state, tokens: None,
-        )
+        self.slot, self.received = (0, 0), 0
+        self.source = Source(migration="m1", rid="r", terms=terms, reserve=limit, world=self)
+        self.target = Target(migration="m1", rid="r", terms=terms, tokens=limit, world=self)
         self.asked = False
         # Sides that do nothing until they are continued, and what has come for them meanwhile.
         self.stopped, self.inbox = set(), {"source": [], "target": []}
         self.to_target, self.to_source = [], []
         self.to_target += self.source.begin(self.now, "layout")
-
-    def stop(self):
-        assert self.running
-        self.running = False
-        self.events.append("stop")
-
-    def snapshot(self):
-        assert not self.running
-        return {"kv": self.kv}
-
-    def resume(self):
-        assert not self.running
-        self.running = True
-        self.events.append("resume")
-
-    def release(self):
-        assert not self.running
-        self.events.append("release")
-
-    def lose(self):
-        assert not self.running
-        self.events.append("lose")
-
-    def fetch(self, begin, end):
-        assert (begin, end) == self.window, "the window holds something else"
-        self.received = end
-        return True
-
-    def take(self, state, tokens):
-        assert self.received == tokens == state["kv"], "a hole in the KV"
-        self.taken = state
-        self.events.append("take")
-
-    def drop(self):
-        self.events.append("drop")
 
     def deliver_to_target(self, at):
         self.inbox["target"].append(self.to_target[at])
@@ -111,7 +119,7 @@ class World:
             if isinstance(message, ReserveRequest):
                 self.asked = True
                 self.target.heard = self.now
-                self.to_source.append(ReserveGranted("m1", ["here"], 0, WINDOW))
+                self.to_source.append(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS))
         elif not isinstance(message, ReserveRequest):
             self.to_source += self.target.hear(message, self.now)
 
@@ -128,9 +136,9 @@ class World:
             self.kv = min(self.limit - 1, self.kv + 1)
         for message in self.source.copy(self.now, self.kv, still=not self.running):
             if isinstance(message, KVChunk):
-                self.window = (message.begin, message.end)
+                self.slot = (message.begin, message.end)
             if isinstance(message, Handover):
-                self.window = (message.begin, message.kv_tokens)
+                self.slot = (message.begin, message.kv_tokens)
             self.to_target.append(message)
         self.to_target += self.source.tick(self.now)
 

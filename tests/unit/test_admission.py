@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from pascal_sglang.engine.admission import Admission
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.policy.kv_tier import Costs
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.plan import Planner
 from pascal_sglang.policy.ranking import PassInfo, Tuning
@@ -24,9 +26,13 @@ class World:
 
     def __init__(self):
         self.scheduler = SimpleNamespace(waiting_queue=[])
-        self.paused_requests = SimpleNamespace(resident={}, host={}, moving=set())
+        self.paused_requests = PausedRequests(self.scheduler, None, Costs())
         self.planner = Planner(POLICIES["pascal"], Tuning())
-        self.admission = Admission(self.scheduler, self.paused_requests, self.planner)
+        self.admission = Admission(
+            scheduler=self.scheduler,
+            paused_requests=self.paused_requests,
+            queue=self.planner.queue,
+        )
         self.started = []
         self.requests = [self.request(seq) for seq in range(4)]
         for request in self.requests:
@@ -129,12 +135,13 @@ def test_a_ghost_and_a_stranger_are_seen_and_mended(world):
 
 def test_paused_requests_are_in_the_policys_queue_alone(world):
     paused, leaving = world.request(4), world.request(5)
-    world.paused_requests.host = {paused: None, leaving: None}
-    world.paused_requests.moving = {leaving}
+    for request in (paused, leaving):
+        world.paused_requests._enter(request, PauseStatus.HOST)
+    world.paused_requests.begin_migration(leaving)
     assert not world.admission.is_true(thorough=False)
     world.planner.queue.stopped(state_of(paused), RequestStatus.HOST, MOMENT)
     assert world.is_true
-    world.paused_requests.host, world.paused_requests.resident = {leaving: None}, {paused: None}
+    world.paused_requests._enter(paused, PauseStatus.RESIDENT)
     assert world.admission.is_true(thorough=False)
     assert not world.admission.is_true(thorough=True), "its KV is elsewhere"
     world.admission.check(thorough=True)

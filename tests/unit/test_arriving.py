@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.kv.host_copies import HostCopy, HostKV
-from pascal_sglang.engine.migration.outgoing_migration import OutgoingMigration, find
+from pascal_sglang.engine.kv.paused import PauseStatus
+from pascal_sglang.engine.migration.outgoing_kv import OutgoingKV, find
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.policy.kv_tier import Costs
 from pascal_sglang.policy.request import RequestStatus
@@ -51,7 +53,7 @@ def in_host_memory(executor):
     request = paused()
     request.finished = lambda: False
     request.kv.holds_kv = True
-    executor.paused_requests.host[request] = HostCopy(10, 0, None, OWN)
+    executor.paused_requests._enter(request, PauseStatus.HOST, copy=HostCopy(10, 0, None, OWN))
     executor.paused_requests.host_tokens = 10
     return request
 
@@ -65,12 +67,9 @@ def test_it_joins_a_pass_later_while_others_decode(executor):
     assert paused_requests.resume(request, running) is running
     assert running.reqs == ["other"]
     assert paused_requests.copies.held == [], "this step does not wait"
-    assert list(paused_requests.arriving) == [request]
-    assert (paused_requests.host, paused_requests.host_tokens, paused_requests.is_empty()) == (
-        {},
-        0,
-        False,
-    )
+    assert paused_requests.in_status(*PauseStatus) == [request]
+    assert paused_requests.status_of(request) is PauseStatus.ARRIVING
+    assert (paused_requests.host_tokens, paused_requests.is_empty()) == (0, False)
     assert paused_requests.arrive(running) is running
     assert running.reqs == ["other", request]
     assert not running.batch_is_full
@@ -103,7 +102,10 @@ def test_a_move_waits_for_it(executor):
     paused_requests.resume(request, Batch(reqs=["other"]))
     executor.scheduler.running_batch = Batch(reqs=[])
     assert find("r", executor.scheduler, paused_requests) is request
-    assert OutgoingMigration(request, 1, paused_requests, 0.0).status(set()) is None
+    leaving = OutgoingKV(
+        req=request, paused_requests=paused_requests, transport=None, serializer=None, tp_rank=0
+    )
+    assert leaving.status(set()) is None
 
 
 def test_a_policy_that_fails_right_after_loses_nobody(executor, monkeypatch):
@@ -115,7 +117,7 @@ def test_a_policy_that_fails_right_after_loses_nobody(executor, monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(executor.planner, "is_content", fail)
-    monkeypatch.setattr(executor.capacity, "spare_tokens", lambda *_: 0)
+    monkeypatch.setattr(CapacityView, "spare_tokens", lambda *_: 0)
     running = executor.govern(Batch(reqs=[]), None)
     assert running.reqs == [request]
     assert executor.errors == 1
@@ -133,7 +135,7 @@ def test_one_whose_copy_fails_on_any_rank_gives_all_back_and_is_prefilled_again(
     )
     monkeypatch.setattr(paused_requests.pool, "release", done.append)
     monkeypatch.setattr(paused_requests, "can_resume", lambda *_: True)
-    monkeypatch.setattr(executor.capacity, "promised_tokens", lambda: 0)
+    monkeypatch.setattr(CapacityView, "promised_tokens", lambda _: 0)
     executor.request_states.stopped(request, RequestStatus.HOST)
     monkeypatch.setattr("pascal_sglang.engine.kv.paused.all_agree", lambda _, holds: False)
     monkeypatch.setattr(executor.decision_log, "left_device", lambda *_: None)

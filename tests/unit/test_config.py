@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
+from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig, from_flags
 from pascal_sglang.entrypoints.preflight import LaunchError, open_to_others
 from pascal_sglang.launch_server import main, parse
 
@@ -48,6 +48,12 @@ def test_is_frozen():
             )
         ),
         ('{"kv_listen": "127.0.0.1"}', "auto listens nowhere"),
+        ('{"qoe_slo": 2}', "qoe_slo must be a number above 0 and of at most 1"),
+        ('{"answer_tpot_ms": 0}', "answer_tpot_ms must be a number above 0"),
+        ('{"answer_tpot_ms": NaN}', "answer_tpot_ms must be a number above 0"),
+        ('{"host_kv_gb": "3"}', "host_kv_gb must be a number of at least 0"),
+        ('{"quantum_tokens": 0}', "quantum_tokens must be a whole number of at least 1"),
+        ('{"migration": "on"}', "migration must be one of adaptive, always, off"),
         ('{"default_thinking_budget": -1}', "default_thinking_budget"),
         ('{"default_thinking_budget": true}', "default_thinking_budget"),
         ('{"default_thinking_budget": 1.5}', "default_thinking_budget"),
@@ -87,6 +93,11 @@ def test_flags_are_split_from_sglangs():
     options, rest = parse(["--model-path", "m", "--pascal-policy", "fcfs", "--tp-size", "2"])
     assert options.pascal_policy == "fcfs"
     assert rest == ["--model-path", "m", "--tp-size", "2"]
+
+
+def test_every_flag_becomes_its_field():
+    options, _ = parse(["--model-path", "m", "--no-pascal-live-migration", "--pascal-gpus", "2"])
+    assert from_flags(options) == PascalConfig(live_migration=False, gpus=2)
 
 
 def test_unknown_pascal_flags_do_not_reach_sglang():

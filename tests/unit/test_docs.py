@@ -1,5 +1,6 @@
 """The documentation: generated parts are up to date, every file that it names is there."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -49,3 +50,30 @@ def test_every_file_that_is_named_exists(page):
 def test_every_page_is_in_the_index():
     index = (ROOT / "README.md").read_text()
     assert [p.name for p in PAGES[2:] if f"docs/{p.name}" not in index] == []
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    pages = {page.with_suffix(".html").name for page in PAGES[2:]}
+    assert pages <= {page.name for page in tmp_path.glob("*.html")}
+
+
+def said(path):
+    """Every text in a file of the package, with `…` where a value is filled in."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
+            yield "".join(parts)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield re.sub(r"%[srd]", "…", node.value)
+
+
+def test_every_message_that_is_explained_exists():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert len(messages) == 10
+    texts = [t for path in (ROOT / "pascal_sglang").rglob("*.py") for t in said(path)]
+    assert [m for m in messages if not any(m in text for text in texts)] == []

@@ -1,6 +1,7 @@
 """`evals.accuracy` against small servers of our own: counts, table, parity, refusals."""
 
 import json
+import re
 
 import pytest
 
@@ -75,7 +76,7 @@ def test_every_question_has_one_outcome(rows, capsys):
     assert arm["items"][2]["found"] == "def f2(): return 0\n"
     assert "sandbox" in result["grader"]
     said = capsys.readouterr().out
-    assert "Accuracy (%):                            33.33" in said
+    assert re.search(r"^Accuracy \(%\): +33\.33$", said, re.MULTILINE)
     assert "error: HTTP 500: no" in said
 
 

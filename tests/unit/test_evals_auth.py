@@ -16,6 +16,8 @@ from evals import arms, serving
 from evals.gpu import identity
 from evals.grading import chat
 from evals.load import auth, remote
+from evals.load.server import IDLE_TIMEOUT_S, Server
+from evals.load.server import environment as environment_of
 from tests.unit.test_quickstart import assert_gone
 
 KEY = "s3cret"
@@ -108,20 +110,20 @@ def test_so_do_all_others(keyed, monkeypatch):
     assert chat.first_model(keyed.base_url) == "m"
     (body,) = identity.bodies(1, "")
     assert identity.ask(keyed.base_url, [body]) == [[1]]
-    server = object.__new__(arms.Server)
+    server = object.__new__(Server)
     server.base_url = keyed.base_url
     server.flush()
-    assert f"/flush_cache?timeout={arms.IDLE_TIMEOUT_S}" in keyed.asked
+    assert f"/flush_cache?timeout={IDLE_TIMEOUT_S}" in keyed.asked
 
 
 @pytest.mark.parametrize("flags", [("--api-key", KEY), (f"--api-key={KEY}",)])
 def test_an_arm_that_asks_for_a_key_gets_it(flags, monkeypatch):
     """From us, and from SGLang's benchmark, which looks for it in its environment."""
     monkeypatch.setattr(arms, "command_line", lambda *_: ["true", *flags])
-    server = arms.Server(*agreement_arm())
-    server._stop()
+    server = arms.serve(*agreement_arm())
+    server.stop()
     assert auth.headers() == {"Authorization": f"Bearer {KEY}"}
-    assert arms.environment({})[auth.ENV] == KEY
+    assert environment_of({})[auth.ENV] == KEY
 
 
 def agreement_arm():
@@ -137,7 +139,7 @@ def test_an_arms_server_ends_with_its_tool_however_that_ends(tmp_path):
         "plan = arms.load_plan(Path(sys.argv[1]))\n"
         "sleep = ['sh', '-c', 'sleep 60 & echo $$ $!; wait']\n"
         "arms.command_line = lambda *_: sleep\n"
-        "server = arms.Server(plan.arms[0], plan, Path('model'))\n"
+        "server = arms.serve(plan.arms[0], plan, Path('model'))\n"
         "while not server.log.read_text().endswith('\\n'): time.sleep(0.01)\n"
         "assert str(server.pid) == server.log.read_text().split()[0]\n"
         "print(server.log, flush=True)\n"

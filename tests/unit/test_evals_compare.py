@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from evals import compare
-from evals.arms import TARGETS, Arm, ArmError, Rate, command_line, load_plan
+from evals.arms import TARGETS, Arm, Rate, command_line, load_plan
 from evals.load.remote import parse_counters
+from evals.load.server import ArmError
 from evals.reporting import verdict
 from evals.reporting.verdict import Run
 

@@ -8,8 +8,11 @@ import pytest
 from evals import page
 from evals.load.record import Idle, Record
 from evals.load.timeline import details
+from evals.reporting import words
 from evals.reporting.metrics import bin_edges, summarize
+from evals.reporting.svg import looks
 from evals.workload import Item
+from pascal_sglang.policy.registry import POLICIES
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 ARMS = ["fcfs", 'pas<cal> & "co" $x$', "rr"]
@@ -159,7 +162,7 @@ def test_a_comparison_is_whole_well_formed_and_needs_nothing_else(compared):
     assert referred <= set(seen.ids)
     assert not any(word in text for word in ("<script", "@import", "http://", "https://"))
     assert len(seen.ids) == len(set(seen.ids))
-    assert {"cdf", "bins", "slowdown", "rate", "timeline"} <= set(seen.ids)
+    assert {"load", "cdf", "bins", "slowdown", "rate", "timeline"} <= set(seen.ids)
     assert 'class="absent"' not in text
 
 
@@ -179,7 +182,7 @@ def test_every_arm_has_its_count_in_every_bin(compared):
 
 def test_verdicts_counters_commands_and_notes_are_there_and_escaped(compared):
     text = compared
-    words = Page(text).words
+    shown = Page(text).words
     for said in (
         "pass: 0.50",
         "FAIL: <0.9",
@@ -192,12 +195,46 @@ def test_verdicts_counters_commands_and_notes_are_there_and_escaped(compared):
         "median gap",
         ARMS[1],
     ):
-        assert said in words
+        assert said in shown
     assert "<cal>" not in text
     assert 'class="FAIL"' in text
+    # In words too, and each arm and term explained.
+    for said in (
+        "Missed targets:",
+        "(throughput >= 0.97x: <0.9)",
+        "SGLang as it is",
+        "time to first output: from a request's arrival to its first answering token",
+    ):
+        assert said in shown
     (judged,) = [table for table in Page(text).tables if table[0][0] == "target"]
     assert judged[0] == ["target", ARMS[1]]
     assert [row[0] for row in judged[1:]] == ["mean TTFO <= 0.6x", "throughput >= 0.97x", "tail"]
+
+
+def test_an_arm_looks_alike_on_every_page():
+    every = looks(["oracle", "mine", "pascal", "rr, live", "rr, simulated", "rr-restart"])
+    alone = looks(["pascal", "theirs"])
+    assert every["pascal"] == alone["pascal"]
+    assert every["rr, live"].colour == every["rr, simulated"].colour
+    assert every["rr, live"] != every["rr, simulated"]
+    del every["rr, simulated"]
+    assert len({look.colour for look in every.values()}) == len(every)
+
+
+def test_every_policy_of_the_package_is_explained():
+    assert set(words.POLICIES) == set(POLICIES)
+
+
+def test_conclusions_compare_candidates_with_the_best_stock_arm(tmp_path):
+    told = comparison()
+    for arm, role in zip(told["plan"]["arms"], ("candidate", "stock", "stock"), strict=True):
+        arm |= {"role": role, "flags": ["--pascal-policy", "paper"] if role != "stock" else []}
+    seen = Page(render(tmp_path, told))
+    # The n-th arm takes n times 0.1 s a token; thinking, its end and the first answering token are
+    # 29.14 tokens in the mean.
+    first = f"mean TTFO against {ARMS[1]}, the best stock arm, 5.83 s: fcfs 2.91 s (0.50x)."
+    assert seen.words.count(first) == 2
+    assert "policy paper (the order of the PASCAL paper to the letter)" in seen.words
 
 
 def test_what_an_older_result_lacks_is_said_and_not_drawn(tmp_path):
@@ -206,7 +243,7 @@ def test_what_an_older_result_lacks_is_said_and_not_drawn(tmp_path):
     assert page.ABSENT["cdf"] in seen.words
     assert page.ABSENT["timeline"] in seen.words
     assert "No server showed a counter" in seen.words
-    assert {"bins", "slowdown", "rate"} <= set(seen.ids)
+    assert {"load", "bins", "slowdown", "rate"} <= set(seen.ids)
     assert "cdf" not in seen.ids
 
 
@@ -216,13 +253,16 @@ def test_runs_of_one_server_are_told_apart(tmp_path):
     seen = Page(text)
     assert page.ABSENT["slowdown"] in seen.words
     for said in (
-        "org/model, tiny-live, inf, seed 4",
-        "ours, tiny-live, 2.0/s, seed 4",
+        "tiny-live, inf",
+        "tiny-live, 2.0/s",
         "run 2, ours, was interrupted",
         "python -m evals.serving",
         "0.5.23",
     ):
         assert said in seen.words
+    heads = [table[0][1:] for table in seen.tables if table[0][0] == ""]
+    assert ["org/model"] in heads
+    assert ["ours"] in heads
     assert "9.9" not in seen.words, "the server's own version counts, not the client's"
 
 

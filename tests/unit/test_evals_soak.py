@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -291,4 +292,4 @@ def test_a_whole_soak_of_two_instances_of_which_one_dies():
     assert paths <= set(asked)
     shown = "\n".join(table("two", found))
     assert "WRONG controller: 1" in shown
-    assert f"{'thinking':<28}" in shown
+    assert re.search(r"^thinking +\d", shown, re.MULTILINE)

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from evals.arms import ArmError, load_plan
+from evals.arms import load_plan
 from evals.gpu import check, figures, identity
+from evals.load.server import ArmError
 from pascal_sglang.demo.dummy import ARCHITECTURES
 
 AT_REST = {

@@ -1,5 +1,5 @@
 """KV on its way between instances while both decode: nobody is told of bytes that are not there,
-and no window is written while it is read."""
+and no slot is written while it is read."""
 
 from types import SimpleNamespace
 
@@ -12,15 +12,17 @@ from pascal_sglang.cluster.messages import MigrateCommand
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.receive_slots import ASK_S, DEAD_S
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostKV
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.serializer import KVSerializer
 from pascal_sglang.engine.migration.incoming import IncomingMigrations
 from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
 from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import (
-    WINDOWS,
+    SLOTS,
     ReceiveBuffer,
     receive_buffer_bytes,
 )
+from pascal_sglang.policy.kv_tier import Costs
 from tests.unit.test_host_copies import Broken, pool_of
 
 TOKENS = 40
@@ -62,18 +64,26 @@ class Request:
     def finished(self):
         return self.over
 
+    def reset_for_retract(self):
+        self.kv.kv_committed_len = 0
 
-class PausedRequests(SimpleNamespace):
+
+class Resident(PausedRequests):
+    """A request that leaves the batch is resident at once."""
+
     def leave(self, reqs, running, tier):
         for req in reqs:
             running.reqs.remove(req)
-            self.resident[req] = self.pool.locations(req)
+            self.adopt(req, self.pool.locations(req))
+
+    def adopt(self, req, locations):
+        self._enter(req, PauseStatus.RESIDENT, locations=locations)
 
 
 class Instance:
     """One side: a pool of KV, a receive buffer, and a scheduler that does nothing."""
 
-    def __init__(self, windows=None):
+    def __init__(self):
         pool, self.said = pool_of(MHATokenToKVPool), []
         self.scheduler = SimpleNamespace(
             token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
@@ -92,12 +102,11 @@ class Instance:
             take=lambda tokens: torch.arange(20, 20 + tokens),
             locations=lambda req: torch.arange(1, 1 + req.kv.kv_committed_len),
             allocator=SimpleNamespace(free=lambda locations: None),
+            release_rowless=lambda req, locations: None,
             free_tokens=90,
         )
-        self.paused_requests = PausedRequests(pool=self.pool, resident={}, host={}, moving=set())
-        self.paused_requests.leaving, self.paused_requests.arriving = {}, {}
-        self.paused_requests.let_go = self.paused_requests.resident.pop
-        self.paused_requests.adopt = self.paused_requests.resident.__setitem__
+        self.paused_requests = Resident(self.scheduler, self.copies, Costs())
+        self.paused_requests.pool = self.pool
         self.receive_buffer = ReceiveBuffer(self.pool, self.kv, self.transport.receive_buffer)
         self.states = SimpleNamespace(
             paused_requests=self.paused_requests,
@@ -109,18 +118,25 @@ class Instance:
         )
         capacity = SimpleNamespace(promised_tokens=lambda: 0)
         control_sender = SimpleNamespace(send=lambda to, said: self.said.extend(said))
-        sides = (self.scheduler, self.states)
-        way = (self.transport, self.kv, self.receive_buffer.window, control_sender, PrefillGate())
-        self.outgoing_migrations = OutgoingMigrations(*sides, Terms(), *way)
-        receive_buffers = [self.transport.address]
+        shared = {
+            "scheduler": self.scheduler,
+            "states": self.states,
+            "terms": Terms(),
+            "control_sender": control_sender,
+        }
+        self.outgoing_migrations = OutgoingMigrations(
+            transport=self.transport,
+            kv=self.kv,
+            slot_tokens=self.receive_buffer.slot_tokens,
+            prefill_gate=PrefillGate(),
+            **shared,
+        )
         self.incoming_migrations = IncomingMigrations(
-            *sides,
-            capacity,
-            Terms(),
-            self.receive_buffer,
-            receive_buffers,
-            control_sender,
-            PrefillGate(),
+            capacity=capacity,
+            receive_buffer=self.receive_buffer,
+            receive_buffers=[self.transport.address],
+            prefill_gate=PrefillGate(),
+            **shared,
         )
 
     def take(self, kind):
@@ -147,7 +163,7 @@ def sides(monkeypatch):
     monkeypatch.setattr(f"{there}.migration.outgoing.why_not_migratable", lambda req: None)
     monkeypatch.setattr(f"{there}.migration.outgoing.state_of", lambda req: None)
     monkeypatch.setattr(f"{there}.migration.outgoing.remaining_of", lambda req, member: 20)
-    timeline = SimpleNamespace(stopped=lambda why, now: None)
+    timeline = SimpleNamespace(stopped=lambda why, now: None, last_answer=1.0)
     monkeypatch.setattr(f"{there}.migration.outgoing.timeline_of", lambda req: timeline)
     state = {"blocked_since": 1.0}
     monkeypatch.setattr(f"{there}.migration.outgoing.export_state", lambda req, since: state)
@@ -177,7 +193,7 @@ def test_both_words_of_a_piece_come_when_its_copies_are_complete(sides):
     assert (chunk.begin, chunk.end) == (0, TOKENS)
     target.incoming_migrations.hear(0, chunk, 1.0)
     target.incoming_migrations.hear(0, chunk, 1.0)
-    assert target.said == [], "the window is read; another piece would overwrite it"
+    assert target.said == [], "the slot is read; another piece would overwrite it"
     target.step()
     assert target.take(messages.ChunkAck) == [messages.ChunkAck("m", TOKENS)]
     target.receive_buffer.memory[:] = bytes(len(target.receive_buffer.memory))
@@ -185,7 +201,7 @@ def test_both_words_of_a_piece_come_when_its_copies_are_complete(sides):
     assert all(map(torch.equal, arrived, expected))
 
 
-def test_the_last_piece_is_said_at_once_and_its_window_kept_until_it_is_read(sides):
+def test_the_last_piece_is_said_at_once_and_its_slot_kept_until_it_is_read(sides):
     source, target = sides
     source.step()
     target.incoming_migrations.hear(0, *source.take(messages.KVChunk), 1.0)
@@ -199,13 +215,14 @@ def test_the_last_piece_is_said_at_once_and_its_window_kept_until_it_is_read(sid
     target.incoming_migrations.hear(0, handover, 1.0)
     assert target.take(messages.CommitAck)
     assert target.copies.under_way == target.copies.held != [], "steps wait for it by themselves"
-    assert target.receive_buffer.windows.free == WINDOWS - 1
+    assert target.receive_buffer.slots.free == SLOTS - 1
     assert not target.incoming_migrations.is_idle
     target.step()
-    assert target.receive_buffer.windows.free == WINDOWS
+    assert target.receive_buffer.slots.free == SLOTS
     assert target.incoming_migrations.is_idle
-    (locations,) = target.paused_requests.resident.values()
-    expected = source.kv_at(source.paused_requests.resident[request])
+    (taken,) = target.paused_requests.in_status(PauseStatus.RESIDENT)
+    locations = target.paused_requests.locations_of(taken)
+    expected = source.kv_at(source.paused_requests.locations_of(request))
     assert all(map(torch.equal, target.kv_at(locations), expected))
 
 
@@ -264,7 +281,7 @@ def test_a_target_whose_device_fails_refuses(sides, monkeypatch):
     target.step()
     assert target.take(messages.ChunkAck) == []
     assert target.take(messages.ReserveRefused) == [messages.ReserveRefused("m", "transport")]
-    assert target.receive_buffer.windows.free == WINDOWS - 1
+    assert target.receive_buffer.slots.free == SLOTS - 1
 
 
 def test_whatever_fails_on_a_rank_is_told_to_the_others_who_wait_for_its_word(sides):
@@ -273,9 +290,9 @@ def test_whatever_fails_on_a_rank_is_told_to_the_others_who_wait_for_its_word(si
     target.kv.copy_in = source.transport.room = None
     target.incoming_migrations.hear(0, *source.take(messages.KVChunk), 1.0)
     assert target.take(messages.ReserveRefused) == [messages.ReserveRefused("m", "transport")]
-    out = source.outgoing_migrations.under_way["m"]
-    out.write(0, 5, None, source.transport, source.kv, 0)
-    assert "reading KV failed" in out.written(source.transport, source.kv)
+    kv = source.outgoing_migrations.under_way["m"].kv
+    kv.write(0, 5, None)
+    assert "reading KV failed" in kv.written()
 
 
 def cancelled(target):
@@ -288,7 +305,7 @@ def source_died(target):
 
 @pytest.mark.parametrize("way", [cancelled, source_died])
 @pytest.mark.parametrize("reads_first", [True, False])
-def test_a_window_given_up_is_kept_until_it_is_read_and_its_source_is_through(
+def test_a_slot_given_up_is_kept_until_it_is_read_and_its_source_is_through(
     way, reads_first, sides
 ):
     source, target = sides
@@ -298,16 +315,16 @@ def test_a_window_given_up_is_kept_until_it_is_read_and_its_source_is_through(
     target.incoming_migrations.aborted("r", lambda rid: rid == "r", 1.0)
     assert target.take(messages.ReserveRefused)
     assert target.copies.under_way == target.copies.held != [], "its KV entries are free already"
-    assert target.receive_buffer.windows.free == WINDOWS - 1
+    assert target.receive_buffer.slots.free == SLOTS - 1
     steps = [target.step, lambda: way(target)]
     for step in steps if reads_first else steps[::-1]:
-        assert target.receive_buffer.windows.free == WINDOWS - 1
+        assert target.receive_buffer.slots.free == SLOTS - 1
         step()
     if way is source_died:
-        assert target.receive_buffer.windows.free == WINDOWS - 1
+        assert target.receive_buffer.slots.free == SLOTS - 1
         target.incoming_migrations.step(1.0 + DEAD_S)
-    assert (target.receive_buffer.windows.free, target.receive_buffer.windows.in_doubt) == (
-        WINDOWS,
+    assert (target.receive_buffer.slots.free, target.receive_buffer.slots.in_doubt) == (
+        SLOTS,
         0,
     )
 
@@ -319,9 +336,9 @@ def test_a_source_that_has_forgotten_the_move_says_that_it_does_not_write(sides)
     target.incoming_migrations.aborted("r", lambda rid: rid == "r", 1.0)
     target.incoming_migrations.step(1.0 + ASK_S)
     source.outgoing_migrations.hear(1, *target.take(messages.WriteQuery), 2.0)
-    assert target.receive_buffer.windows.free == WINDOWS - 1
+    assert target.receive_buffer.slots.free == SLOTS - 1
     target.incoming_migrations.hear(0, *source.take(messages.MigrationCancelled), 2.0)
-    assert target.receive_buffer.windows.free == WINDOWS
+    assert target.receive_buffer.slots.free == SLOTS
 
 
 def test_a_paused_request_is_read_from_both_halves_of_its_copy(sides):
@@ -338,7 +355,7 @@ def test_a_paused_request_is_read_from_both_halves_of_its_copy(sides):
 def test_a_piece_of_who_leaves_the_batch_meanwhile_is_good(sides):
     source, _ = sides
     request = source.scheduler.running_batch.reqs.pop()
-    source.paused_requests.leaving[request] = None
+    source.paused_requests._enter(request, PauseStatus.LEAVING)
     source.step()
     assert [(c.begin, c.end) for c in source.take(messages.KVChunk)] == [(0, TOKENS)]
 

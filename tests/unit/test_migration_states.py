@@ -15,7 +15,7 @@ from pascal_sglang.cluster.messages import (
 )
 from pascal_sglang.cluster.migration_source import OVER, SourceState
 from pascal_sglang.cluster.migration_target import TargetState
-from tests.unit.migration_world import TERMS, WINDOW, World, terms
+from tests.unit.migration_world import SLOT_TOKENS, TERMS, World, terms
 
 migrations = st.lists(
     st.tuples(
@@ -103,7 +103,7 @@ def test_without_trouble_it_moves_and_stops_for_the_tail_alone():
 def test_the_last_piece_before_the_stop_says_so():
     """So that the target begins nothing long."""
     world = World()
-    world.source.hear(ReserveGranted("m1", ["here"], 0, WINDOW), 0.1)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     pieces = []
     while not world.events:
         for piece in world.source.copy(0.1, world.kv, still=False):
@@ -115,16 +115,16 @@ def test_the_last_piece_before_the_stop_says_so():
 
 def test_stop_and_copy_stops_before_the_first_piece():
     world = World(terms(live=False))
-    world.source.hear(ReserveGranted("m1", ["here"], 0, WINDOW), 0.1)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     assert world.source.copy(0.1, world.kv, still=False) == []
     assert world.events == ["stop"]
-    assert world.source.copy(0.2, world.kv, still=True) == [KVChunk("m1", 0, WINDOW)]
+    assert world.source.copy(0.2, world.kv, still=True) == [KVChunk("m1", 0, SLOT_TOKENS)]
 
 
 def handed():
     """A source that has handed over, and its Handover."""
     world = World(terms(live=False), kv=10)
-    world.source.hear(ReserveGranted("m1", ["here"], 0, WINDOW), 0.1)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     world.source.copy(0.1, 10, still=False)
     (handover,) = world.source.copy(0.2, 10, still=True)
     assert handover == Handover("m1", 0, 10, {"kv": 10})
@@ -143,7 +143,7 @@ def test_silence_before_the_handover_leaves_the_request_here():
     assert world.source.tick(2.5) == [MigrationCancelled("m1")]
     assert world.source.why == "timeout"
     world = World()
-    world.source.hear(ReserveGranted("m1", ["here"], 0, WINDOW), 0.1)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     world.source.copy(0.2, 100, still=False)
     assert world.source.copy(0.3, 101, still=False) == [], "one piece at a time"
     assert world.source.tick(2.5) == [MigrationCancelled("m1")]
@@ -242,7 +242,7 @@ def test_a_refused_handover_brings_the_request_back():
     assert world.events == ["stop", "resume"]
 
 
-def test_what_did_not_reach_the_window_stays():
+def test_what_did_not_reach_the_slot_stays():
     world, _ = handed()
     assert world.source.unsent("transport") == [MigrationCancelled("m1")]
     assert world.events == ["stop", "resume"]
@@ -266,14 +266,14 @@ def test_a_dead_source_leaves_nothing_behind():
 
 def test_a_request_that_outgrows_its_reservation_stops_in_time():
     world = World(limit=105)
-    world.source.hear(ReserveGranted("m1", ["here"], 0, WINDOW), 0.1)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     world.source.copy(0.1, 103, still=False)
     assert world.events == ["stop"]
 
 
 def test_a_target_refuses_what_it_cannot_continue_by_name():
     world = World()
-    world.target.valid = lambda state, tokens: "state of version 2"
+    world.target.wrong = "state of version 2"
     assert world.target.hear(Handover("m1", 0, 0, {}), 0.1) == [
         ReserveRefused("m1", "state of version 2")
     ]
@@ -286,14 +286,14 @@ def test_a_target_refuses_what_it_cannot_continue_by_name():
     why = "outgrew its reservation"
     assert world.target.hear(Handover("m1", 0, 999, {}), 0.1) == [ReserveRefused("m1", why)]
     world = World()
-    world.target.fetch = lambda begin, end: False
+    world.target.unreadable = True
     assert world.target.hear(KVChunk("m1", 0, 40), 0.1) == [ReserveRefused("m1", "transport")]
 
 
 def test_a_piece_said_again_is_not_read_again():
     world = World()
-    world.window = (0, 40)
+    world.slot = (0, 40)
     assert world.target.hear(KVChunk("m1", 0, 40), 0.1) == [ChunkAck("m1", 40)]
-    world.window = (40, 80)
+    world.slot = (40, 80)
     assert world.target.hear(KVChunk("m1", 0, 40), 0.2) == [ChunkAck("m1", 40)]
     assert world.target.hear(KVChunk("m1", 40, 80), 0.3) == [ChunkAck("m1", 80)]

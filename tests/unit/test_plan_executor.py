@@ -1,17 +1,25 @@
 """When something of ours fails at run time, SGLang's order stands in and no request is lost."""
 
+from array import array
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
+from pascal_sglang import support
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopy
+from pascal_sglang.engine.kv.paused import PauseStatus
+from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.plan_executor import PlanExecutor
-from pascal_sglang.engine.request_states import remaining_of, why_not_pausable
+from pascal_sglang.engine.request_states import remaining_of
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 from pascal_sglang.policy.pacer import Pacer
-from pascal_sglang.policy.request import RequestState, RequestStatus
+from pascal_sglang.policy.ranking import PassInfo, Tuning
+from pascal_sglang.policy.registry import POLICIES
+from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 
@@ -21,6 +29,9 @@ class Rows:
     def __init__(self, rows):
         self.rows = rows
         self.freed = []
+
+    def available_size(self):
+        return self.rows
 
     def alloc(self, reqs):
         return list(range(len(reqs))) if self.rows else None
@@ -53,6 +64,11 @@ class Tree:
 
 class Allocator:
     """KV memory that gives nothing and cannot be copied."""
+
+    device = "cpu"
+
+    def evict_to_free_tokens(self, tree, tokens):
+        pass
 
     def alloc(self, _):
         return None
@@ -160,22 +176,23 @@ def test_a_resume_the_pool_refuses_leaves_the_request_paused(executor, rows):
     paused_requests, pool = executor.paused_requests, scheduler(rows)
     paused_requests.scheduler = paused_requests.pool.scheduler = pool
     request, copy = paused(), HostCopy(tokens=10, shared=0, prefix=None, own=object())
-    paused_requests.host[request] = copy
+    paused_requests._enter(request, PauseStatus.HOST, copy=copy)
     assert paused_requests.resume(request, SimpleNamespace(reqs=[])) is None
-    assert paused_requests.host == {request: copy}
+    assert paused_requests.in_status(*PauseStatus) == [request]
+    assert paused_requests.copy_of(request) is copy
     assert pool.req_to_token_pool.freed == ([request] if rows else [])
 
 
 def test_a_copy_that_fails_turns_into_recompute(executor):
     paused_requests, request, released = executor.paused_requests, paused(), []
     request.reset_for_retract = lambda: released.append("reset")
+    paused_requests._enter(request, PauseStatus.LEAVING)
     assert paused_requests._begin_copy(request, torch.arange(10), None), (
         "other ranks may have begun it"
     )
     assert paused_requests._off_device(request, 10, released.append) is KVTier.RECOMPUTE
     assert released == [request, "reset"]
-    assert not paused_requests.host
-    assert not paused_requests.copying
+    assert paused_requests.status_of(request) is None
     assert paused_requests.host_tokens == 0
     assert paused_requests.copies.room == 100
     assert paused_requests.counts["copy_failed"] == 1
@@ -207,7 +224,7 @@ def request(**changes):
 
 
 def test_a_plain_request_can_be_paused():
-    assert why_not_pausable(request()) is None
+    assert support.first(support.UNPAUSABLE, request()) is None
 
 
 @pytest.mark.parametrize(
@@ -223,7 +240,7 @@ def test_a_plain_request_can_be_paused():
     ],
 )
 def test_what_cannot_be_paused_says_why(change, reason):
-    assert reason in why_not_pausable(request(**change))
+    assert reason in support.first(support.UNPAUSABLE, request(**change))
 
 
 def test_what_may_still_come_is_known_by_phase():
@@ -279,6 +296,49 @@ def test_who_cannot_be_paused_waits_for_memory_that_is_on_its_way_back(executor)
     batch = Running(reqs=[stays, leaves])
     assert executor.relieve(batch)
     assert batch.reqs == [stays]
-    assert list(executor.paused_requests.leaving) == [leaves]
-    executor.paused_requests.leaving.clear()
+    assert executor.paused_requests.in_status(*PauseStatus) == [leaves]
+    executor.paused_requests._remove(leaves)
     assert not executor.relieve(batch), "nothing comes back: it fits nowhere"
+
+
+@pytest.mark.parametrize(
+    ("phase", "tokens", "reader", "name"),
+    [
+        (Phase.REASONING, 100, Reader.HUMAN, "thinking"),
+        (Phase.REASONING, 6000, Reader.HUMAN, "demoted"),
+        (Phase.ANSWERING, 100, Reader.PROGRAM, "program_answer"),
+        (Phase.ANSWERING, 0, Reader.HUMAN, "urgent_answer"),
+    ],
+)
+def test_decisions_are_counted_by_the_class_that_a_user_knows(phase, tokens, reader, name):
+    state = RequestState(
+        0, Pacer(0.1), phase=phase, phase_tokens=tokens, total_tokens=tokens, reader=reader
+    )
+    decision_log = DecisionLog(POLICIES["pascal"], Tuning(), log=False)
+    assert decision_log.class_of(state, PassInfo(1, 1.0, 0.01)) == name
+
+
+def test_a_resume_matches_its_prefix_once_and_again_only_after_a_change(executor, monkeypatch):
+    tree = RadixCache.create_simulated(mock_allocator=Allocator())
+    executor.scheduler.tree_cache, matches = tree, []
+    tokens = array("q", [1, 2, 3, 4])
+    tree.insert(InsertParams(key=RadixKey(token_ids=tokens), value=torch.arange(4)))
+    match_prefix = tree.match_prefix
+    monkeypatch.setattr(tree, "match_prefix", lambda p: (matches.append(p), match_prefix(p))[1])
+    paused_requests, request = executor.paused_requests, paused()
+    request.origin_input_ids, request.output_ids = tokens, array("q", [5])
+    paused_requests._enter(request, PauseStatus.HOST, copy=HostCopy(4, 3, None, None))
+    assert paused_requests.needs(request) == 4, "the prefix is taken from what can be evicted"
+    assert paused_requests.can_resume(request, 0)
+    assert paused_requests.resume(request, SimpleNamespace(reqs=[])) is None
+    assert len(matches) == 1
+    # The resume locked the prefix and let it go again.
+    assert paused_requests.needs(request) == 4
+    assert len(matches) == 2
+    other = executor.pool.lock(executor.pool.cached_prefix(request, 3).node)
+    assert paused_requests.needs(request) == 1, "another request holds the prefix"
+    executor.pool.unlock(other)
+    tree.reset()
+    executor.pool.changed()
+    assert paused_requests.needs(request) == 4
+    assert len(matches) == 5

@@ -1,7 +1,9 @@
-"""A window is never given to a move while the source of an earlier one may still write into it,
+"""A slot is never given to a move while the source of an earlier one may still write into it,
 whatever is lost and whoever is stopped in the middle of a write for however long."""
 
 import random
+from dataclasses import dataclass
+from typing import Any
 
 from pascal_sglang.cluster.messages import (
     Handover,
@@ -20,41 +22,82 @@ COUNT, SENDERS, PIECE = 2, 3, 40
 WEIGHTS = (25, 60, 6, 6, 3)
 
 
-def test_a_window_goes_to_the_next_move_once_its_source_is_through():
-    windows = ReceiveSlots(1)
-    window = windows.take()
-    assert windows.free == 0
-    windows.give_back(window)
-    assert windows.take() == window
-    windows.doubt(window, "m", 3, 0.0, dead=False)
-    windows.confirmed("m", 4)
-    windows.confirmed("n", 3)
-    assert (windows.free, windows.in_doubt) == (0, 1)
-    windows.confirmed("m", 3)
-    windows.confirmed("m", 3)
-    assert (windows.free, windows.in_doubt) == (1, 0)
+def test_a_slot_goes_to_the_next_move_once_its_source_is_through():
+    slots = ReceiveSlots(1)
+    slot = slots.take()
+    assert slots.free == 0
+    slots.give_back(slot)
+    assert slots.take() == slot
+    slots.doubt(slot, "m", 3, 0.0, dead=False)
+    slots.confirmed("m", 4)
+    slots.confirmed("n", 3)
+    assert (slots.free, slots.in_doubt) == (0, 1)
+    slots.confirmed("m", 3)
+    slots.confirmed("m", 3)
+    assert (slots.free, slots.in_doubt) == (1, 0)
 
 
 def test_a_source_that_says_nothing_is_asked_for_ever_and_ever_less_often():
-    windows = ReceiveSlots(1)
-    windows.doubt(windows.take(), "m", 3, 0.0, dead=False)
-    asked = [t for t in range(1000) if windows.tick(float(t)) == [(3, "m")]]
+    slots = ReceiveSlots(1)
+    slots.doubt(slots.take(), "m", 3, 0.0, dead=False)
+    asked = [t for t in range(1000) if slots.tick(float(t)) == [(3, "m")]]
     assert asked[:3] == [ASK_S, 3 * ASK_S, 7 * ASK_S]
     assert asked[-1] - asked[-2] == ASK_AT_MOST_S
-    assert windows.free == 0
+    assert slots.free == 0
 
 
 def test_a_source_that_has_died_is_waited_for_once_more():
-    windows = ReceiveSlots(2)
-    windows.doubt(windows.take(), "m", 3, 0.0, dead=False)
-    windows.doubt(windows.take(), "n", 4, 0.0, dead=True)
-    windows.died(3, 1.0)
-    windows.tick(DEAD_S - 0.1)
-    assert windows.free == 0
-    windows.tick(DEAD_S)
-    assert windows.free == 1
-    windows.tick(DEAD_S + 1.0)
-    assert (windows.free, windows.in_doubt) == (2, 0)
+    slots = ReceiveSlots(2)
+    slots.doubt(slots.take(), "m", 3, 0.0, dead=False)
+    slots.doubt(slots.take(), "n", 4, 0.0, dead=True)
+    slots.died(3, 1.0)
+    slots.tick(DEAD_S - 0.1)
+    assert slots.free == 0
+    slots.tick(DEAD_S)
+    assert slots.free == 1
+    slots.tick(DEAD_S + 1.0)
+    assert (slots.free, slots.in_doubt) == (2, 0)
+
+
+class Source(MigrationSource):
+    """A source whose request does nothing."""
+
+    def nothing(self):
+        pass
+
+    stop = resume = release = lose = nothing
+
+    def snapshot(self):
+        return {}
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Target(MigrationTarget):
+    """A target with a slot of a world's receive buffer."""
+
+    move: Any
+
+    def fetch(self, begin, end):
+        written = self.move.world.memory[self.move.slot]
+        assert begin == end or written == (self.migration, begin, end), "torn KV"
+        return True
+
+    def problem(self, state, tokens):
+        return None
+
+    def take(self, state, tokens):
+        self.move.world.taken += 1
+        self.move.world.slots.give_back(self.move.slot)
+
+    def drop(self):
+        slots, now = self.move.world.slots, self.move.world.now
+        if self.why == "cancelled":
+            slots.give_back(self.move.slot)
+        else:
+            slots.doubt(self.move.slot, self.migration, self.move.sender, now, dead=False)
+
+    def revoke(self):
+        pass
 
 
 class Move:
@@ -62,51 +105,27 @@ class Move:
 
     def __init__(self, world, sender, name):
         self.world, self.sender, self.name = world, sender, name
-        self.source = MigrationSource(
-            name, "r", Terms(), 10_000, self.nothing, dict, self.nothing, self.nothing, self.nothing
-        )
-        self.target = self.window = self.at = self.writing = None
+        self.source = Source(migration=name, rid="r", terms=Terms(), reserve=10_000)
+        self.target = self.slot = self.at = self.writing = None
         self.kv = 100
 
-    def nothing(self):
-        pass
-
-    def granted(self, window):
-        self.window = window
-        self.target = MigrationTarget(
-            self.name,
-            "r",
-            Terms(),
-            10_000,
-            self.fetch,
-            self.take,
-            self.drop,
-            self.nothing,
-            lambda state, tokens: None,
+    def granted(self, slot):
+        self.slot = slot
+        self.target = Target(
+            migration=self.name,
+            rid="r",
+            terms=Terms(),
+            tokens=10_000,
             heard=self.world.now,
+            move=self,
         )
-
-    def take(self, state, tokens):
-        self.world.taken += 1
-        self.world.windows.give_back(self.window)
-
-    def fetch(self, begin, end):
-        assert begin == end or self.world.memory[self.window] == (self.name, begin, end), "torn KV"
-        return True
-
-    def drop(self):
-        if self.target.why == "cancelled":
-            self.world.windows.give_back(self.window)
-        else:
-            now = self.world.now
-            self.world.windows.doubt(self.window, self.name, self.sender, now, dead=False)
 
 
 class World:
-    """A target with a few windows, and sources that may stop in the middle of a write."""
+    """A target with a few slots, and sources that may stop in the middle of a write."""
 
     def __init__(self):
-        self.now, self.windows = 0.0, ReceiveSlots(COUNT)
+        self.now, self.slots = 0.0, ReceiveSlots(COUNT)
         self.memory, self.migrations, self.taken = {}, {}, 0
         self.stopped, self.lose = set(), False
         self.inbox = {who: [] for who in range(-1, SENDERS)}
@@ -132,13 +151,13 @@ class World:
             sender, message = self.inbox[-1].pop(0)
             migration = self.migrations[message.migration]
             if isinstance(message, ReserveRequest):
-                if self.windows.free:
-                    migration.granted(self.windows.take())
-                    there = ReserveGranted(message.migration, ["here"], migration.window, PIECE)
+                if self.slots.free:
+                    migration.granted(self.slots.take())
+                    there = ReserveGranted(message.migration, ["here"], migration.slot, PIECE)
                     self.say(sender, -1, [there])
                 continue
             if isinstance(message, MigrationCancelled):
-                self.windows.confirmed(message.migration, sender)
+                self.slots.confirmed(message.migration, sender)
             if migration.target is not None:
                 self.say(sender, -1, migration.target.hear(message, self.now))
 
@@ -167,16 +186,16 @@ class World:
         if message.begin < end:
             holder = self.memory_holder(migration.at)
             assert holder in (None, migration.name), (
-                f"{migration.name} writes into the window of {holder}"
+                f"{migration.name} writes into the slot of {holder}"
             )
             self.memory[migration.at] = (migration.name, message.begin, end)
         self.say(-1, migration.sender, [message])
 
-    def memory_holder(self, window):
-        """The move that the window is given to now."""
+    def memory_holder(self, slot):
+        """The move that the slot is given to now."""
         for migration in self.migrations.values():
             receiving = migration.target is not None and migration.target.state.value == "receiving"
-            if receiving and migration.window == window:
+            if receiving and migration.slot == slot:
                 return migration.name
         return None
 
@@ -185,7 +204,7 @@ class World:
         for migration in self.migrations.values():
             if migration.target is not None:
                 self.say(migration.sender, -1, migration.target.tick(self.now))
-        for sender, name in self.windows.tick(self.now):
+        for sender, name in self.slots.tick(self.now):
             self.say(sender, -1, [Query(name)])
 
     def pass_of_all(self):
@@ -223,15 +242,15 @@ def played(seed):
     for _ in range(60):
         world.now += 3.0
         world.pass_of_all()
-    assert (world.windows.free, world.windows.in_doubt) == (COUNT, 0), "a window is lost"
+    assert (world.slots.free, world.slots.in_doubt) == (COUNT, 0), "a slot is lost"
     return world
 
 
-def test_nobody_writes_into_the_window_of_another():
+def test_nobody_writes_into_the_slot_of_another():
     assert sum(played(seed).taken for seed in range(60)) > 90
 
 
-def test_a_source_stopped_inside_a_write_keeps_its_window():
+def test_a_source_stopped_inside_a_write_keeps_its_slot():
     world = World()
     world.start(0)
     while not any(migration.writing for migration in world.migrations.values()):
@@ -242,9 +261,9 @@ def test_a_source_stopped_inside_a_write_keeps_its_window():
         world.start(1)
         for _ in range(60):
             world.pass_of_all()
-    assert world.taken == 3, "the other windows go from move to move all the while"
-    assert (world.windows.free, world.windows.in_doubt) == (COUNT - 1, 1)
+    assert world.taken == 3, "the other slots go from move to move all the while"
+    assert (world.slots.free, world.slots.in_doubt) == (COUNT - 1, 1)
     world.stopped = set()
     for _ in range(3):
         world.pass_of_all()
-    assert (world.windows.free, world.windows.in_doubt) == (COUNT, 0)
+    assert (world.slots.free, world.slots.in_doubt) == (COUNT, 0)

@@ -6,7 +6,7 @@ import types
 import pytest
 from torch.distributed import rendezvous
 
-from evals.arms import free_port
+from evals.load.server import free_port
 from pascal_sglang.cluster.transport.listening import listening
 from pascal_sglang.engine.rendezvous import GLOO_ENV, INIT_METHOD_ENV, meet_on_loopback
 

@@ -9,9 +9,8 @@ import torch
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.messages import MigrateCommand
 from pascal_sglang.engine.kv.host_copies import HostCopy
+from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.request_states import RequestStates
-from pascal_sglang.engine.retraction import retract_held
-from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.request import RequestStatus
 from tests.unit import test_arriving, test_migration_copies
 
@@ -59,15 +58,18 @@ def test_everybody_held_waits_without_kv_and_who_was_handed_over_comes_back_only
     resident, host, arriving, leaving, ended, handed = (Request() for _ in range(6))
     ended.over = True
     for req in (resident, handed):
-        paused_requests.resident[req] = torch.arange(3)
-    paused_requests.host[host] = HostCopy(10, 0, None, OWN)
-    paused_requests.arriving[arriving] = HostCopy(10, 0, None, OWN)
-    paused_requests.leaving = {leaving: KVTier.HOST, ended: None}
-    paused_requests.copying[leaving] = HostCopy(10, 0, None, OWN)
+        paused_requests._enter(req, PauseStatus.RESIDENT, locations=torch.arange(3))
+    for req, status in (
+        (host, PauseStatus.HOST),
+        (arriving, PauseStatus.ARRIVING),
+        (leaving, PauseStatus.LEAVING),
+    ):
+        paused_requests._enter(req, status, copy=HostCopy(10, 0, None, OWN))
+    paused_requests._enter(ended, PauseStatus.LEAVING)
     paused_requests.host_tokens = 20
-    paused_requests.moving.add(handed)
+    paused_requests.begin_migration(handed)
     assert paused_requests.held() == {resident, host, arriving, leaving, ended, handed}
-    retract_held(executor.request_states)
+    executor.request_states.retract_held()
     waiting = [resident, host, arriving, leaving]
     assert executor.scheduler.waiting_queue == waiting
     assert [r for r in released if isinstance(r, tuple)] == [
@@ -80,13 +82,15 @@ def test_everybody_held_waits_without_kv_and_who_was_handed_over_comes_back_only
         leaving,
     }
     assert paused_requests.is_empty()
-    assert (paused_requests.host_tokens, paused_requests.copying) == (0, {})
+    assert paused_requests.host_tokens == 0
     assert paused_requests.copies.held == [OWN], "who gets its memory waits for the copy"
     assert [r.retractions for r in (*waiting, handed, ended)] == [1, 1, 1, 1, 1, 0]
     # A second time there is nothing to drop.
-    retract_held(executor.request_states)
+    executor.request_states.retract_held()
     assert handed.retractions == 1
     assert paused_requests.held() == {handed}
+    paused_requests.end_migration(handed)
+    assert paused_requests.held() == set()
 
 
 def handed_over(source, target):
@@ -110,8 +114,7 @@ def test_a_target_that_pauses_refuses_and_the_source_has_dropped_the_kv(sides):
     request.time_stats = SimpleNamespace(set_wait_queue_entry_time=lambda: None)
     source.outgoing_migrations.give_up("generation paused")
     assert source.outgoing_migrations.under_way, "it may be the target's"
-    source.paused_requests.moving.add(request)
-    source.paused_requests.resident.clear()
+    assert source.paused_requests.drop() == [request]
     target.incoming_migrations.give_up("generation paused")
     assert not target.incoming_migrations.under_way
     assert target.receive_buffer.reserved == 0
@@ -122,7 +125,7 @@ def test_a_target_that_pauses_refuses_and_the_source_has_dropped_the_kv(sides):
     assert source.said[-1].why == "generation paused"
     assert ("stopped", RequestStatus.WAITING) in source.said
     assert waiting == [request]
-    assert not source.paused_requests.moving
+    assert source.paused_requests.held() == set()
 
 
 def test_who_is_not_handed_over_stays(sides):

@@ -27,9 +27,8 @@ def revoked():
     states = SimpleNamespace(
         paused_requests=paused_requests, ended=gone.append, pass_info=pass_info
     )
-    made = Revoked(scheduler, states)
-    made.gone = gone
-    return made
+    scheduler.gone = gone
+    return Revoked(scheduler=scheduler, states=states)
 
 
 @pytest.mark.parametrize("where", ["waiting", "held"])
@@ -39,7 +38,7 @@ def test_one_that_does_not_run_is_gone_at_once(where, revoked):
     (waiting if where == "waiting" else held).append(req)
     waiting.append(other)
     revoked.add(req)
-    assert revoked.gone == [req, req]
+    assert revoked.scheduler.gone == [req, req]
     assert waiting == [other]
     assert not revoked
 
@@ -47,7 +46,7 @@ def test_one_that_does_not_run_is_gone_at_once(where, revoked):
 def test_one_that_runs_ends_with_its_next_result_and_says_nothing(revoked):
     req, other = Request(), Request()
     revoked.add(req)
-    assert (req.to_finish is not None, revoked.gone, bool(revoked)) == (True, [], True)
+    assert (req.to_finish is not None, revoked.scheduler.gone, bool(revoked)) == (True, [], True)
     assert revoked.without([req, other]) == [other]
     req.over = True
     assert revoked.without([other, req]) == [other]

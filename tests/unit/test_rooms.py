@@ -13,7 +13,7 @@ FILES = {
     for package in ("pascal_sglang", "evals")
     for path in (ROOT / package).rglob("*.py")
 }
-ENTRY = {"config", "handshake"}
+ENTRY = {"clock", "config", "handshake"}
 # Rooms by their folder, or the name of a file on the top floor: the rooms of this package that each
 # may import, and the libraries.
 PACKAGE = {
@@ -23,10 +23,16 @@ PACKAGE = {
         {"policy", *ENTRY},
         {"mooncake", "orjson", "prometheus_client", "psutil", "sglang", "zmq"},
     ),
-    "engine.kv": ({"engine", "policy"}, {"sglang", "torch"}),
-    "engine.observability": ({"cluster", "engine", "policy"}, {"prometheus_client", "sglang"}),
+    "engine.kv": ({"clock", "engine", "policy"}, {"sglang", "torch"}),
+    "engine.observability": (
+        {"clock", "cluster", "engine", "policy"},
+        {"prometheus_client", "sglang"},
+    ),
     "engine.migration": (
-        {"cluster", "config", "engine", "engine.kv", "engine.observability", "policy", "support"},
+        {
+            *{"cluster", "engine", "engine.kv", "engine.observability", "policy", "support"},
+            *ENTRY,
+        },
         {"msgspec", "orjson", "sglang", "torch"},
     ),
     "engine": (
@@ -40,7 +46,7 @@ PACKAGE = {
         {"cluster", "platforms", "support", *ENTRY},
         {"fastapi", "psutil", "ray", "sglang", "starlette"},
     ),
-    "streaming": ({"config", "entrypoints"}, {"sglang"}),
+    "streaming": ({"clock", "config", "entrypoints"}, {"sglang"}),
     "platforms": (set(), {"sglang"}),
     "demo": (
         {"config", "entrypoints"},
@@ -118,3 +124,12 @@ def test_the_policy_has_no_clock_of_its_own():
     for name in FILES:
         if name.startswith("pascal_sglang.policy."):
             assert not {"time", "random", "datetime"} & set(imported(name)), name
+
+
+def test_there_is_one_clock():
+    """The simulator, which imports the policy alone, times its own runs."""
+    for name in (n for n in FILES if n.startswith("pascal_sglang.")):
+        if room_of(name) not in ("clock", "sim"):
+            text = FILES[name].read_text()
+            assert "time.perf_counter(" not in text, name
+            assert "time.monotonic(" not in text, name

@@ -112,10 +112,18 @@ def test_a_message_that_fails_on_one_rank_only_ends_the_instance(both, monkeypat
     monkeypatch.setattr(f"{module}.unpack", lambda data, instances: (1, data))
 
     def work(rank, scheduler):
-        migrations = Migrations(
-            SimpleNamespace(scheduler=scheduler), SimpleNamespace(), None, None, 0.0
+        class Failing(Migrations):
+            def _take_in(self, sender, message, now):
+                if rank in message:
+                    broken(0)
+
+        migrations = Failing(
+            states=SimpleNamespace(scheduler=scheduler),
+            outgoing_migrations=SimpleNamespace(),
+            incoming_migrations=None,
+            control_sender=None,
+            force_migration=0.0,
         )
-        migrations._take_in = lambda sender, message, now: broken(0) if rank in message else None
         migrations.hear(SimpleNamespace(messages=[(), (0, 1)], now=1.0))
         rejected = dict(migrations.rejected)
         try:

@@ -1,7 +1,7 @@
 """How KV bytes get from one instance to another.
 
 Every TP rank has a *receive buffer*: host memory that other instances write into. A target gives
-each move a window of its receive buffer; TP rank k of the source writes into the window of TP rank
+each move a slot of its receive buffer; TP rank k of the source writes into the slot of TP rank
 k of the target, and tells it through the control messages. `Transport` is the whole interface.
 """
 

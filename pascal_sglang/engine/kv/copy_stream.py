@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from sglang.srt.managers.utils import allocate_distinct_stream
 
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
+
 
 class CopyStream:
     """Runs copies at once. deferred: whether a copy may still run when `run` has returned."""
@@ -35,7 +37,7 @@ class CudaCopyStream(CopyStream):
 
     deferred = True
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: SchedulerProtocol) -> None:
         self._scheduler = scheduler
         used = (scheduler.forward_stream, scheduler.schedule_stream)
         self._stream = allocate_distinct_stream(torch.cuda, used)
@@ -67,7 +69,7 @@ class CudaCopyStream(CopyStream):
         reader.wait_event(done)
 
 
-def copy_stream_of(scheduler: Any) -> CopyStream:
+def copy_stream_of(scheduler: SchedulerProtocol) -> CopyStream:
     """The stream for a scheduler's device."""
     on_cuda = str(scheduler.device).startswith("cuda")
     return CudaCopyStream(scheduler) if on_cuda else CopyStream()

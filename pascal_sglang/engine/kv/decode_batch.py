@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from sglang.srt.managers.overlap_utils import RelayPayload
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.utils.common import async_h2d
+
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 
 
 def joined(running: ScheduleBatch, batch: ScheduleBatch) -> ScheduleBatch:
@@ -20,7 +20,7 @@ def joined(running: ScheduleBatch, batch: ScheduleBatch) -> ScheduleBatch:
     return running
 
 
-def decoding(req: Req, scheduler: Any) -> ScheduleBatch:
+def decoding(req: Req, scheduler: SchedulerProtocol) -> ScheduleBatch:
     """The batch of one, to be merged into the running one. `req` holds a row and all its KV but the
     last token's."""
     batch = ScheduleBatch.init_new(
@@ -40,7 +40,7 @@ def decoding(req: Req, scheduler: Any) -> ScheduleBatch:
     return batch
 
 
-def _relay(rows: torch.Tensor, last: torch.Tensor, scheduler: Any) -> None:
+def _relay(rows: torch.Tensor, last: torch.Tensor, scheduler: SchedulerProtocol) -> None:
     """Hand the last tokens to the next step, in the order of steps.
 
     The step in flight writes its own tokens at its end, and one of its requests may have ended and

@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from pascal_sglang.engine.kv.copy_stream import CopyStream, copy_stream_of
 from pascal_sglang.engine.kv.pinning import pin
 from pascal_sglang.engine.kv.range_allocator import RangeAllocator
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class HostCopies:
     recomputed.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: SchedulerProtocol) -> None:
         self._scheduler = scheduler
         self.buffers = _buffers_of(scheduler.token_to_kv_pool_allocator.get_kvcache())
         self._memory: list[torch.Tensor] = []

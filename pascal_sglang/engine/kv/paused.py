@@ -1,6 +1,6 @@
 """Paused requests: takes a running request's KV off the device and brings it back.
 
-Rungs, cheapest first: the request gives back its slot and its KV stays; KV to host memory and back
+Tiers, cheapest first: the request gives back its slot and its KV stays; KV to host memory and back
 without recompute; or drop and recompute through the waiting queue. A request paused under overlap
 scheduling leaves the batch now and its KV follows one pass later, when its token in flight has
 arrived. Where copies run beside the decoding, its device memory is free one pass after that, and a
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -18,101 +20,228 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.kv.decode_batch import decoding, joined
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
-from pascal_sglang.engine.kv.pool import Pool
+from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 
 
-class PausedRequests:
-    """Owns every request that is between the running batch and its KV's return.
+class PauseStatus(Enum):
+    """Where a request is between the running batch and its KV's return.
 
-    leaving: out of the batch, its KV not yet handled; the tier it was told, or None for the
-    cheapest off the device. copying: who of them is being copied to the host since the last pass.
-    resident: where on the device the KV is. host: its copy. arriving: who has a row and device
-    memory again, and joins the batch in the next pass; the copy it comes from.
-    moving: those of them that leave for another instance; nobody brings them back meanwhile.
-    counts: pauses and KV entries by tier, spills, resumes, copies that failed.
+    | status | the request | on | becomes |
+    |---|---|---|---|
+    | none | runs | `leave` | LEAVING |
+    | none | comes from another instance | `adopt` | RESIDENT |
+    | LEAVING | is out of the batch, its KV untouched | `finish_pauses` | RESIDENT, HOST or none |
+    | RESIDENT | has its KV on the device and no row | `resume` | none: it runs |
+    | RESIDENT | | `spill` | HOST or none |
+    | HOST | has its KV in host memory | `resume` | ARRIVING |
+    | ARRIVING | has a row and KV on the device again | `arrive` | none: it runs |
+    | any | is aborted, ended or retracted | `let_go` | none; DROPPED while it migrates |
+    | DROPPED | migrates, and its KV here is gone | `end_migration` | none |
+
+    From LEAVING, RESIDENT and HOST a request becomes "none" when its KV is to be recomputed: it
+    waits in SGLang's queue then.
     """
 
-    def __init__(self, scheduler: Any, copies: HostCopies, costs: Costs) -> None:
+    LEAVING = "leaving"
+    RESIDENT = "resident"
+    HOST = "host"
+    ARRIVING = "arriving"
+    DROPPED = "dropped"
+
+
+# In this order all ranks walk the requests that hold something here.
+HOLDING = (PauseStatus.RESIDENT, PauseStatus.HOST, PauseStatus.ARRIVING, PauseStatus.LEAVING)
+
+
+@dataclass(slots=True, eq=False)
+class Paused:
+    """What is known of one request that is here."""
+
+    status: PauseStatus
+    # LEAVING: the tier it was told; None for the cheapest off the device.
+    tier: KVTier | None = None
+    # RESIDENT: where on the device its KV is.
+    locations: torch.Tensor | None = None
+    # HOST: its KV. ARRIVING: the copy it comes from. LEAVING, and while it spills: the copy that
+    # has begun.
+    copy: HostCopy | None = None
+    # It leaves for another instance; it is not brought back meanwhile.
+    migrating: bool = False
+    # HOST: its shared prefix as last matched, and `Pool.changes` then.
+    prefix: CachedPrefix | None = None
+    matched_at: int = -1
+
+
+class PausedRequests:
+    """Owns every request that is between the running batch and its KV's return."""
+
+    # Tokens whose KV is in host memory.
+    host_tokens: int
+    # Pauses and KV entries by tier, spills, resumes, copies that failed.
+    counts: Counter[str]
+
+    def __init__(self, scheduler: SchedulerProtocol, copies: HostCopies, costs: Costs) -> None:
         self.scheduler = scheduler
         self.pool = Pool(scheduler)
         self.copies = copies
         self.costs = costs
-        self.leaving: dict[Req, KVTier | None] = {}
-        self.copying: dict[Req, HostCopy] = {}
-        self.resident: dict[Req, torch.Tensor] = {}
-        self.host: dict[Req, HostCopy] = {}
-        self.arriving: dict[Req, HostCopy] = {}
         self.host_tokens = 0
-        self.moving: set[Req] = set()
-        self.counts: Counter[str] = Counter()
+        self.counts = Counter()
+        self._table: dict[Req, Paused] = {}
+        # The requests of `_table` by status, in the order in which they entered it.
+        self._by_status: dict[PauseStatus, dict[Req, None]] = {s: {} for s in PauseStatus}
+        # Those that migrate.
+        self._migrating: dict[Req, None] = {}
+
+    def in_status(self, *statuses: PauseStatus) -> list[Req]:
+        """The requests in these statuses, one status after the other, each in the order of entry.
+        All ranks share this order."""
+        return [req for status in statuses for req in self._by_status[status]]
+
+    def count(self, *statuses: PauseStatus) -> int:
+        """How many requests are in these statuses."""
+        return sum(len(self._by_status[status]) for status in statuses)
+
+    def status_of(self, req: Req) -> PauseStatus | None:
+        """None for a request that is not here."""
+        paused = self._table.get(req)
+        return None if paused is None else paused.status
+
+    def copy_of(self, req: Req) -> HostCopy:
+        """The KV of a request in HOST, or what it comes back from in ARRIVING."""
+        copy = self._table[req].copy
+        assert copy is not None
+        return copy
+
+    def locations_of(self, req: Req) -> torch.Tensor:
+        """Where on the device the KV of a request in RESIDENT is."""
+        locations = self._table[req].locations
+        assert locations is not None
+        return locations
+
+    def _enter(
+        self,
+        req: Req,
+        status: PauseStatus,
+        *,
+        tier: KVTier | None = None,
+        locations: torch.Tensor | None = None,
+        copy: HostCopy | None = None,
+    ) -> None:
+        """The request is in `status` from now on, and in no other."""
+        before = self._table.get(req)
+        if before is not None:
+            del self._by_status[before.status][req]
+        migrating = before is not None and before.migrating
+        self._table[req] = Paused(status, tier, locations, copy, migrating)
+        self._by_status[status][req] = None
+
+    def _remove(self, req: Req) -> None:
+        """The request is not here any more."""
+        paused = self._table.pop(req)
+        del self._by_status[paused.status][req]
+        self._migrating.pop(req, None)
+
+    def _remove_kv(self, req: Req) -> None:
+        """The request's KV is given back; one that migrates stays here until that is over."""
+        if self._table[req].migrating:
+            self._enter(req, PauseStatus.DROPPED)
+        else:
+            self._remove(req)
+
+    def begin_migration(self, req: Req) -> None:
+        """A request that is here leaves for another instance."""
+        self._table[req].migrating = True
+        self._migrating[req] = None
+
+    def end_migration(self, req: Req) -> None:
+        """The request leaves for no other instance, or has left."""
+        paused = self._table.get(req)
+        if paused is None:
+            return
+        paused.migrating = False
+        self._migrating.pop(req, None)
+        if paused.status is PauseStatus.DROPPED:
+            self._remove(req)
+
+    def is_migrating(self, req: Req) -> bool:
+        return req in self._migrating
 
     @property
     def releasing_tokens(self) -> int:
         """Device KV that requests on their way out will give back."""
         return sum(
             req.kv.kv_committed_len
-            for req, tier in self.leaving.items()
-            if tier is not KVTier.RESIDENT
+            for req in self._by_status[PauseStatus.LEAVING]
+            if self._table[req].tier is not KVTier.RESIDENT
         )
 
     def paused(self) -> Iterator[Req]:
-        """Everybody paused whose KV can be brought back."""
-        for req in (*self.resident, *self.host):
-            if req not in self.moving:
+        """The paused requests whose KV can be brought back."""
+        for req in self.in_status(PauseStatus.RESIDENT, PauseStatus.HOST):
+            if req not in self._migrating:
                 yield req
 
+    def paused_count(self) -> int:
+        """How many `paused` yields."""
+        kept = (PauseStatus.RESIDENT, PauseStatus.HOST)
+        leaving = sum(self._table[req].status in kept for req in self._migrating)
+        return self.count(*kept) - leaving
+
     def is_empty(self) -> bool:
-        return not (self.leaving or self.resident or self.host or self.arriving)
+        """Whether no request holds KV here."""
+        return not self.count(*HOLDING)
 
     def leave(
         self, reqs: Iterable[Req], batch: ScheduleBatch, tier: Callable[[Req], KVTier | None]
     ) -> None:
-        """Take `reqs` out of the running batch; their KV follows in `settle`."""
+        """Take `reqs` out of the running batch; their KV follows in `finish_pauses`."""
         leaving = {req: tier(req) for req in reqs}
         batch.filter_batch(reqs_to_exclude=list(leaving))
         batch.batch_is_full = False
-        self.leaving.update(leaving)
+        for req, told in leaving.items():
+            self._enter(req, PauseStatus.LEAVING, tier=told)
 
-    def settle(self) -> Iterator[tuple[Req, KVTier]]:
+    def finish_pauses(self) -> Iterator[tuple[Req, KVTier]]:
         """Handle the KV of everybody whose last token has arrived; yields each with its tier.
 
         Who is dropped for recompute has to go back to the waiting queue. Requests that finished
         with their last token were released by SGLang and are forgotten.
         """
-        if not self.leaving:
+        if not self._by_status[PauseStatus.LEAVING]:
             return
         in_flight = self._in_flight()
-        for req, tier in list(self.leaving.items()):
+        for req in self.in_status(PauseStatus.LEAVING):
             if req in in_flight:
                 continue
             if req.finished() or not req.kv.holds_kv:
-                del self.leaving[req]
-                self._drop_copy(self.copying, req)
+                self._drop_copy(req)
+                self._remove_kv(req)
                 continue
+            tier = self._table[req].tier
             if tier is KVTier.RESIDENT:
-                self.resident[req] = self.pool.locations(req)
+                self._enter(req, PauseStatus.RESIDENT, locations=self.pool.locations(req))
                 self.pool.rows.free(req)
                 self._count(tier, req.kv.kv_committed_len)
             else:
                 tokens = req.kv.kv_committed_len
-                started = req in self.copying
+                started = self._table[req].copy is not None
                 begun = not started and self._begin_copy(req, self.pool.locations(req), tier)
                 if begun and self.copies.deferred:
                     continue
                 tier = self._off_device(req, tokens, self.pool.release)
-            del self.leaving[req]
             yield req, tier
 
     def spill(self, req: Req) -> KVTier:
         """Take the KV of a resident request off the device; returns the tier it went to."""
-        locations = self.resident[req]
+        locations = self.locations_of(req)
         self._begin_copy(req, locations, None)
         tier = self._off_device(
             req, len(locations), lambda r: self.pool.release_rowless(r, locations)
         )
-        del self.resident[req]
         self.counts["spilled"] += 1
         return tier
 
@@ -125,16 +254,17 @@ class PausedRequests:
         shared = min(req.kv.cache_protected_len, tokens)
         prefix = self.copies.to_host(locations[:shared]) if shared else None
         own = self.copies.to_host(locations[shared:]) if shared < tokens else None
-        self.copying[req] = HostCopy(tokens, shared, prefix, own)
+        self._table[req].copy = HostCopy(tokens, shared, prefix, own)
         self.host_tokens += tokens
         return True
 
     def _off_device(self, req: Req, tokens: int, release: Callable[[Req], None]) -> KVTier:
-        """Give back the device KV of a request, whose copy is in `copying` if there is one."""
+        """Give back the device KV of a request, whose copy has begun if there is one."""
         copied = self._await_copy(req)
         release(req)
         if not copied:
             req.reset_for_retract()
+            self._remove(req)
             self._count(KVTier.RECOMPUTE, tokens)
             return KVTier.RECOMPUTE
         req.prefix_len = 0
@@ -144,25 +274,27 @@ class PausedRequests:
         req.kv.cache_protected_len = 0
         req.kv.cache_inserted_len = 0
         req.kv.kv_committed_len = 0
-        self.host[req] = self.copying.pop(req)
+        self._enter(req, PauseStatus.HOST, copy=self._table[req].copy)
         self._count(KVTier.HOST, tokens)
         return KVTier.HOST
 
     def _await_copy(self, req: Req) -> bool:
         """Whether there is a copy, complete on every rank: one that failed would leave that rank
         alone in prefilling the request again."""
-        copy = self.copying.get(req)
+        copy = self._table[req].copy
         if copy is None:
             return False
         complete = [self.copies.wait(half) for half in copy.halves()]
         if all_agree(self.scheduler, all(complete)):
             return True
         self.counts["copy_failed"] += 1
-        self._drop_copy(self.copying, req)
+        self._drop_copy(req)
         return False
 
-    def _drop_copy(self, copies: dict[Req, HostCopy], req: Req) -> None:
-        copy = copies.pop(req, None)
+    def _drop_copy(self, req: Req) -> None:
+        """Give back the host memory of a request's copy, if it has one."""
+        paused = self._table[req]
+        copy, paused.copy = paused.copy, None
         if copy is not None:
             self.host_tokens -= copy.tokens
             for half in copy.halves():
@@ -185,14 +317,23 @@ class PausedRequests:
 
     def needs(self, req: Req) -> int:
         """KV entries that bringing a paused request back takes from what is free or evictable."""
-        copy = self.host.get(req)
-        if copy is None:
+        if self.status_of(req) is not PauseStatus.HOST:
             return 0
+        copy = self.copy_of(req)
         whole = self.pool.in_pages(copy.tokens)
         if not copy.shared:
             return whole
-        held = self.pool.held(req, copy.shared)
-        return whole if held.tokens < copy.shared else whole - held.tokens + held.evictable
+        prefix = self._shared_prefix(req, copy)
+        return whole if prefix.tokens < copy.shared else whole - prefix.tokens + prefix.evictable
+
+    def _shared_prefix(self, req: Req, copy: HostCopy) -> CachedPrefix:
+        """What the device still has of the prefix that the request shared. The plan's match is
+        carried to the resume, unless the prefix cache has changed since."""
+        paused = self._table[req]
+        if paused.prefix is None or paused.matched_at != self.pool.changes:
+            paused.prefix = self.pool.cached_prefix(req, copy.shared)
+            paused.matched_at = self.pool.changes
+        return paused.prefix
 
     def resume(self, req: Req, running: ScheduleBatch) -> ScheduleBatch | None:
         """Bring a paused request back; the running batch, in which it decodes without prefill in
@@ -201,36 +342,36 @@ class PausedRequests:
         None if the pool does not give what `can_resume` counted on, and the request stays paused,
         or if a rank's device fails, and the request is to be recomputed: nothing `holds` it.
         """
-        if req in self.resident:
+        if self.status_of(req) is PauseStatus.RESIDENT:
             if self.pool.rows.alloc([req]) is None:
                 return None
-            locations = self.resident.pop(req)
+            locations = self.locations_of(req)
+            self._remove(req)
             self.pool.rows.write((req.kv.req_pool_idx, slice(0, len(locations))), locations)
-        else:
-            copy = self.host[req]
-            if not self._to_device(req, copy):
-                return None
-            if not all_agree(self.scheduler, not copy.failed):
-                self._give_up(req, copy)
-                return None
-            self._drop_copy(self.host, req)
-            self.arriving[req] = copy
-        self.counts["resumed"] += 1
-        if req not in self.arriving:
+            self.counts["resumed"] += 1
             return joined(running, decoding(req, self.scheduler))
+        copy = self.copy_of(req)
+        if not self._to_device(req, copy):
+            return None
+        if not all_agree(self.scheduler, not copy.failed):
+            self._give_up(req, copy)
+            return None
+        self._drop_copy(req)
+        self._enter(req, PauseStatus.ARRIVING, copy=copy)
+        self.counts["resumed"] += 1
         return running if self.copies.deferred and running.reqs else self.arrive(running)
 
     def arrive(self, running: ScheduleBatch) -> ScheduleBatch:
-        """The running batch with everybody who was arriving."""
-        for req, copy in list(self.arriving.items()):
-            self._hold_steps(copy)
+        """The running batch with the requests that were arriving."""
+        for req in self.in_status(PauseStatus.ARRIVING):
+            self._hold_steps(self.copy_of(req))
             running = joined(running, decoding(req, self.scheduler))
-            del self.arriving[req]
+            self._remove(req)
         return running
 
     def holds(self, req: Req) -> bool:
         """Whether the request is paused and has KV."""
-        return req in self.resident or req in self.host
+        return self.status_of(req) in (PauseStatus.RESIDENT, PauseStatus.HOST)
 
     def _give_up(self, req: Req, copy: HostCopy) -> None:
         """Give back all that a request holds whose copy did not reach the device on every rank."""
@@ -238,7 +379,8 @@ class PausedRequests:
             self.copies.wait(half)  # Nothing may write there once it is given back.
         self.pool.release(req)
         self.counts["copy_failed"] += 1
-        self._drop_copy(self.host, req)
+        self._drop_copy(req)
+        self._remove(req)
         req.reset_for_retract()
         self._count(KVTier.RECOMPUTE, copy.tokens)
 
@@ -248,16 +390,19 @@ class PausedRequests:
 
     def _to_device(self, req: Req, copy: HostCopy) -> bool:
         pool, tokens = self.pool, copy.tokens
-        held = pool.held(req, copy.shared)
-        # All of the shared prefix or none: the copy comes in two parts.
-        shared = copy.shared if held.tokens == copy.shared else 0
-        node = held.node if shared else pool.tree.root_node_handle(req.extra_key)
+        node, shared = pool.tree.root_node_handle(req.extra_key), 0
+        if copy.shared:
+            prefix = self._shared_prefix(req, copy)
+            # All of the shared prefix or none: the copy comes in two parts.
+            if prefix.tokens == copy.shared:
+                node, shared = prefix.node, copy.shared
         if pool.rows.alloc([req]) is None:
             return False
-        lock = pool.tree.lock(node) if shared else None  # Before anything is evicted.
+        lock = pool.lock(node) if shared else None  # Before anything is evicted.
         own = pool.take(tokens - shared)
         if own is None:
-            pool.tree.unlock(lock)
+            if lock is not None:
+                pool.unlock(lock)
             pool.rows.free(req)
             return False
         locations = own
@@ -265,14 +410,14 @@ class PausedRequests:
             path = pool.tree.path_device_indices(node)[:shared]
             locations = torch.cat([path.to(own.dtype), own])
         pool.rows.write((req.kv.req_pool_idx, slice(0, tokens)), locations)
-        self._stands_at(req, tokens, shared, node, lock)
+        self._bind_kv(req, tokens, shared, node, lock)
         if copy.prefix is not None and not shared:
             self.copies.to_device(copy.prefix, locations[: copy.shared])
         if copy.own is not None:
             self.copies.to_device(copy.own, locations[copy.shared :])
         return True
 
-    def _stands_at(self, req: Req, tokens: int, shared: int, node: Any, lock: Any) -> None:
+    def _bind_kv(self, req: Req, tokens: int, shared: int, node: Any, lock: Any) -> None:
         """The request holds `tokens` KV entries, the first `shared` of them the prefix cache's."""
         req.kv.kv_allocated_len = req.kv.kv_committed_len = tokens
         req.kv.cache_protected_len = req.prefix_len = shared
@@ -285,46 +430,49 @@ class PausedRequests:
 
     def held(self) -> set[Req]:
         """Every request here, and those handed over to another instance that may come back."""
-        return {*self._places(), *self.moving}
-
-    def _places(self) -> tuple[Req, ...]:
-        """Every request here, in an order that all ranks share."""
-        return (*self.resident, *self.host, *self.arriving, *self.leaving)
+        return set(self._table)
 
     def let_go(self, req: Req) -> None:
         """Give back what a request holds. Its step must not be in flight."""
-        if req in self.resident:
-            self.pool.release_rowless(req, self.resident.pop(req))
-        elif req in self.arriving:
+        paused = self._table.get(req)
+        if paused is None:
+            return
+        if paused.status is PauseStatus.RESIDENT:
+            self.pool.release_rowless(req, self.locations_of(req))
+        elif paused.status is PauseStatus.ARRIVING:
             # Who gets its memory next writes there after the copy.
-            self._hold_steps(self.arriving.pop(req))
+            self._hold_steps(self.copy_of(req))
             self.pool.release(req)
-        elif req in self.leaving:
-            del self.leaving[req]
-            self._drop_copy(self.copying, req)
+        elif paused.status is PauseStatus.LEAVING:
+            self._drop_copy(req)
             if not req.finished() and req.kv.holds_kv:
                 self.pool.release(req)
         else:
-            self._drop_copy(self.host, req)
+            self._drop_copy(req)
+        self._remove_kv(req)
 
     def adopt(self, req: Req, locations: torch.Tensor) -> None:
         """Take in a paused request from elsewhere, whose KV is at `locations` on the device."""
         root = self.pool.tree.root_node_handle(req.extra_key)
-        self._stands_at(req, len(locations), 0, root, None)
-        self.resident[req] = locations
+        self._bind_kv(req, len(locations), 0, root, None)
+        self._enter(req, PauseStatus.RESIDENT, locations=locations)
 
     def forget(self, matches: Callable[[Req], bool]) -> list[Req]:
         """Let go of requests being aborted; returns them. One in flight stays: its result, which
         is due, ends it."""
-        stays = self._in_flight() | self.moving
-        return self._clear(r for r in self._places() if matches(r) and r not in stays)
+        in_flight = self._in_flight()
+        return self._clear(
+            req
+            for req in self.in_status(*HOLDING)
+            if matches(req) and req not in in_flight and req not in self._migrating
+        )
 
     def drop(self) -> list[Req]:
         """Drop all KV, because it is no longer valid; returns whose it was. No step is in flight.
 
-        A request handed over to another instance stays in `moving`, without KV.
+        A request handed over to another instance stays here, in DROPPED.
         """
-        dropped = self._clear(self._places())
+        dropped = self._clear(self.in_status(*HOLDING))
         for req in dropped:
             req.reset_for_retract()
         self.counts["retracted"] += len(dropped)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,9 @@ from sglang.srt.mem_cache.common import (
     release_kv_cache,
 )
 
+from pascal_sglang import clock
 from pascal_sglang.engine.kv.host_copies import HostCopies
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.kv_tier import Costs
 
 # Enough that a layer's copy takes longer than its launch.
@@ -23,20 +24,28 @@ PROBE_TOKENS = 2048
 PROBES = 3
 
 
-class Held(NamedTuple):
-    """A prefix on the device: its length in tokens, its node in the prefix cache, and how many of
-    its tokens nobody else holds, so that using them takes them from what can be evicted."""
+class CachedPrefix(NamedTuple):
+    """The part of a request that the prefix cache has on the device."""
 
+    # Its length.
     tokens: int
+    # Its node in the prefix cache.
     node: Any
+    # How many of its tokens no request holds: using them takes them from what can be evicted.
     evictable: int
 
 
 class Pool:
     """One scheduler's device KV: request rows, KV entries, prefix cache."""
 
-    def __init__(self, scheduler: Any) -> None:
+    # A `CachedPrefix` holds while this number stays: no node was added or evicted since, and none
+    # was locked or unlocked. A match may split nodes; SGLang's own locks rely on a node to go on
+    # ending the same prefix then.
+    changes: int
+
+    def __init__(self, scheduler: SchedulerProtocol) -> None:
         self.scheduler = scheduler
+        self.changes = 0
 
     @property
     def allocator(self) -> Any:
@@ -62,18 +71,22 @@ class Pool:
         page: int = self.scheduler.page_size
         return -(-tokens // page) * page
 
-    def held(self, req: Req, limit: int) -> Held:
+    def changed(self) -> None:
+        """The prefix cache may have changed: SGLang had it, or we changed it ourselves."""
+        self.changes += 1
+
+    def cached_prefix(self, req: Req, limit: int) -> CachedPrefix:
         """The longest prefix of the request, up to `limit` tokens, that the device holds."""
         ids = req.origin_input_ids + req.output_ids
         key = _req_radix_key(self.tree, req, ids, limit)
         match = self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
         if not match.device_prefix_len:
-            return Held(0, self.tree.root_node_handle(req.extra_key), 0)
+            return CachedPrefix(0, self.tree.root_node_handle(req.extra_key), 0)
         before = self.tree.evictable_size()
         lock = self.tree.lock(match.last_device_node)
         evictable = before - self.tree.evictable_size()
         self.tree.unlock(lock)
-        return Held(match.device_prefix_len, match.last_device_node, evictable)
+        return CachedPrefix(match.device_prefix_len, match.last_device_node, evictable)
 
     def given_back(self, req: Req) -> int:
         """KV entries that become free or evictable once the request lets go of its KV."""
@@ -91,8 +104,18 @@ class Pool:
         row = self.rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len]
         return row.clone()
 
+    def lock(self, node: Any) -> Any:
+        """Keep the prefix that ends at `node` from being evicted."""
+        self.changed()
+        return self.tree.lock(node)
+
+    def unlock(self, lock: Any) -> None:
+        self.changed()
+        self.tree.unlock(lock)
+
     def release(self, req: Req) -> None:
         """Give back the row and the KV of a request that has a row."""
+        self.changed()
         release_kv_cache(req, self.tree, checkpoint=False)
 
     def release_rowless(self, req: Req, locations: torch.Tensor) -> None:
@@ -102,19 +125,22 @@ class Pool:
             free_kv_row_segments(
                 self.allocator, [(locations[own:], own)], swa_evicted_seqlen=0, swa_dead_lo=0
             )
-        self.tree.unlock(req.lock)
+        self.unlock(req.lock)
         req.lock = None
         req.kv.mark_kv_released()
 
     def take(self, tokens: int) -> torch.Tensor | None:
         """`tokens` KV entries, evicting cached prefixes as needed; None if there are not enough."""
         pages = self.in_pages(tokens)
+        before = self.tree.evictable_size()
         evict_from_tree_cache(self.tree, pages)
+        if self.tree.evictable_size() != before:
+            self.changed()
         found = self.allocator.alloc(pages)
         return None if found is None else found[:tokens]
 
 
-def measure_costs(scheduler: Any, copies: HostCopies) -> Costs:
+def measure_costs(scheduler: SchedulerProtocol, copies: HostCopies) -> Costs:
     """Time copies of KV to the host and back before the first request: one token, and many.
 
     The pool's content is written back as it was. Nothing is timed where nothing can be copied.
@@ -129,17 +155,17 @@ def measure_costs(scheduler: Any, copies: HostCopies) -> Costs:
         locations = torch.arange(1, tokens + 1, dtype=torch.int64, device=device)
         took, launched = [], []
         for _ in range(PROBES):
-            begin = time.perf_counter()
+            begin = clock.now()
             kv = copies.to_host(locations)
-            launch = time.perf_counter() - begin
+            launch = clock.now() - begin
             copies.wait(kv)  # As a pause does.
-            again = time.perf_counter()
+            again = clock.now()
             copies.to_device(kv, locations)
-            launch += time.perf_counter() - again
+            launch += clock.now() - again
             if not copies.wait(kv):
                 raise RuntimeError("KV cannot be copied between the device and host memory")
             copies.free(kv)
-            took.append((time.perf_counter() - begin) / 2)
+            took.append((clock.now() - begin) / 2)
             launched.append(launch / 2)
         return min(took), min(launched)
 

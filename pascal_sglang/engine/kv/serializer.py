@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from sglang.srt.runtime_context import get_parallel, get_serving
 
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostKV
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 
 
 class KVSerializer:
@@ -69,7 +69,7 @@ class KVSerializer:
             at += count * buffer.element_size()
 
 
-def kv_bytes_of(scheduler: Any, copies: HostCopies) -> KVSerializer | str:
+def kv_bytes_of(scheduler: SchedulerProtocol, copies: HostCopies) -> KVSerializer | str:
     """Access to the scheduler's pool, or why its KV cannot travel."""
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     if copies.buffers is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from types import SimpleNamespace
-from typing import Any
 
 from sglang.srt.runtime_context import get_parallel, get_serving
 
@@ -24,9 +23,10 @@ from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import (
     ReceiveBuffer,
     receive_buffer_bytes,
-    window_tokens,
+    slot_tokens,
 )
 from pascal_sglang.engine.plan_executor import PlanExecutor
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree, from_every_rank
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def migration_folder(config: PascalConfig) -> str | None:
 
 
 def build_migrations(
-    scheduler: Any, executor: PlanExecutor | None, config: PascalConfig
+    scheduler: SchedulerProtocol, executor: PlanExecutor | None, config: PascalConfig
 ) -> Migrations | None:
     """The moves of a scheduler with an executor; None, and logged, where requests cannot move."""
     folder = migration_folder(config)
@@ -66,7 +66,7 @@ def build_migrations(
     transport = None
     if problem is None and not isinstance(kv, str):
         try:
-            piece = window_tokens(kv) * kv.per_token
+            piece = slot_tokens(kv) * kv.per_token
             size = receive_buffer_bytes(kv)
             transport = make(config.kv_transport, size, piece, kv.copies.pin, config.kv_listen)
         except TransportError as error:
@@ -89,31 +89,30 @@ def build_migrations(
         if other != (get_parallel().dp_rank or 0):
             control_sender.send(other, [messages.ReceiveBuffers(receive_buffers)])
     prefill_gate = PrefillGate()
-    window = receive_buffer.window
     outgoing_migrations = OutgoingMigrations(
-        scheduler,
-        executor.request_states,
-        terms,
-        transport,
-        kv,
-        window,
-        control_sender,
-        prefill_gate,
+        scheduler=scheduler,
+        states=executor.request_states,
+        terms=terms,
+        transport=transport,
+        kv=kv,
+        slot_tokens=receive_buffer.slot_tokens,
+        control_sender=control_sender,
+        prefill_gate=prefill_gate,
     )
     incoming_migrations = IncomingMigrations(
-        scheduler,
-        executor.request_states,
-        executor.capacity,
-        terms,
-        receive_buffer,
-        receive_buffers,
-        control_sender,
-        prefill_gate,
+        scheduler=scheduler,
+        states=executor.request_states,
+        capacity=executor.capacity,
+        terms=terms,
+        receive_buffer=receive_buffer,
+        receive_buffers=receive_buffers,
+        control_sender=control_sender,
+        prefill_gate=prefill_gate,
     )
     return Migrations(
-        executor.request_states,
-        outgoing_migrations,
-        incoming_migrations,
-        control_sender,
-        config.force_migration,
+        states=executor.request_states,
+        outgoing_migrations=outgoing_migrations,
+        incoming_migrations=incoming_migrations,
+        control_sender=control_sender,
+        force_migration=config.force_migration,
     )

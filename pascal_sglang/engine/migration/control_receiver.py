@@ -3,13 +3,13 @@ takes in and broadcasts."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 
+from pascal_sglang import clock
 from pascal_sglang.cluster.control_channel import ControlReceiver, ControlSender
 
 
@@ -31,7 +31,7 @@ class PascalRequestReceiver(SchedulerRequestReceiver):
         requests: list[Any] | None = SchedulerRequestReceiver._pull_raw_reqs(self)
         if requests is not None and (control_batch := self.control_receiver.receive()):
             # First: an abort that comes with them is to find a request where it then is.
-            requests.insert(0, ControlBatch(time.perf_counter(), control_batch))
+            requests.insert(0, ControlBatch(clock.now(), control_batch))
         return requests
 
 

@@ -1,11 +1,12 @@
-"""The target's side of moves (`cluster.target`), carried out on the engine."""
+"""The target's side of moves (`cluster.migration_target`), carried out on the engine."""
 
 from __future__ import annotations
 
 import logging
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -17,9 +18,10 @@ from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
 from pascal_sglang.engine.capacity import CapacityView
+from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
-from pascal_sglang.engine.migration.prefill_gate import LANDING_PASSES, PrefillGate
-from pascal_sglang.engine.migration.receive_buffer import IncomingMigration, ReceiveBuffer
+from pascal_sglang.engine.migration.prefill_gate import HANDOVER_PASSES, PrefillGate
+from pascal_sglang.engine.migration.receive_buffer import ReceiveBuffer, Reservation
 from pascal_sglang.engine.migration.recent_aborts import RecentAborts
 from pascal_sglang.engine.migration.request_snapshot import (
     import_state,
@@ -29,6 +31,7 @@ from pascal_sglang.engine.migration.request_snapshot import (
 from pascal_sglang.engine.migration.revoked import Revoked
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
 from pascal_sglang.engine.request_states import RequestStates
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.request import RequestStatus
 
@@ -38,38 +41,93 @@ logger = logging.getLogger(__name__)
 REMEMBERED = 4096
 
 
-class IncomingMigrations:
-    """Moves to here. counts: how they ended, `taken` or why not. arrived: requests that came and
-    have not produced a token here yet, and when their last one left elsewhere, in seconds."""
+@dataclass(kw_only=True, slots=True, eq=False)
+class IncomingMigration(MigrationTarget):
+    """One migration to here."""
 
-    def __init__(
-        self,
-        scheduler: Any,
-        states: RequestStates,
-        capacity: CapacityView,
-        terms: Terms,
-        receive_buffer: ReceiveBuffer,
-        receive_buffers: list[str],
-        control_sender: Rank0Sender,
-        prefill_gate: PrefillGate,
-    ) -> None:
-        """receive_buffers: addresses of this instance's receive buffers, by TP rank."""
-        self.scheduler, self.states, self.capacity = scheduler, states, capacity
-        self.terms = terms
-        self.receive_buffer, self.receive_buffers, self.control_sender = (
-            receive_buffer,
-            receive_buffers,
-            control_sender,
-        )
-        self.prefill_gate = prefill_gate
-        self.under_way: dict[str, IncomingMigration] = {}
-        self.counts: Counter[str] = Counter()
-        self.arrived: dict[Req, float] = {}
-        self.metrics: MigrationMetrics | None = None
-        self._past: OrderedDict[str, IncomingMigration] = OrderedDict()
-        self._recent_aborts = RecentAborts()
-        self.revoked = Revoked(scheduler, states)
-        self._dp_rank = get_parallel().dp_rank or 0
+    side: IncomingMigrations
+    reservation: Reservation
+    # Made of its state, once that is here.
+    req: Req | None = None
+    # What is said once nothing reads the slot any more.
+    unsaid: Sequence[Message] = ()
+    # The request, once it is this instance's.
+    taken: weakref.ref[Req] | None = None
+
+    @property
+    def sender(self) -> int:
+        """The instance it comes from."""
+        return self.reservation.sender
+
+    def fetch(self, begin: int, end: int) -> bool:
+        fetched = self.side.receive_buffer.fetch(self.reservation, begin, end)
+        return all_agree(self.side.scheduler, fetched)
+
+    def problem(self, state: dict[str, Any], tokens: int) -> str | None:
+        scheduler = self.side.scheduler
+        problem = problem_with(state, tokens, scheduler.max_req_len)
+        if problem is not None:
+            return problem
+        try:
+            self.req = import_state(scheduler, state)
+        except (TypeError, ValueError, KeyError, AttributeError):
+            logger.exception("pascal_sglang: a request cannot be continued here")
+            return "state that cannot be continued"
+        return None
+
+    def take(self, state: dict[str, Any], tokens: int) -> None:
+        req, states = self.req, self.side.states
+        locations = self.side.receive_buffer.keep(self.reservation, tokens, states.pass_info.now)
+        states.arrived(req)
+        restore_state(req, state)
+        states.paused_requests.adopt(req, locations)
+        states.stopped(req, RequestStatus.RESIDENT)
+        self.side.arrived[req] = state["blocked_since"]
+        self.taken = weakref.ref(req)
+
+    def drop(self) -> None:
+        now = self.side.states.pass_info.now
+        self.side.receive_buffer.drop(self.reservation, self.why, now)
+
+    def revoke(self) -> None:
+        """The request was ended by its source, which waited in vain for this instance."""
+        req = None if self.taken is None else self.taken()
+        if req is not None and not req.finished():
+            self.side.count("revoked")
+            self.side.arrived.pop(req, None)
+            self.side.revoked.add(req)
+
+    def is_receiving(self) -> bool:
+        return self.state is TargetState.RECEIVING
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class IncomingMigrations:
+    """Migrations to here."""
+
+    scheduler: SchedulerProtocol
+    states: RequestStates
+    capacity: CapacityView
+    terms: Terms
+    receive_buffer: ReceiveBuffer
+    # Addresses of this instance's receive buffers, by TP rank.
+    receive_buffers: list[str]
+    control_sender: Rank0Sender
+    prefill_gate: PrefillGate
+    under_way: dict[str, IncomingMigration] = field(default_factory=dict)
+    # How they ended: `taken`, or why not.
+    counts: Counter[str] = field(default_factory=Counter)
+    # Requests that came and have not produced a token here yet, and when their last one left
+    # elsewhere, in seconds.
+    arrived: dict[Req, float] = field(default_factory=dict)
+    metrics: MigrationMetrics | None = None
+    revoked: Revoked = field(init=False)
+    _past: OrderedDict[str, IncomingMigration] = field(default_factory=OrderedDict)
+    _recent_aborts: RecentAborts = field(default_factory=RecentAborts)
+    _dp_rank: int = field(default_factory=lambda: get_parallel().dp_rank or 0)
+
+    def __post_init__(self) -> None:
+        self.revoked = Revoked(scheduler=self.scheduler, states=self.states)
 
     def came_with(self, batch: ScheduleBatch) -> bool:
         """Whether somebody's first token here is among those of this step."""
@@ -83,28 +141,26 @@ class IncomingMigrations:
         if ask.migration in self.under_way or ask.migration in self._past:
             return
         problem = self._why_not(ask, now)
-        incoming = None if problem else self.receive_buffer.reserve(sender, ask.tokens)
-        if incoming is None:
+        reservation = None
+        if problem is None:
+            reservation = self.receive_buffer.reserve(ask.migration, sender, ask.tokens)
+        if reservation is None:
             why = problem or "full"
-            self._count(why)
+            self.count(why)
             self.control_sender.send(sender, [messages.ReserveRefused(ask.migration, why)])
             return
-        incoming.target = MigrationTarget(
-            ask.migration,
-            ask.rid,
-            self.terms,
-            ask.tokens,
-            fetch=lambda begin, end: self._fetch(incoming, begin, end),
-            take=lambda state, tokens: self._take(incoming, state, tokens),
-            drop=lambda: self.receive_buffer.drop(incoming, self.states.pass_info.now),
-            revoke=lambda: self._revoke(incoming),
-            valid=lambda state, tokens: self._problem(incoming, state, tokens),
+        self.under_way[ask.migration] = IncomingMigration(
+            migration=ask.migration,
+            rid=ask.rid,
+            terms=self.terms,
+            tokens=ask.tokens,
             heard=now,
+            side=self,
+            reservation=reservation,
         )
-        self.under_way[ask.migration] = incoming
-        offset, window = self.receive_buffer.offset(incoming), self.receive_buffer.window
+        offset, size = self.receive_buffer.offset(reservation), self.receive_buffer.slot_tokens
         self.control_sender.send(
-            sender, [messages.ReserveGranted(ask.migration, self.receive_buffers, offset, window)]
+            sender, [messages.ReserveGranted(ask.migration, self.receive_buffers, offset, size)]
         )
 
     def _why_not(self, ask: messages.ReserveRequest, now: float) -> str | None:
@@ -114,67 +170,33 @@ class IncomingMigrations:
             return "generation paused"
         if self._recent_aborts.covers(ask.rid, now):
             return "aborted"
-        if not self.receive_buffer.windows.free:
+        if not self.receive_buffer.slots.free:
             return "busy"
-        running = len(self.scheduler.running_batch.reqs) + len(self.states.paused_requests.arriving)
+        running = len(self.scheduler.running_batch.reqs) + self.states.paused_requests.count(
+            PauseStatus.ARRIVING
+        )
         pool = self.receive_buffer.pool
         room = pool.free_tokens - self.capacity.promised_tokens() - pool.in_pages(running + 1)
         return None if room >= pool.in_pages(ask.tokens) else "full"
 
-    def _fetch(self, incoming: IncomingMigration, begin: int, end: int) -> bool:
-        return all_agree(self.scheduler, self.receive_buffer.fetch(incoming, begin, end))
-
-    def _problem(
-        self, incoming: IncomingMigration, state: dict[str, Any], tokens: int
-    ) -> str | None:
-        problem = problem_with(state, tokens, self.scheduler.max_req_len)
-        if problem is not None:
-            return problem
-        try:
-            incoming.req = import_state(self.scheduler, state)
-        except (TypeError, ValueError, KeyError, AttributeError):
-            logger.exception("pascal_sglang: a request cannot be continued here")
-            return "state that cannot be continued"
-        return None
-
-    def _take(self, incoming: IncomingMigration, state: dict[str, Any], tokens: int) -> None:
-        req = incoming.req
-        locations = self.receive_buffer.keep(incoming, tokens, self.states.pass_info.now)
-        self.states.arrived(req)
-        restore_state(req, state)
-        self.states.paused_requests.adopt(req, locations)
-        self.states.stopped(req, RequestStatus.RESIDENT)
-        self.arrived[req] = state["blocked_since"]
-        incoming.taken = weakref.ref(req)
-
-    def _revoke(self, incoming: IncomingMigration) -> None:
-        """The request was ended by its source, which waited in vain for this instance."""
-        req = None if incoming.taken is None else incoming.taken()
-        if req is not None and not req.finished():
-            self._count("revoked")
-            self.arrived.pop(req, None)
-            self.revoked.add(req)
-
-    def _settle(self, migration: str) -> None:
+    def _close_if_over(self, migration: str) -> None:
         incoming = self.under_way.get(migration)
-        if incoming is None or incoming.target is None:
-            return
-        target = incoming.target
-        if target.state is TargetState.RECEIVING:
+        if incoming is None or incoming.is_receiving():
             return
         del self.under_way[migration]
-        taken = target.state is TargetState.OWNED
-        self._count("taken" if taken else target.why)
+        taken = incoming.state is TargetState.OWNED
+        self.count("taken" if taken else incoming.why)
         # The source says so too, unless it has died.
         self.control_sender.send(
-            CONTROLLER, [messages.MigrationEnded(self._dp_rank, migration, taken, target.why)]
+            CONTROLLER, [messages.MigrationEnded(self._dp_rank, migration, taken, incoming.why)]
         )
-        incoming.req, incoming.locations = None, incoming.locations[:0].clone()
+        incoming.req, reservation = None, incoming.reservation
+        reservation.locations = reservation.locations[:0].clone()
         self._past[migration] = incoming
         while len(self._past) > REMEMBERED:
             self._past.popitem(last=False)
 
-    def _count(self, outcome: str) -> None:
+    def count(self, outcome: str) -> None:
         self.counts[outcome] += 1
         if self.metrics is not None:
             self.metrics.ended("in", outcome)
@@ -184,55 +206,53 @@ class IncomingMigrations:
         if isinstance(message, messages.MigrationCancelled):
             self.receive_buffer.through(message.migration, sender)
         incoming = self.under_way.get(message.migration) or self._past.get(message.migration)
-        if incoming is None or incoming.sender != sender or incoming.target is None:
+        if incoming is None or incoming.sender != sender:
             return
-        said = incoming.target.hear(message, now)
-        if incoming.reading is not None and incoming.target.state is TargetState.RECEIVING:
+        said = incoming.hear(message, now)
+        if incoming.reservation.reading is not None and incoming.is_receiving():
             # Said again or not, the source writes the next piece as soon as it hears this.
             incoming.unsaid = said
         else:
             self.control_sender.send(sender, said)
         if isinstance(message, messages.KVChunk) and message.last:
-            self.prefill_gate.ask(self.states.pass_info.pass_no, LANDING_PASSES)
-        self._settle(message.migration)
+            self.prefill_gate.ask(self.states.pass_info.pass_no, HANDOVER_PASSES)
+        self._close_if_over(message.migration)
 
     def step(self, now: float) -> None:
         """Once per pass."""
         if self.receive_buffer.closing:
             # Before rank 0 grants one again, the other ranks must be done with it too.
             all_agree(self.scheduler, self.receive_buffer.close(now))
-        for sender, migration in self.receive_buffer.windows.tick(now):
+        for sender, migration in self.receive_buffer.slots.tick(now):
             self.control_sender.send(sender, [messages.WriteQuery(migration)])
         for migration, incoming in list(self.under_way.items()):
-            assert incoming.target is not None
-            if incoming.reading is not None:
-                done = all_agree(self.scheduler, self.receive_buffer.read(incoming))
-                said = incoming.unsaid if done else incoming.target.give_up("transport")
+            if incoming.reservation.reading is not None:
+                done = all_agree(self.scheduler, self.receive_buffer.read(incoming.reservation))
+                said = incoming.unsaid if done else incoming.give_up("transport")
                 self.control_sender.send(incoming.sender, said)
-            self.control_sender.send(incoming.sender, incoming.target.tick(now))
-            self._settle(migration)
+            self.control_sender.send(incoming.sender, incoming.tick(now))
+            self._close_if_over(migration)
 
     def give_up(self, why: str) -> None:
         """What has come so far is dropped; the requests stay where they are."""
         for migration, incoming in list(self.under_way.items()):
-            if incoming.target is not None:
-                self.control_sender.send(incoming.sender, incoming.target.give_up(why))
-                self._settle(migration)
+            self.control_sender.send(incoming.sender, incoming.give_up(why))
+            self._close_if_over(migration)
 
     def aborted(self, rid: str, matches: Callable[[str], bool], now: float) -> None:
         """Requests are being aborted, whose names are or begin with `rid`; one of them may be on
         its way, or be about to set out."""
         for migration, incoming in list(self.under_way.items()):
-            if incoming.target is not None and matches(incoming.target.rid):
-                self.control_sender.send(incoming.sender, incoming.target.give_up("aborted"))
-                self._settle(migration)
+            if matches(incoming.rid):
+                self.control_sender.send(incoming.sender, incoming.give_up("aborted"))
+                self._close_if_over(migration)
         if rid:
             self._recent_aborts.add(rid, now)
 
     def died(self, instance: int) -> None:
         """The instance is no more."""
         for migration, incoming in list(self.under_way.items()):
-            if incoming.sender == instance and incoming.target is not None:
-                incoming.target.give_up("source died")
-                self._settle(migration)
+            if incoming.sender == instance:
+                incoming.give_up("source died")
+                self._close_if_over(migration)
         self.receive_buffer.died(instance, self.states.pass_info.now)

@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import dataclass
 
 from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster.codec import BadMessage, unpack
 from pascal_sglang.cluster.messages import LocationQuery
+from pascal_sglang.engine.kv.paused import PausedRequests
+from pascal_sglang.engine.load_reporter import LoadReporter
 from pascal_sglang.engine.migration.control_receiver import ControlBatch
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 
 logger = logging.getLogger(__name__)
 
 
-def hear(scheduler: Any, control_batch: ControlBatch) -> None:
-    """Answer the controller where no requests move; nothing else is for such an instance."""
-    for data in control_batch.messages:
-        try:
-            _, message = unpack(data, get_parallel().dp_size)
-        except BadMessage as error:
-            logger.warning("pascal_sglang: a control message was none: %s", error)
-            continue
-        if isinstance(message, LocationQuery):
-            reply(scheduler, message)
+@dataclass(kw_only=True, slots=True)
+class LocationReplies:
+    """Answers of one instance."""
 
+    scheduler: SchedulerProtocol
+    paused_requests: PausedRequests
+    load_reporter: LoadReporter
 
-def reply(scheduler: Any, query: LocationQuery) -> None:
-    """Say which of some requests live here, those on their way out included."""
-    if scheduler.load_reporter is None or scheduler.plan_executor is None:
-        return
-    paused_requests = scheduler.plan_executor.paused_requests
-    held = (
-        paused_requests.leaving,
-        paused_requests.arriving,
-        paused_requests.resident,
-        paused_requests.host,
-        paused_requests.moving,
-    )
-    queues = (scheduler.waiting_queue, scheduler.grammar_manager.grammar_queue, *held)
-    alive = {req.rid for queue in queues for req in queue}
-    alive |= {req.rid for req in scheduler.collect_inflight_reqs()}
-    if scheduler.chunked_req is not None:
-        alive.add(scheduler.chunked_req.rid)
-    scheduler.load_reporter.located(query, alive)
+    def hear(self, control_batch: ControlBatch) -> None:
+        """Answer the controller where no requests move; nothing else is for such an instance."""
+        for data in control_batch.messages:
+            try:
+                _, message = unpack(data, get_parallel().dp_size)
+            except BadMessage as error:
+                logger.warning("pascal_sglang: a control message was none: %s", error)
+                continue
+            if isinstance(message, LocationQuery):
+                self.reply(message)
+
+    def reply(self, query: LocationQuery) -> None:
+        """Say which of some requests live here, those on their way out included."""
+        scheduler = self.scheduler
+        held = self.paused_requests.held()
+        queues = (scheduler.waiting_queue, scheduler.grammar_manager.grammar_queue, held)
+        alive = {req.rid for queue in queues for req in queue}
+        alive |= {req.rid for req in scheduler.collect_inflight_reqs()}
+        if scheduler.chunked_req is not None:
+            alive.add(scheduler.chunked_req.rid)
+        self.load_reporter.located(query, alive)

@@ -1,17 +1,17 @@
 """Moves of requests between this instance and others.
 
-Both sides' states are in `cluster.source` and `cluster.target`. Every TP rank takes the same
-messages in the same pass and reads the same clock, so that all ranks do the same; only rank 0
-speaks.
+Both sides' states are in `cluster.migration_source` and `cluster.migration_target`. Every TP rank
+takes the same messages in the same pass and reads the same clock, so that all ranks do the same;
+only rank 0 speaks.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import time
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from pascal_sglang.engine.observability.migration_metrics import MigrationMetric
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, catch_on_all_ranks
+from pascal_sglang.policy.running_mean import running_mean
 from pascal_sglang.policy.timeline import Phase
 
 logger = logging.getLogger(__name__)
@@ -41,44 +42,37 @@ TO_SOURCE = (
     messages.WriteQuery,
 )
 TO_TARGET = (messages.KVChunk, messages.Handover, messages.MigrationCancelled)
-# Passes that a move takes besides one per window.
+# Passes that a move takes besides one per slot.
 PASSES = 4
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
 class Migrations:
-    """All moves of one scheduler.
+    """All migrations of one scheduler."""
 
-    stayed: requests that reached their boundary and cannot move, by reason. rejected: messages that
-    were no messages, by reason. blocked_s: seconds without a token, of the last moves to here.
-    """
+    states: RequestStates
+    outgoing_migrations: OutgoingMigrations
+    incoming_migrations: IncomingMigrations
+    control_sender: Rank0Sender
+    # For tests: the chance per pass that an answer asks to move again.
+    force_migration: float
+    # Requests that ended their reasoning and cannot move, by reason.
+    stayed: Counter[str] = field(default_factory=Counter)
+    # Malformed messages, by reason.
+    rejected: Counter[str] = field(default_factory=Counter)
+    # Seconds without a token, of the last migrations to here.
+    blocked_s: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
+    # Tokens that an answer has here, on average; None before the first.
+    answer_tokens: float | None = None
+    metrics: MigrationMetrics | None = None
+    # Answers the controller which requests live here.
+    locate: Callable[[messages.LocationQuery], None] = lambda query: None
+    _dice: random.Random = field(default_factory=lambda: random.Random(0))
+    _dp_rank: int = field(default_factory=lambda: get_parallel().dp_rank or 0)
+    _instances: int = field(default_factory=lambda: get_parallel().dp_size)
 
-    def __init__(
-        self,
-        states: RequestStates,
-        outgoing_migrations: OutgoingMigrations,
-        incoming_migrations: IncomingMigrations,
-        control_sender: Rank0Sender,
-        force_migration: float,
-    ) -> None:
-        """force_migration: for tests: the chance per pass that an answer asks to move again."""
-        self.states, self.outgoing_migrations, self.incoming_migrations = (
-            states,
-            outgoing_migrations,
-            incoming_migrations,
-        )
-        self.control_sender = control_sender
+    def __post_init__(self) -> None:
         self.outgoing_migrations.left = self.gone
-        self.stayed: Counter[str] = Counter()
-        self.rejected: Counter[str] = Counter()
-        self.blocked_s: deque[float] = deque(maxlen=1024)
-        # Tokens that an answer has here, on average; None before the first.
-        self.answer_tokens: float | None = None
-        self.metrics: MigrationMetrics | None = None
-        # Answers the controller which requests live here.
-        self.locate: Callable[[messages.LocationQuery], None] = lambda query: None
-        self._force_migration = force_migration
-        self._dice = random.Random(0)
-        self._dp_rank, self._instances = get_parallel().dp_rank or 0, get_parallel().dp_size
 
     @property
     def reserved_tokens(self) -> int:
@@ -161,19 +155,19 @@ class Migrations:
             self.outgoing_migrations.step(running, now)
         if (
             not self.incoming_migrations.is_idle
-            or self.incoming_migrations.receive_buffer.windows.in_doubt
+            or self.incoming_migrations.receive_buffer.slots.in_doubt
         ):
             self.incoming_migrations.step(now)
-        if self._force_migration:
+        if self.force_migration:
             for req in running.reqs:
                 if (
                     state_of(req).phase is Phase.ANSWERING
-                    and self._dice.random() < self._force_migration
+                    and self._dice.random() < self.force_migration
                 ):
                     self.reasoning_ended(req)
 
     def reasoning_ended(self, req: Req) -> None:
-        """The request has just ended its thinking: ask the controller where it goes on."""
+        """The request has just ended its reasoning: ask the controller where it goes on."""
         reason = why_not_migratable(req)
         if reason is not None:
             self.stayed[reason] += 1
@@ -183,7 +177,7 @@ class Migrations:
         kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
         remaining = remaining_of(req, state_of(req))
         likely = remaining if self.answer_tokens is None else int(self.answer_tokens)
-        passes = PASSES + kv_tokens // self.outgoing_migrations.window
+        passes = PASSES + kv_tokens // self.outgoing_migrations.slot_tokens
         self.control_sender.send(
             CONTROLLER,
             [
@@ -193,21 +187,20 @@ class Migrations:
             ],
         )
 
-    def observe(self, req: Req) -> None:
-        """The request may have produced a token."""
+    def observe(self, req: Req, now: float) -> None:
+        """The request may have produced a token, which leaves `now`."""
         since = (
             self.incoming_migrations.arrived.pop(req, None)
             if self.incoming_migrations.arrived
             else None
         )
         if since is not None:
-            blocked_s = max(0.0, time.perf_counter() - since)
+            blocked_s = max(0.0, now - since)
             self.blocked_s.append(blocked_s)
             if self.metrics is not None:
                 self.metrics.blocked(blocked_s)
         if req.finished() and (spoke := timeline_of(req).answer_tokens):
-            before = self.answer_tokens
-            self.answer_tokens = spoke if before is None else 0.9 * before + 0.1 * spoke
+            self.answer_tokens = running_mean(self.answer_tokens, spoke)
 
     def gone(self, req: Req) -> None:
         """The request has ended here, or moved on, without another token."""
@@ -220,19 +213,17 @@ class Migrations:
 
     def describe(self) -> dict[str, Any]:
         """For `GET /pascal/status`."""
-        windows = self.incoming_migrations.receive_buffer.windows
+        slots = self.incoming_migrations.receive_buffer.slots
         return {
             "out": [
-                {"rid": out.req.rid, "to": out.target, "state": out.source.state.value}
+                {"rid": out.rid, "to": out.target, "state": out.state.value}
                 for out in self.outgoing_migrations.under_way.values()
-                if out.source is not None
             ],
             "in": [
-                {"rid": target.rid, "from": incoming.sender, "state": target.state.value}
-                for incoming in self.incoming_migrations.under_way.values()
-                if (target := incoming.target) is not None
+                {"rid": each.rid, "from": each.sender, "state": each.state.value}
+                for each in self.incoming_migrations.under_way.values()
             ],
-            "windows": {"free": windows.free, "in_doubt": windows.in_doubt},
+            "windows": {"free": slots.free, "in_doubt": slots.in_doubt},
             "outgoing": dict(self.outgoing_migrations.counts),
             "incoming": dict(self.incoming_migrations.counts),
             "stayed": dict(self.stayed),

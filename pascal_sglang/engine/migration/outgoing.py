@@ -1,10 +1,11 @@
-"""The source's side of moves (`cluster.source`), carried out on the engine."""
+"""The source's side of moves (`cluster.migration_source`), carried out on the engine."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -17,49 +18,109 @@ from pascal_sglang.cluster.migration_source import OPEN, OVER, MigrationSource, 
 from pascal_sglang.cluster.transport import Transport
 from pascal_sglang.engine.kv.serializer import KVSerializer
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
-from pascal_sglang.engine.migration.outgoing_migration import OutgoingMigration, find
+from pascal_sglang.engine.migration.outgoing_kv import OutgoingKV, find
 from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.request_snapshot import export_state, why_not_migratable
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.request import RequestStatus
 
 logger = logging.getLogger(__name__)
 
-# Tokens that a request may gain while it moves, beyond one per window.
+# Tokens that a request may gain while it moves, beyond one per slot.
 GROWTH = 64
 
 
-class OutgoingMigrations:
-    """Moves from here. counts: how they ended, `moved` or `kept:<why>`. bytes_sent: by this
-    rank."""
+@dataclass(kw_only=True, slots=True, eq=False)
+class OutgoingMigration(MigrationSource):
+    """One migration from here."""
 
-    def __init__(
-        self,
-        scheduler: Any,
-        states: RequestStates,
-        terms: Terms,
-        transport: Transport,
-        kv: KVSerializer,
-        window: int,
-        control_sender: Rank0Sender,
-        prefill_gate: PrefillGate,
-    ) -> None:
-        """window: KV entries that go between two decode steps."""
-        self.scheduler, self.states = scheduler, states
-        self.paused_requests = states.paused_requests
-        self.terms, self.transport, self.kv, self.window = terms, transport, kv, window
-        self.control_sender, self.prefill_gate = control_sender, prefill_gate
-        self.under_way: dict[str, OutgoingMigration] = {}
-        self.counts: Counter[str] = Counter()
-        self.bytes_sent = 0
-        self.metrics: MigrationMetrics | None = None
-        # Told of each request that has left for good.
-        self.left: Callable[[Req], None] = lambda req: None
-        self._dp_rank, self._tp_rank = get_parallel().dp_rank or 0, get_parallel().tp_rank
-        self._running: ScheduleBatch | None = None
+    side: OutgoingMigrations
+    # The instance it goes to.
+    target: int
+    kv: OutgoingKV
+    # Its client gave it up after the Handover.
+    aborted: bool = False
+    # When it was told to leave the batch, in seconds; 0 while it runs.
+    stopped_at: float = 0.0
+    # What is said once the copy begun in the last pass is complete.
+    unsaid: messages.KVChunk | None = None
+
+    @property
+    def req(self) -> Req:
+        return self.kv.req
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in OVER
+
+    def stop(self) -> None:
+        side, states = self.side, self.side.states
+        assert side.running is not None
+        if self.terms.live:
+            # What it has produced last is told after the step that begins now.
+            side.prefill_gate.ask(states.pass_info.pass_no, 1)
+        self.stopped_at = states.pass_info.now
+        timeline_of(self.req).stopped("moved", self.stopped_at)
+        self.kv.take_out(side.running, states.ended)
+
+    def snapshot(self) -> dict[str, Any]:
+        # When its last token left; for one that was paused, when the migration began to hold it.
+        timeline = timeline_of(self.req)
+        last_token = timeline.last_answer or timeline.reasoning_end or 0.0
+        return export_state(self.req, max(self.stopped_at, last_token))
+
+    def resume(self) -> None:
+        status = self.kv.put_back()
+        if status is None:
+            return
+        if self.aborted:
+            self.kv.let_go()
+            self.side.scheduler.end_early(self.req, None)
+        elif status is RequestStatus.WAITING:
+            self.side.states.wait_again(self.req)
+        else:
+            self.side.states.stopped(self.req, status)
+
+    def release(self) -> None:
+        self.kv.let_go()
+
+    def lose(self) -> None:
+        self.kv.let_go()
+        how = "has died" if self.state is SourceState.LOST else "does not answer"
+        problem = f"The instance that the request moved to {how}."
+        self.side.scheduler.end_early(self.req, None if self.aborted else problem)
+        self.side.report(self.migration, False, self.why)
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class OutgoingMigrations:
+    """Migrations from here."""
+
+    scheduler: SchedulerProtocol
+    states: RequestStates
+    terms: Terms
+    transport: Transport
+    kv: KVSerializer
+    # KV entries that go between two decode steps.
+    slot_tokens: int
+    control_sender: Rank0Sender
+    prefill_gate: PrefillGate
+    under_way: dict[str, OutgoingMigration] = field(default_factory=dict)
+    # How they ended: `moved` or `kept:<why>`.
+    counts: Counter[str] = field(default_factory=Counter)
+    # By this rank.
+    bytes_sent: int = 0
+    metrics: MigrationMetrics | None = None
+    # Told of each request that has left for good.
+    left: Callable[[Req], None] = lambda req: None
+    # The running batch of this pass.
+    running: ScheduleBatch | None = None
+    _dp_rank: int = field(default_factory=lambda: get_parallel().dp_rank or 0)
+    _tp_rank: int = field(default_factory=lambda: get_parallel().tp_rank)
 
     def open_peer(self, receive_buffers: Sequence[str]) -> None:
         """Open and pin another instance's receive buffer; `receive_buffers` are addresses, by TP
@@ -70,184 +131,143 @@ class OutgoingMigrations:
     @property
     def holds_requests(self) -> bool:
         """Whether a request that is under way may still be this instance's."""
-        return any(
-            out.source is not None and out.source.state is not SourceState.REVOKING
-            for out in self.under_way.values()
-        )
+        return any(out.state is not SourceState.REVOKING for out in self.under_way.values())
 
     def ordered(self, order: messages.MigrateCommand, now: float) -> None:
-        req = find(order.rid, self.scheduler, self.paused_requests)
+        req = find(order.rid, self.scheduler, self.states.paused_requests)
         problem = "not here" if req is None else why_not_migratable(req)
         if self.scheduler._engine_paused:
             problem = "generation paused"
         if req is not None and any(out.req is req for out in self.under_way.values()):
             problem = "moves already"
         if req is None or problem is not None or order.target == self._dp_rank:
-            self._report(order.migration, False, problem or "to itself")
+            self.report(order.migration, False, problem or "to itself")
             return
         held = len(req.origin_input_ids) + len(req.output_ids)
-        growth = GROWTH + held // self.window
+        growth = GROWTH + held // self.slot_tokens
         reserve = held + min(remaining_of(req, state_of(req)), growth) + 2
-        out = OutgoingMigration(req, order.target, self.paused_requests, now)
-        out.source = MigrationSource(
-            order.migration,
-            req.rid,
-            self.terms,
-            reserve,
-            stop=lambda: self._stop(out),
-            snapshot=lambda: export_state(req, out.blocked_since),
-            resume=lambda: self._resume(out),
-            release=out.let_go,
-            lose=lambda: self._lose(out),
+        kv = OutgoingKV(
+            req=req,
+            paused_requests=self.states.paused_requests,
+            transport=self.transport,
+            serializer=self.kv,
+            tp_rank=self._tp_rank,
         )
-        self.under_way[order.migration] = out
-        self.control_sender.send(order.target, out.source.begin(now, self.kv.layout))
+        out = self.under_way[order.migration] = OutgoingMigration(
+            migration=order.migration,
+            rid=req.rid,
+            terms=self.terms,
+            reserve=reserve,
+            side=self,
+            target=order.target,
+            kv=kv,
+        )
+        self.control_sender.send(order.target, out.begin(now, self.kv.layout))
 
     def hear(self, sender: int, message: Message, now: float) -> None:
         out = self.under_way.get(message.migration)
         if out is None and isinstance(message, messages.WriteQuery):
             # What was under way has been waited for before the move was forgotten.
             self.control_sender.send(sender, [messages.MigrationCancelled(message.migration)])
-        if out is None or out.target != sender or out.source is None:
+        if out is None or out.target != sender:
             return
         if isinstance(message, messages.ReserveGranted):
-            out.granted = message
-        self._say(out, out.source.hear(message, now))
-        self._settle(message.migration)
+            out.kv.granted = message
+        self._say(out, out.hear(message, now))
+        self._close_if_over(message.migration)
 
     def step(self, running: ScheduleBatch, now: float) -> None:
         """Once per pass, before the plan: KV that is new goes out, and whoever is to stop leaves
         the running batch."""
-        self._running = running
+        self.running = running
         alive = set(running.reqs)
         for migration, out in list(self.under_way.items()):
-            assert out.source is not None
-            self._advance(out, out.source, alive, now)
-            self._say(out, out.source.tick(now))
-            self._settle(migration)
+            self._advance(out, alive, now)
+            self._say(out, out.tick(now))
+            self._close_if_over(migration)
 
     def _say(self, out: OutgoingMigration, said: Sequence[Message]) -> None:
-        """Tell the target. If the move is over, it gives the window to others: nothing may be on
+        """Tell the target. If the move is over, it gives the slot to others: nothing may be on
         its way there."""
-        assert out.source is not None
-        if out.source.state in OVER and out.unsaid is not None:
+        if out.is_over and out.unsaid is not None:
             self._wait(out)
         self.control_sender.send(out.target, said)
 
-    def _advance(
-        self, out: OutgoingMigration, source: MigrationSource, alive: set[Req], now: float
-    ) -> None:
-        if source.state not in OPEN:
+    def _advance(self, out: OutgoingMigration, alive: set[Req], now: float) -> None:
+        if out.state not in OPEN:
             return
-        why = "recompute" if out.status(alive) is RequestStatus.WAITING else None
+        why = "recompute" if out.kv.status(alive) is RequestStatus.WAITING else None
         if out.req.finished() or out.req.to_finish is not None:
             why = "ended"
         if why is not None:
             # Its KV may have changed hands since a copy of it was begun.
-            self._say(out, source.keep(why))
+            self._say(out, out.keep(why))
             return
         if (chunk := out.unsaid) is not None:
-            self._say(out, [chunk] if self._wait(out) else source.unsent("transport"))
-            if source.state not in OPEN:
+            self._say(out, [chunk] if self._wait(out) else out.unsent("transport"))
+            if out.state not in OPEN:
                 return
-        if self._copy(out, source, alive, now) and source.state is SourceState.STOPPING:
+        if self._copy(out, alive, now) and out.state is SourceState.STOPPING:
             # Without overlap nothing of it is under way, and it stands still at once.
             self.states.finish_pauses()
-            self._copy(out, source, alive, now)
+            self._copy(out, alive, now)
 
-    def _copy(
-        self, out: OutgoingMigration, source: MigrationSource, alive: set[Req], now: float
-    ) -> bool:
+    def _copy(self, out: OutgoingMigration, alive: set[Req], now: float) -> bool:
         """Send what can be sent; True if the request was told to stop by this."""
-        status = out.status(alive)
+        status = out.kv.status(alive)
         if status is None or status is RequestStatus.WAITING:
             return False
-        before = source.state
-        still = status is not RequestStatus.RUNNING and out.req in self.paused_requests.moving
-        tokens = out.kv_tokens(
-            status, status is RequestStatus.RUNNING and self.scheduler.enable_overlap
-        )
+        before, runs = out.state, status is RequestStatus.RUNNING
+        still = not runs and self.states.paused_requests.is_migrating(out.req)
+        tokens = out.kv.tokens(status, runs and self.scheduler.enable_overlap)
         try:
-            said = source.copy(now, tokens, still=still)
+            said = out.copy(now, tokens, still=still)
         except (TypeError, ValueError):
             logger.exception("pascal_sglang: the state of %s does not travel", out.req.rid)
-            said = source.keep("state")
+            said = out.keep("state")
         for message in said:
             if isinstance(message, messages.KVChunk | messages.Handover):
-                said = self._sent(out, source, message, status)
+                said = self._sent(out, message, status)
         self._say(out, said)
-        return before is not source.state
+        return before is not out.state
 
-    def _sent(
-        self, out: OutgoingMigration, source: MigrationSource, message: Any, status: RequestStatus
-    ) -> list[Message]:
+    def _sent(self, out: OutgoingMigration, message: Any, status: RequestStatus) -> list[Message]:
         """Put the KV that `message` speaks of where the target finds it; what can be said now. The
         device copies a Chunk while the next step decodes. A Handover is little, and its reader
         waits for it."""
         chunk = message if isinstance(message, messages.KVChunk) else None
         end = message.kv_tokens if chunk is None else chunk.end
-        out.write(message.begin, end, status, self.transport, self.kv, self._tp_rank)
+        out.kv.write(message.begin, end, status)
         if chunk is not None and self.kv.copies.deferred and self.transport.direct:
             out.unsaid = chunk
             return []
-        return [message] if self._wait(out) else source.unsent("transport")
+        return [message] if self._wait(out) else out.unsent("transport")
 
     def _wait(self, out: OutgoingMigration) -> bool:
-        """Whether the KV last written is in the window, on every rank: rank 0 speaks for all."""
+        """Whether the KV last written is in the slot, on every rank: rank 0 speaks for all."""
         out.unsaid = None
-        problem = out.written(self.transport, self.kv)
+        problem = out.kv.written()
         if problem is not None:
             logger.warning("pascal_sglang: %s stays: %s", out.req.rid, problem)
         return all_agree(self.scheduler, problem is None)
 
-    def _stop(self, out: OutgoingMigration) -> None:
-        assert self._running is not None
-        if self.terms.live:
-            # What it has produced last is told after the step that begins now.
-            self.prefill_gate.ask(self.states.pass_info.pass_no, 1)
-        out.stopped_at = self.states.pass_info.now
-        timeline_of(out.req).stopped("moved", out.stopped_at)
-        out.take_out(self._running, lambda req: self.states.ended(req))
-
-    def _resume(self, out: OutgoingMigration) -> None:
-        status = out.put_back()
-        if status is None:
-            return
-        if out.aborted:
-            out.let_go()
-            self.scheduler.end_early(out.req, None)
-        elif status is RequestStatus.WAITING:
-            self.states.wait_again(out.req)
-        else:
-            self.states.stopped(out.req, status)
-
-    def _lose(self, out: OutgoingMigration) -> None:
-        out.let_go()
-        assert out.source is not None
-        died = out.source.state is SourceState.LOST
-        how = "has died" if died else "does not answer"
-        problem = f"The instance that the request moved to {how}."
-        self.scheduler.end_early(out.req, None if out.aborted else problem)
-        self._report(out.source.migration, False, out.source.why)
-
-    def _settle(self, migration: str) -> None:
+    def _close_if_over(self, migration: str) -> None:
         out = self.under_way[migration]
-        source = out.source
-        if source is None or source.state not in OVER:
+        if not out.is_over:
             return
         del self.under_way[migration]
-        self.bytes_sent += out.bytes_sent
-        done = source.state is SourceState.DONE
-        if done or source.state is SourceState.LOST:
+        self.bytes_sent += out.kv.bytes_sent
+        done = out.state is SourceState.DONE
+        if done or out.state is SourceState.LOST:
             self.left(out.req)
-        outcome = "moved" if done else f"kept:{source.why}"
+        outcome = "moved" if done else f"kept:{out.why}"
         self.counts[outcome] += 1
         if self.metrics is not None:
             self.metrics.ended("out", outcome)
-            self.metrics.sent(out.bytes_sent)
-        self._report(migration, done, source.why)
+            self.metrics.sent(out.kv.bytes_sent)
+        self.report(migration, done, out.why)
 
-    def _report(self, migration: str, done: bool, why: str) -> None:
+    def report(self, migration: str, done: bool, why: str) -> None:
         self.control_sender.send(
             CONTROLLER, [messages.MigrationEnded(self._dp_rank, migration, done, why)]
         )
@@ -255,24 +275,23 @@ class OutgoingMigrations:
     def give_up(self, why: str) -> None:
         """Every request that is not handed over stays."""
         for migration, out in list(self.under_way.items()):
-            if out.source is not None:
-                self._say(out, out.source.keep(why))
-                self._settle(migration)
+            self._say(out, out.keep(why))
+            self._close_if_over(migration)
 
     def aborted(self, matches: Callable[[str], bool]) -> None:
         """Requests are being aborted. One that was handed over is the target's to end, unless it
         comes back."""
         for migration, out in list(self.under_way.items()):
-            if out.source is None or not matches(out.req.rid):
+            if not matches(out.req.rid):
                 continue
-            out.aborted = out.source.state is SourceState.HANDED
-            self._say(out, out.source.keep("aborted"))
-            self._settle(migration)
+            out.aborted = out.state is SourceState.HANDED
+            self._say(out, out.keep("aborted"))
+            self._close_if_over(migration)
 
     def died(self, instance: int) -> None:
         """The instance is no more."""
         for migration, out in list(self.under_way.items()):
-            if out.target == instance and out.source is not None:
-                out.source.target_died()
+            if out.target == instance:
+                out.target_died()
                 self._say(out, [])
-                self._settle(migration)
+                self._close_if_over(migration)

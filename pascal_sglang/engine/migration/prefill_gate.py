@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 # A request that stops elsewhere is here this many passes later, and has produced a token.
-LANDING_PASSES = 8
+HANDOVER_PASSES = 8
 
 
 class PrefillGate:
-    """Defers prefills while somebody changes instances, at most `LANDING_PASSES` passes in a row;
+    """Defers prefills while somebody changes instances, at most `HANDOVER_PASSES` passes in a row;
     then prefills have as many for themselves."""
 
     def __init__(self) -> None:
@@ -28,6 +28,6 @@ class PrefillGate:
             self._deferred = 0
             return False
         self._deferred += 1
-        if self._deferred == LANDING_PASSES:
-            self._free_until = pass_no + 1 + LANDING_PASSES
+        if self._deferred == HANDOVER_PASSES:
+            self._free_until = pass_no + 1 + HANDOVER_PASSES
         return True

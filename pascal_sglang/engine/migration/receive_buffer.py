@@ -1,17 +1,12 @@
-"""A request on its way in: its reserved memory, and its window of the receive buffer."""
+"""Memory for requests on their way in: KV entries of the pool, and slots of the receive buffer."""
 
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from sglang.srt.managers.schedule_batch import Req
 
-from pascal_sglang.cluster.messages import Message
-from pascal_sglang.cluster.migration_target import MigrationTarget
 from pascal_sglang.cluster.receive_slots import ReceiveSlots
 from pascal_sglang.engine.kv.host_copies import HostKV
 from pascal_sglang.engine.kv.pool import Pool
@@ -20,40 +15,40 @@ from pascal_sglang.engine.kv.serializer import KVSerializer
 logger = logging.getLogger(__name__)
 
 # Windows of a receive buffer, and so moves that one instance takes in at a time.
-WINDOWS = 8
-WINDOW_BYTES = 4 << 20
-WINDOW_TOKENS = 512
+SLOTS = 8
+SLOT_BYTES = 4 << 20
+SLOT_TOKENS = 512
 
 
-def window_tokens(kv: KVSerializer) -> int:
-    """KV entries that a window takes: what is copied between two decode steps."""
-    return max(16, min(WINDOW_TOKENS, WINDOW_BYTES // kv.per_token))
+def slot_tokens(kv: KVSerializer) -> int:
+    """KV entries that a slot takes: what is copied between two decode steps."""
+    return max(16, min(SLOT_TOKENS, SLOT_BYTES // kv.per_token))
 
 
 @dataclass(slots=True, eq=False)
-class IncomingMigration:
-    """One move to here. sender: the instance it comes from. locations: the KV entries reserved, in
-    whole pages. req: made of its state, once that is here. reading: its window is read, since the
-    last pass; unsaid: what is said once that is over. taken: the request, once it is this
-    instance's. through: the source writes into the window no more; dead: the source has died."""
+class Reservation:
+    """What a migration to here holds."""
 
+    migration: str
+    # The instance it comes from.
     sender: int
+    # The KV entries reserved, in whole pages.
     locations: torch.Tensor
-    window: int
-    target: MigrationTarget | None = None
-    req: Req | None = None
+    # Number of its slot.
+    slot: int
+    # The slot is being read, since the last pass.
     reading: HostKV | None = None
-    unsaid: Sequence[Message] = ()
-    taken: weakref.ref[Req] | None = None
+    # The source writes into the slot no more.
     through: bool = False
+    # The source has died.
     dead: bool = False
 
 
 class ReceiveBuffer:
-    """Memory for KV on its way in: entries of the pool, and windows.
+    """Memory for KV on its way in: entries of the pool, and slots.
 
-    reserved: KV entries held. A window is given to the next move when nothing uses it any more:
-    closing are moves that are over and whose windows are read; `ReceiveSlots` knows which of the
+    reserved: KV entries held. A slot is given to the next move when nothing uses it any more:
+    closing are moves that are over and whose slots are read; `ReceiveSlots` knows which of the
     others a source may still write into.
     """
 
@@ -61,104 +56,102 @@ class ReceiveBuffer:
         self.pool = pool
         self.kv = kv
         self.memory = memory
-        self.window = window_tokens(kv)
+        self.slot_tokens = slot_tokens(kv)
         self.reserved = 0
-        self.closing: list[IncomingMigration] = []
-        self.windows = ReceiveSlots(WINDOWS)
+        self.closing: list[Reservation] = []
+        self.slots = ReceiveSlots(SLOTS)
 
-    def reserve(self, sender: int, tokens: int) -> IncomingMigration | None:
-        """Memory for `tokens` KV entries and a window; None if there is none."""
+    def reserve(self, migration: str, sender: int, tokens: int) -> Reservation | None:
+        """Memory for `tokens` KV entries and a slot; None if there is none."""
         locations = self.pool.take(self.pool.in_pages(tokens))
         if locations is None:
             return None
         self.reserved += len(locations)
-        return IncomingMigration(sender, locations, self.windows.take())
+        return Reservation(migration, sender, locations, self.slots.take())
 
-    def offset(self, incoming: IncomingMigration) -> int:
-        """Where its window begins, in bytes."""
-        return incoming.window * self.window * self.kv.per_token
+    def offset(self, reservation: Reservation) -> int:
+        """Where its slot begins, in bytes."""
+        return reservation.slot * self.slot_tokens * self.kv.per_token
 
-    def fetch(self, incoming: IncomingMigration, begin: int, end: int) -> bool:
-        """Take KV of the tokens `begin`..`end` out of the window; whether that worked. Deferred
+    def fetch(self, reservation: Reservation, begin: int, end: int) -> bool:
+        """Take KV of the tokens `begin`..`end` out of the slot; whether that worked. Deferred
         copies read it until `read` returns."""
-        if end - begin > self.window:
+        if end - begin > self.slot_tokens:
             return False
-        at, size = self.offset(incoming), (end - begin) * self.kv.per_token
+        at, size = self.offset(reservation), (end - begin) * self.kv.per_token
         if not size:
             return True
-        # Of every rank, whether it fails or not: windows are free again in the same pass.
-        incoming.reading = HostKV([], failed=True)
+        # Of every rank, whether it fails or not: slots are free again in the same pass.
+        reservation.reading = HostKV([], failed=True)
         try:
             memory = self.memory[at : at + size]
-            incoming.reading = self.kv.copy_in(incoming.locations[begin:end], memory)
+            reservation.reading = self.kv.copy_in(reservation.locations[begin:end], memory)
         except Exception:  # Whatever it is: the other ranks are told so, and wait for that.
             logger.exception("pascal_sglang: KV that arrived could not be written")
         if self.kv.copies.deferred:
-            return not incoming.reading.failed
-        return self.read(incoming)
+            return not reservation.reading.failed
+        return self.read(reservation)
 
-    def read(self, incoming: IncomingMigration) -> bool:
-        """Wait until nothing reads the window any more; False if the device failed."""
-        reading, incoming.reading = incoming.reading, None
+    def read(self, reservation: Reservation) -> bool:
+        """Wait until nothing reads the slot any more; False if the device failed."""
+        reading, reservation.reading = reservation.reading, None
         return reading is None or self.kv.copies.wait(reading)
 
     def close(self, now: float) -> bool:
-        """The same for the windows of moves that are over."""
+        """The same for the slots of moves that are over."""
         closed, self.closing = self.closing, []
-        failed = [incoming for incoming in closed if not self.read(incoming)]
-        for incoming in closed:
-            self._leave_window(incoming, now)
+        failed = [reservation for reservation in closed if not self.read(reservation)]
+        for reservation in closed:
+            self._leave_slot(reservation, now)
         return not failed
 
     def through(self, migration: str, sender: int) -> None:
         """The source of a move that is over writes no more."""
-        for incoming in self.closing:
-            assert incoming.target is not None
-            if incoming.target.migration == migration and incoming.sender == sender:
-                incoming.through = True
-        self.windows.confirmed(migration, sender)
+        for reservation in self.closing:
+            if reservation.migration == migration and reservation.sender == sender:
+                reservation.through = True
+        self.slots.confirmed(migration, sender)
 
     def died(self, sender: int, now: float) -> None:
         """The instance is no more."""
-        for incoming in self.closing:
-            incoming.dead |= incoming.sender == sender
-        self.windows.died(sender, now)
+        for reservation in self.closing:
+            reservation.dead |= reservation.sender == sender
+        self.slots.died(sender, now)
 
-    def _leave_window(self, incoming: IncomingMigration, now: float) -> None:
-        """Nothing reads the window any more."""
-        if incoming.through or incoming.target is None:
-            self.windows.give_back(incoming.window)
+    def _leave_slot(self, reservation: Reservation, now: float) -> None:
+        """Nothing reads the slot any more."""
+        if reservation.through:
+            self.slots.give_back(reservation.slot)
         else:
-            migration, sender = incoming.target.migration, incoming.sender
-            self.windows.doubt(incoming.window, migration, sender, now, dead=incoming.dead)
+            migration, sender = reservation.migration, reservation.sender
+            self.slots.doubt(reservation.slot, migration, sender, now, dead=reservation.dead)
 
-    def keep(self, incoming: IncomingMigration, tokens: int, now: float) -> torch.Tensor:
+    def keep(self, reservation: Reservation, tokens: int, now: float) -> torch.Tensor:
         """The move is done: where its `tokens` KV entries are. The rest is given back. A source
         writes nothing after its Handover."""
         used = self.pool.in_pages(tokens)
-        incoming.through = True
-        self._give_back(incoming, incoming.locations[used:], now)
-        return incoming.locations[:tokens]
+        reservation.through = True
+        self._give_back(reservation, reservation.locations[used:], now)
+        return reservation.locations[:tokens]
 
-    def drop(self, incoming: IncomingMigration, now: float) -> None:
-        """The move has failed: all is given back."""
-        assert incoming.target is not None
-        incoming.through = incoming.target.why == "cancelled"
-        incoming.dead = incoming.target.why == "source died"
-        self._give_back(incoming, incoming.locations, now)
+    def drop(self, reservation: Reservation, why: str, now: float) -> None:
+        """The migration has failed: all is given back."""
+        reservation.through = why == "cancelled"
+        reservation.dead = why == "source died"
+        self._give_back(reservation, reservation.locations, now)
 
-    def _give_back(self, incoming: IncomingMigration, locations: torch.Tensor, now: float) -> None:
-        self.reserved -= len(incoming.locations)
-        if incoming.reading is not None:
+    def _give_back(self, reservation: Reservation, locations: torch.Tensor, now: float) -> None:
+        self.reserved -= len(reservation.locations)
+        if reservation.reading is not None:
             # Steps that read this KV, or write where it is given back, come after the copy.
-            self.kv.copies.hold_steps(incoming.reading)
-            self.closing.append(incoming)
+            self.kv.copies.hold_steps(reservation.reading)
+            self.closing.append(reservation)
         else:
-            self._leave_window(incoming, now)
+            self._leave_slot(reservation, now)
         if len(locations):
             self.pool.allocator.free(locations)
 
 
 def receive_buffer_bytes(kv: KVSerializer) -> int:
     """Bytes of a rank's receive buffer."""
-    return WINDOWS * window_tokens(kv) * kv.per_token
+    return SLOTS * slot_tokens(kv) * kv.per_token

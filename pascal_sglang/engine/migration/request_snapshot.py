@@ -29,6 +29,7 @@ from pascal_sglang.engine.migration.snapshot_fields import (
     refused_by,
 )
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Break, Phase, PhaseTimeline
 
@@ -139,7 +140,7 @@ def problem_with(state: dict[str, Any], kv_tokens: int, longest: int) -> str | N
     return None
 
 
-def import_state(scheduler: Any, state: dict[str, Any]) -> Req:
+def import_state(scheduler: SchedulerProtocol, state: dict[str, Any]) -> Req:
     """The request that `state` describes, which `problem_with` had nothing against."""
     given = state["given"]
     req = Req(

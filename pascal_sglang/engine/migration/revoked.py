@@ -3,20 +3,22 @@ and did not answer. They end here without a word: their client has been told."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from pascal_sglang.engine.req_attributes import timeline_of
 from pascal_sglang.engine.request_states import RequestStates
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
 class Revoked:
     """True while some of them still run, until their next result."""
 
-    def __init__(self, scheduler: Any, states: RequestStates) -> None:
-        self.scheduler, self.states = scheduler, states
-        self._running: set[Req] = set()
+    scheduler: SchedulerProtocol
+    states: RequestStates
+    _running: set[Req] = field(default_factory=set)
 
     def __bool__(self) -> bool:
         return bool(self._running)

@@ -36,7 +36,11 @@ class DecisionLog:
         self._last_blocked: tuple[RequestState, str] | None = None
 
     def class_of(self, state: RequestState, pass_info: PassInfo) -> str:
-        return self.policy.class_names[self.policy.rank(state, pass_info, self.tuning)[0]]
+        policy = self.policy
+        number = policy.rank(state, pass_info, self.tuning)[0]
+        if number == policy.reasoning_class:  # Classes that wait apart may share a rank.
+            number = policy.priority_class(state, self.tuning)
+        return policy.class_names[number]
 
     def paused(self, state: RequestState, pass_info: PassInfo, why: str) -> None:
         """`state` leaves the batch: `growth` (the next steps would not fit), `displaced` (for a

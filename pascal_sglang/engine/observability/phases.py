@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
+from pascal_sglang import clock
 from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.engine.observability.metrics import PhaseMetrics
 from pascal_sglang.engine.req_attributes import timeline_of
@@ -35,11 +35,11 @@ class PhaseTracker:
     """Follows every request of one scheduler from arrival to its end.
 
     State lives on the requests, so nothing has to be cleaned up: a request that SGLang drops takes
-    its timeline along. Times are `time.perf_counter()` seconds.
+    its timeline along. Times are seconds of `clock.now`.
     """
 
     def __init__(
-        self, metrics: PhaseMetrics | None, on_progress: Callable[[Req], None] | None = None
+        self, metrics: PhaseMetrics | None, on_progress: Callable[[Req, float], None] | None = None
     ) -> None:
         self.metrics = metrics
         self.on_progress = on_progress
@@ -48,17 +48,18 @@ class PhaseTracker:
 
     def arrived(self, req: Req, created_time: float) -> None:
         """Start the clock: `created_time` is when the HTTP side took the request (0: unknown)."""
-        req.pascal_timeline = PhaseTimeline(arrival=created_time or time.perf_counter())
+        req.pascal_timeline = PhaseTimeline(arrival=created_time or clock.now())
 
     def observe(self, reqs: Iterable[Req], now: float) -> None:
-        """Account for a pass: called with the requests that may have produced tokens in it."""
+        """Account for a pass: called with the requests that may have produced tokens in it, which
+        leave `now`."""
         for req in reqs:
             timeline = timeline_of(req)
             if timeline.finished is not None:
                 continue
             timeline.observe(now, progress_of(req))
             if self.on_progress is not None:
-                self.on_progress(req)
+                self.on_progress(req, now)
             if req.finished():
                 self.ended(req, now)
 

@@ -10,7 +10,6 @@ waiting time-out runs from when the reader has caught up.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from http import HTTPStatus
 
@@ -18,6 +17,7 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import Req
 
+from pascal_sglang import clock
 from pascal_sglang.engine.req_attributes import state_of
 
 # SGLang's own words, which clients may look for.
@@ -36,7 +36,7 @@ def left_queue(req: Req) -> None:
 
 
 def waiting_since(req: Req) -> float:
-    """When somebody began to wait for the request, in seconds of `time.perf_counter`."""
+    """When somebody began to wait for the request, in seconds of `clock.now`."""
     entered: float = req.time_stats.wait_queue_entry_time
     pacer = state_of(req).pacer
     return max(entered, pacer.shown) if pacer.delivered else entered
@@ -52,7 +52,7 @@ def with_paused(
     timeout_s = envs.SGLANG_REQ_WAITING_TIMEOUT.get()
     if timeout_s <= 0:
         return aborts
-    deadline = time.perf_counter() - timeout_s
+    deadline = clock.now() - timeout_s
     if any(abort.abort_message == MESSAGE for abort in aborts):
         ahead = {req.rid for req in waiting if waiting_since(req) >= deadline}
         aborts = [a for a in aborts if a.abort_message != MESSAGE or a.rid not in ahead]

@@ -1,0 +1,134 @@
+"""The KV of a request on its way out: reads it wherever the engine has it, and lets go of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+from pascal_sglang.cluster.messages import ReserveGranted
+from pascal_sglang.cluster.transport import Transport, TransportError
+from pascal_sglang.engine.kv.host_copies import HostKV
+from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
+from pascal_sglang.engine.kv.serializer import KVSerializer
+from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
+from pascal_sglang.policy.kv_tier import KVTier
+from pascal_sglang.policy.request import RequestStatus
+
+# Where a paused request's KV can be read.
+KEPT: dict[PauseStatus | None, RequestStatus] = {
+    PauseStatus.RESIDENT: RequestStatus.RESIDENT,
+    PauseStatus.HOST: RequestStatus.HOST,
+}
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class OutgoingKV:
+    """The KV of one request on its way out."""
+
+    req: Req
+    paused_requests: PausedRequests
+    transport: Transport
+    serializer: KVSerializer
+    tp_rank: int
+    # The target's word on where the KV goes.
+    granted: ReserveGranted | None = None
+    # By this rank.
+    bytes_sent: int = 0
+    _copy: HostKV | None = None
+    _written: tuple[str, int, int] | None = None
+    _problem: str | None = None
+
+    def status(self, running: set[Req]) -> RequestStatus | None:
+        """Where the request is; None while its KV cannot be read (it leaves or joins the batch)."""
+        paused = self.paused_requests.status_of(self.req)
+        if (kept := KEPT.get(paused)) is not None:
+            return kept
+        if self.req in running:
+            return RequestStatus.RUNNING
+        between = paused in (PauseStatus.LEAVING, PauseStatus.ARRIVING)
+        return None if between else RequestStatus.WAITING
+
+    def tokens(self, status: RequestStatus, in_flight: bool) -> int:
+        """KV entries that are written for good."""
+        if status is RequestStatus.HOST:
+            return self.paused_requests.copy_of(self.req).tokens
+        # A step under way still writes the last one.
+        return int(self.req.kv.kv_committed_len) - in_flight
+
+    def write(self, begin: int, end: int, status: RequestStatus) -> None:
+        """Begin to put KV of the tokens `begin`..`end` into the target's slot; `written` says
+        what came of it."""
+        assert self.granted is not None
+        self._problem = self._written = self._copy = None
+        if begin == end:
+            return
+        size = (end - begin) * self.serializer.per_token
+        try:
+            if self.tp_rank >= len(self.granted.receive_buffers):
+                raise TransportError("the target has fewer TP ranks")
+            there = (self.granted.receive_buffers[self.tp_rank], self.granted.offset, size)
+            memory = self.transport.room(*there)
+            if status is RequestStatus.HOST:
+                halves = self.paused_requests.copy_of(self.req).halves()
+                self.serializer.copy_host(halves, begin, end, memory)
+            else:
+                self._copy = self.serializer.copy_out(self._locations(status)[begin:end], memory)
+            self._written = there
+        except TransportError as error:
+            self._problem = str(error)
+        except Exception as error:  # Whatever it is: the other ranks wait to be told so.
+            self._problem = f"reading KV failed: {error}"
+
+    def written(self) -> str | None:
+        """Wait for what `write` began; None if it is in the slot, else why it is not."""
+        if self._copy is not None and not self.serializer.copies.wait(self._copy):
+            self._problem = "reading KV failed"
+        if self._problem is None and self._written is not None:
+            try:
+                self.transport.put(*self._written)
+                self.bytes_sent += self._written[2]
+            except Exception as error:  # As above.
+                self._problem = str(error)
+        self._copy = self._written = None
+        return self._problem
+
+    def _locations(self, status: RequestStatus) -> torch.Tensor:
+        if status is RequestStatus.RESIDENT:
+            return self.paused_requests.locations_of(self.req)
+        return self.paused_requests.pool.locations(self.req)
+
+    def take_out(self, running: ScheduleBatch, unline: Callable[[Req], None]) -> None:
+        """Out of the batch, or out of the line of those who come back into it."""
+        paused = self.paused_requests.status_of(self.req)
+        if paused is None:
+            self.paused_requests.leave([self.req], running, lambda _: KVTier.RESIDENT)
+        self.paused_requests.begin_migration(self.req)
+        if paused in KEPT:
+            unline(self.req)
+
+    def put_back(self) -> RequestStatus | None:
+        """It stays. Returns where it waits to be brought back; None if it is still leaving the
+        batch, waits to be prefilled already, or has ended."""
+        paused = self.paused_requests.status_of(self.req)
+        self.paused_requests.end_migration(self.req)
+        # Its KV was dropped after the Handover.
+        if paused is PauseStatus.DROPPED and not self.req.finished():
+            return RequestStatus.WAITING
+        return KEPT.get(paused)
+
+    def let_go(self) -> None:
+        """Give back everything it holds here."""
+        self.paused_requests.end_migration(self.req)
+        self.paused_requests.let_go(self.req)
+
+
+def find(rid: str, scheduler: SchedulerProtocol, paused_requests: PausedRequests) -> Req | None:
+    """The live request of that name that runs or is paused."""
+    paused = paused_requests.in_status(
+        PauseStatus.LEAVING, PauseStatus.RESIDENT, PauseStatus.HOST, PauseStatus.ARRIVING
+    )
+    live = (*scheduler.running_batch.reqs, *paused)
+    return next((r for r in live if r.rid == rid and not r.finished()), None)

@@ -1,0 +1,66 @@
+"""What we use of SGLang's scheduler, so that `mypy` reads which attributes we touch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+
+class SchedulerProtocol(Protocol):
+    """A live scheduler; `patches/seams.toml` lists where each of these is SGLang's."""
+
+    # Requests.
+    waiting_queue: list[Req]
+    running_batch: ScheduleBatch
+    chunked_req: Req | None
+    grammar_manager: Any
+
+    # KV and its pools. Counts of tokens.
+    req_to_token_pool: Any
+    token_to_kv_pool_allocator: Any
+    tree_cache: Any
+    page_size: int
+    max_total_num_tokens: int
+
+    # Limits of requests.
+    max_running_requests: int
+    max_req_len: int
+
+    # How steps run.
+    device: Any
+    enable_overlap: bool
+    prefill_decode_interval: int | None
+    schedule_stream: Any
+    forward_stream: Any
+    forward_stream_ctx: AbstractContextManager[Any]
+    future_map: Any
+    tp_cpu_group: Any
+
+    # The model and the server.
+    model_config: Any
+    spec_algorithm: Any
+    disaggregation_mode: Any
+    is_generation: bool
+    tokenizer: Any
+    server_args: Any
+    rust_server: Any
+    metrics_collector: Any
+    metrics_reporter: Any
+    _engine_paused: bool
+
+    # Ours (`tp_ranks`).
+    pascal_rank_state: Any
+
+    def get_num_allocatable_reqs(self, running_bs: int, *, running_batch: ScheduleBatch) -> int:
+        """Requests that may join a running batch of that many."""
+
+    def collect_inflight_reqs(self) -> set[Req]:
+        """Every request that has begun and is not in the waiting queue."""
+
+    def _release_aborted_request(self, req: Req) -> None:
+        """Give back what a request holds outside of the KV pools."""
+
+    def end_early(self, req: Req, problem: str | None) -> None:
+        """End a request that holds no KV any more (`OperationsScheduler`)."""
