@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pascal_sglang.policy.priorities import Priorities, with_priorities
 from pascal_sglang.policy.registry import Policy, find
 
 STOCK = "sglang"
+# A better priority displaces, however little better it is.
+PREEMPTING = Priorities(threshold=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,8 @@ class Arm:
     predict: new requests go where their answer is expected first, not to the smallest footprint.
     backfills: whether requests start behind a first in line that does not fit; None: as the policy
         says.
+    priorities: how far the priority of interactive requests goes under a policy that schedules;
+        None: it is ignored.
     tuning: numbers of the policy that differ from `Tuning`.
     """
 
@@ -41,6 +46,7 @@ class Arm:
     predict: bool = False
     unlimited: bool = False
     backfills: bool | None = None
+    priorities: Priorities | None = PREEMPTING
     tuning: tuple[tuple[str, float | str], ...] = ()
 
     @property
@@ -52,6 +58,15 @@ class Arm:
         if self.backfills is None:
             return policy
         return dataclasses.replace(policy, backfills=self.backfills)
+
+    @property
+    def prioritised(self) -> Policy | None:
+        """The policy for a load in which requests differ in priority; None where the arm ignores
+        priorities."""
+        policy = self.record
+        if policy is None or not policy.schedules or self.priorities is None:
+            return None
+        return with_priorities(policy, self.priorities)
 
     def but(self, name: str, **changes: object) -> Arm:
         """The same arm with something changed, under another name."""
@@ -93,6 +108,7 @@ ARMS = {
         PASCAL,
         PASCAL.but("pascal-no-migration", migration="off"),
         PASCAL.but("pascal-stop-and-copy", live=False),
+        PASCAL.but("pascal-no-priorities", priorities=None),
         INF,
     )
 }

@@ -90,6 +90,8 @@ class Cluster:
         if stall_s := costs_of(setup.cost).stall_s(TYPICAL_QUANTA * setup.quantum):
             numbers["stall_s"] = stall_s
         self.tuning = Tuning(**(numbers | dict(arm.tuning)))
+        # The policy that goes by priorities, if the load has any and the arm does.
+        self.prioritised = arm.prioritised if any(workload.interactive) else None
         self.instances = [self._instance(index) for index in range(setup.instances)]
         self.controller = Controller(arm, self.clock, self.instances, setup.quantum)
         self.migrations = Migrations(
@@ -110,7 +112,7 @@ class Cluster:
 
     def _instance(self, index: int) -> Instance:
         setup, arm = self.setup, self.arm
-        record = arm.record
+        record = arm.record if self.prioritised is None else self.prioritised
         shared: dict[str, Any] = {
             "tuning": self.tuning,
             "forecast": RankForecast() if record is None else record.forecast,
@@ -164,6 +166,7 @@ class Cluster:
             talk=load.talk[index] if load.talk else -1,
             history=load.history[index] if load.history else 0,
             reader=Reader.PROGRAM if load.program and load.program[index] else Reader.HUMAN,
+            priority=0 if self.prioritised is None or load.interactive[index] else 1,
         )
         self.books.opens(request)
         self.instances[self.controller.place(prompt, request.talk)].arrive(request)

@@ -49,6 +49,31 @@ def test_jumping_decides_as_stepping_does(name, source, seed, beside, monkeypatc
     assert stepped.events > 3 * jumped.events
 
 
+@pytest.mark.parametrize("name", ["pascal", "rr-restart", "paper"])
+def test_jumping_decides_as_stepping_does_by_priority_too(name, monkeypatch):
+    monkeypatch.setattr(victims, "KEEP_PASSES", 0)
+    rate = SMALL.rate(*mean_lengths("arena-hard")) * 2 * 1.6
+    work = draw("arena-hard", 70, rate, 1, Shape(interactive=0.3))
+    jumped, stepped = (
+        simulate(Setup(cost=SMALL, instances=2, step_by_step=steps), ARMS[name], work)
+        for steps in (False, True)
+    )
+    assert jumped.finished == pytest.approx(stepped.finished, abs=1e-6)
+    assert (jumped.pauses == stepped.pauses).all()
+
+
+def test_interactive_requests_answer_sooner_than_without_priorities():
+    rate = SMALL.rate(*mean_lengths("arena-hard")) * 2 * 2.0
+    work = draw("arena-hard", 300, rate, 2, Shape(interactive=0.3))
+    with_them, without = (
+        figures(setup, work, simulate(setup, ARMS[name], work))
+        for setup in [Setup(cost=SMALL, instances=2)]
+        for name in ("pascal", "pascal-no-priorities")
+    )
+    assert with_them["mean_ttfo_interactive"] < 0.8 * without["mean_ttfo_interactive"]
+    assert with_them["mean_ttfo_batch"] > without["mean_ttfo_batch"]
+
+
 @given(
     arm=st.sampled_from(sorted(ARMS)),
     seed=st.integers(0, 10**6),
