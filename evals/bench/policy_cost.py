@@ -4,7 +4,7 @@ Builds requests as the engine does, with KV memory exhausted, and times `Planner
 
 steady        no request can displace another, as in most passes
 arrivals      in every pass a short thinker arrives and the plan is carried out
-full_rerank   half of the running requests rank below every waiting one, all at once
+full_rerank   half of the running requests rank below every waiting one: all that one pass changes
 
 Prints microseconds: the mean of many passes in a row for the first, mean and P99 for the second, a
 single pass for the third; best of several rounds.

@@ -155,7 +155,7 @@ class Planner:
         waited = builder.pass_info.pass_no - blocked.since_pass
         if not self.policy.backfills or waited >= self.tuning.backfill * self.tuning.quantum:
             return []
-        if builder.paused or builder.spilled or builder.slots < 1:
+        if builder.paused or builder.spilled or builder.slots < 1 or builder.budget < GROWTH:
             return []
         sight = (blocked, self.queue.changes)
         if sight == self._seen and builder.budget < self._least_budget:
@@ -218,7 +218,8 @@ class PlanBuilder:
         self.starting: set[RequestState] = set()
         self.shortage = "memory"
         self._parked: list[RequestState] | None = None
-        self._worst: list[RequestState] | None = None
+        self._ranking: Iterator[RequestState] | None = None
+        self._worst: list[RequestState] = []
         self._given = 0
         self._gave: dict[RequestState, int] = {}
 
@@ -331,14 +332,17 @@ class PlanBuilder:
 
     def _worst_left(self, *, fresh: bool) -> Iterator[RequestState]:
         """Running requests that have not given way yet, worst first. Those that give way are a
-        beginning of the ranking, which is not walked again."""
-        if self._worst is None or fresh:
+        beginning of the ranking, which is not walked again, and no further than asked for."""
+        if self._ranking is None or fresh:
             ranked = self.planner.victims.worst_first(self.running, self.pass_info, fresh=fresh)
-            self._worst = [r for r in ranked if r not in self._gave]
-            self._given = 0
+            self._ranking = (r for r in ranked if r not in self._gave)
+            self._worst, self._given = [], 0
         while self._given < len(self._worst) and self._worst[self._given] in self._gave:
             self._given += 1
-        return islice(self._worst, self._given, None)
+        yield from islice(self._worst, self._given, None)
+        for request in self._ranking:
+            self._worst.append(request)
+            yield request
 
     def _pause(self, victim: RequestState) -> None:
         given = self.planner.accounting.reclaimable(victim)

@@ -52,7 +52,7 @@ def _calm_in(
     request: RequestState, tuning: Tuning, step_s: float, now: float, pass_s: float
 ) -> int:
     """Steps until a running answer has built up the lead after which it is not urgent any more, or
-    after which thinking may displace it (`policy.ranking.is_urgent`, `is_settling`)."""
+    after which thinking may displace it (`policy.ranking.answer_rank`)."""
     tpot = request.pacer.tpot
     if not request.pacer.delivered:
         return 1

@@ -100,7 +100,9 @@ def consumed_quanta(request: RequestState, tuning: Tuning) -> int:
     consumed = request.phase_tokens // tuning.quantum
     if request.credit:
         consumed -= credit_of(request, tuning)
-    return consumed + tuning.demotion if is_demoted(request, tuning) else consumed
+    if request.total_tokens > tuning.demote and is_demoted(request, tuning):
+        return consumed + tuning.demotion
+    return consumed
 
 
 def quanta(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> int:
@@ -141,10 +143,8 @@ def pascal(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
     """Answers about to run dry, then those that have just come back, then thinking and answers that
     a program reads, then answers with slack. What has no reader and has waited for very long goes
     before all of them."""
-    if has_pace(request):
-        if is_urgent(request, pass_info, tuning):
-            return URGENT_RANK
-        return SETTLING_RANK if is_settling(request, pass_info, tuning) else AHEAD_RANK
+    if request.phase is Phase.ANSWERING and has_pace(request):
+        return answer_rank(request, pass_info, tuning)
     count = quanta(request, pass_info, tuning)
     return (THINKING if count > -tuning.overdue else OVERDUE, count)
 
@@ -155,19 +155,19 @@ def has_pace(request: RequestState) -> bool:
     return request.phase is Phase.ANSWERING and request.reader is Reader.HUMAN
 
 
-def is_urgent(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> bool:
-    """The SLO guard. A running answer stays urgent until it has some lead, so that it does not come
-    and go with every token; the first answering token is always urgent: TTFO waits."""
-    lead = tuning.burst * tuning.stall_s if request.status is RequestStatus.RUNNING else 0.0
-    return urgent_at(request, tuning) - lead < pass_info.now + REACTION_PASSES * pass_info.pass_s
+def answer_rank(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
+    """The rank of an answer at a pace.
 
-
-def is_settling(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> bool:
-    """A running answer that is not urgent any more, but whose pause would be over too soon."""
+    The SLO guard: a running answer stays urgent until it has some lead, so that it does not come
+    and go with every token; the first answering token is always urgent: TTFO waits. A running
+    answer that is not urgent any more settles while its pause would be over too soon.
+    """
+    lead = urgent_at(request, tuning) - pass_info.now - REACTION_PASSES * pass_info.pass_s
     if request.status is not RequestStatus.RUNNING:
-        return False
-    lead = tuning.settle * tuning.stall_s
-    return urgent_at(request, tuning) - lead < pass_info.now + REACTION_PASSES * pass_info.pass_s
+        return URGENT_RANK if lead < 0 else AHEAD_RANK
+    if lead < tuning.burst * tuning.stall_s:
+        return URGENT_RANK
+    return SETTLING_RANK if lead < tuning.settle * tuning.stall_s else AHEAD_RANK
 
 
 def urgent_at(request: RequestState, tuning: Tuning) -> float:

@@ -301,6 +301,23 @@ def test_who_cannot_be_paused_waits_for_memory_that_is_on_its_way_back(executor)
     assert not executor.relieve(batch), "nothing comes back: it fits nowhere"
 
 
+@pytest.mark.parametrize(
+    ("phase", "tokens", "reader", "name"),
+    [
+        (Phase.REASONING, 100, Reader.HUMAN, "thinking"),
+        (Phase.REASONING, 6000, Reader.HUMAN, "demoted"),
+        (Phase.ANSWERING, 100, Reader.PROGRAM, "program_answer"),
+        (Phase.ANSWERING, 0, Reader.HUMAN, "urgent_answer"),
+    ],
+)
+def test_decisions_are_counted_by_the_class_that_a_user_knows(phase, tokens, reader, name):
+    state = RequestState(
+        0, Pacer(0.1), phase=phase, phase_tokens=tokens, total_tokens=tokens, reader=reader
+    )
+    decision_log = DecisionLog(POLICIES["pascal"], Tuning(), log=False)
+    assert decision_log.class_of(state, PassInfo(1, 1.0, 0.01)) == name
+
+
 def test_a_resume_matches_its_prefix_once_and_again_only_after_a_change(executor, monkeypatch):
     tree = RadixCache.create_simulated(mock_allocator=Allocator())
     executor.scheduler.tree_cache, matches = tree, []
@@ -325,20 +342,3 @@ def test_a_resume_matches_its_prefix_once_and_again_only_after_a_change(executor
     executor.pool.changed()
     assert paused_requests.needs(request) == 4
     assert len(matches) == 5
-
-
-@pytest.mark.parametrize(
-    ("phase", "tokens", "reader", "name"),
-    [
-        (Phase.REASONING, 100, Reader.HUMAN, "thinking"),
-        (Phase.REASONING, 6000, Reader.HUMAN, "demoted"),
-        (Phase.ANSWERING, 100, Reader.PROGRAM, "program_answer"),
-        (Phase.ANSWERING, 0, Reader.HUMAN, "urgent_answer"),
-    ],
-)
-def test_decisions_are_counted_by_the_class_that_a_user_knows(phase, tokens, reader, name):
-    state = RequestState(
-        0, Pacer(0.1), phase=phase, phase_tokens=tokens, total_tokens=tokens, reader=reader
-    )
-    decision_log = DecisionLog(POLICIES["pascal"], Tuning(), log=False)
-    assert decision_log.class_of(state, PassInfo(1, 1.0, 0.01)) == name
