@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from pascal_sglang.engine.migration.incoming import IncomingMigrations
 from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
 from pascal_sglang.engine.migration.request_snapshot import why_not_migratable
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
-from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, catch_on_all_ranks
 from pascal_sglang.policy.timeline import Phase
@@ -193,21 +193,18 @@ class Migrations:
             ],
         )
 
-    def observe(self, req: Req) -> None:
-        """The request may have produced a token."""
-        since = (
-            self.incoming_migrations.arrived.pop(req, None)
-            if self.incoming_migrations.arrived
-            else None
-        )
-        if since is not None:
-            blocked_s = max(0.0, time.perf_counter() - since)
+    def observe(self, live: Sequence[Req], over: Sequence[Req]) -> None:
+        """The requests `live` took part in a pass, and `over` of them ended in it."""
+        arrived = self.incoming_migrations.arrived
+        for req in [req for req in live if req in arrived] if arrived else ():
+            blocked_s = max(0.0, time.perf_counter() - arrived.pop(req))
             self.blocked_s.append(blocked_s)
             if self.metrics is not None:
                 self.metrics.blocked(blocked_s)
-        if req.finished() and (spoke := state_of(req).pacer.delivered):
-            before = self.answer_tokens
-            self.answer_tokens = spoke if before is None else 0.9 * before + 0.1 * spoke
+        for req in over:
+            if spoke := timeline_of(req).answer_tokens:
+                before = self.answer_tokens
+                self.answer_tokens = spoke if before is None else 0.9 * before + 0.1 * spoke
 
     def gone(self, req: Req) -> None:
         """The request has ended here, or moved on, without another token."""
