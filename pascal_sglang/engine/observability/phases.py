@@ -43,7 +43,7 @@ class PhaseTracker:
     def __init__(
         self,
         metrics: PhaseMetrics | None,
-        on_progress: Callable[[Sequence[Req], Sequence[Req]], None] | None = None,
+        on_progress: Callable[[Sequence[Req], Sequence[Req]], object] | None = None,
     ) -> None:
         """on_progress: told in every pass which live requests took part in it, and which of them
         ended in it, before they are reported as ended."""
