@@ -33,7 +33,8 @@ def observe_us(running: int, pass_s: float, thinking: float) -> float:
     reqs = []
     for number in range(running):
         params = SamplingParams(max_new_tokens=1 << 20)
-        req = Req(str(number), None, array("q", range(200)), params, vocab_size=1 << 10)
+        prompt = array("q", range(200))
+        req = Req(str(number), None, prompt, params, stream=True, vocab_size=1 << 10)
         tracker.arrived(req, 0.0)
         states.arrived(req)
         reqs.append(req)

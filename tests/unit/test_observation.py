@@ -44,7 +44,7 @@ class Stream:
         params = SamplingParams(max_new_tokens=len(self.to_come))
         if tpot_ms is not None:
             params.custom_params = {"pascal": {"answer_tpot_ms": tpot_ms}}
-        self.req = Req(rid, None, array("q", [5, 6]), params, vocab_size=300)
+        self.req = Req(rid, None, array("q", [5, 6]), params, stream=True, vocab_size=300)
         self.timeline = PhaseTimeline(arrival)
         self.pacer = Pacer(CONFIG.answer_tpot_ms_of(params.custom_params) / 1000)
         self.phase = Phase.REASONING
