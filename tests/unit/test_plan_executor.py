@@ -13,6 +13,7 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopy
 from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.observability.decision_log import DecisionLog
+from pascal_sglang.engine.observability.phases import PhaseTracker
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.request_states import remaining_of
 from pascal_sglang.policy.kv_tier import Costs, KVTier
@@ -139,6 +140,18 @@ def test_a_failing_policy_is_counted_and_everybody_admitted(executor, monkeypatc
     assert executor.govern(running, None) is running
     assert executor.errors == 1
     assert executor.admission.plan == ["waiting"]
+
+
+def test_the_time_of_observing_requests_is_time_of_the_policy(executor, monkeypatch):
+    monkeypatch.setattr(executor, "_carry_out", lambda running, last: None)
+    told = []
+    executor.decision_log.metrics = SimpleNamespace(update=lambda totals, _: told.append(totals))
+    executor.phase_tracker = PhaseTracker(None)
+    executor.phase_tracker.observe([], 0.0)
+    observed = executor.phase_tracker.spent_s
+    executor.govern(SimpleNamespace(reqs=[]), None)
+    assert observed > 0
+    assert told[0]["seconds"] == executor.policy_s + observed
 
 
 @pytest.mark.parametrize(("device", "passes"), [("cpu", 1), ("cuda", 2)])
