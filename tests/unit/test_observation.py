@@ -36,7 +36,7 @@ SCHEDULER = types.SimpleNamespace(
 class Stream:
     """A request on the engine, the tokens it is going to get, and its eager observer."""
 
-    def __init__(self, rid, kind, thinking, answer, cut, tpot_ms, arrival):
+    def __init__(self, rid, kind, thinking, answer, cut, tpot_ms, stream, arrival):
         opening = {"plain": [], "thinks": [9], "opens": START}[kind]
         thoughts = [] if kind == "plain" else [*opening, *[9] * thinking, *END]
         self.kind, self.to_come = kind, [*thoughts, *[9] * answer]
@@ -44,7 +44,8 @@ class Stream:
         params = SamplingParams(max_new_tokens=len(self.to_come))
         if tpot_ms is not None:
             params.custom_params = {"pascal": {"answer_tpot_ms": tpot_ms}}
-        self.req = Req(rid, None, array("q", [5, 6]), params, stream=True, vocab_size=300)
+        self.req = Req(rid, None, array("q", [5, 6]), params, stream=stream, vocab_size=300)
+        self.streamed = stream
         self.timeline = PhaseTimeline(arrival)
         self.pacer = Pacer(CONFIG.answer_tpot_ms_of(params.custom_params) / 1000)
         self.phase = Phase.REASONING
@@ -70,7 +71,7 @@ class Stream:
         timeline = self.timeline
         timeline.observe(now, progress_of(self.req))
         new = timeline.answer_tokens - self.pacer.delivered
-        if timeline.finished is None and new:
+        if self.streamed and timeline.finished is None and new:
             floor = fastest_pace(CONFIG.answer_tpot_ms / 1000, pass_info)
             self.pacer.deliver(pass_info.now, new, floor=floor)
         answers = timeline.reasoning_end is not None
@@ -103,6 +104,8 @@ class Stream:
                 eager.shown + (1 - Tuning().guard) * eager.pace
             )
             assert qoe_of(self.req) == pytest.approx(eager.qoe)
+        else:
+            assert qoe_of(self.req) is None
         assert pacer.delivered == eager.delivered
         assert pacer.pace == eager.pace
         for name in ("first_shown", "last_shown", "delay", "ahead"):
@@ -116,6 +119,7 @@ requests = st.tuples(
     st.integers(1, 40),
     st.integers(0, 10),
     st.sampled_from([None, None, 10, 50, 400]),
+    st.sampled_from([True, True, False]),  # streamed: a human reads, else a program
 )
 # What a request does in a pass: how many tokens come, or why none can.
 turns = st.sampled_from([0, 1, 1, 1, 1, 2, 4, "paused", "migrates"])
