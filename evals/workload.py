@@ -21,7 +21,7 @@ from evals.load.items import HASH_BLOCK_TOKENS, Item, load, save
 from evals.load.lines import WorkloadError
 from evals.sources.draw import Ask, Draw
 from evals.sources.presets import PRESETS, Lengths, Preset
-from pascal_sglang.sim.loads import arrivals
+from pascal_sglang.sim.loads import arrivals, conversations
 
 __all__ = [
     "PRESETS",
@@ -113,7 +113,7 @@ def build(recipe: Recipe) -> list[Item]:
         return _items(drawn, recipe.seed, begin)
     if drawn.hash_ids is not None:
         raise WorkloadError(f"{recipe.source} says itself which prompts extend others: no turns")
-    counts = turns.sizes(talk, len(drawn), recipe.turns)
+    counts = conversations.sizes(talk, len(drawn), recipe.turns)
     pauses_s = talk.exponential(recipe.pause_s, len(drawn))
     openings = np.cumsum([0, *counts[:-1]])
     own = None if drawn.times_s is None else drawn.times_s[openings]

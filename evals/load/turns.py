@@ -10,19 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
 from evals.load.items import Item
-
-
-def sizes(rng: np.random.Generator, requests: int, mean_turns: float) -> list[int]:
-    """Turns per conversation, geometric with this mean, until there are `requests` of them; the
-    last conversation is cut short."""
-    found: list[int] = []
-    while requests:
-        found.append(min(int(rng.geometric(1 / mean_turns)), requests))
-        requests -= found[-1]
-    return found
 
 
 def converse(

@@ -131,8 +131,12 @@ def add_simulation(results: Results, told: Mapping[str, Any]) -> None:
         )
         for run in told["runs"]
     ]
-    command = ["python", "-m", "pascal_sglang.sim", *told["command"]]
-    results.commands["simulation"] = shlex.join(command)
+    provenance = told["provenance"]
+    results.about.append("simulated at {commit}, {date}, {machine}".format(**provenance))
+    _add_provenance(results, provenance, "simulation")
+    for load_name, by_arm in told.get("verdicts", {}).items():
+        judged = {arm: [Target(**each) for each in found] for arm, found in by_arm.items()}
+        results.verdicts[load_name] = judged
     results.notes.append("simulated: no server was measured")
 
 

@@ -13,12 +13,14 @@ from typing import Any
 from pascal_sglang.policy.registry import UnknownPolicy
 from pascal_sglang.sim import cost as costs
 from pascal_sglang.sim import workload
-from pascal_sglang.sim.arms import ARMS, Arm, arm_of
+from pascal_sglang.sim.arms import ARMS, Arm, arm_of, with_inf
 from pascal_sglang.sim.cluster import Setup
-from pascal_sglang.sim.experiments import ablations, paper, tables
+from pascal_sglang.sim.experiments import ablations, paper, scenarios, tables
+from pascal_sglang.sim.experiments.provenance import provenance
 from pascal_sglang.sim.experiments.runs import Task, run_all
 from pascal_sglang.sim.figures import BIN_EDGES
-from pascal_sglang.sim.hardware import PRESETS
+from pascal_sglang.sim.hardware import PRESETS, preset
+from pascal_sglang.sim.workload import Shape
 
 EXIT_BAD_INPUT = 2
 
@@ -41,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     how.add_argument("--rate", type=_positive, help="requests per second, of all instances")
     how.add_argument("--load", type=_positive, help="share of what keeps memory full (0.8)")
     single.add_argument("--hardware", choices=PRESETS, default=paper.HARDWARE)
+    single.add_argument(
+        "--kv-read-share",
+        type=_positive,
+        help="of the memory's bandwidth that KV reads reach (0.8)",
+    )
     single.add_argument("--cost", type=Path, help="a measured cost file instead of --hardware")
     single.add_argument("--tpot-ms", type=_positive, default=100.0, help="the reader's pace")
     single.add_argument("--quantum-tokens", type=_count, default=500)
@@ -48,14 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     single.add_argument(
         "--known-lengths", action="store_true", help="requests say how much they will generate"
     )
-    for each in (compared, alone, single):
+    regimes = ways.add_parser("scenarios", help="regimes, each with its targets and a verdict")
+    regimes.add_argument("names", nargs="*", metavar="NAME", help="of a scenario, or its file")
+    regimes.add_argument("--requests", type=_count, help="per run, instead of the scenario's")
+    for each in (compared, alone, single, regimes):
         each.add_argument("--arms", type=_arms, default=None, help="by comma; all by default")
-        each.add_argument("--seeds", type=_count, default=paper.SEEDS)
+        of_scenario = None if each is regimes else paper.SEEDS
+        each.add_argument("--seeds", type=_count, default=of_scenario)
         each.add_argument("--processes", type=_count, help="all cores by default")
         each.add_argument("--out", type=_file, help="JSON file for all figures")
     asked = parser.parse_args(argv)
     try:
-        return {"paper": _paper, "remedies": _remedies, "run": _run}[asked.way](asked)
+        ways_to = {"paper": _paper, "remedies": _remedies, "run": _run, "scenarios": _scenarios}
+        return ways_to[asked.way](asked)
     except (ValueError, OSError) as error:
         print(f"sim: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -64,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _paper(asked: argparse.Namespace) -> int:
     began = time.monotonic()
     print(paper.choices(asked.requests))
-    arms = asked.arms or list(ARMS.values())
+    arms = with_inf(asked.arms or list(ARMS.values()))
     rows = run_all(paper.tasks(arms, asked.seeds, asked.requests), asked.processes)
     print("\n".join(tables.report(rows)))
     print("\n== The paper's figures beside ours")
@@ -76,13 +88,13 @@ def _paper(asked: argparse.Namespace) -> int:
 def _remedies(asked: argparse.Namespace) -> int:
     began = time.monotonic()
     tasks = ablations.tasks(
-        asked.source, seeds=asked.seeds, requests=asked.requests, chosen=asked.arms
+        asked.source,
+        seeds=asked.seeds,
+        requests=asked.requests,
+        chosen=with_inf(asked.arms) if asked.arms else None,
     )
     rows = run_all(tasks, asked.processes)
-    loads = ", ".join(f"{load:g}" for load in ablations.LOADS)
-    print(f"{asked.source}, {asked.requests} requests a run, {asked.seeds} seeds; load {loads}:")
-    print("mean TTFO (s), P99 slowdown, SLO violations (%), requests moved (%)")
-    print("\n".join(ablations.table(rows)))
+    print("\n".join(tables.report(rows)))
     print(f"\n{_took(began)}")
     return _save(rows, asked.out)
 
@@ -90,7 +102,7 @@ def _remedies(asked: argparse.Namespace) -> int:
 def _run(asked: argparse.Namespace) -> int:
     began = time.monotonic()
     setup = Setup(
-        cost=costs.load(asked.cost) if asked.cost else PRESETS[asked.hardware],
+        cost=costs.load(asked.cost) if asked.cost else preset(asked.hardware, asked.kv_read_share),
         instances=asked.instances,
         tpot=asked.tpot_ms / 1e3,
         quantum=asked.quantum_tokens,
@@ -118,9 +130,10 @@ def _run(asked: argparse.Namespace) -> int:
             rate=rate,
             requests=requests,
             seed=seed,
+            shape=Shape(fits=setup.cost.capacity),
             workload=given,
         )
-        for arm in asked.arms or ARMS.values()
+        for arm in with_inf(asked.arms or list(ARMS.values()))
         for seed in range(seeds)
     ]
     rows = run_all(tasks, asked.processes)
@@ -130,20 +143,43 @@ def _run(asked: argparse.Namespace) -> int:
     return _save(rows, asked.out)
 
 
+def _scenarios(asked: argparse.Namespace) -> int:
+    began = time.monotonic()
+    chosen = scenarios.load_all(asked.names)
+    arms = scenarios.arms(asked.arms)
+    tasks = [task for each in chosen for task in each.tasks(arms, asked.seeds, asked.requests)]
+    rows = run_all(tasks, asked.processes)
+    lines, verdicts = scenarios.report(chosen, rows)
+    print("\n".join([*tables.report(rows), *lines]))
+    print(f"\n{len(rows)} runs, {_took(began)}")
+    return _save(rows, asked.out, verdicts=verdicts)
+
+
 def _took(began: float) -> str:
     return f"{time.monotonic() - began:.0f} s"
 
 
-def _save(rows: list[dict[str, Any]], out: Path | None) -> int:
+def _save(rows: list[dict[str, Any]], out: Path | None, **more: object) -> int:
     if out is not None:
-        out.write_text(
-            json.dumps(
-                {"simulated": list(BIN_EDGES), "command": sys.argv[1:], "runs": rows}, indent=1
-            )
-            + "\n"
-        )
+        told = {
+            "simulated": list(BIN_EDGES),
+            "provenance": provenance(sys.argv[1:]),
+            **more,
+        }
+        # A line per run.
+        runs = ",\n".join(json.dumps(_rounded(row)) for row in rows)
+        out.write_text(f'{json.dumps(told, indent=1)[:-2]},\n "runs": [\n{runs}\n]}}\n')
         print(f"written to {out}")
     return 0
+
+
+def _rounded(value: Any) -> Any:
+    """To six digits, which is more than any figure is good for."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _arms(text: str) -> list[Arm]:

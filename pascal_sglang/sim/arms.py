@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pascal_sglang.policy.registry import Policy, find
@@ -17,7 +18,9 @@ class Arm:
     on_pace: new requests avoid instances that miss their objective (Algorithm 1).
     sticky: the paper's status, running QoE; otherwise whether somebody waits now.
     optimistic: what was just decided counts before the next status says so (against herding).
-    migration: `off`, `adaptive`, or `always`, which ignores the adaptive override.
+    migration: `off`, `adaptive`, or `always`, which ignores the adaptive override: a target takes
+        what it is sent, into host memory where the device has no room.
+    unlimited: KV memory without a limit, to show what the memory costs every other arm.
     lazy: move only from memory pressure to room. live: copy while the source decodes.
     prefixes: a prefix that an instance was sent before weighs in its favour.
     predict: new requests go where their answer is expected first, not to the smallest footprint.
@@ -36,6 +39,7 @@ class Arm:
     live: bool = False
     prefixes: bool = False
     predict: bool = False
+    unlimited: bool = False
     backfills: bool | None = None
     tuning: tuple[tuple[str, float | str], ...] = ()
 
@@ -54,6 +58,7 @@ class Arm:
         return dataclasses.replace(self, name=name, **changes)  # type: ignore[arg-type]
 
 
+INF = Arm(name="INF", policy="fcfs", predict=True, unlimited=True)
 PAPER = Arm(
     name="paper",
     policy="paper",
@@ -79,7 +84,8 @@ ARMS = {
         Arm(name="fcfs", policy="fcfs"),
         Arm(name="rr", policy="rr"),
         Arm(name="rr-restart", policy="rr-restart"),
-        Arm(name="rr-restart-backfill", policy="rr-restart", backfills=True),
+        # Told apart from `pascal` by nothing but the order.
+        PASCAL.but("rr-restart+", policy="rr-restart", backfills=True),
         PAPER,
         PAPER.but("paper-no-migration", migration="off"),
         PAPER.but("paper-non-adaptive", migration="always"),
@@ -87,8 +93,14 @@ ARMS = {
         PASCAL,
         PASCAL.but("pascal-no-migration", migration="off"),
         PASCAL.but("pascal-stop-and-copy", live=False),
+        INF,
     )
 }
+
+
+def with_inf(arms: Sequence[Arm]) -> list[Arm]:
+    """The arms, and `INF` after them: a figure that is as bad there is not the policy's doing."""
+    return [*(arm for arm in arms if arm != INF), INF]
 
 
 def arm_of(name: str) -> Arm:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pascal_sglang.policy.kv_tier import TYPICAL_QUANTA, Costs
+from pascal_sglang.policy.kv_tier import TYPICAL_QUANTA
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.placement import Answer
 from pascal_sglang.policy.rank_forecast import RankForecast
 from pascal_sglang.policy.ranking import Tuning
+from pascal_sglang.policy.request import Reader
 from pascal_sglang.policy.running_mean import running_mean
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.arms import Arm
@@ -23,7 +25,7 @@ from pascal_sglang.sim.cost import Cost
 from pascal_sglang.sim.instance import Instance
 from pascal_sglang.sim.migration import Migration, Migrations, Network
 from pascal_sglang.sim.outcome import Outcome
-from pascal_sglang.sim.pascal_instance import PascalInstance
+from pascal_sglang.sim.pascal_instance import PascalInstance, costs_of
 from pascal_sglang.sim.request import SimRequest
 from pascal_sglang.sim.stock_instance import StockInstance
 from pascal_sglang.sim.workload import Workload
@@ -31,6 +33,8 @@ from pascal_sglang.sim.workload import Workload
 Progress = Callable[[int], None]
 REPORT_EVERY = 100
 UNLIMITED = 1 << 30
+# KV tokens of an instance without a limit.
+UNLIMITED_KV = 1 << 40
 # Passes that a move takes besides those of its transfer (`engine.migrations`).
 MOVE_PASSES = 4
 
@@ -80,14 +84,19 @@ class Cluster:
         self.progress = progress
         self.clock = Clock()
         numbers: dict[str, Any] = {"quantum": setup.quantum, "demote": setup.demote}
-        copies = Costs(setup.cost.copy_s, setup.cost.copy_token_s)
-        if stall_s := copies.stall_s(TYPICAL_QUANTA * setup.quantum):
+        self.cost = (
+            dataclasses.replace(setup.cost, capacity=UNLIMITED_KV) if arm.unlimited else setup.cost
+        )
+        if stall_s := costs_of(setup.cost).stall_s(TYPICAL_QUANTA * setup.quantum):
             numbers["stall_s"] = stall_s
         self.tuning = Tuning(**(numbers | dict(arm.tuning)))
         self.instances = [self._instance(index) for index in range(setup.instances)]
         self.controller = Controller(arm, self.clock, self.instances, setup.quantum)
         self.migrations = Migrations(
-            self.clock, Network(setup.cost, setup.instances), self._migrated
+            self.clock,
+            Network(setup.cost, setup.instances),
+            self._migrated,
+            refusable=arm.migration != "always",
         )
         self.outcome = Outcome.empty(len(workload))
         self.books = Books(workload)
@@ -112,8 +121,8 @@ class Cluster:
             "knows_lengths": setup.knows_lengths,
         }
         if record is None:
-            return StockInstance(index, setup.cost, self.clock, self, **shared)
-        return PascalInstance(index, setup.cost, self.clock, self, policy=record, **shared)
+            return StockInstance(index, self.cost, self.clock, self, **shared)
+        return PascalInstance(index, self.cost, self.clock, self, policy=record, **shared)
 
     def run(self) -> Outcome:
         self._next_arrival()
@@ -154,6 +163,7 @@ class Cluster:
             remaining=UNLIMITED,
             talk=load.talk[index] if load.talk else -1,
             history=load.history[index] if load.history else 0,
+            reader=Reader.PROGRAM if load.program and load.program[index] else Reader.HUMAN,
         )
         self.books.opens(request)
         self.instances[self.controller.place(prompt, request.talk)].arrive(request)

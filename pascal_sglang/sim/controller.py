@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from operator import attrgetter
 
 from pascal_sglang.policy.placement import Answer, Decision, Placement
 from pascal_sglang.policy.placement import Instance as InstanceLoad
@@ -13,9 +14,10 @@ from pascal_sglang.sim.instance import Instance
 
 # How often a busy instance says how it is (`engine.load_reporter`), in seconds.
 STATUS_S = 0.02
-FIGURES = tuple(field.name for field in fields(InstanceLoad))
 # What the controller counts itself, whatever a status says.
-KEPT = ("arriving", "moves")
+KEPT = {"arriving", "migrations"}
+FIGURES = tuple(field.name for field in fields(InstanceLoad) if field.name not in KEPT)
+figures_of: Callable[[InstanceLoad], tuple[object, ...]] = attrgetter(*FIGURES)
 
 
 class Controller:
@@ -35,7 +37,7 @@ class Controller:
         self.placed = [0] * len(instances)
         self.homes: dict[int, tuple[int, int]] = {}
         self._heard = [-STATUS_S] * len(instances)
-        self._said: list[tuple[object, ...]] = [astuple(view) for view in self.views]
+        self._said = [figures_of(view) for view in self.views]
 
     def place(self, prompt: int, talk: int) -> int:
         """The instance for a new request with a prompt of so many tokens."""
@@ -82,10 +84,9 @@ class Controller:
         view.pass_us = round(1e6 * instance.passes.mean_s)
         view.batch = round(instance.passes.mean_batch)
         view.prefill_ns = round(1e9 * instance.prefill_token_s)
-        self._said[index] = astuple(view)
+        self._said[index] = figures_of(view)
 
     def _recall(self, view: InstanceLoad) -> None:
         """Forget what was decided since the last status."""
         for name, value in zip(FIGURES, self._said[view.index], strict=True):
-            if name not in KEPT:
-                setattr(view, name, value)
+            setattr(view, name, value)

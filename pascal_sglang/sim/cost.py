@@ -16,9 +16,11 @@ class Cost:
     step_s, request_s, kv_token_s: a decode step takes `step_s`, and so much per running request
         and per KV token that attention reads.
     prefill_s, prefill_token_s: a prefill pass, and each of its tokens.
-    copy_s, copy_token_s: one copy between device and host, and each of its tokens. The engine waits
-        for it, as ours does.
-    move_s, move_token_s: one message between instances, and each KV token that moves.
+    copy_s, copy_token_s: one copy between device and host, and each of its tokens.
+    copies_beside: copies run beside the decoding, one after the other, as on CUDA; otherwise the
+        engine waits for each of them, as on a CPU.
+    copy_launch_s: seconds for which the engine waits all the same to launch such a copy.
+    migration_s, migration_token_s: one message between instances, and each KV token that moves.
     capacity: KV tokens on the device. host: KV tokens of paused requests in host memory.
     slots: requests that run at once. chunk: tokens of one prefill pass.
     """
@@ -30,6 +32,8 @@ class Cost:
     prefill_token_s: float
     copy_s: float = 0.0
     copy_token_s: float = 0.0
+    copies_beside: bool = False
+    copy_launch_s: float = 0.0
     migration_s: float = 0.0
     migration_token_s: float = 0.0
     capacity: int

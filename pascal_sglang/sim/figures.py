@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pascal_sglang.sim.cluster import Setup
 from pascal_sglang.sim.cost import Cost
@@ -16,6 +17,10 @@ from pascal_sglang.sim.workload import Workload
 
 # Thinking tokens at which bins end; the paper does not say where its own do.
 BIN_EDGES = (256, 512, 1000, 2000, 3000, 5000)
+# Requests of a bin below which it is not called the worst.
+ENOUGH_SAMPLES = 10
+# A run is steady if arrivals last as many P99 end-to-end times.
+STEADY_TIMES = 10.0
 
 
 def alone(cost: Cost, workload: Workload) -> Floats:
@@ -55,24 +60,34 @@ def bin_names() -> list[str]:
 def figures(setup: Setup, workload: Workload, outcome: Outcome) -> dict[str, Any]:
     """Everything that is compared.
 
-    slowdown: TTFO over TTFO alone. blocking: end of thinking to the first answering token.
-    transfer: asking for a move to its KV being there. throughput: output tokens per second of what
-    had ended when the last request arrived. efficiency: tokens per second that instances were busy.
+    slowdown: TTFO over TTFO alone. worst_bin: the thinking-length bin with the highest tail of it.
+    big_prompts: the tenth of the requests with the longest prompts. steadiness: P99 end-to-end
+    times that arrivals last; below `STEADY_TIMES` a run is mostly ramp. blocking: end of thinking
+    to the first answering token. Violations and QoE are of human readers. ttfo_interactive,
+    ttfo_batch: by priority. transfer: asking for a move to its KV being there. throughput:
+    output tokens per second of what had ended when the last request arrived. efficiency: tokens
+    per second that instances were busy.
     """
     ttfo = outcome.first_answer - outcome.arrival
     e2e = outcome.finished - outcome.arrival
+    slowdown = ttfo / alone(setup.cost, workload)
     answers = np.array(workload.answer)
     several = answers > 1
     tpot = (outcome.finished - outcome.first_answer)[several] / (answers[several] - 1)
     output = np.array(workload.thinking) + 1 + answers
     window = float(outcome.arrival.max())
+    none = [False] * len(workload)
+    program = np.array(workload.program or none)
+    interactive = np.array(workload.interactive or none)
+    qoe = outcome.qoe[~program]
     in_time = outcome.finished <= window
     found: dict[str, Any] = {
         "requests": len(workload),
+        "steadiness": window / float(np.percentile(e2e, 99)),
         "tail_ttfo_by_bin": [tail(ttfo[mask]) for mask in bins(workload.thinking)],
         "bin_requests": [int(mask.sum()) for mask in bins(workload.thinking)],
-        "slo_violations": float((outcome.qoe < setup.slo).mean()),
-        "mean_qoe": float(outcome.qoe.mean()),
+        "slo_violations": float((qoe < setup.slo).mean()) if len(qoe) else 0.0,
+        "mean_qoe": float(qoe.mean()) if len(qoe) else 1.0,
         "throughput": float(output[in_time].sum() / window) if window > 0 else 0.0,
         "efficiency": outcome.tokens / outcome.busy_s,
         "moved": int(outcome.moved.sum()),
@@ -90,14 +105,31 @@ def figures(setup: Setup, workload: Workload, outcome: Outcome) -> dict[str, Any
     }
     for name, values in (
         ("ttfo", ttfo),
-        ("slowdown", ttfo / alone(setup.cost, workload)),
+        ("slowdown", slowdown),
+        ("slowdown_big_prompts", slowdown[_big_prompts(workload.prompt)]),
         ("ttft", outcome.first_token - outcome.arrival),
         ("blocking", outcome.first_answer - outcome.reasoning_end),
         ("e2e", e2e),
+        ("e2e_program", e2e[program]),
+        ("ttfo_interactive", ttfo[interactive]),
+        ("ttfo_batch", ttfo[~interactive] if interactive.any() else ttfo[interactive]),
         ("answer_tpot", tpot),
         ("transfer", np.array(outcome.transfers_s)),
     ):
         found |= _spread(name, values)
+    tails = [tail(slowdown[mask]) for mask in bins(workload.thinking)]
+    known = [
+        (value, name)
+        for value, name, count in zip(tails, bin_names(), found["bin_requests"], strict=True)
+        if value is not None and count >= ENOUGH_SAMPLES
+    ]
+    found["worst_bin_slowdown"], found["worst_bin"] = max(known, default=(None, None))
+    return found
+
+
+def _big_prompts(prompt: Sequence[int]) -> npt.NDArray[np.bool_]:
+    tokens = np.array(prompt)
+    found: npt.NDArray[np.bool_] = tokens >= np.percentile(tokens, 90)
     return found
 
 

@@ -192,7 +192,13 @@ class Instance(ABC):
 
     def _short_in(self) -> int:
         """Steps until there is no room left for those who run to grow."""
-        return max(1, (self.memory.free // len(self.batch)) - self.reserve_steps() + 1)
+        reserve = self.reserve_steps()
+        free = self.memory.free - reserve * self.joining()
+        return max(1, free // len(self.batch) - reserve + 1)
+
+    def joining(self) -> int:
+        """Requests whose KV is on its way back to the device."""
+        return 0
 
     def reserve_steps(self) -> int:
         """Steps of growth that have to be free for everybody who runs."""
@@ -293,9 +299,11 @@ class Instance(ABC):
                 return True
             request.phase, request.phase_tokens, request.credit = Phase.ANSWERING, 0, 0
             request.reasoning_end = now
+            # Placement takes it from its instance's thinkers itself.
+            moves = self.listener.thought(self, request)
             self.thinking.pop(request, None)
             self.answers_here(request)
-            if self.listener.thought(self, request):
+            if moves:
                 self.leave(request)
                 return False
             return True

@@ -42,7 +42,11 @@ class Memory:
             raise RuntimeError(f"{-self.held} more KV tokens given back than were held")
 
     def to_host(self, tokens: int) -> None:
+        self.copy_to_host(tokens)
         self.give(tokens)
+
+    def copy_to_host(self, tokens: int) -> None:
+        """The KV stays on the device until its copy has ended; `give` it back then."""
         self.host += tokens
         self.copied_out += tokens
         if self.host > self.host_capacity:

@@ -53,16 +53,23 @@ class Migration:
 class Migrations:
     """Carries moves out: ask, reserve, copy, hand over, take over.
 
-    ended: told of every move that is over, and whether it was done. transfers: seconds from asking
-    until the KV was there. pauses: seconds in which neither side decoded, of live moves.
+    ended: told of every move that is over, and whether it was done. refusable: a target without
+    room refuses; otherwise the KV goes to its host memory. transfers: seconds from asking until
+    the KV was there.
     """
 
     def __init__(
-        self, clock: Clock, network: Network, ended: Callable[[Migration, bool], None]
+        self,
+        clock: Clock,
+        network: Network,
+        ended: Callable[[Migration, bool], None],
+        *,
+        refusable: bool = True,
     ) -> None:
         self.clock = clock
         self.network = network
         self.ended = ended
+        self.refusable = refusable
         self.transfers: list[float] = []
         self.refused = 0
         self.under_way = 0
@@ -90,15 +97,14 @@ class Migrations:
         if migration.live:
             copy_s = migration.copied * self.network.cost.migration_token_s
             wanted += int(2 * copy_s / self.network.cost.step_s)
-        if (
-            target.memory.free < wanted + len(target.batch)
-            or request.status is RequestStatus.WAITING
-        ):
+        room = target.memory.free >= wanted + len(target.batch)
+        if request.status is RequestStatus.WAITING or (self.refusable and not room):
             self.refused += 1
             return self._over(migration, done=False)
-        target.memory.take(wanted)
-        target.poke()  # It runs out of memory sooner now.
-        migration.reserved = wanted
+        if room:
+            target.memory.take(wanted)
+            target.poke()  # It runs out of memory sooner now.
+            migration.reserved = wanted
         begin = self.clock.now + self.network.cost.migration_s
         end = self.network.send(migration.source.index, target.index, migration.copied, begin)
         self.clock.at(end, self._copied, migration)

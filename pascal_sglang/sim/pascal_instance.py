@@ -21,21 +21,36 @@ from pascal_sglang.policy.ranking import (
 from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.relief import giving_way
 from pascal_sglang.policy.request import RequestStatus
+from pascal_sglang.policy.timeline import Phase
+from pascal_sglang.sim.cost import Cost
 from pascal_sglang.sim.instance import Instance
 from pascal_sglang.sim.request import SimRequest
 
 
-class PascalInstance(Instance):
-    """SGLang under our executor. A pause and the start it makes room for fall into one pass here;
-    the engine needs two.
+def costs_of(cost: Cost) -> Costs:
+    """What the policy is told of copies here."""
+    launch_s = cost.copy_launch_s if cost.copies_beside else None
+    return Costs(cost.copy_s, cost.copy_token_s, launch_s=launch_s)
 
-    knows_lengths: requests say how much they will generate, as those of `evals` do.
+
+class PascalInstance(Instance):
+    """SGLang under our executor. A pause whose copy the engine waits for and the start that it
+    makes room for fall into one pass here; the engine needs two.
+
+    Where copies run beside the decoding (`Cost.copies_beside`), the memory of a paused request is
+    free in the first pass after its copy, and a request that comes back joins the first pass after
+    its own. The engine still waits where memory has to be free at once: for requests that were
+    paused with their KV on the device, and for a step that does not fit.
+
+    copying: paused requests whose KV leaves the device; arriving: requests whose KV comes back;
+    both with the time (s) at which the copy ends. knows_lengths: requests say how much they will
+    generate, as those of `evals` do.
     """
 
     def __init__(self, *args: Any, policy: Policy, knows_lengths: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.planner = Planner(policy, self.tuning)
-        self.costs = Costs(self.cost.copy_s, self.cost.copy_token_s)
+        self.costs = costs_of(self.cost)
         self.knows_lengths = knows_lengths
         self.pauses = dict.fromkeys(KVTier, 0)
         self._blocked: tuple[SimRequest, Rank] | None = None
@@ -45,6 +60,9 @@ class PascalInstance(Instance):
         self._overdue: list[tuple[float, int, float, SimRequest]] = []
         self._hurried = 0
         self._waiting_tokens = 0
+        self.copying: dict[SimRequest, float] = {}
+        self.arriving: dict[SimRequest, float] = {}
+        self._copies_end = 0.0
         self._leaving: list[tuple[SimRequest, object, Callable[[bool], None]]] = []
 
     def may_prefill(self) -> bool:
@@ -57,6 +75,9 @@ class PascalInstance(Instance):
 
     def reserve_steps(self) -> int:
         return GROWTH
+
+    def joining(self) -> int:
+        return len(self.arriving)
 
     def has_prefilled(self, tokens: int, seconds: float) -> None:
         self.costs.prefilled(tokens, seconds)
@@ -71,7 +92,9 @@ class PascalInstance(Instance):
         for request, migration, handed_over in self._leaving:
             handed_over(request.migration is migration and self.lets_go(request))
         self._leaving.clear()
-        growing = len(self.batch) + len(self.filling)
+        if self.copying or self.arriving:
+            self._end_copies(self.clock.now)
+        growing = len(self.batch) + len(self.filling) + len(self.arriving)
         short = self.memory.free < GROWTH * growing
         asked = self.stirred or self.again or self.step_by_step
         self.again = False
@@ -82,11 +105,14 @@ class PascalInstance(Instance):
 
     def _plan(self) -> None:
         self._try_in_vain()
+        joining = len(self.filling) + len(self.arriving)
         capacity = Capacity(
-            self.memory.free, 0, self.cost.slots - len(self.batch) - len(self.filling)
+            self.memory.free,
+            sum(request.kv_tokens for request in self.copying),
+            self.cost.slots - len(self.batch) - joining,
         )
         pass_info = self.pass_info
-        plan = self.planner.plan(self.batch, capacity, pass_info, len(self.filling))
+        plan = self.planner.plan(self.batch, capacity, pass_info, joining)
         self._note(plan)
         for request in plan.pause:
             assert isinstance(request, SimRequest)
@@ -146,10 +172,14 @@ class PascalInstance(Instance):
             step = min(step, batch.steps + age - waited % age)
         hurry = self._hurry
         if self._first_waits(hurry):
-            when = hurry[0][0] - REACTION_PASSES * self.passes.mean_s
-            if when < self.clock.now:
+            at, mean_s = hurry[0][0], self.passes.mean_s
+            if at - REACTION_PASSES * mean_s < self.clock.now:
                 heapq.heappop(hurry)
                 return batch.steps
+            # The mean gets longer meanwhile, but no longer than the last of these steps.
+            ahead = batch.steps_by(at) - batch.steps
+            longest_s = batch.step_s + ahead * batch.cost.kv_token_s * len(batch)
+            when = at - REACTION_PASSES * max(mean_s, longest_s)
             step = min(step, batch.steps_by(when) + 1)
         if self._first_waits(self._overdue):
             at = int(self._overdue[0][0])
@@ -198,8 +228,11 @@ class PascalInstance(Instance):
             at = urgent_at(request, self.tuning)
             heapq.heappush(self._hurry, (at, self._hurried, request.since, request))
 
-    def pause(self, request: SimRequest, tier: KVTier | None) -> None:
-        """Take a running job out; without a tier its KV leaves the device by the cheapest."""
+    def pause(
+        self, request: SimRequest, tier: KVTier | None, *, beside: bool | None = None
+    ) -> None:
+        """Take a running job out; without a tier its KV leaves the device by the cheapest. beside:
+        whether its copy may run beside the decoding; if unsaid, where copies can."""
         self.leave(request)
         request.pauses += 1
         tokens = request.kv_tokens = request.held
@@ -207,15 +240,44 @@ class PascalInstance(Instance):
         self.pauses[tier] += 1
         if tier is KVTier.RESIDENT:
             self._stop(request, RequestStatus.RESIDENT)
+        elif tier is KVTier.HOST and (self.cost.copies_beside if beside is None else beside):
+            request.status = RequestStatus.HOST
+            self.memory.copy_to_host(tokens)
+            self.copying[request] = self._copy_beside(tokens)
         else:
             self._off_device(request, tier)
             self._stop(request, request.status)
 
+    def _copy_beside(self, tokens: int) -> float:
+        """Launch a copy behind those under way; when it ends."""
+        self._hold_s += self.cost.copy_launch_s
+        begins = max(self._copies_end, self.clock.now + self._hold_s)
+        self._copies_end = begins + self.cost.copy(tokens)
+        self.clock.at(self._copies_end, self._copy_ended)
+        return self._copies_end
+
+    def _copy_ended(self, _: object) -> None:
+        self.poke()
+
+    def _end_copies(self, now: float) -> None:
+        """Take in the copies that have ended by `now`."""
+        for request in [r for r, end in self.copying.items() if end <= now]:
+            del self.copying[request]
+            self.memory.give(request.kv_tokens)
+            self._stop(request, RequestStatus.HOST)
+        for request in [r for r, end in self.arriving.items() if end <= now]:
+            del self.arriving[request]
+            self.join(request)
+            self.watch(request)
+
     def _off_device(self, request: SimRequest, tier: KVTier) -> None:
+        """The engine waits until the KV has left the device."""
         tokens = request.kv_tokens
         if tier is KVTier.HOST:
             self.memory.to_host(tokens)
+            self._await_copies(self._copies_end)
             self._hold_s += self.cost.copy(tokens)
+            self._copies_end = max(self._copies_end, self.clock.now + self._hold_s)
             request.status = RequestStatus.HOST
             return
         self.memory.give(tokens)
@@ -232,15 +294,25 @@ class PascalInstance(Instance):
             self._waiting_tokens += request.kv_tokens
         self.planner.queue.spilled(request, request.status)
 
+    def _await_copies(self, end: float) -> None:
+        """The next pass does not begin before `end`."""
+        self._hold_s = max(self._hold_s, end - self.clock.now)
+
     def _fits(self, request: SimRequest) -> bool:
-        """An idle instance is asked to try whoever is first."""
-        return request.kv_tokens <= self.memory.free
+        """An idle instance is asked to try whoever is first, and some of what a plan gives away is
+        still being copied."""
+        keep = len(self.batch) + len(self.arriving) if self.copying else 0
+        return request.kv_tokens + keep <= self.memory.free
 
     def _resume(self, request: SimRequest) -> None:
         if request.status is RequestStatus.HOST:
             if not self._fits(request):
                 return
             self.memory.from_host(request.kv_tokens)
+            if self.cost.copies_beside:
+                self.planner.queue.started(request, self.pass_info)
+                self.arriving[request] = self._copy_beside(request.kv_tokens)
+                return
             self._hold_s += self.cost.copy(request.kv_tokens)
         self.planner.queue.started(request, self.pass_info)
         self.join(request)
@@ -260,13 +332,19 @@ class PascalInstance(Instance):
         """Requests that do not fit the next step give way (`PlanExecutor.relieve`)."""
         if self.memory.free >= len(self.batch):
             return
+        if self.copying:
+            last = max(self.copying.values())
+            self._await_copies(last)
+            self._end_copies(last)
+            if self.memory.free >= len(self.batch):
+                return
         requests: Sequence[SimRequest] = self.batch
         for request in giving_way(self.planner, requests, self.pass_info):
             assert isinstance(request, SimRequest)
             if request.status is RequestStatus.RESIDENT:
                 self._spill(request)
             elif len(self.batch) > 1:
-                self.pause(request, None)
+                self.pause(request, None, beside=False)
             else:
                 return
             if self.memory.free >= len(self.batch):
@@ -276,7 +354,9 @@ class PascalInstance(Instance):
         counts, priority_class = self.planner.queue.counts, self.planner.policy.reasoning_class
         thinking = sum(n for (lane_of, _), n in counts.items() if lane_of == priority_class)
         arrived = sum(request.prompt for request in self.inbox)
-        everybody = sum(counts.values()) + len(self.inbox) + len(self.filling)
+        copied = [*self.copying, *self.arriving]
+        thinking += sum(request.phase is Phase.REASONING for request in copied)
+        everybody = sum(counts.values()) + len(self.inbox) + len(self.filling) + len(copied)
         return thinking + len(self.inbox), everybody, self._waiting_tokens + arrived
 
     def takes_over(self, request: SimRequest) -> None:
@@ -311,8 +391,10 @@ class PascalInstance(Instance):
 
     def lets_go(self, request: SimRequest) -> bool:
         """A request moves away with its KV; False if it has none any more."""
-        if request in self.filling or (
-            request.status is RequestStatus.RUNNING and request not in self.batch
+        if (
+            request in self.filling
+            or request in self.copying
+            or (request.status is RequestStatus.RUNNING and request not in self.batch)
         ):
             return False
         if request in self.batch:

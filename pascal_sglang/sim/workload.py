@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pascal_sglang.sim.loads import arrivals, servegen
-from pascal_sglang.sim.loads.lengths import PRESETS, Sampled
+from pascal_sglang.sim.loads import arrivals, conversations, servegen
+from pascal_sglang.sim.loads.lengths import PRESETS, Floats, Sampled
 
 SERVEGEN = "servegen-r1"
 SOURCES = (*PRESETS, SERVEGEN)
@@ -25,7 +27,8 @@ class Workload:
     arrival_s: seconds; of a later turn unused. prompt, thinking, answer: tokens, `thinking` without
         the end-of-thinking marker. history: leading prompt tokens that the conversation's last
         prompt had too. follows: the turn that `pause_s` after a request's end comes next, or -1;
-        `later` holds every request that comes that way.
+        `later` holds every request that comes that way. program: a program reads the answer, which
+        no pace holds; interactive: of the higher of two priorities.
     """
 
     arrival_s: list[float]
@@ -37,6 +40,8 @@ class Workload:
     follows: list[int] = field(default_factory=list)
     pause_s: list[float] = field(default_factory=list)
     later: frozenset[int] = frozenset()
+    program: list[bool] = field(default_factory=list)
+    interactive: list[bool] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -50,20 +55,70 @@ class Workload:
         return self.thinking[index] + 1 + self.answer[index]
 
 
-def draw(source: str, requests: int, rate: float, seed: int, cv: float = 1.0) -> Workload:
-    """`requests` of one of `SOURCES` at `rate` per second: the same as `evals.workload.generate`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a drawn workload is like, beside its lengths and its rate.
 
     cv: coefficient of variation of the time between arrivals, Gamma-distributed; 1 is Poisson.
+    burst_s: seconds with arrivals and seconds without, over and over. turns: mean turns per
+    conversation; pause_s: mean seconds between an answer and the next turn. programs: share of
+    answers that programs read. interactive: share of requests of the higher priority. fits: KV
+    tokens; requests that need more are left out, with the later turns of their conversation.
     """
-    lengths, times = (np.random.default_rng([seed, stream]) for stream in range(2))
-    sampled = _sample(source, lengths, requests)
-    times_s = arrivals.gamma(times, requests, rate, cv)
-    return Workload(
-        times_s.tolist(),
-        sampled.prompt.tolist(),
-        sampled.thinking.tolist(),
-        sampled.answer.tolist(),
+
+    cv: float = 1.0
+    burst_s: tuple[float, float] | None = None
+    turns: float = 1.0
+    pause_s: float = 10.0
+    programs: float = 0.0
+    interactive: float = 0.0
+    fits: int = 1 << 60
+
+
+PLAIN = Shape()
+
+
+def draw(source: str, requests: int, rate: float, seed: int, shape: Shape = PLAIN) -> Workload:
+    """`requests` of one of `SOURCES` at `rate` per second: the same as `evals.workload.build`."""
+    lengths, times, talk, readers, priorities = (
+        np.random.default_rng([seed, stream]) for stream in (0, 1, 3, 4, 5)
     )
+    sampled = _sample(source, lengths, requests)
+    turns, pauses_s = [1] * requests, [0.0] * requests
+    if shape.turns > 1:
+        turns = conversations.sizes(talk, requests, shape.turns)
+        pauses_s = talk.exponential(shape.pause_s, requests).tolist()
+    # Fewer arrivals, further apart: the load stays `rate` requests per second.
+    times_s = _arrivals(times, len(turns), rate * len(turns) / requests, shape)
+    rows, nexts = [], iter(zip(*(part.tolist() for part in sampled), pauses_s, strict=True))
+    for conversation, (count, begin_s) in enumerate(zip(turns, times_s.tolist(), strict=True)):
+        history, fits = 0, True
+        for prompt, thinking, answer, pause_s in itertools.islice(nexts, count):
+            fits = fits and history + prompt + thinking + 1 + answer <= shape.fits
+            if fits:
+                rows.append(
+                    {
+                        "arrival_s": begin_s,
+                        "prompt_tokens": history + prompt,
+                        "thinking_tokens": thinking,
+                        "answer_tokens": answer,
+                        "conversation": conversation if shape.turns > 1 else None,
+                        "pause_s": pause_s if history else 0.0,
+                    }
+                )
+            history += prompt + answer
+    drawn = from_rows(rows)
+    return dataclasses.replace(
+        drawn,
+        program=(readers.random(len(drawn)) < shape.programs).tolist(),
+        interactive=(priorities.random(len(drawn)) < shape.interactive).tolist(),
+    )
+
+
+def _arrivals(rng: np.random.Generator, count: int, rate: float, shape: Shape) -> Floats:
+    if shape.burst_s is not None:
+        return arrivals.burst(rng, count, rate, *shape.burst_s)
+    return arrivals.gamma(rng, count, rate, shape.cv)
 
 
 class Means(NamedTuple):
@@ -76,11 +131,14 @@ class Means(NamedTuple):
 
 
 @functools.cache
-def mean_lengths(source: str, samples: int = 100_000) -> Means:
+def mean_lengths(source: str, fits: int = PLAIN.fits, samples: int = 100_000) -> Means:
+    """Of the requests that need no more than `fits` KV tokens."""
     found = _sample(source, np.random.default_rng(0), samples)
     output = found.thinking + found.answer + 1.0
-    held = (output * (found.prompt + output / 2)).sum() / output.sum()
-    return Means(float(found.prompt.mean()), float(output.mean()), float(held))
+    left = found.prompt + output <= fits
+    prompt, output = found.prompt[left], output[left]
+    held = (output * (prompt + output / 2)).sum() / output.sum()
+    return Means(float(prompt.mean()), float(output.mean()), float(held))
 
 
 def _sample(source: str, rng: np.random.Generator, requests: int) -> Sampled:

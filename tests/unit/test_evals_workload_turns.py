@@ -13,8 +13,9 @@ from evals.load.client import NOT_SENT, Target, open_loop
 from evals.load.items import Item
 from evals.load.lines import WorkloadError
 from evals.load.prompt import Conversation, Reply, new_part, prompt_ids
-from evals.load.turns import converse, sizes
+from evals.load.turns import converse
 from evals.workload import Recipe, build
+from pascal_sglang.sim.loads.conversations import sizes
 
 
 def test_the_next_prompt_is_all_that_was_said_and_more():

@@ -5,7 +5,7 @@ import pytest
 
 from pascal_sglang.sim.cost import Cost, load
 from pascal_sglang.sim.experiments.calibrate import Stream, fit
-from pascal_sglang.sim.hardware import PRESETS
+from pascal_sglang.sim.hardware import PRESETS, preset
 
 KNOWN = Cost(
     step_s=4e-3, request_s=2e-4, kv_token_s=1e-7, prefill_s=3e-3, prefill_token_s=5e-5,
@@ -63,3 +63,10 @@ def test_costs_survive_a_file(tmp_path):
     for cost in (KNOWN, *PRESETS.values()):
         cost.save(tmp_path / "cost.json")
         assert load(tmp_path / "cost.json") == cost
+
+
+def test_kv_reads_reach_the_share_of_the_bandwidth_that_is_given():
+    usual, less = (preset("r1-qwen-32b-h100", share) for share in (None, 0.4))
+    assert less.kv_token_s == pytest.approx(2 * usual.kv_token_s)
+    assert less.step_s == usual.step_s
+    assert preset("r1-qwen-32b-h100-80").capacity == pytest.approx(16.8e3, rel=0.01)

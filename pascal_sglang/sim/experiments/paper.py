@@ -8,7 +8,7 @@ from pascal_sglang.sim.arms import ARMS, Arm
 from pascal_sglang.sim.cluster import Setup
 from pascal_sglang.sim.experiments.runs import Task
 from pascal_sglang.sim.experiments.tables import Rows, bin_tails, lay_out, mean, pick, shown
-from pascal_sglang.sim.figures import bin_names
+from pascal_sglang.sim.figures import ENOUGH_SAMPLES, STEADY_TIMES, bin_names
 from pascal_sglang.sim.hardware import PRESETS
 from pascal_sglang.sim.workload import mean_lengths
 
@@ -19,12 +19,12 @@ HEAVY = "reasoning-heavy"
 LOADS = {"low": 0.7, "medium": 1.0, "high": 1.3}
 REQUESTS = 2000
 SEEDS = 3
-ENOUGH_SAMPLES = 10
 
 CHOICES = """\
 What the paper leaves undefined, and what was chosen here:
  1. Lengths: it replays token counts of o4-mini; here log-normals with its means, clipped at 15,000.
  2. Requests per run: not said (the sets have 805 and 500 prompts); here {requests} drawn per run.
+    Each table says for how many P99 end-to-end times they arrive: below {steady:g}, a ramp.
  3. Rates: called low, medium and high; here {loads} of the rate at which memory stays full.
  4. Speed: vLLM 0.6.1 profiles that are not published; here a roofline (`sim/hardware.py`): a step
     takes {step:.1f} ms alone and {full:.1f} ms with memory full, {capacity} KV tokens fit.
@@ -37,11 +37,12 @@ What the paper leaves undefined, and what was chosen here:
 11. Demotion counts all KV beyond the prompt.
 12. Bins of thinking length: end at {edges}; tails as the paper takes them (max below 10 samples,
     then P90, P95, P99), mean over seeds; bins below {enough} samples are not called best or worst.
-13. A pause copies KV over PCIe while the engine waits, as ours does; transfers between instances
+13. A pause copies KV over PCIe beside the decoding, as ours does; transfers between instances
     take turns on 100 Gbit/s links, and a moving request waits for its own.
 14. FCFS pauses whoever came last when memory runs out (vLLM swaps); RR counts quanta of the whole
     request.
 15. Prefill and decode take turns in all arms but `sglang`, which prefills first.
+16. INF is FCFS with KV memory without a limit, at the same arrivals.
 """
 
 
@@ -55,12 +56,14 @@ def choices(requests: int) -> str:
         capacity=cost.capacity,
         edges=", ".join(bin_names()),
         enough=ENOUGH_SAMPLES,
+        steady=STEADY_TIMES,
     )
 
 
 def rate(source: str, share: float, setup: Setup) -> float:
-    """Requests per second of a load."""
-    return share * setup.instances * setup.cost.rate(*mean_lengths(source))
+    """Requests per second of a load, of those that fit an instance."""
+    cost = setup.cost
+    return share * setup.instances * cost.rate(*mean_lengths(source, cost.capacity))
 
 
 def tasks(

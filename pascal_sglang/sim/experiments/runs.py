@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from pascal_sglang.sim.arms import Arm
 from pascal_sglang.sim.cluster import Progress, Setup, simulate
 from pascal_sglang.sim.figures import figures
-from pascal_sglang.sim.workload import Workload, draw
+from pascal_sglang.sim.workload import PLAIN, Shape, Workload, draw
 
 BAR = 30
 
@@ -21,7 +21,8 @@ BAR = 30
 class Task:
     """One run: an arm under a drawn workload, or under one that is given.
 
-    load, rate: the name of the load and its requests per second.
+    load, rate: the name of the load and its requests per second. shape: of a drawn workload.
+    scenario: what the workload is called, if not by its source.
     """
 
     setup: Setup
@@ -31,16 +32,18 @@ class Task:
     rate: float
     requests: int
     seed: int
+    shape: Shape = PLAIN
+    scenario: str = ""
     workload: Workload | None = None
 
 
 def run(task: Task, progress: Progress | None = None) -> dict[str, Any]:
     """The figures of one run, with what identifies it."""
-    workload = task.workload or draw(task.source, task.requests, task.rate, task.seed)
+    workload = task.workload or draw(task.source, task.requests, task.rate, task.seed, task.shape)
     outcome = simulate(task.setup, task.arm, workload, progress)
     return {
         "arm": task.arm.name,
-        "source": task.source,
+        "source": task.scenario or task.source,
         "load": task.load,
         "rate": task.rate,
         "seed": task.seed,

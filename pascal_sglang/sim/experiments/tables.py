@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pascal_sglang.sim.figures import bin_names
+from pascal_sglang.sim.figures import STEADY_TIMES, bin_names
 
 Rows = Sequence[dict[str, Any]]
 
@@ -53,11 +53,13 @@ def lay_out(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def arms_table(rows: Rows) -> list[str]:
-    """A line per arm of one load: means over seeds."""
+    """A line per arm of one load: means over seeds. worst bin: the tail slowdown of the
+    thinking-length bin where it is highest, and the bin of the worst seed. big prompts: mean
+    slowdown of the tenth with the longest prompts."""
     head = (
-        "arm", "TTFO mean", "P99", "slowdown P99", "SLO viol %", "blocking P99",
-        "answer TPOT", "e2e P50", "e2e P99", "tok/s", "tok/busy s", "pauses", "moves",
-        "transfer P99",
+        "arm", "TTFO mean", "P99", "slowdown P99", "worst bin", "", "big prompts", "SLO viol %",
+        "blocking P99", "answer TPOT", "e2e mean", "P50", "P99", "tok/s", "tok/busy s", "pauses",
+        "moves", "transfer P99",
     )  # fmt: skip
     lines = []
     for arm in names(rows, "arm"):
@@ -69,9 +71,12 @@ def arms_table(rows: Rows) -> list[str]:
                 shown(mean(mine, "mean_ttfo")),
                 shown(mean(mine, "p99_ttfo")),
                 shown(mean(mine, "p99_slowdown")),
+                *worst_bin(mine),
+                shown(mean(mine, "mean_slowdown_big_prompts")),
                 shown(None if violations is None else 100 * violations),
                 shown(mean(mine, "p99_blocking")),
                 shown(mean(mine, "mean_answer_tpot"), 3),
+                shown(mean(mine, "mean_e2e"), 1),
                 shown(mean(mine, "median_e2e"), 1),
                 shown(mean(mine, "p99_e2e"), 1),
                 shown(mean(mine, "throughput"), 0),
@@ -82,6 +87,22 @@ def arms_table(rows: Rows) -> list[str]:
             )
         )
     return lay_out(head, lines)
+
+
+def worst_bin(rows: Rows) -> tuple[str, str]:
+    """Of runs of one arm: the mean over seeds, and where the worst seed has it."""
+    known = [row for row in rows if row["worst_bin"] is not None]
+    if not known:
+        return "-", ""
+    worst = max(known, key=lambda row: float(row["worst_bin_slowdown"]))
+    return shown(mean(known, "worst_bin_slowdown")), worst["worst_bin"]
+
+
+def steadiness(rows: Rows) -> str:
+    """Whether the runs of one load are steady, by the arm and seed with the longest P99."""
+    times = min(row["steadiness"] for row in rows)
+    word = "steady" if times >= STEADY_TIMES else "a ramp"
+    return f"{word}: arrivals last {times:.1f} P99 end-to-end times"
 
 
 def bins_table(rows: Rows) -> list[str]:
@@ -104,7 +125,7 @@ def report(rows: Rows) -> list[str]:
             lines += [
                 "",
                 f"== {source}, {load}: {rate:.2f} requests/s, {mine[0]['requests']} requests, "
-                f"{seeds} seed{'s' if seeds > 1 else ''} (seconds)",
+                f"{seeds} seed{'s' if seeds > 1 else ''} (seconds); {steadiness(mine)}",
                 *arms_table(mine),
                 "",
                 *bins_table(mine),
