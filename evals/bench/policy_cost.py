@@ -4,10 +4,16 @@ Builds requests as the engine does, with KV memory exhausted, and times `Planner
 
 steady        no request can displace another, as in most passes
 arrivals      in every pass a short thinker arrives and the plan is carried out
-full_rerank   half of the running requests rank below every waiting one, all at once
+full_rerank   half of the running requests rank below every waiting one: all that one pass changes
+
+Times also what comes in every pass whatever the policy decides, the observation of all who run, on
+requests of SGLang:
+
+observe     two thirds think, the others answer ahead of their readers
+readers     all answer, in passes longer than a reader takes for a token: each reader waits
 
 Prints microseconds: the mean of many passes in a row for the first, mean and P99 for the second, a
-single pass for the third; best of several rounds.
+single pass for the third, the median of many passes for the others; best of several rounds.
 """
 
 from __future__ import annotations
@@ -111,7 +117,17 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    columns = ("steady", "arrivals", "p99", "full_rerank")
+    # Importing SGLang takes seconds, which `--help` need not take.
+    from evals.bench.observation_cost import observe_us
+
+    observed = {
+        running: (
+            min(observe_us(running, pass_s=0.02, thinking=2 / 3) for _ in range(ROUNDS)),
+            min(observe_us(running, pass_s=0.15, thinking=0.0) for _ in range(ROUNDS)),
+        )
+        for running, _ in SIZES
+    }
+    columns = ("steady", "arrivals", "p99", "full_rerank", "observe", "readers")
     print(f"{'policy':<12}{'running':>8}{'others':>8}" + "".join(f"{c:>12}" for c in columns))
     for policy in (name for name, record in POLICIES.items() if record.schedules):
         for size in SIZES:
@@ -119,7 +135,7 @@ def main() -> None:
             flow = min((arrivals_us(policy, *size) for _ in range(ROUNDS)), key=statistics.mean)
             p99 = statistics.quantiles(flow, n=100)[98]
             full_rerank = min(full_rerank_us(policy, *size) for _ in range(ROUNDS))
-            figures = (steady, statistics.mean(flow), p99, full_rerank)
+            figures = (steady, statistics.mean(flow), p99, full_rerank, *observed[size[0]])
             row = f"{policy:<12}{size[0]:>8}{size[1]:>8}"
             print(row + "".join(f"{figure:>12.0f}" for figure in figures))
 

@@ -17,6 +17,7 @@ from pascal_sglang.engine.chaos import Chaos
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.observability.decision_log import DecisionLog
+from pascal_sglang.engine.observability.phases import PhaseTracker
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -80,7 +81,10 @@ class PlanExecutor:
         # Mean number of running requests over the passes of `pass_info.pass_s`.
         self.batch = 0.0
         self.errors = 0
+        # Seconds that planning and pausing have taken; observing the requests is timed where it is
+        # done.
         self.policy_s = 0.0
+        self.phase_tracker: PhaseTracker | None = None
         self.migrations: Migrations | None = None
         self._chaos = Chaos(config.chaos) if config.chaos else None
         self._extended_before = 0
@@ -107,7 +111,10 @@ class PlanExecutor:
         self.policy_s += clock.now() - begin
         if self.decision_log.metrics is not None and now - self._reported >= REPORT_S:
             self._reported = now
-            passes, seconds = self.request_states.pass_info.pass_no, self.policy_s
+            seconds = self.policy_s
+            if self.phase_tracker is not None:
+                seconds += self.phase_tracker.spent_s
+            passes = self.request_states.pass_info.pass_no
             totals = {"errors": self.errors, "passes": passes, "seconds": seconds}
             self.decision_log.metrics.update(totals, self.planner.queue.lengths())
         return self._running
@@ -270,12 +277,13 @@ class PlanExecutor:
         best = self.planner.queue.ranked(map(state_of, reqs), self.request_states.pass_info)
         return [index[id(state)] for state in best]
 
-    def observe(self, req: Req, now: float) -> None:
-        """The request may have produced tokens, which leave `now`."""
-        reasoning_ended = self.request_states.observe(req)
+    def observe(self, live: Sequence[Req], over: Sequence[Req], now: float) -> None:
+        """The requests `live` took part in a pass, whose tokens leave `now`, and `over` of them
+        ended in it."""
+        reasoning_ended = self.request_states.observe(live)
         if self.migrations is not None:
-            self.migrations.observe(req, now)
-            if reasoning_ended:
+            self.migrations.observe(live, over, now)
+            for req in reasoning_ended:
                 self.migrations.reasoning_ended(req)
 
 

@@ -11,10 +11,11 @@ from pascal_sglang.policy.timeline import PhaseTimeline
 
 def timeline_of(req: Req) -> PhaseTimeline:
     """The timeline of a request; made on first use for requests that SGLang built itself."""
-    timeline: PhaseTimeline | None = getattr(req, "pascal_timeline", None)
-    if timeline is None:
-        timeline = PhaseTimeline(arrival=clock.now())
-        req.pascal_timeline = timeline
+    timeline: PhaseTimeline
+    try:
+        timeline = req.pascal_timeline
+    except AttributeError:
+        timeline = req.pascal_timeline = PhaseTimeline(arrival=clock.now())
     return timeline
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 
 from sglang.srt.managers.schedule_batch import Req
 
@@ -18,14 +19,14 @@ from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.queue_times import entered_queue, left_queue
 from pascal_sglang.engine.priorities import priority_of
-from pascal_sglang.engine.req_attributes import state_of, timeline_of
+from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.queue import WaitQueue
 from pascal_sglang.policy.ranking import PREFIX_HEAD_START, PassInfo, fastest_pace
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
-from pascal_sglang.policy.timeline import Phase
+from pascal_sglang.policy.timeline import Phase, PhaseTimeline
 
 logger = logging.getLogger(__name__)
 
@@ -154,23 +155,37 @@ class RequestStates:
         """The request ended outside the running batch."""
         self.queue.remove(state_of(req))
 
-    def observe(self, req: Req) -> bool:
-        """The request may have produced tokens: bring its state up to date, tell its human reader.
+    def observe(self, reqs: Iterable[Req]) -> list[Req]:
+        """The requests may have produced tokens: bring their states up to date, tell human readers.
 
-        True if it has just ended its reasoning."""
-        state, timeline = state_of(req), timeline_of(req)
-        reads = state.reader is Reader.HUMAN
-        if reads and (new := timeline.answer_tokens - state.pacer.delivered):
-            floor = fastest_pace(self.config.answer_tpot_ms / 1000, self.pass_info)
-            state.pacer.deliver(self.pass_info.now, new, floor=floor)
-        answering = timeline.phase is Phase.ANSWERING
-        reasoning_ended = answering and state.phase is Phase.REASONING
-        if reasoning_ended:
-            state.phase = Phase.ANSWERING
-            state.credit = 0
-        state.phase_tokens = timeline.answer_tokens if answering else timeline.reasoning_tokens
-        state.total_tokens = timeline.reasoning_tokens + timeline.answer_tokens
-        return reasoning_ended and timeline.reasoning_tokens > 0 and not req.finished()
+        Returns those that have just ended their reasoning and go on."""
+        now = self.pass_info.now
+        floor = fastest_pace(self.config.answer_tpot_ms / 1000, self.pass_info)
+        # Looking these up costs as much as the rest of a turn.
+        reasoning, program = Phase.REASONING, Reader.PROGRAM
+        reasoning_ended: list[Req] = []
+        for req in reqs:
+            state: RequestState = req.pascal_state
+            timeline: PhaseTimeline = req.pascal_timeline
+            reasoning_tokens, answer_tokens = timeline.reasoning_tokens, timeline.answer_tokens
+            state.total_tokens = reasoning_tokens + answer_tokens
+            if timeline.reasoning_end is None:
+                state.phase_tokens = reasoning_tokens
+                continue
+            if state.phase is reasoning:
+                state.phase = Phase.ANSWERING
+                state.credit = 0
+                if reasoning_tokens > 0 and not req.finished():
+                    reasoning_ended.append(req)
+            state.phase_tokens = answer_tokens
+            if state.reader is program:
+                continue
+            pacer = state.pacer
+            if now <= pacer.early_until and floor <= pacer.tpot:
+                pacer.received = answer_tokens
+            elif answer_tokens > pacer.received:
+                pacer.receive(now, answer_tokens, floor)
+        return reasoning_ended
 
     def _left_device(self, req: Req, tier: KVTier) -> None:
         self.decision_log.left_device(state_of(req), tier, self.pass_info)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
@@ -55,7 +56,8 @@ class PascalOutputStreamer(SchedulerOutputStreamer):
     ) -> None:
         if self.revoked:
             reqs = self.revoked.without(reqs)
-        self.tracker.observe((r for r in reqs if r is not skip_req), clock.now())
+        seen = reqs if skip_req is None else [r for r in reqs if r is not skip_req]
+        self.tracker.observe(seen, clock.now())
         SchedulerOutputStreamer.stream_output(self, reqs, return_logprob, skip_req)
 
 
@@ -113,17 +115,20 @@ class PascalScheduler(OperationsScheduler):
         self.phase_tracker = PhaseTracker(
             metrics, None if self.plan_executor is None else self._observe
         )
+        if self.plan_executor is not None:
+            self.plan_executor.phase_tracker = self.phase_tracker
         super().init_output_streamer()
         self.output_streamer.tracker = self.phase_tracker
         self.output_streamer.revoked = (
             None if self.migrations is None else self.migrations.incoming_migrations.revoked
         )
 
-    def _observe(self, req: Req, now: float) -> None:
+    def _observe(self, live: Sequence[Req], over: Sequence[Req], now: float) -> None:
         assert self.plan_executor is not None
-        self.plan_executor.observe(req, now)
-        if self.load_reporter is not None and req.finished():
-            self.load_reporter.gone(req)
+        self.plan_executor.observe(live, over, now)
+        if self.load_reporter is not None:
+            for req in over:
+                self.load_reporter.gone(req)
 
     def init_request_receiver(self) -> None:
         """Control messages come in with the requests."""

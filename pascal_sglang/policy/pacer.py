@@ -18,8 +18,12 @@ class Pacer:
     Quality is measured at `tpot`. Scheduling goes by `pace`, which is slower where `tpot` is faster
     than the engine delivers: a request that nobody could serve at its pace is served like others.
 
+    delivered: tokens that are accounted for in the times and in the delay.
     floor: seconds per token that `pace` is no faster than.
     ahead: seconds between `last_shown` and when the last token would be shown at `pace`.
+    received: tokens that have come, where these are more than `delivered`. All of the others came
+        before their turn, so that one is shown every `tpot`, and `settle` accounts for them.
+    early_until: a token that comes by then comes before its turn; negative if that is not known.
     """
 
     tpot: float
@@ -29,6 +33,8 @@ class Pacer:
     delay: float = 0.0
     floor: float = 0.0
     ahead: float = 0.0
+    received: int = 0
+    early_until: float = -1.0
 
     @property
     def pace(self) -> float:
@@ -38,18 +44,52 @@ class Pacer:
     @property
     def shown(self) -> float:
         """When the last token would be shown at `pace`."""
+        if self.received > self.delivered:
+            self.settle()
         return self.last_shown + self.ahead
 
     def deliver(self, now: float, tokens: int, every: float = 0.0, floor: float = 0.0) -> None:
         """`tokens` more answering tokens reach the stream, the first at `now`, the others `every`
         seconds apart; the cost does not depend on how many. floor: the fastest pace that the engine
         delivers now, in seconds per token."""
+        self.settle()
         before = self.shown if self.delivered else -math.inf
         self._show(now, tokens, every)
         self.floor = floor
         if tokens > 0 and (floor > self.tpot or self.ahead):
             last = now + (tokens - 1) * max(every, self.pace)
             self.ahead = max(0.0, max(last, before + tokens * self.pace) - self.last_shown)
+
+    def receive(self, now: float, received: int, floor: float) -> None:
+        """`received` answering tokens have reached the stream in all, the new ones at `now`.
+
+        floor: as in `deliver`. Up to `early_until`, while `floor` is not above `tpot`, setting
+        `received` says as much.
+        """
+        if self.received > self.delivered:
+            self.settle()
+        tokens, tpot = received - self.delivered, self.tpot
+        if self.delivered and not self.ahead and floor <= tpot:
+            # As `deliver` does, in one step: answers whose readers wait come by here in every pass.
+            due = self.last_shown + tpot
+            self.last_shown = (now if now > due else due) + (tokens - 1) * tpot
+            self.delay += tokens * (self.last_shown - self.first_shown - (received - 1) * tpot)
+            self.delivered = received
+            self.floor = floor
+        else:
+            self.deliver(now, tokens, floor=floor)
+        self.received = received
+        self.early_until = self.last_shown + tpot if floor <= tpot and not self.ahead else -1.0
+
+    def settle(self) -> None:
+        """Account for the tokens that came before their turn."""
+        early = self.received - self.delivered
+        if early <= 0:
+            return
+        self.delivered = self.received
+        self.last_shown += early * self.tpot
+        self.delay += early * (self.last_shown - self._ideal(self.delivered - 1))
+        self.early_until = self.last_shown + self.tpot
 
     def _show(self, now: float, tokens: int, every: float) -> None:
         if tokens > 0 and self.delivered == 0:
@@ -92,6 +132,7 @@ class Pacer:
         """
         if self.delivered == 0:
             return 1.0
+        self.settle()
         end = self.last_shown + self.tpot
         due = self.delivered * (self.first_shown + self._ideal(self.delivered - 1)) / 2
         whole = self.delivered * end - due

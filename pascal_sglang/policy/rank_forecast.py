@@ -56,6 +56,7 @@ def _calm_in(
     tpot = request.pacer.tpot
     if not request.pacer.delivered:
         return 1
+    request.pacer.settle()
     if step_s >= tpot:
         return NEVER
     shown = max(request.pacer.last_shown, now + step_s - tpot)

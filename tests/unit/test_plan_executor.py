@@ -13,6 +13,7 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopy
 from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.observability.decision_log import DecisionLog
+from pascal_sglang.engine.observability.phases import PhaseTracker
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.request_states import remaining_of
 from pascal_sglang.policy.kv_tier import Costs, KVTier
@@ -142,6 +143,18 @@ def test_a_failing_policy_is_counted_and_everybody_admitted(executor, monkeypatc
     assert executor.govern(running, None) is running
     assert executor.errors == 1
     assert executor.admission.plan == [waiting[1], waiting[0], waiting[2]]
+
+
+def test_the_time_of_observing_requests_is_time_of_the_policy(executor, monkeypatch):
+    monkeypatch.setattr(executor, "_carry_out", lambda running, last: None)
+    told = []
+    executor.decision_log.metrics = SimpleNamespace(update=lambda totals, _: told.append(totals))
+    executor.phase_tracker = PhaseTracker(None)
+    executor.phase_tracker.observe([], 0.0)
+    observed = executor.phase_tracker.spent_s
+    executor.govern(SimpleNamespace(reqs=[]), None)
+    assert observed > 0
+    assert told[0]["seconds"] == executor.policy_s + observed
 
 
 @pytest.mark.parametrize(("device", "passes"), [("cpu", 1), ("cuda", 2)])
@@ -304,6 +317,23 @@ def test_who_cannot_be_paused_waits_for_memory_that_is_on_its_way_back(executor)
     assert not executor.relieve(batch), "nothing comes back: it fits nowhere"
 
 
+@pytest.mark.parametrize(
+    ("phase", "tokens", "reader", "name"),
+    [
+        (Phase.REASONING, 100, Reader.HUMAN, "thinking"),
+        (Phase.REASONING, 6000, Reader.HUMAN, "demoted"),
+        (Phase.ANSWERING, 100, Reader.PROGRAM, "program_answer"),
+        (Phase.ANSWERING, 0, Reader.HUMAN, "urgent_answer"),
+    ],
+)
+def test_decisions_are_counted_by_the_class_that_a_user_knows(phase, tokens, reader, name):
+    state = RequestState(
+        0, Pacer(0.1), phase=phase, phase_tokens=tokens, total_tokens=tokens, reader=reader
+    )
+    decision_log = DecisionLog(POLICIES["pascal"], Tuning(), log=False)
+    assert decision_log.class_of(state, PassInfo(1, 1.0, 0.01)) == name
+
+
 def test_a_resume_matches_its_prefix_once_and_again_only_after_a_change(executor, monkeypatch):
     tree = RadixCache.create_simulated(mock_allocator=Allocator())
     executor.scheduler.tree_cache, matches = tree, []
@@ -328,20 +358,3 @@ def test_a_resume_matches_its_prefix_once_and_again_only_after_a_change(executor
     executor.pool.changed()
     assert paused_requests.needs(request) == 4
     assert len(matches) == 5
-
-
-@pytest.mark.parametrize(
-    ("phase", "tokens", "reader", "name"),
-    [
-        (Phase.REASONING, 100, Reader.HUMAN, "thinking"),
-        (Phase.REASONING, 6000, Reader.HUMAN, "demoted"),
-        (Phase.ANSWERING, 100, Reader.PROGRAM, "program_answer"),
-        (Phase.ANSWERING, 0, Reader.HUMAN, "urgent_answer"),
-    ],
-)
-def test_decisions_are_counted_by_the_class_that_a_user_knows(phase, tokens, reader, name):
-    state = RequestState(
-        0, Pacer(0.1), phase=phase, phase_tokens=tokens, total_tokens=tokens, reader=reader
-    )
-    decision_log = DecisionLog(POLICIES["pascal"], Tuning(), log=False)
-    assert decision_log.class_of(state, PassInfo(1, 1.0, 0.01)) == name

@@ -56,7 +56,7 @@ PACKAGE = {
 # Of the package, a command that measures knows the benchmarks of its parts alone, and the workloads
 # that it shares with the simulator.
 EVALS = {
-    "bench": {"cluster", "policy", "sim"},
+    "bench": {"cluster", "config", "engine", "engine.observability", "policy", "sim"},
     "sources": {"sim"},
     "": {"sim"},
 }

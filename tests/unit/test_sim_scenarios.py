@@ -1,5 +1,6 @@
 """Scenarios: every file is one, ratios and verdicts are right, and a page shows them."""
 
+import html
 import json
 
 import pytest
@@ -156,7 +157,7 @@ def test_the_command_judges_and_a_page_shows_it(tmp_path, capsys):
     page.write([out], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert '<span class="FAIL">FAIL: ' in text
-    assert "SLO violations at most the best arm&#x27;s" in text
+    assert "SLO violations at most the best arm's" in html.unescape(text)
     assert told["provenance"]["date"] in text
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -187,20 +187,18 @@ class Migrations:
             ],
         )
 
-    def observe(self, req: Req, now: float) -> None:
-        """The request may have produced a token, which leaves `now`."""
-        since = (
-            self.incoming_migrations.arrived.pop(req, None)
-            if self.incoming_migrations.arrived
-            else None
-        )
-        if since is not None:
-            blocked_s = max(0.0, now - since)
+    def observe(self, live: Sequence[Req], over: Sequence[Req], now: float) -> None:
+        """The requests `live` took part in a pass, whose tokens leave `now`, and `over` of them
+        ended in it."""
+        arrived = self.incoming_migrations.arrived
+        for req in [req for req in live if req in arrived] if arrived else ():
+            blocked_s = max(0.0, now - arrived.pop(req))
             self.blocked_s.append(blocked_s)
             if self.metrics is not None:
                 self.metrics.blocked(blocked_s)
-        if req.finished() and (spoke := timeline_of(req).answer_tokens):
-            self.answer_tokens = running_mean(self.answer_tokens, spoke)
+        for req in over:
+            if spoke := timeline_of(req).answer_tokens:
+                self.answer_tokens = running_mean(self.answer_tokens, spoke)
 
     def gone(self, req: Req) -> None:
         """The request has ended here, or moved on, without another token."""

@@ -121,7 +121,9 @@ class DecisionMetrics:
         self._totals = {
             "errors": counter("policy_errors", "Passes in which SGLang's order stood in."),
             "passes": counter("policy_passes", "Scheduler passes."),
-            "seconds": counter("policy_seconds", "Time the policy and its pauses took."),
+            "seconds": counter(
+                "policy_seconds", "Time that observing requests, planning and pausing took."
+            ),
         }
         self._queued = Gauge(
             "pascal:queued_requests",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
@@ -36,13 +36,20 @@ class PhaseTracker:
 
     State lives on the requests, so nothing has to be cleaned up: a request that SGLang drops takes
     its timeline along. Times are seconds of `clock.now`.
+
+    spent_s: seconds that `observe` has taken in all.
     """
 
     def __init__(
-        self, metrics: PhaseMetrics | None, on_progress: Callable[[Req, float], None] | None = None
+        self,
+        metrics: PhaseMetrics | None,
+        on_progress: Callable[[Sequence[Req], Sequence[Req], float], object] | None = None,
     ) -> None:
+        """on_progress: told in every pass which live requests took part in it, and which of them
+        ended in it, before they are reported as ended."""
         self.metrics = metrics
         self.on_progress = on_progress
+        self.spent_s = 0.0
         self.outcomes: Counter[str] = Counter()
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
 
@@ -51,17 +58,38 @@ class PhaseTracker:
         req.pascal_timeline = PhaseTimeline(arrival=created_time or clock.now())
 
     def observe(self, reqs: Iterable[Req], now: float) -> None:
-        """Account for a pass: called with the requests that may have produced tokens in it, which
-        leave `now`."""
+        """Account for a pass: called with the requests that may have produced tokens in it,
+        which leave `now`.
+
+        In most passes a request goes on as before, and then only its count changes. `progress_of`
+        reads all of its state where its phase may change: at its first token, at the end of its
+        thinking, at its first answering token, and at its end.
+        """
+        began = clock.now()
+        live: list[Req] = []
+        over: list[Req] = []
         for req in reqs:
             timeline = timeline_of(req)
             if timeline.finished is not None:
                 continue
-            timeline.observe(now, progress_of(req))
-            if self.on_progress is not None:
-                self.on_progress(req, now)
-            if req.finished():
-                self.ended(req, now)
+            live.append(req)
+            if req.finished_reason is not None:
+                over.append(req)
+                timeline.observe(now, progress_of(req))
+            elif timeline.first_answer is not None:
+                answer_tokens = len(req.output_ids) - timeline.reasoning_tokens
+                if answer_tokens > timeline.answer_tokens:
+                    timeline.answer_tokens = answer_tokens
+                    timeline.last_answer = now
+            elif timeline.reasoning_tokens and not req._is_reasoning_over:
+                timeline.reasoning_tokens = req.reasoning_tokens
+            else:
+                timeline.observe(now, progress_of(req))
+        if self.on_progress is not None:
+            self.on_progress(live, over, now)
+        for req in over:
+            self.ended(req, now)
+        self.spent_s += clock.now() - began
 
     def ended(self, req: Req, now: float, aborted: bool = False) -> None:
         """Close a request's timeline, once, and report it."""
