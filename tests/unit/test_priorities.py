@@ -175,8 +175,10 @@ def test_victims_of_too_near_a_priority_are_passed_over():
 def test_an_urgent_answer_goes_before_every_priority():
     dry = answer(0, 100, 0, RequestStatus.HOST)
     first, other_dry = thinker(1, -100), answer(2, 50, 0, RequestStatus.HOST)
-    planner = planner_under("pascal", Priorities(preempts=False), [dry, first, other_dry])
-    assert list(planner.queue.best_first(MOMENT)) == [other_dry, dry, first]
+    calm = answer(4, -200, 90, RequestStatus.HOST)
+    waiting = [dry, first, other_dry, calm]
+    planner = planner_under("pascal", Priorities(preempts=False), waiting)
+    assert list(planner.queue.best_first(MOMENT)) == [other_dry, dry, calm, first]
     runs = thinker(3, -100, RequestStatus.RUNNING)
     plan = planner.plan([runs], Capacity(50, 0, 4), MOMENT)
     assert (plan.pause, plan.start) == ((runs,), (other_dry,))
