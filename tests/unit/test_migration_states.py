@@ -118,7 +118,7 @@ def test_stop_and_copy_stops_before_the_first_piece():
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     assert world.source.copy(0.1, world.kv, still=False) == []
     assert world.events == ["stop"]
-    assert world.source.copy(0.2, world.kv, still=True) == [KVChunk("m1", 0, SLOT_TOKENS)]
+    assert world.source.copy(0.2, world.kv, still=True) == [KVChunk("m1", 0, SLOT_TOKENS, False)]
 
 
 def handed():
@@ -287,13 +287,15 @@ def test_a_target_refuses_what_it_cannot_continue_by_name():
     assert world.target.hear(Handover("m1", 0, 999, {}), 0.1) == [ReserveRefused("m1", why)]
     world = World()
     world.target.unreadable = True
-    assert world.target.hear(KVChunk("m1", 0, 40), 0.1) == [ReserveRefused("m1", "transport")]
+    assert world.target.hear(KVChunk("m1", 0, 40, False), 0.1) == [
+        ReserveRefused("m1", "transport")
+    ]
 
 
 def test_a_piece_said_again_is_not_read_again():
     world = World()
     world.slot = (0, 40)
-    assert world.target.hear(KVChunk("m1", 0, 40), 0.1) == [ChunkAck("m1", 40)]
+    assert world.target.hear(KVChunk("m1", 0, 40, False), 0.1) == [ChunkAck("m1", 40)]
     world.slot = (40, 80)
-    assert world.target.hear(KVChunk("m1", 0, 40), 0.2) == [ChunkAck("m1", 40)]
-    assert world.target.hear(KVChunk("m1", 40, 80), 0.3) == [ChunkAck("m1", 80)]
+    assert world.target.hear(KVChunk("m1", 0, 40, False), 0.2) == [ChunkAck("m1", 40)]
+    assert world.target.hear(KVChunk("m1", 40, 80, False), 0.3) == [ChunkAck("m1", 80)]

@@ -12,7 +12,7 @@ from sglang.srt.managers.scheduler_components.logprob_result_processor import (
 )
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from pascal_sglang.cluster.codec import MAX_STATE_BYTES
+from pascal_sglang.cluster.messages import MAX_STATE_BYTES
 from pascal_sglang.engine.migration.request_snapshot import (
     KEYS,
     export_state,

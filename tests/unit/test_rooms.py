@@ -21,7 +21,7 @@ PACKAGE = {
     "sim": ({"policy"}, {"numpy"}),
     "cluster": (
         {"policy", *ENTRY},
-        {"mooncake", "orjson", "prometheus_client", "psutil", "sglang", "zmq"},
+        {"mooncake", "msgspec", "orjson", "prometheus_client", "psutil", "sglang", "zmq"},
     ),
     "engine.kv": ({"clock", "engine", "policy"}, {"sglang", "torch"}),
     "engine.observability": (

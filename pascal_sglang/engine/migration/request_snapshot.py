@@ -19,7 +19,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from pascal_sglang import support
-from pascal_sglang.cluster.codec import MAX_STATE_BYTES
+from pascal_sglang.cluster.messages import MAX_STATE_BYTES
 from pascal_sglang.engine.migration.snapshot_fields import (
     GIVEN,
     OUTPUT_LOGPROBS,
