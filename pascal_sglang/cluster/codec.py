@@ -7,7 +7,7 @@ dropped by whoever listens.
 from __future__ import annotations
 
 import typing
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -51,7 +51,7 @@ class _Tag(msgspec.Struct):
 
 _ENCODER = msgspec.msgpack.Encoder()
 _ENVELOPE = msgspec.msgpack.Decoder(_Envelope)
-_MESSAGE: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+_MESSAGE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def pack(message: ControlMessage, sender: int = 0) -> bytes:
@@ -61,7 +61,7 @@ def pack(message: ControlMessage, sender: int = 0) -> bytes:
     return _ENCODER.encode({"version": VERSION, "sender": sender, "message": message})
 
 
-def unpack(data: bytes, instances: int) -> tuple[int, AnyMessage]:
+def unpack(data: bytes, instances: int) -> tuple[int, Any]:
     """The sender and the message in `data`, among `instances`. Raises: `BadMessage`."""
     if len(data) > MAX_HANDOVER_BYTES:
         raise BadMessage("oversized")

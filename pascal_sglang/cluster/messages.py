@@ -10,7 +10,7 @@ that it took the last.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -25,7 +25,7 @@ Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Texts = Annotated[list[Text], Meta(max_length=MAX_ITEMS)]
 Counts = Annotated[list[Count], Meta(max_length=MAX_ITEMS)]
-State = dict[str, Any]
+State = Annotated[bytes, Meta(max_length=MAX_STATE_BYTES)]
 
 
 class ControlMessage(
@@ -34,13 +34,13 @@ class ControlMessage(
     """Every field of a message has to be in its bytes, and nothing else: no field has a default."""
 
 
-class Message(ControlMessage):
+class Message(ControlMessage, frozen=True):
     """About one migration, between its two sides."""
 
     migration: Text
 
 
-class ReceiveBuffers(ControlMessage):
+class ReceiveBuffers(ControlMessage, frozen=True):
     """Instance to every other instance, once, at its start: the addresses of its receive buffers,
     one per TP rank. Opening and pinning a receive buffer takes time that no request should wait
     for."""
@@ -48,7 +48,7 @@ class ReceiveBuffers(ControlMessage):
     receive_buffers: Texts
 
 
-class ReserveRequest(Message):
+class ReserveRequest(Message, frozen=True):
     """Source to target: may a request come that will hold `tokens` KV entries at most when it
     does? `layout` names the format of a KV entry; both sides have to have the same."""
 
@@ -57,7 +57,7 @@ class ReserveRequest(Message):
     layout: Text
 
 
-class ReserveGranted(Message):
+class ReserveGranted(Message, frozen=True):
     """Target to source: memory is reserved, and so is a slot of `slot_tokens` KV entries. It begins
     at byte `offset` of the receive buffers at the addresses `receive_buffers`, one per TP rank."""
 
@@ -66,13 +66,13 @@ class ReserveGranted(Message):
     slot_tokens: Count
 
 
-class ReserveRefused(Message):
+class ReserveRefused(Message, frozen=True):
     """Target to source: it cannot come, or no longer."""
 
     why: Text
 
 
-class KVChunk(Message):
+class KVChunk(Message, frozen=True):
     """Source to target: KV of the tokens `begin`..`end` is in the slot. last: there is no more
     yet, and the request stops once the target has this."""
 
@@ -81,13 +81,13 @@ class KVChunk(Message):
     last: bool
 
 
-class ChunkAck(Message):
+class ChunkAck(Message, frozen=True):
     """Target to source: KV up to token `upto` is in place; the slot is free again."""
 
     upto: Count
 
 
-class Handover(Message):
+class Handover(Message, frozen=True):
     """Source to target: it is yours. The request stopped at `kv_tokens`; their KV from `begin` on
     is in the slot, and `state` is all else that it needs. Repeated until answered."""
 
@@ -96,21 +96,21 @@ class Handover(Message):
     state: State
 
 
-class CommitAck(Message):
+class CommitAck(Message, frozen=True):
     """Target to source: it has taken over; the source may forget the request."""
 
 
-class MigrationCancelled(Message):
+class MigrationCancelled(Message, frozen=True):
     """Source to target: it writes into the slot no more, and the request is not the target's:
     drop it, or what has come of it. Answered by Refused."""
 
 
-class WriteQuery(Message):
+class WriteQuery(Message, frozen=True):
     """Target to source: for the target the move is over; may the source still write into its
     slot? Repeated until answered by Cancelled."""
 
 
-class ReasoningEnded(ControlMessage):
+class ReasoningEnded(ControlMessage, frozen=True):
     """Instance to controller: the request has just ended its reasoning.
 
     remaining: the most answering tokens that it can still produce. likely: how many it probably
@@ -125,7 +125,7 @@ class ReasoningEnded(ControlMessage):
     passes: Count
 
 
-class MigrateCommand(ControlMessage):
+class MigrateCommand(ControlMessage, frozen=True):
     """Controller to instance: move the request to the instance `target`."""
 
     migration: Text
@@ -133,7 +133,7 @@ class MigrateCommand(ControlMessage):
     target: Count
 
 
-class MigrationEnded(ControlMessage):
+class MigrationEnded(ControlMessage, frozen=True):
     """Either instance to controller: a move has ended. `done`: the request is the target's;
     otherwise `why` it stays."""
 
@@ -143,7 +143,7 @@ class MigrationEnded(ControlMessage):
     why: Text
 
 
-class RequestFinished(ControlMessage):
+class RequestFinished(ControlMessage, frozen=True):
     """Instance to controller: the request has ended there. `blocks` name its whole text
     (`cluster.prefix_index`), which the instance holds for the next turn."""
 
@@ -152,14 +152,14 @@ class RequestFinished(ControlMessage):
     blocks: Counts
 
 
-class LocationQuery(ControlMessage):
+class LocationQuery(ControlMessage, frozen=True):
     """Controller to instances: which of these requests live there? `number` names the question."""
 
     number: Count
     rids: Texts
 
 
-class LocationReply(ControlMessage):
+class LocationReply(ControlMessage, frozen=True):
     """Instance to controller: these of the requests asked about live there. received: requests that
     the instance had taken in by then (`LoadReport.received`)."""
 
@@ -169,20 +169,20 @@ class LocationReply(ControlMessage):
     rids: Texts
 
 
-class InstanceDown(ControlMessage):
+class InstanceDown(ControlMessage, frozen=True):
     """Controller to instances: the instance is no more."""
 
     dp_rank: Count
 
 
-class ControlAnswered(ControlMessage):
+class ControlAnswered(ControlMessage, frozen=True):
     """Instance to controller: it has answered a control request, whose type has that name."""
 
     dp_rank: Count
     request: Text
 
 
-class LoadReport(ControlMessage, kw_only=True):
+class LoadReport(ControlMessage, frozen=True, kw_only=True):
     """Instance to controller: its load now."""
 
     dp_rank: Count

@@ -17,6 +17,7 @@ from pascal_sglang.cluster.control_channel import CONTROLLER, ControlReceiver, C
 from pascal_sglang.cluster.location_check import MAX_ASKED, MAX_CHARACTERS
 from pascal_sglang.cluster.messages import (
     MAX_ITEMS,
+    MAX_STATE_BYTES,
     MAX_TEXT,
     ChunkAck,
     CommitAck,
@@ -61,7 +62,7 @@ ALL = [
     ReserveGranted("m", ["a", "b"], 4096, 512),
     KVChunk("m", 0, 40, False),
     ChunkAck("m", 40),
-    Handover("m", 40, 50, {"output_ids": [1, 2], "deep": {"er": None}}),
+    Handover("m", 40, 50, b"\x00\xff" * 200),
     CommitAck("m"),
     MigrationCancelled("m"),
     WriteQuery("m"),
@@ -94,6 +95,7 @@ LONGEST = [
     RequestFinished(1, TEXT, [(1 << 48) - 1] * MAX_ITEMS),
     LocationQuery(NUMBER, IDS),
     LocationReply(1, NUMBER, NUMBER, IDS),
+    Handover(TEXT, NUMBER, NUMBER, bytes(MAX_STATE_BYTES)),
 ]
 
 
@@ -175,12 +177,15 @@ DEEP = b"\x91" * 100_000 + b"\x01"
         (altered(ReserveGranted("m", [], 0, 0), receive_buffers="a"), "ReserveGranted: malformed"),
         (pack(RequestFinished(0, "r", [1] * (MAX_ITEMS + 1))), "RequestFinished: malformed"),
         (pack(RequestFinished(0, "r", [2**53])), "RequestFinished: malformed"),
-        (altered(Handover("m", 0, 0, {}), state=[]), "Handover: malformed"),
+        (altered(Handover("m", 0, 0, b""), state=[]), "Handover: malformed"),
+        (altered(Handover("m", 0, 0, b""), state="a"), "Handover: malformed"),
+        (pack(Handover("m", 0, 0, bytes(MAX_STATE_BYTES + 1))), "Handover: malformed"),
         (pack(LocationQuery(0, [TEXT] * MAX_ASKED)), "oversized"),
         (b" " * (MAX_HANDOVER_BYTES + 1), "oversized"),
         (DEEP, "no envelope of this version"),
         (pack(STATUS).replace(b"\xa7message", b"\xa7message" + DEEP), "not MessagePack"),
     ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} bytes",
 )
 def test_anything_else_is_rejected_by_reason(data, why):
     with pytest.raises(BadMessage, match=why) as rejected:
