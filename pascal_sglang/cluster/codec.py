@@ -29,6 +29,9 @@ MAX_HANDOVER_BYTES = MAX_STATE_BYTES + 64 * 1024
 # The longest is a `RequestFinished` with `MAX_ITEMS` blocks.
 MAX_BYTES = 9 * MAX_ITEMS + 8 * MAX_TEXT
 
+# What decoding raises for bytes that are not of the type asked for.
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 KINDS: dict[str, type[ControlMessage]] = {
     kind.__name__: kind for kind in typing.get_args(AnyMessage)
 }
@@ -69,13 +72,13 @@ def unpack(data: bytes, instances: int) -> tuple[int, Any]:
         envelope = _ENVELOPE.decode(data)
     except msgspec.ValidationError as error:
         raise BadMessage("no envelope of this version") from error
-    except (ValueError, RecursionError) as error:
+    except UNREADABLE as error:
         raise BadMessage("not MessagePack") from error
     if envelope.sender >= instances:
         raise BadMessage("no such sender")
     try:
         message = _MESSAGE.decode(envelope.message)
-    except (ValueError, RecursionError) as error:
+    except UNREADABLE as error:
         raise BadMessage(_problem_with(envelope.message)) from error
     kind = type(message).__name__
     if len(data) > MAX_BYTES and not isinstance(message, Handover):
@@ -89,6 +92,6 @@ def _problem_with(message: msgspec.Raw) -> str:
     """Why it is none of ours; msgspec's own words would repeat its content."""
     try:
         kind = msgspec.msgpack.decode(message, type=_Tag).kind
-    except (ValueError, RecursionError):
+    except UNREADABLE:
         return "unknown kind"
     return f"{kind}: malformed" if kind in KINDS else "unknown kind"

@@ -17,6 +17,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from pascal_sglang import support
+from pascal_sglang.cluster.codec import UNREADABLE
 from pascal_sglang.cluster.messages import MAX_STATE_BYTES, Count
 from pascal_sglang.engine.migration.snapshot_fields import (
     GIVEN,
@@ -134,7 +135,7 @@ def read_snapshot(state: bytes, kv_tokens: int, longest: int) -> RequestSnapshot
     try:
         snapshot = msgspec.msgpack.decode(state, type=RequestSnapshot)
         _timeline(snapshot), _pacer(snapshot)
-    except (TypeError, ValueError, KeyError, RecursionError) as error:
+    except (*UNREADABLE, TypeError, ValueError, KeyError) as error:
         raise BadSnapshot("state that does not read") from error
     prompt, output = len(snapshot.prompt_ids), len(snapshot.output_ids)
     if kv_tokens != prompt + output - 1:
