@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.codec import (
     KINDS,
     MAX_HANDOVER_BYTES,
@@ -112,6 +113,11 @@ def test_the_end_of_a_request_of_any_length_fits():
 
 def test_every_kind_is_among_those():
     assert {type(m).__name__ for m in ALL} | {"ReserveRefused"} == set(KINDS)
+    declared = {k for k in vars(messages).values() if isinstance(k, type)}
+    bases = {messages.ControlMessage, messages.Message}
+    assert {k for k in declared - bases if issubclass(k, messages.ControlMessage)} == set(
+        KINDS.values()
+    )
 
 
 def test_a_load_report_has_every_figure():

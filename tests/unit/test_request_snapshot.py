@@ -48,7 +48,8 @@ SCHEDULER = types.SimpleNamespace(
 def request(**more):
     params = SamplingParams(max_new_tokens=50, temperature=0, stop=["ab"], stop_token_ids=[2, 3])
     params.normalize(types.SimpleNamespace(encode=lambda text, **_: list(text)))
-    params.custom_params = {"thinking_budget": 2, "pascal": {"answer_tpot_ms": 40}}
+    custom = {"thinking_budget": 2, "pascal": {"answer_tpot_ms": 40}, "own": {"float": "1"}}
+    params.custom_params = custom
     req = Req(
         "r",
         None,
@@ -200,10 +201,11 @@ def test_a_state_without_a_field_is_refused(name):
         read_snapshot(msgspec.msgpack.encode(fields), KV, LONGEST)
 
 
-@pytest.mark.parametrize("state", [b"", b"\x91" * 100_000, altered()[:-1], altered() + b"\x01"])
-def test_bytes_that_are_no_state_are_refused(state):
-    with pytest.raises(BadSnapshot, match="does not read"):
-        read_snapshot(state, KV, LONGEST)
+def test_bytes_that_are_no_state_are_refused():
+    whole = altered()
+    for state in (b"", b"\x91" * 100_000, whole[:-1], whole + b"\x01"):
+        with pytest.raises(BadSnapshot, match="does not read"):
+            read_snapshot(state, KV, LONGEST)
 
 
 def test_a_request_longer_than_this_instance_serves_is_refused():
@@ -233,4 +235,8 @@ def test_a_value_that_has_no_form_is_an_error():
     req = request()
     req.logprob.output_token_logprobs_val = [None, None, object()]
     with pytest.raises(TypeError, match="type object is unsupported"):
+        export_state(req, 0.0)
+    req = request()
+    req.sampling_params.sampling_seed = 2**70
+    with pytest.raises(OverflowError):
         export_state(req, 0.0)
