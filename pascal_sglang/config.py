@@ -28,6 +28,10 @@ class ConfigError(ValueError):
     """A configuration value that cannot be served; the message is one line."""
 
 
+class LaunchError(Exception):
+    """The server cannot start for a reason the user can act on; the message is one line."""
+
+
 def _field(
     default: Any,
     text: str | None = None,

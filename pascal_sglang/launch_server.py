@@ -17,10 +17,16 @@ from collections.abc import Sequence
 import psutil
 
 from pascal_sglang.cluster.private_folder import remove_all
-from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig, add_flags, from_flags
+from pascal_sglang.config import (
+    CONFIG_ENV,
+    ConfigError,
+    LaunchError,
+    PascalConfig,
+    add_flags,
+    from_flags,
+)
 from pascal_sglang.entrypoints import sglang_flags
 from pascal_sglang.entrypoints.preflight import (
-    LaunchError,
     OneLineParser,
     check_arguments,
     check_frontend,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Characters. Below `cluster.wire.MAX_TEXT`, since SGLang adds a number to the ids of a batch.
+# Characters. Below `cluster.messages.MAX_TEXT`, since SGLang adds a number to the ids of a batch.
 MAX_ID = 512
 
 

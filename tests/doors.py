@@ -48,7 +48,8 @@ TABLE = (
     Door("KV receive buffer", "scheduler", r"memory /memfd:pascal-kv-receive .*"),
     Door("Load snapshots", ".*", r"memory /dev/shm/sglang_loads_[^/]+\.shm"),
     Door("Semaphores", ".*", r"memory /dev/shm/sem\.[^/]+"),
-    Door("Broadcasts between ranks", "scheduler", r"memory /dev/shm/psm_[^/]+"),
+    Door("Broadcasts between ranks", "scheduler", r"memory /dev/shm/(psm|sgl_shm_mq)_[^/]+"),
+    Door("Anonymous memory", "scheduler", r"file /dev/zero \(deleted\)"),
     Door("Metrics", ".*", rf"file {TEMPORARY}/tmp[^/]+/(counter|gauge|histogram|summary)_.*\.db"),
     Door("Caches", ".*", r"file .*/\.cache/.*", user=None),
 )
@@ -64,7 +65,9 @@ class Found:
     how: tuple[object, ...] | None
 
     def row(self, http: int) -> Door | None:
-        rows = (d for d in TABLE if re.search(d.process, self.process))
+        # A fork of `warm_servers` may have no title of its own.
+        titled = "warm_servers" not in self.process
+        rows = (d for d in TABLE if not titled or re.search(d.process, self.process))
         return next(
             (d for d in rows if re.fullmatch(d.looks.replace("HTTP", str(http)), self.what)), None
         )

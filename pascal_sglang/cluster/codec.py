@@ -1,4 +1,4 @@
-"""Control messages as bytes: JSON with a version and a kind, checked field by field on arrival.
+"""Control messages as bytes: MessagePack, a tagged struct in an envelope with version and sender.
 
 Nothing is unpickled. What is not exactly a known message is a `BadMessage`, to be counted and
 dropped by whoever listens.
@@ -6,51 +6,35 @@ dropped by whoever listens.
 
 from __future__ import annotations
 
-import dataclasses
 import typing
-from typing import Any
+from typing import Annotated, Any
 
-import orjson
+import msgspec
 
-from pascal_sglang.cluster import messages
-from pascal_sglang.cluster.messages import LoadReport
+from pascal_sglang.cluster.messages import (
+    MAX_ITEMS,
+    MAX_STATE_BYTES,
+    MAX_TEXT,
+    AnyMessage,
+    ControlMessage,
+    Count,
+    Handover,
+)
 
-VERSION = 2
-# A request's state holds its prompt and answer: seven digits and a comma per token at most.
-MAX_HANDOVER_BYTES = 32 * 1024 * 1024
+# Goes up with every change to what a message says; a change of its fields is rejected anyway.
+VERSION = 3
 # The rest of a Handover is a few numbers and a name.
-MAX_STATE_BYTES = MAX_HANDOVER_BYTES - 64 * 1024
-MAX_TEXT = 1024
-MAX_ITEMS = 4096
-# Of any other message: each of a text's characters takes six bytes at most, a block's name fifteen
-# digits and a comma. The longest is a `RequestFinished` with `MAX_ITEMS` blocks.
-MAX_BYTES = 16 * MAX_ITEMS + 12 * MAX_TEXT
+MAX_HANDOVER_BYTES = MAX_STATE_BYTES + 64 * 1024
+# Of any other message: each of a text's characters takes four bytes at most, a block's name nine.
+# The longest is a `RequestFinished` with `MAX_ITEMS` blocks.
+MAX_BYTES = 9 * MAX_ITEMS + 8 * MAX_TEXT
 
-KINDS: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        messages.ReceiveBuffers,
-        messages.ReserveRequest,
-        messages.ReserveGranted,
-        messages.ReserveRefused,
-        messages.KVChunk,
-        messages.ChunkAck,
-        messages.Handover,
-        messages.CommitAck,
-        messages.MigrationCancelled,
-        messages.WriteQuery,
-        messages.ReasoningEnded,
-        messages.MigrateCommand,
-        messages.MigrationEnded,
-        messages.RequestFinished,
-        messages.InstanceDown,
-        messages.LocationQuery,
-        messages.LocationReply,
-        messages.ControlAnswered,
-        LoadReport,
-    )
+# What decoding raises for bytes that are not of the type asked for.
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+KINDS: dict[str, type[ControlMessage]] = {
+    kind.__name__: kind for kind in typing.get_args(AnyMessage)
 }
-_TYPES = {name: typing.get_type_hints(kind) for name, kind in KINDS.items()}
 
 
 class BadMessage(ValueError):
@@ -58,13 +42,26 @@ class BadMessage(ValueError):
     so that it can name a counter."""
 
 
-def pack(message: Any, sender: int = 0) -> bytes:
-    """`message` as bytes. sender: the instance that says it."""
-    values = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
-    return orjson.dumps(
-        {"version": VERSION, "kind": type(message).__name__, "sender": sender, **values},
-        option=orjson.OPT_NON_STR_KEYS,
-    )
+class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
+    version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
+    sender: Count
+    message: msgspec.Raw
+
+
+class _Tag(msgspec.Struct):
+    kind: str
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_ENVELOPE = msgspec.msgpack.Decoder(_Envelope)
+_MESSAGE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def pack(message: ControlMessage, sender: int = 0) -> bytes:
+    """`message` as bytes. sender: the instance that says it. Raises: ValueError for a text that is
+    no valid Unicode, OverflowError for a number above 64 bits, TypeError for another value that
+    MessagePack does not have."""
+    return _ENCODER.encode({"version": VERSION, "sender": sender, "message": message})
 
 
 def unpack(data: bytes, instances: int) -> tuple[int, Any]:
@@ -72,41 +69,29 @@ def unpack(data: bytes, instances: int) -> tuple[int, Any]:
     if len(data) > MAX_HANDOVER_BYTES:
         raise BadMessage("oversized")
     try:
-        values = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise BadMessage("not JSON") from error
-    if not isinstance(values, dict) or values.pop("version", None) != VERSION:
-        raise BadMessage("another version")
-    kind, sender = values.pop("kind", None), values.pop("sender", None)
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise BadMessage("unknown kind")
-    if kind != "Handover" and len(data) > MAX_BYTES:
-        raise BadMessage("oversized")
-    if type(sender) is not int or not 0 <= sender < instances:
+        envelope = _ENVELOPE.decode(data)
+    except msgspec.ValidationError as error:
+        raise BadMessage("no envelope of this version") from error
+    except UNREADABLE as error:
+        raise BadMessage("not MessagePack") from error
+    if envelope.sender >= instances:
         raise BadMessage("no such sender")
-    types = _TYPES[kind]
-    if values.keys() != types.keys():
-        raise BadMessage(f"{kind}: unknown or missing fields")
-    for name, expected in types.items():
-        if not _fits(values[name], expected):
-            raise BadMessage(f"{kind}: bad {name}")
-    for name in ("dp_rank", "target"):
-        if name in values and values[name] >= instances:
-            raise BadMessage(f"{kind}: no such instance")
-    return sender, KINDS[kind](**values)
+    try:
+        message = _MESSAGE.decode(envelope.message)
+    except UNREADABLE as error:
+        raise BadMessage(_problem_with(envelope.message)) from error
+    kind = type(message).__name__
+    if len(data) > MAX_BYTES and not isinstance(message, Handover):
+        raise BadMessage("oversized")
+    if any(getattr(message, name, 0) >= instances for name in ("dp_rank", "target")):
+        raise BadMessage(f"{kind}: no such instance")
+    return envelope.sender, message
 
 
-def _fits(value: Any, expected: Any) -> bool:
-    """Whether a JSON value is one of the few types that our fields have; numbers are counts."""
-    if expected is int:
-        return type(value) is int and 0 <= value < 1 << 53
-    if expected is bool:
-        return type(value) is bool
-    if expected is str:
-        return type(value) is str and len(value) <= MAX_TEXT
-    if typing.get_origin(expected) is list:
-        (item,) = typing.get_args(expected)
-        return (
-            type(value) is list and len(value) <= MAX_ITEMS and all(_fits(v, item) for v in value)
-        )
-    return type(value) is dict
+def _problem_with(message: msgspec.Raw) -> str:
+    """Why it is none of ours; msgspec's own words would repeat its content."""
+    try:
+        kind = msgspec.msgpack.decode(message, type=_Tag).kind
+    except UNREADABLE:
+        return "unknown kind"
+    return f"{kind}: malformed" if kind in KINDS else "unknown kind"

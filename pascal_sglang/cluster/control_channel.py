@@ -59,7 +59,8 @@ class ControlReceiver:
 
 
 class ControlSender:
-    """Writes to others. dropped: messages that nobody could take, or that have no form in JSON."""
+    """Writes to others. dropped: messages that nobody could take, or that have no form in
+    MessagePack."""
 
     def __init__(self, folder: str, sender: int = 0) -> None:
         self.folder = folder
@@ -78,7 +79,7 @@ class ControlSender:
             self._sockets[to] = socket
         try:
             socket.send(pack(message, self.sender), zmq.NOBLOCK)
-        except (zmq.Again, TypeError):
+        except (zmq.Again, TypeError, ValueError, OverflowError):
             self.dropped += 1
             return False
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from pascal_sglang.cluster.messages import LoadReport
-from pascal_sglang.policy.placement import Instance
+from pascal_sglang.policy.placement import FIGURES, Instance
 
 # Dispatches remembered per instance. One that never says how it is must not fill the memory.
 OPEN_DISPATCHES = 1 << 14
@@ -50,7 +50,8 @@ class LoadTracker:
         while waiting and waiting[0][0] <= status.received:
             waiting.popleft()
         instance = self.instances[status.dp_rank]
-        instance.hear(status)
+        for name in FIGURES:
+            setattr(instance, name, getattr(status, name))
         instance.thinking += len(waiting)
         instance.load += len(waiting)
         instance.waiting += sum(tokens for _, tokens in waiting)

@@ -2,7 +2,7 @@
 
 An instance reports each end once, and a message can be lost: a full queue drops it. So the
 controller asks every instance now and then which of a few requests, those it has not asked about
-for the longest time, still live there. One that lives nowhere is forgotten.
+for the longest time, still live there. One that lives nowhere is forgotten, once all have said so.
 """
 
 from __future__ import annotations
@@ -74,13 +74,16 @@ class LocationCheck:
         """Correct what is known by the answers that have come."""
         alive = {rid: reply.dp_rank for reply in self._replies.values() for rid in reply.rids}
         moving = self._moving()
+        # A request may live on an instance that has not answered: its move may not have been heard
+        # of either.
+        complete = self._replies.keys() == self._sent.keys()
         for rid, home in self._asked.items():
             if rid in moving or self.request_locations.home(rid) != home:
                 continue
             reply = self._replies.get(home)
             if rid in alive:
                 self.request_locations.lives(rid, alive[rid])
-            elif reply is not None and reply.received >= self._sent[home]:
+            elif complete and reply is not None and reply.received >= self._sent[home]:
                 # The instance has taken in all that was sent to it before, this one included.
                 self.request_locations.gone(rid)
                 self.forgotten += 1

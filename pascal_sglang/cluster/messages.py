@@ -10,182 +10,217 @@ that it took the last.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
-from pascal_sglang.policy.placement import LoadFigures
+import msgspec
+from msgspec import Meta
+
+# Characters of a text, and members of a list.
+MAX_TEXT = 1024
+MAX_ITEMS = 4096
+# A request's state holds its prompt and answer: five bytes per token at most.
+MAX_STATE_BYTES = 32 * 1024 * 1024
+
+Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+Texts = Annotated[list[Text], Meta(max_length=MAX_ITEMS)]
+Counts = Annotated[list[Count], Meta(max_length=MAX_ITEMS)]
+State = Annotated[bytes, Meta(max_length=MAX_STATE_BYTES)]
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    migration: str
+class ControlMessage(
+    msgspec.Struct, frozen=True, tag=True, tag_field="kind", forbid_unknown_fields=True
+):
+    """Every field of a message has to be in its bytes, and nothing else: no field has a default."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReceiveBuffers:
+class Message(ControlMessage, frozen=True):
+    """About one migration, between its two sides."""
+
+    migration: Text
+
+
+class ReceiveBuffers(ControlMessage, frozen=True):
     """Instance to every other instance, once, at its start: the addresses of its receive buffers,
     one per TP rank. Opening and pinning a receive buffer takes time that no request should wait
     for."""
 
-    receive_buffers: list[str]
+    receive_buffers: Texts
 
 
-@dataclass(frozen=True, slots=True)
-class ReserveRequest(Message):
+class ReserveRequest(Message, frozen=True):
     """Source to target: may a request come that will hold `tokens` KV entries at most when it
     does? `layout` names the format of a KV entry; both sides have to have the same."""
 
-    rid: str
-    tokens: int
-    layout: str
+    rid: Text
+    tokens: Count
+    layout: Text
 
 
-@dataclass(frozen=True, slots=True)
-class ReserveGranted(Message):
+class ReserveGranted(Message, frozen=True):
     """Target to source: memory is reserved, and so is a slot of `slot_tokens` KV entries. It begins
     at byte `offset` of the receive buffers at the addresses `receive_buffers`, one per TP rank."""
 
-    receive_buffers: list[str]
-    offset: int
-    slot_tokens: int
+    receive_buffers: Texts
+    offset: Count
+    slot_tokens: Count
 
 
-@dataclass(frozen=True, slots=True)
-class ReserveRefused(Message):
+class ReserveRefused(Message, frozen=True):
     """Target to source: it cannot come, or no longer."""
 
-    why: str
+    why: Text
 
 
-@dataclass(frozen=True, slots=True)
-class KVChunk(Message):
+class KVChunk(Message, frozen=True):
     """Source to target: KV of the tokens `begin`..`end` is in the slot. last: there is no more
     yet, and the request stops once the target has this."""
 
-    begin: int
-    end: int
-    last: bool = False
+    begin: Count
+    end: Count
+    last: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkAck(Message):
+class ChunkAck(Message, frozen=True):
     """Target to source: KV up to token `upto` is in place; the slot is free again."""
 
-    upto: int
+    upto: Count
 
 
-@dataclass(frozen=True, slots=True)
-class Handover(Message):
+class Handover(Message, frozen=True):
     """Source to target: it is yours. The request stopped at `kv_tokens`; their KV from `begin` on
     is in the slot, and `state` is all else that it needs. Repeated until answered."""
 
-    begin: int
-    kv_tokens: int
-    state: dict[str, Any]
+    begin: Count
+    kv_tokens: Count
+    state: State
 
 
-@dataclass(frozen=True, slots=True)
-class CommitAck(Message):
+class CommitAck(Message, frozen=True):
     """Target to source: it has taken over; the source may forget the request."""
 
 
-@dataclass(frozen=True, slots=True)
-class MigrationCancelled(Message):
+class MigrationCancelled(Message, frozen=True):
     """Source to target: it writes into the slot no more, and the request is not the target's:
     drop it, or what has come of it. Answered by Refused."""
 
 
-@dataclass(frozen=True, slots=True)
-class WriteQuery(Message):
+class WriteQuery(Message, frozen=True):
     """Target to source: for the target the move is over; may the source still write into its
     slot? Repeated until answered by Cancelled."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReasoningEnded:
+class ReasoningEnded(ControlMessage, frozen=True):
     """Instance to controller: the request has just ended its reasoning.
 
     remaining: the most answering tokens that it can still produce. likely: how many it probably
     will. passes: scheduling passes that moving it takes, and so tokens that it answers meanwhile.
     """
 
-    dp_rank: int
-    rid: str
-    kv_tokens: int
-    remaining: int
-    likely: int
-    passes: int
+    dp_rank: Count
+    rid: Text
+    kv_tokens: Count
+    remaining: Count
+    likely: Count
+    passes: Count
 
 
-@dataclass(frozen=True, slots=True)
-class MigrateCommand:
+class MigrateCommand(ControlMessage, frozen=True):
     """Controller to instance: move the request to the instance `target`."""
 
-    migration: str
-    rid: str
-    target: int
+    migration: Text
+    rid: Text
+    target: Count
 
 
-@dataclass(frozen=True, slots=True)
-class MigrationEnded:
+class MigrationEnded(ControlMessage, frozen=True):
     """Either instance to controller: a move has ended. `done`: the request is the target's;
     otherwise `why` it stays."""
 
-    dp_rank: int
-    migration: str
+    dp_rank: Count
+    migration: Text
     done: bool
-    why: str
+    why: Text
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFinished:
+class RequestFinished(ControlMessage, frozen=True):
     """Instance to controller: the request has ended there. `blocks` name its whole text
     (`cluster.prefix_index`), which the instance holds for the next turn."""
 
-    dp_rank: int
-    rid: str
-    blocks: list[int]
+    dp_rank: Count
+    rid: Text
+    blocks: Counts
 
 
-@dataclass(frozen=True, slots=True)
-class LocationQuery:
+class LocationQuery(ControlMessage, frozen=True):
     """Controller to instances: which of these requests live there? `number` names the question."""
 
-    number: int
-    rids: list[str]
+    number: Count
+    rids: Texts
 
 
-@dataclass(frozen=True, slots=True)
-class LocationReply:
+class LocationReply(ControlMessage, frozen=True):
     """Instance to controller: these of the requests asked about live there. received: requests that
     the instance had taken in by then (`LoadReport.received`)."""
 
-    dp_rank: int
-    number: int
-    received: int
-    rids: list[str]
+    dp_rank: Count
+    number: Count
+    received: Count
+    rids: Texts
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceDown:
+class InstanceDown(ControlMessage, frozen=True):
     """Controller to instances: the instance is no more."""
 
-    dp_rank: int
+    dp_rank: Count
 
 
-@dataclass(frozen=True, slots=True)
-class ControlAnswered:
+class ControlAnswered(ControlMessage, frozen=True):
     """Instance to controller: it has answered a control request, whose type has that name."""
 
-    dp_rank: int
-    request: str
+    dp_rank: Count
+    request: Text
 
 
-@dataclass(slots=True, kw_only=True)
-class LoadReport(LoadFigures):
+class LoadReport(ControlMessage, frozen=True, kw_only=True):
     """Instance to controller: its load now."""
 
-    dp_rank: int
+    dp_rank: Count
     # Requests it has taken in since it started, so that the controller knows which of its
     # dispatches are counted here already.
-    received: int
+    received: Count
+    # The rest: see `policy.placement.LoadFigures`.
+    on_pace: bool
+    footprint: Count
+    thinking: Count
+    fresh: Count
+    free: Count
+    waiting: Count
+    capacity: Count
+    load: Count
+    pass_us: Count
+    batch: Count
+    prefill_ns: Count
+
+
+AnyMessage = (
+    ReceiveBuffers
+    | ReserveRequest
+    | ReserveGranted
+    | ReserveRefused
+    | KVChunk
+    | ChunkAck
+    | Handover
+    | CommitAck
+    | MigrationCancelled
+    | WriteQuery
+    | ReasoningEnded
+    | MigrateCommand
+    | MigrationEnded
+    | RequestFinished
+    | InstanceDown
+    | LocationQuery
+    | LocationReply
+    | ControlAnswered
+    | LoadReport
+)

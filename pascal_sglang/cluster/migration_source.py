@@ -27,7 +27,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from pascal_sglang.cluster.messages import (
     ChunkAck,
@@ -106,7 +105,7 @@ class MigrationSource(ABC):
         """The request has to leave the batch. Called once."""
 
     @abstractmethod
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> bytes:
         """The state of the request, which stands still. Called once."""
 
     @abstractmethod

@@ -18,7 +18,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from pascal_sglang.cluster.messages import (
     ChunkAck,
@@ -61,11 +60,11 @@ class MigrationTarget(ABC):
         """Take KV of the tokens `begin`..`end` out of the slot; whether that worked."""
 
     @abstractmethod
-    def problem(self, state: dict[str, Any], tokens: int) -> str | None:
+    def problem(self, state: bytes, tokens: int) -> str | None:
         """What is wrong with the state of a request; None if it can be continued here."""
 
     @abstractmethod
-    def take(self, state: dict[str, Any], tokens: int) -> None:
+    def take(self, state: bytes, tokens: int) -> None:
         """Everything is here and the request is ours."""
 
     @abstractmethod

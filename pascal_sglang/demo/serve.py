@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from pascal_sglang.config import PascalConfig
+from pascal_sglang.config import LaunchError, PascalConfig
 from pascal_sglang.demo.smollm2 import DemoModelError, default_cache_dir, prepare_demo_model
-from pascal_sglang.entrypoints.preflight import LaunchError
 
 THINKING_BUDGET_TOKENS = 48
 

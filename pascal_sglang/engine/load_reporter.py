@@ -10,9 +10,9 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
-from pascal_sglang.cluster.codec import MAX_ITEMS
 from pascal_sglang.cluster.control_channel import CONTROL_ENV, CONTROLLER, ControlSender
 from pascal_sglang.cluster.messages import (
+    MAX_ITEMS,
     ControlAnswered,
     LoadReport,
     LocationQuery,

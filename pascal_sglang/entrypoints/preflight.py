@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from pascal_sglang import support
 from pascal_sglang.cluster.private_folder import LONGEST_NAME
 from pascal_sglang.cluster.transport import problem_with
-from pascal_sglang.config import PascalConfig
+from pascal_sglang.config import LaunchError, PascalConfig
 from pascal_sglang.entrypoints import sglang_flags
 from pascal_sglang.platforms import CPU_PLATFORM
 
@@ -22,10 +22,6 @@ from pascal_sglang.platforms import CPU_PLATFORM
 SOCKET_ADDRESS = 107
 # The length of what SGLang calls its sockets below the temporary folder.
 SGLANG_SOCKET = "tmp12345678"
-
-
-class LaunchError(Exception):
-    """The server cannot start for a reason the user can act on; the message is one line."""
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -60,11 +60,6 @@ class Instance(LoadFigures):
     # Migrations under way, either way.
     migrations: int = 0
 
-    def hear(self, figures: LoadFigures) -> None:
-        """The instance has said how it is."""
-        for name in FIGURES:
-            setattr(self, name, getattr(figures, name))
-
     @property
     def left(self) -> int:
         """KV that is free and nobody has a claim to yet."""

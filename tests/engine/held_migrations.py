@@ -13,8 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-import orjson
-
+from pascal_sglang.cluster.codec import unpack
 from pascal_sglang.cluster.control_channel import ControlReceiver
 from pascal_sglang.cluster.migration_source import MigrationSource, SourceState, Terms
 from pascal_sglang.cluster.migration_target import MigrationTarget
@@ -43,11 +42,11 @@ def receive(control_receiver):
     control_receiver.held += sound_receive(control_receiver)
     found, control_receiver.held, held, slow = [], [], control_receiver.held, set()
     for data in held:
-        read = orjson.loads(data)
-        kind, sender = read["kind"], read["sender"]
+        sender, message = unpack(data, control_receiver.instances)
+        kind = type(message).__name__
         if told(f"lose-{kind}"):
             (FOLDER / f"lose-{kind}").unlink()
-        elif told(f"hold-{kind}") or ("migration" in read and sender in slow):
+        elif told(f"hold-{kind}") or (hasattr(message, "migration") and sender in slow):
             slow.add(sender)
             control_receiver.held.append(data)
             (FOLDER / f"held-{kind}").touch()

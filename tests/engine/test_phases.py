@@ -206,7 +206,7 @@ def test_metrics_carry_the_series(pascal_server):
     answered = value("pascal:requests_total", outcome="answered")
     tokens = value("pascal:reasoning_tokens_total"), value("pascal:answer_tokens_total")
     body = generate("Once", think=10, total=20, rid=rid())
-    pascal_server.post("/generate", body)
+    pascal_server.stream("/generate", body)
     pascal_server.recent(body["rid"])
     assert {n: value(f"pascal:{n}_count") - c for n, c in before.items()} == dict.fromkeys(
         names, 1.0
@@ -215,6 +215,12 @@ def test_metrics_carry_the_series(pascal_server):
     thought = value("pascal:reasoning_tokens_total") - tokens[0]
     assert thought == 11
     assert value("pascal:answer_tokens_total") - tokens[1] == 20 - thought
+    # A program reads what is not streamed, and has no pace to be kept.
+    whole = {**body, "rid": rid()}
+    pascal_server.post("/generate", whole)
+    pascal_server.recent(whole["rid"])
+    assert value("pascal:requests_total", outcome="answered") == answered + 2
+    assert value("pascal:answer_qoe_count") == before["answer_qoe"] + 1
 
 
 def test_health_checks_are_not_requests(pascal_server):

@@ -30,7 +30,7 @@ class Source(MigrationSource):
 
     def snapshot(self):
         assert not self.world.running
-        return {"kv": self.world.kv}
+        return b"%d" % self.world.kv
 
     def resume(self):
         assert not self.world.running
@@ -66,7 +66,7 @@ class Target(MigrationTarget):
         return self.wrong
 
     def take(self, state, tokens):
-        assert self.world.received == tokens == state["kv"], "a hole in the KV"
+        assert self.world.received == tokens == int(state), "a hole in the KV"
         self.world.taken = state
         self.world.events.append("take")
 

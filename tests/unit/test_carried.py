@@ -6,8 +6,8 @@ import pytest
 from sglang.srt.server_args import ServerArgs
 
 from pascal_sglang import support
-from pascal_sglang.config import PascalConfig
-from pascal_sglang.entrypoints.preflight import LaunchError, check_policy
+from pascal_sglang.config import LaunchError, PascalConfig
+from pascal_sglang.entrypoints.preflight import check_policy
 
 REFUSED = {
     "--speculative-algorithm": "--speculative-algorithm EAGLE",

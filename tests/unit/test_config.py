@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig, from_flags
-from pascal_sglang.entrypoints.preflight import LaunchError, open_to_others
+from pascal_sglang.config import CONFIG_ENV, ConfigError, LaunchError, PascalConfig, from_flags
+from pascal_sglang.entrypoints.preflight import open_to_others
 from pascal_sglang.launch_server import main, parse
 
 

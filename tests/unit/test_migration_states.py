@@ -97,7 +97,7 @@ def test_without_trouble_it_moves_and_stops_for_the_tail_alone():
     world.settle()
     assert world.check() == (False, True)
     assert world.events == ["stop", "take", "release"]
-    assert world.taken == {"kv": world.kv}
+    assert world.taken == b"%d" % world.kv
 
 
 def test_the_last_piece_before_the_stop_says_so():
@@ -118,7 +118,7 @@ def test_stop_and_copy_stops_before_the_first_piece():
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     assert world.source.copy(0.1, world.kv, still=False) == []
     assert world.events == ["stop"]
-    assert world.source.copy(0.2, world.kv, still=True) == [KVChunk("m1", 0, SLOT_TOKENS)]
+    assert world.source.copy(0.2, world.kv, still=True) == [KVChunk("m1", 0, SLOT_TOKENS, False)]
 
 
 def handed():
@@ -127,7 +127,7 @@ def handed():
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     world.source.copy(0.1, 10, still=False)
     (handover,) = world.source.copy(0.2, 10, still=True)
-    assert handover == Handover("m1", 0, 10, {"kv": 10})
+    assert handover == Handover("m1", 0, 10, b"10")
     return world, handover
 
 
@@ -217,7 +217,7 @@ def test_a_source_that_was_stopped_itself_hears_before_it_gives_up():
 def test_a_target_that_took_over_drops_the_request_when_it_hears():
     world = World(terms(live=False), kv=0)
     world.received = 0
-    handover = Handover("m1", 0, 0, {"kv": 0})
+    handover = Handover("m1", 0, 0, b"0")
     assert world.target.hear(handover, 0.1) == [CommitAck("m1")]
     for _ in range(2):
         assert world.target.hear(MigrationCancelled("m1"), 60.0) == [
@@ -261,7 +261,9 @@ def test_a_dead_source_leaves_nothing_behind():
     world = World()
     world.target.give_up("source died")
     assert world.events == ["drop"]
-    assert world.target.hear(Handover("m1", 0, 0, {}), 0.2) == [ReserveRefused("m1", "source died")]
+    assert world.target.hear(Handover("m1", 0, 0, b""), 0.2) == [
+        ReserveRefused("m1", "source died")
+    ]
 
 
 def test_a_request_that_outgrows_its_reservation_stops_in_time():
@@ -274,26 +276,28 @@ def test_a_request_that_outgrows_its_reservation_stops_in_time():
 def test_a_target_refuses_what_it_cannot_continue_by_name():
     world = World()
     world.target.wrong = "state of version 2"
-    assert world.target.hear(Handover("m1", 0, 0, {}), 0.1) == [
+    assert world.target.hear(Handover("m1", 0, 0, b""), 0.1) == [
         ReserveRefused("m1", "state of version 2")
     ]
     assert world.events == ["drop"]
     world = World()
-    assert world.target.hear(Handover("m1", 7, 9, {}), 0.1) == [
+    assert world.target.hear(Handover("m1", 7, 9, b""), 0.1) == [
         ReserveRefused("m1", "a hole in the KV")
     ]
     world = World()
     why = "outgrew its reservation"
-    assert world.target.hear(Handover("m1", 0, 999, {}), 0.1) == [ReserveRefused("m1", why)]
+    assert world.target.hear(Handover("m1", 0, 999, b""), 0.1) == [ReserveRefused("m1", why)]
     world = World()
     world.target.unreadable = True
-    assert world.target.hear(KVChunk("m1", 0, 40), 0.1) == [ReserveRefused("m1", "transport")]
+    assert world.target.hear(KVChunk("m1", 0, 40, False), 0.1) == [
+        ReserveRefused("m1", "transport")
+    ]
 
 
 def test_a_piece_said_again_is_not_read_again():
     world = World()
     world.slot = (0, 40)
-    assert world.target.hear(KVChunk("m1", 0, 40), 0.1) == [ChunkAck("m1", 40)]
+    assert world.target.hear(KVChunk("m1", 0, 40, False), 0.1) == [ChunkAck("m1", 40)]
     world.slot = (40, 80)
-    assert world.target.hear(KVChunk("m1", 0, 40), 0.2) == [ChunkAck("m1", 40)]
-    assert world.target.hear(KVChunk("m1", 40, 80), 0.3) == [ChunkAck("m1", 80)]
+    assert world.target.hear(KVChunk("m1", 0, 40, False), 0.2) == [ChunkAck("m1", 40)]
+    assert world.target.hear(KVChunk("m1", 40, 80, False), 0.3) == [ChunkAck("m1", 80)]

@@ -3,7 +3,6 @@
 import types
 from array import array
 
-import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +14,7 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.migration.request_snapshot import (
     export_state,
     import_state,
+    read_snapshot,
     restore_state,
 )
 from pascal_sglang.engine.observability.phases import PhaseTracker, describe, progress_of, qoe_of
@@ -83,10 +83,11 @@ class Stream:
         return ended_thinking and not self.req.finished()
 
     def migrate(self, states):
-        state = orjson.loads(orjson.dumps(export_state(self.req, 0.0)))
-        self.req = import_state(SCHEDULER, state)
+        state = export_state(self.req, 0.0)
+        snapshot = read_snapshot(state, self.req.seqlen - 1, longest=1 << 20)
+        self.req = import_state(SCHEDULER, snapshot)
         states.arrived(self.req)
-        restore_state(self.req, state)
+        restore_state(self.req, snapshot)
 
     def check(self, now):
         state, timeline = self.req.pascal_state, self.timeline

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pascal_sglang.config import CONFIG_ENV, PascalConfig
-from pascal_sglang.entrypoints.preflight import LaunchError, check_frontend
+from pascal_sglang.config import CONFIG_ENV, LaunchError, PascalConfig
+from pascal_sglang.entrypoints.preflight import check_frontend
 from pascal_sglang.streaming import pacing
 from pascal_sglang.streaming.pace_stream import generate_request, paced
 from pascal_sglang.streaming.pacing import Pacing

@@ -13,10 +13,10 @@ import pytest
 from pascal_sglang.cluster import control_channel, private_folder, status_file
 from pascal_sglang.cluster.private_folder import LONGEST_NAME, PrivateFolder, remove_ownerless
 from pascal_sglang.cluster.status_file import StatusFile
+from pascal_sglang.config import LaunchError
 from pascal_sglang.entrypoints.preflight import (
     SGLANG_SOCKET,
     SOCKET_ADDRESS,
-    LaunchError,
     check_temporary_folder,
 )
 

@@ -68,7 +68,7 @@ class Source(MigrationSource):
     stop = resume = release = lose = nothing
 
     def snapshot(self):
-        return {}
+        return b""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pascal_sglang.cluster.codec import MAX_TEXT
+from pascal_sglang.cluster.messages import MAX_TEXT
 from pascal_sglang.request_ids import MAX_ID, problem_with
 
 

@@ -21,7 +21,7 @@ PACKAGE = {
     "sim": ({"policy"}, {"numpy"}),
     "cluster": (
         {"policy", *ENTRY},
-        {"mooncake", "orjson", "prometheus_client", "psutil", "sglang", "zmq"},
+        {"mooncake", "msgspec", "orjson", "prometheus_client", "psutil", "sglang", "zmq"},
     ),
     "engine.kv": ({"clock", "engine", "policy"}, {"sglang", "torch"}),
     "engine.observability": (
@@ -33,7 +33,7 @@ PACKAGE = {
             *{"cluster", "engine", "engine.kv", "engine.observability", "policy", "support"},
             *ENTRY,
         },
-        {"msgspec", "orjson", "sglang", "torch"},
+        {"msgspec", "sglang", "torch"},
     ),
     "engine": (
         {
@@ -49,7 +49,7 @@ PACKAGE = {
     "streaming": ({"clock", "config", "entrypoints"}, {"sglang"}),
     "platforms": (set(), {"sglang"}),
     "demo": (
-        {"config", "entrypoints"},
+        {"config"},
         {"filelock", "safetensors", "sglang", "tokenizers", "torch", "transformers"},
     ),
 }

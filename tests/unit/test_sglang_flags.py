@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from pascal_sglang.config import LaunchError
 from pascal_sglang.entrypoints import sglang_flags
-from pascal_sglang.entrypoints.preflight import LaunchError, check_given
+from pascal_sglang.entrypoints.preflight import check_given
 
 OURS = ("--demo", "--pascal-policy")
 

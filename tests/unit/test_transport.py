@@ -10,8 +10,8 @@ import pytest
 from pascal_sglang.cluster import transport
 from pascal_sglang.cluster.transport import TransportError
 from pascal_sglang.cluster.transport.listening import keep_to, listening
-from pascal_sglang.config import PascalConfig
-from pascal_sglang.entrypoints.preflight import LaunchError, check_migrations
+from pascal_sglang.config import LaunchError, PascalConfig
+from pascal_sglang.entrypoints.preflight import check_migrations
 from tests.strangers import NOBODY, NoOtherHost, another_host, attempts
 
 PATTERN = bytes(range(256)) * 16

@@ -7,7 +7,6 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
@@ -24,8 +23,10 @@ from pascal_sglang.engine.migration.prefill_gate import HANDOVER_PASSES, Prefill
 from pascal_sglang.engine.migration.receive_buffer import ReceiveBuffer, Reservation
 from pascal_sglang.engine.migration.recent_aborts import RecentAborts
 from pascal_sglang.engine.migration.request_snapshot import (
+    BadSnapshot,
+    RequestSnapshot,
     import_state,
-    problem_with,
+    read_snapshot,
     restore_state,
 )
 from pascal_sglang.engine.migration.revoked import Revoked
@@ -47,7 +48,8 @@ class IncomingMigration(MigrationTarget):
 
     side: IncomingMigrations
     reservation: Reservation
-    # Made of its state, once that is here.
+    # Its state, once that is here, and the request made of it.
+    snapshot: RequestSnapshot | None = None
     req: Req | None = None
     # What is said once nothing reads the slot any more.
     unsaid: Sequence[Message] = ()
@@ -63,26 +65,27 @@ class IncomingMigration(MigrationTarget):
         fetched = self.side.receive_buffer.fetch(self.reservation, begin, end)
         return all_agree(self.side.scheduler, fetched)
 
-    def problem(self, state: dict[str, Any], tokens: int) -> str | None:
+    def problem(self, state: bytes, tokens: int) -> str | None:
         scheduler = self.side.scheduler
-        problem = problem_with(state, tokens, scheduler.max_req_len)
-        if problem is not None:
-            return problem
         try:
-            self.req = import_state(scheduler, state)
+            self.snapshot = read_snapshot(state, tokens, scheduler.max_req_len)
+            self.req = import_state(scheduler, self.snapshot)
+        except BadSnapshot as error:
+            return str(error)
         except (TypeError, ValueError, KeyError, AttributeError):
             logger.exception("pascal_sglang: a request cannot be continued here")
             return "state that cannot be continued"
         return None
 
-    def take(self, state: dict[str, Any], tokens: int) -> None:
-        req, states = self.req, self.side.states
+    def take(self, state: bytes, tokens: int) -> None:
+        req, snapshot, states = self.req, self.snapshot, self.side.states
+        assert snapshot is not None
         locations = self.side.receive_buffer.keep(self.reservation, tokens, states.pass_info.now)
         states.arrived(req)
-        restore_state(req, state)
+        restore_state(req, snapshot)
         states.paused_requests.adopt(req, locations)
         states.stopped(req, RequestStatus.RESIDENT)
-        self.side.arrived[req] = state["blocked_since"]
+        self.side.arrived[req] = snapshot.blocked_since
         self.taken = weakref.ref(req)
 
     def drop(self) -> None:
@@ -190,7 +193,8 @@ class IncomingMigrations:
         self.control_sender.send(
             CONTROLLER, [messages.MigrationEnded(self._dp_rank, migration, taken, incoming.why)]
         )
-        incoming.req, reservation = None, incoming.reservation
+        incoming.req = incoming.snapshot = None
+        reservation = incoming.reservation
         reservation.locations = reservation.locations[:0].clone()
         self._past[migration] = incoming
         while len(self._past) > REMEMBERED:

@@ -67,7 +67,7 @@ class OutgoingMigration(MigrationSource):
         timeline_of(self.req).stopped("moved", self.stopped_at)
         self.kv.take_out(side.running, states.ended)
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> bytes:
         # When its last token left; for one that was paused, when the migration began to hold it.
         timeline = timeline_of(self.req)
         last_token = timeline.last_answer or timeline.reasoning_end or 0.0
@@ -222,7 +222,7 @@ class OutgoingMigrations:
         tokens = out.kv.tokens(status, runs and self.scheduler.enable_overlap)
         try:
             said = out.copy(now, tokens, still=still)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             logger.exception("pascal_sglang: the state of %s does not travel", out.req.rid)
             said = out.keep("state")
         for message in said:
