@@ -313,7 +313,8 @@ class PlanBuilder:
         those of strictly worse rank do not suffice."""
         planner = self.planner
         if planner.policy.worst is not None and rank >= planner.policy.worst:
-            self.shortage = "rank"
+            if any(request.pausable for request in self.running):
+                self.shortage = "rank"
             return None
         for fresh in (False, True):
             if fresh and planner.victims.is_fresh(self.pass_info):

@@ -98,10 +98,9 @@ def test_arms_stand_side_by_side_and_agree(rows, capsys):
     )
     assert told[0] == 0
     assert list(told[1]["arms"]) == ["one", "other"]
-    header = next(line for line in said.splitlines() if line.split() == ["one", "other"])
+    assert any(line.split() == ["one", "other"] for line in said.splitlines())
     accuracies = [line for line in said.splitlines() if line.startswith("Accuracy (%):")][-1]
-    assert accuracies.index("40.00") == header.index("one")
-    assert accuracies.index("100.00") == header.index("other")
+    assert accuracies.split()[-2:] == ["40.00", "100.00"]
     assert sampled[1]["parity"] == []
     assert "parity: not checked" in capsys.readouterr().out
 
