@@ -73,6 +73,13 @@ class PascalConfig:
         "what counts towards that: all KV beyond the prompt, or thinking tokens",
         choices=("kv", "thinking"),
     )
+    # Multiplies `policy.ranking.Tuning.settle`.
+    answer_bias: float = _field(
+        1.0,
+        "how far ahead of its reader an answer has to be before thinking displaces it, as a "
+        "multiple of the default: less begins answers sooner, more ends them sooner",
+        above=0,
+    )
     # A request may override it in `custom_params["pascal"]["answer_tpot_ms"]`.
     answer_tpot_ms: float = _field(
         100.0, "the reader's pace: milliseconds per answering token", above=0

@@ -65,6 +65,7 @@ class PlanExecutor:
             demote=config.demote_tokens,
             demote_on=config.demote_on,
         )
+        tuning = dataclasses.replace(tuning, settle=config.answer_bias * tuning.settle)
         stall_s = costs.stall_s(TYPICAL_QUANTA * config.quantum_tokens)
         if stall_s is not None:
             tuning = dataclasses.replace(tuning, stall_s=stall_s)

@@ -59,11 +59,11 @@ class Tuning:
     demote: int = 5000
     demote_on: str = "kv"
     demotion: int = 4
-    ageing: int = 8
+    ageing: int = 32
     overdue: int = 2
     stall_s: float = 0.03
     burst: float = 50.0
-    settle: float = 1500.0
+    settle: float = 7500.0
     guard: int = 2
     headroom: int = 32
     backfill: int = 32

@@ -184,10 +184,11 @@ def _rounded(value: Any) -> Any:
 
 def _arms(text: str) -> list[Arm]:
     names = text.split(",")
-    unknown = [name for name in names if name not in ARMS and ":" not in name]
+    unknown = [name for name in names if name.partition("@")[0] not in ARMS and ":" not in name]
     if unknown:
         raise argparse.ArgumentTypeError(
-            f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}, and MODULE:NAME of a policy"
+            f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}, MODULE:NAME of a policy, "
+            "and either with @FIELD=NUMBER"
         )
     try:
         return [arm_of(name) for name in names]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pascal_sglang.policy.priorities import Priorities, with_priorities
-from pascal_sglang.policy.registry import Policy, find
+from pascal_sglang.policy.ranking import Tuning
+from pascal_sglang.policy.registry import Policy, UnknownPolicy, find
 
 STOCK = "sglang"
 # A better priority displaces, however little better it is.
@@ -120,10 +121,14 @@ def with_inf(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def arm_of(name: str) -> Arm:
-    """One of `ARMS`, or the policy of that name with all that this package does around it.
+    """One of `ARMS`, or the policy of that name with all that this package does around it. After an
+    `@`, fields of `Tuning` follow: `pascal@settle=1500+ageing=8`.
 
     Raises: UnknownPolicy.
     """
+    base, tuned, numbers = name.partition("@")
+    if tuned:
+        return arm_of(base).but(name, tuning=tuple(_number(each) for each in numbers.split("+")))
     if name in ARMS:
         return ARMS[name]
     rule = find(name).placement
@@ -132,3 +137,17 @@ def arm_of(name: str) -> Arm:
     return PASCAL.but(
         name, policy=name, sticky=rule.running_qoe, lazy=rule.lazy, predict=rule.predict
     )
+
+
+def _number(text: str) -> tuple[str, float]:
+    """A number of `Tuning`, from `field=value`."""
+    field, _, value = text.partition("=")
+    kinds = {each.name: type(each.default) for each in dataclasses.fields(Tuning)}
+    kind = kinds.get(field)
+    try:
+        if kind in (int, float):
+            return field, kind(value)
+    except ValueError:
+        pass
+    known = ", ".join(name for name, kind in kinds.items() if kind is not str)
+    raise UnknownPolicy(f"{text!r} is not FIELD=NUMBER with a field of {known}")

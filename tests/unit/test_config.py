@@ -53,6 +53,7 @@ def test_is_frozen():
         ('{"answer_tpot_ms": NaN}', "answer_tpot_ms must be a number above 0"),
         ('{"host_kv_gb": "3"}', "host_kv_gb must be a number of at least 0"),
         ('{"quantum_tokens": 0}', "quantum_tokens must be a whole number of at least 1"),
+        ('{"answer_bias": 0}', "answer_bias must be a number above 0"),
         ('{"migration": "on"}', "migration must be one of adaptive, always, off"),
         ('{"default_thinking_budget": -1}', "default_thinking_budget"),
         ('{"default_thinking_budget": true}', "default_thinking_budget"),

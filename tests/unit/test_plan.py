@@ -32,7 +32,9 @@ from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 HEADROOM = 20
-TUNING = Tuning(quantum=50, demote=400, stall_s=0.01, burst=100, settle=200, headroom=HEADROOM)
+TUNING = Tuning(
+    quantum=50, demote=400, ageing=8, stall_s=0.01, burst=100, settle=200, headroom=HEADROOM
+)
 NOW = 1000.0
 TPOT = 0.1
 

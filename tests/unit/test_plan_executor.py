@@ -1,5 +1,6 @@
 """When something of ours fails at run time, SGLang's order stands in and no request is lost."""
 
+import dataclasses
 from array import array
 from types import SimpleNamespace
 
@@ -129,6 +130,13 @@ def executor(monkeypatch):
     monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda _, now: now)
     config = PascalConfig()
     return PlanExecutor(scheduler(), config, config.record, FailingCopies(), Costs())
+
+
+def test_the_answer_bias_moves_how_far_ahead_answers_may_be_displaced():
+    """`test_plan` shows what `settle` does."""
+    config = PascalConfig(answer_bias=0.25)
+    made = PlanExecutor(scheduler(), config, config.record, FailingCopies(), Costs())
+    assert made.planner.tuning == dataclasses.replace(Tuning(), settle=Tuning().settle / 4)
 
 
 def test_a_failing_policy_is_counted_and_everybody_admitted(executor, monkeypatch):

@@ -75,3 +75,12 @@ def test_arms_do_around_a_policy_what_servers_do():
     arm = arm_of(NAME)
     assert (arm.record, arm.lazy, arm.predict, arm.migration) == (POLICY, True, True, "adaptive")
     assert arm_of("examples.feedback_queue:POLICY").on_pace
+
+
+def test_an_arm_may_change_numbers_of_its_policy():
+    name = "pascal@settle=1500+ageing=8"
+    assert arm_of(name) == ARMS["pascal"].but(name, tuning=(("settle", 1500.0), ("ageing", 8)))
+    assert arm_of(f"{NAME}@ageing=8").tuning == (("ageing", 8),)
+    for bad in ("ageing=8.5", "ageing", "", "demote_on=kv", "x=1", "settle=1500+"):
+        with pytest.raises(UnknownPolicy, match="FIELD=NUMBER"):
+            arm_of(f"pascal@{bad}")
