@@ -1,6 +1,6 @@
 """The reader's side of an answer: when each token is shown, when the buffer runs dry, how it went.
 
-Source: PAPER.md, "token pacer" and "QoE" (Andes' metric computed from TPOT alone).
+Source: the paper, "token pacer" and "QoE" (Andes' metric computed from TPOT alone).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which instance takes a new request, and whether a request moves at the end of its thinking.
 
-Source: PAPER.md, Algorithms 1 and 2 with the adaptive override; DESIGN.md section 7 for `pascal`.
-All ties go to the instance asked first by `_turn`, which rotates, so that equal instances share.
+Source: the paper's Algorithms 1 and 2 with the adaptive override; `PlacementRule` has what `pascal`
+changes. All ties go to the instance asked first by `_turn`, which rotates, so that equal instances
+share.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def urgent_at(request: RequestState, tuning: Tuning) -> float:
 
 
 def paper(request: RequestState, pass_info: PassInfo, tuning: Tuning) -> Rank:
-    """PAPER.md: strict priority of thinking; both queues round robin on consumed quanta."""
+    """The paper: strict priority of thinking; both queues round robin on consumed quanta."""
     return (paper_class(request, tuning), by_quanta(request, tuning))
 
 

@@ -1,4 +1,4 @@
-"""A request's phases and the times its user feels (PAPER.md terms)."""
+"""A request's phases and the times its user feels in the paper's terms."""
 
 from __future__ import annotations
 

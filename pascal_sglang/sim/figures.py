@@ -36,7 +36,7 @@ def alone(cost: Cost, workload: Workload) -> Floats:
 
 def tail(values: Floats) -> float | None:
     """The tail a sample of this size can support: maximum below 10 values, P90 below 30, P95 below
-    100, else P99 (PAPER.md)."""
+    100, else P99, as in the paper."""
     if not len(values):
         return None
     if len(values) < 10:

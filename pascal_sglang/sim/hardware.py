@@ -78,7 +78,7 @@ class Engine:
     launch_layer_s: float = 54e-6
 
 
-# The paper's: DeepSeek-R1-Distill-Qwen-32B, 256 KiB of KV per token (PAPER.md).
+# The paper's: DeepSeek-R1-Distill-Qwen-32B, 256 KiB of KV per token.
 R1_QWEN_32B = Model(parameters=32.8e9, active=32.8e9, layers=64, kv_heads=8, head_dim=128)
 # Model cards of Qwen3: 8.2e9 parameters; 30.5e9 of which 3.3e9 are active.
 QWEN3_8B = Model(parameters=8.2e9, active=8.2e9, layers=36, kv_heads=8, head_dim=128)

@@ -1,5 +1,5 @@
-"""What `pascal` changes about the paper's rules, one change at a time and together (DESIGN section
-7), from low load to overload."""
+"""What `pascal` changes about the paper's rules, one change at a time and together, from low load
+to overload."""
 
 from __future__ import annotations
 
