@@ -36,7 +36,7 @@ from pascal_sglang.sim.experiments.calibrate import Fit, Stream, fit
 from pascal_sglang.sim.workload import from_rows
 
 CALIBRATION_SEED = 100
-# One copy of a paused request's KV on this CPU and each of its tokens, as `engine.pool` measures
+# One copy of a paused request's KV on this CPU and each of its tokens, as `engine.kv.pool` measures
 # them at start; the client cannot see them.
 COPY_S, COPY_TOKEN_S = 2e-4, 1e-6
 FIGURES = ("ttfo", "tpot", "e2e")

@@ -1,4 +1,4 @@
-"""The detokenizer's side of moves: a moved request's tokens stay in order (`cluster.in_order`)."""
+"""The detokenizer's side of moves: a moved request's tokens stay in order (`cluster.output_order`)."""
 
 from __future__ import annotations
 

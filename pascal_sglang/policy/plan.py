@@ -101,8 +101,8 @@ class Planner:
         running: requests that decode. joining: requests that come out of a prefill in this pass and
         cannot be paused yet. A request is paused only if the decode step would run out of memory,
         or if a request of strictly lower rank that may displace it (`Policy.displaces`) starts with
-        what the pause gives back. No request
-        starts beyond memory and slots. The queue is served in order, but for `backfill`.
+        what the pause gives back. No request starts beyond memory and slots. The queue is served in
+        order, but for `backfill`.
         """
         budget = (
             capacity.free_tokens + capacity.releasing_tokens - GROWTH * (len(running) + joining)

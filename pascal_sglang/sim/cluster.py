@@ -35,7 +35,7 @@ REPORT_EVERY = 100
 UNLIMITED = 1 << 30
 # KV tokens of an instance without a limit.
 UNLIMITED_KV = 1 << 40
-# Passes that a move takes besides those of its transfer (`engine.migrations`).
+# Passes that a move takes besides those of its transfer (`engine.migration`).
 MOVE_PASSES = 4
 
 
