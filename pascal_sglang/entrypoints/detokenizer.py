@@ -1,4 +1,7 @@
-"""The detokenizer's side of moves: a moved request's tokens stay in order (`cluster.output_order`)."""
+"""The detokenizer's side of moves: the tokens of a moved request stay in order.
+
+`cluster.output_order` has the rule.
+"""
 
 from __future__ import annotations
 
