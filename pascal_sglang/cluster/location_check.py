@@ -47,15 +47,16 @@ class LocationCheck:
             return
         self._conclude()
         self._asked_at = now
-        moving, characters = self._moving(), 0
+        moving, characters, seen = self._moving(), 0, []
         for rid in islice(self.request_locations, MAX_ASKED):
             characters += len(rid)
             if characters > MAX_CHARACTERS and self._asked:
                 break
+            seen.append(rid)
             home = self.request_locations.home(rid)
             if rid not in moving and home is not None:
                 self._asked[rid] = home
-        for rid in self._asked:
+        for rid in seen:
             self.request_locations.asked_about(rid)
         if self._asked:
             self._number += 1

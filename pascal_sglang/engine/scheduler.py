@@ -252,6 +252,9 @@ class PascalScheduler(OperationsScheduler):
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> Any:
         if self.plan_executor is None:
             return super().get_new_batch_prefill(running_batch)
+        # The plan says in every pass what fits. SGLang would remember that something did not until
+        # a request ends, also where memory is about to come back from a pause.
+        running_batch.batch_is_full = False
         with self.plan_executor.admission.only_planned(self.plan_executor.request_states.started):
             return super().get_new_batch_prefill(running_batch)
 

@@ -57,6 +57,7 @@ class Costs:
         return {
             "copy_s": self.copy_s,
             "copy_token_s": self.copy_token_s,
+            "launch_s": self.launch_s,
             "prefill_token_s": self.prefill_token_s,
         }
 

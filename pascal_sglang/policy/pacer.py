@@ -44,9 +44,8 @@ class Pacer:
     @property
     def shown(self) -> float:
         """When the last token would be shown at `pace`."""
-        if self.received > self.delivered:
-            self.settle()
-        return self.last_shown + self.ahead
+        early = self.received - self.delivered
+        return self.last_shown + (early * self.tpot if early > 0 else 0.0) + self.ahead
 
     def deliver(self, now: float, tokens: int, every: float = 0.0, floor: float = 0.0) -> None:
         """`tokens` more answering tokens reach the stream, the first at `now`, the others `every`
@@ -82,14 +81,23 @@ class Pacer:
         self.early_until = self.last_shown + tpot if floor <= tpot and not self.ahead else -1.0
 
     def settle(self) -> None:
-        """Account for the tokens that came before their turn."""
+        """Account for the tokens that came before their turn.
+
+        Only what all ranks of an instance do alike may call this: it changes the last digits of
+        later sums. Reading `shown`, `slack` or `qoe` changes nothing.
+        """
+        if self.received > self.delivered:
+            self.delivered, self.last_shown, self.delay = self._accounted()
+            self.early_until = self.last_shown + self.tpot
+
+    def _accounted(self) -> tuple[int, float, float]:
+        """`delivered`, `last_shown` and `delay` with the tokens that came before their turn."""
         early = self.received - self.delivered
         if early <= 0:
-            return
-        self.delivered = self.received
-        self.last_shown += early * self.tpot
-        self.delay += early * (self.last_shown - self._ideal(self.delivered - 1))
-        self.early_until = self.last_shown + self.tpot
+            return self.delivered, self.last_shown, self.delay
+        last_shown = self.last_shown + early * self.tpot
+        late = last_shown - self._ideal(self.received - 1)
+        return self.received, last_shown, self.delay + early * late
 
     def _show(self, now: float, tokens: int, every: float) -> None:
         if tokens > 0 and self.delivered == 0:
@@ -132,8 +140,8 @@ class Pacer:
         """
         if self.delivered == 0:
             return 1.0
-        self.settle()
-        end = self.last_shown + self.tpot
-        due = self.delivered * (self.first_shown + self._ideal(self.delivered - 1)) / 2
-        whole = self.delivered * end - due
-        return min(1.0, max(0.0, 1.0 - self.delay / whole))
+        delivered, last_shown, delay = self._accounted()
+        end = last_shown + self.tpot
+        due = delivered * (self.first_shown + self._ideal(delivered - 1)) / 2
+        whole = delivered * end - due
+        return min(1.0, max(0.0, 1.0 - delay / whole))

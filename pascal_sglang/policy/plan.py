@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from pascal_sglang.policy.queue import WaitQueue
 from pascal_sglang.policy.ranking import PassInfo, Rank, Tuning
@@ -84,9 +85,12 @@ class Planner:
         # to try again for the same request of the same rank.
         self._gave_up: tuple[RequestState, Rank] | None = None
         self._look_again = 0
-        # The last look at the requests behind a blocked one, if none could start: that one and the
-        # state of the queue, and the least budget with which one of them could have started.
-        self._seen: tuple[RequestState, int] | None = None
+        # What that request lacked.
+        self.lacked = ""
+        # The last look at the requests behind a blocked one, if none could start: that one, the
+        # first behind it, which an answer that turns urgent becomes, and the state of the queue;
+        # and the least budget with which one of them could have started.
+        self._seen: tuple[RequestState, RequestState, int] | None = None
         self._least_budget = 0
 
     def plan(
@@ -113,26 +117,25 @@ class Planner:
         builder.free_for_decode()
         start: list[RequestState] = []
         blocked: RequestState | None = None
-        in_line = self.queue.best_first(pass_info)
-        for request in in_line:
-            if len(start) == MOST_STARTS:
-                break
-            if request in builder.spilled:
-                blocked = request  # It has just given way; no request behind it goes first.
-                break
-            need = self.accounting.required(request) + self._headroom(request)
-            if (need > builder.budget or builder.slots < 1) and not builder.make_room_for(
-                request, need
-            ):
-                if not running and not joining and not start:
-                    start.append(request)  # An idle instance: let the engine try, or refuse it.
-                blocked = request
-                break
-            builder.start(request, need)
-            start.append(request)
-        if blocked is not None and blocked not in start:
-            start += self.backfill(blocked, in_line, builder)
-        in_line.close()
+        with closing(self.queue.best_first(pass_info)) as in_line:
+            for request in in_line:
+                if len(start) == MOST_STARTS:
+                    break
+                if request in builder.spilled:
+                    blocked = request  # It has just given way; no request behind it goes first.
+                    break
+                need = self.accounting.required(request) + self._headroom(request)
+                if (need > builder.budget or builder.slots < 1) and not builder.make_room_for(
+                    request, need
+                ):
+                    if not running and not joining and not start:
+                        start.append(request)  # An idle instance: let the engine try, or refuse it.
+                    blocked = request
+                    break
+                builder.start(request, need)
+                start.append(request)
+            if blocked is not None and blocked not in start:
+                start += self.backfill(blocked, in_line, builder, MOST_STARTS - len(start))
         builder.free_for_decode(allow_better=True)
         builder.park_what_fits()
         return Plan(
@@ -145,25 +148,40 @@ class Planner:
         )
 
     def backfill(
-        self, blocked: RequestState, behind: Generator[RequestState], builder: PlanBuilder
+        self,
+        blocked: RequestState,
+        behind: Generator[RequestState],
+        builder: PlanBuilder,
+        most: int,
     ) -> list[RequestState]:
-        """Start requests `behind` a first in line that does not fit, in memory it cannot use.
+        """Start up to `most` requests `behind` a first in line that does not fit, in memory it
+        cannot use.
 
         Each fits with a quantum to grow, so that it does not have to give way at once, and no
         request gives way in the same pass. Once the first in line has waited for
-        `Tuning.backfill` quanta-lengths of passes, it is served before all others.
+        `Tuning.backfill` quanta-lengths of passes, or goes before urgent answers, it is served
+        before all others.
         """
         waited = builder.pass_info.pass_no - blocked.since_pass
         if not self.policy.backfills or waited >= self.tuning.backfill * self.tuning.quantum:
             return []
         if builder.paused or builder.spilled or builder.slots < 1 or builder.budget < GROWTH:
             return []
-        sight = (blocked, self.queue.changes)
+        if self.policy.urgent is not None:
+            rank = self.policy.rank(blocked, builder.pass_info, self.tuning)
+            if rank[-2] < self.policy.urgent:
+                return []
+        first = next(behind, None)
+        if first is None:
+            return []
+        sight = (blocked, first, self.queue.changes)
         if sight == self._seen and builder.budget < self._least_budget:
             return []
         found: list[RequestState] = []
         least = 1 << 60
-        for request in islice(behind, BACKFILL_DEPTH):
+        for request in chain((first,), islice(behind, BACKFILL_DEPTH - 1)):
+            if len(found) == most:
+                break
             need = max(self._headroom(request), min(self.tuning.quantum, request.remaining))
             if need <= builder.budget:
                 need += self.accounting.required(request)
@@ -192,7 +210,8 @@ class Planner:
         return (request, rank) == self._gave_up and pass_no < self._look_again
 
     def gave_up_on(self, request: RequestState, rank: Rank, pass_no: int) -> None:
-        """Note that displacement failed for `request` at this `rank`."""
+        """Note that displacement failed for `request` at this `rank`, which lacks what it lacked
+        last unless `lacked` is set anew."""
         self._gave_up = (request, rank)
         self._look_again = pass_no + PATIENCE
 
@@ -271,10 +290,12 @@ class PlanBuilder:
         if tokens > 0 or slots > 0:
             rank = planner.policy.rank(request, self.pass_info, planner.tuning)
             if planner.stays_blocked(request, rank, self.pass_info.pass_no):
+                self.shortage = planner.lacked
                 return False
             victims = self._displaced(rank, tokens, slots)
             if victims is None:
                 planner.gave_up_on(request, rank, self.pass_info.pass_no)
+                planner.lacked = self.shortage
                 return False
             for victim in victims:
                 self._pause(victim)

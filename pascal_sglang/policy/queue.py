@@ -80,6 +80,7 @@ class WaitQueue:
             for *_, request in entries:
                 self.remove(request)
         self._classes.clear()
+        self.counts.clear()  # A status may have changed in the queue.
         for request in requests:
             self.add(request)
 

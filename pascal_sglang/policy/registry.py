@@ -55,6 +55,10 @@ class Policy:
     # False: the server keeps SGLang's own order and only measures.
     schedules: bool = True
 
+    def __post_init__(self) -> None:
+        if (self.urgent is None) != (self.turns_urgent is None):
+            raise ValueError("a policy names both `urgent` and `turns_urgent`, or neither")
+
 
 POLICIES = {
     "pascal": Policy(

@@ -13,6 +13,7 @@ from pascal_sglang.policy.ranking import (
     PREFIX_HEAD_START,
     REACTION_PASSES,
     Rank,
+    credit_of,
     has_pace,
     is_demoted,
     overdue_at,
@@ -233,6 +234,8 @@ class PascalInstance(Instance):
     ) -> None:
         """Take a running job out; without a tier its KV leaves the device by the cheapest. beside:
         whether its copy may run beside the decoding; if unsaid, where copies can."""
+        # Before its status changes: credit lasts while a request runs its quantum.
+        request.credit = credit_of(request, self.tuning)
         self.leave(request)
         request.pauses += 1
         tokens = request.kv_tokens = request.held

@@ -1,5 +1,6 @@
 """The observation of passes, which touches little, against one that looks at everything always."""
 
+import dataclasses
 import types
 from array import array
 
@@ -108,6 +109,8 @@ class Stream:
             assert qoe_of(self.req) == pytest.approx(eager.qoe)
         else:
             assert qoe_of(self.req) is None
+        pacer = dataclasses.replace(pacer)
+        pacer.settle()
         assert pacer.delivered == eager.delivered
         assert pacer.pace == eager.pace
         for name in ("first_shown", "last_shown", "delay", "ahead"):

@@ -75,3 +75,24 @@ def test_many_tokens_at_once_are_as_one_by_one(deliveries, tpot):
         assert together.last_shown == pytest.approx(single.last_shown)
         assert together.delay == pytest.approx(single.delay, abs=1e-6)
         assert together.qoe == pytest.approx(single.qoe, abs=1e-6)
+
+
+@given(
+    steps=st.lists(st.tuples(st.floats(0, 3), st.integers(1, 3), st.booleans()), max_size=40),
+    tpot=st.sampled_from([0.1, 0.7]),
+    floor=st.sampled_from([0.0, 0.5]),
+)
+def test_reading_changes_nothing(steps, tpot, floor):
+    """Rank 0 of an instance reads more often than the others, and all must decide alike."""
+    read_often, left_alone, now, tokens = Pacer(tpot), Pacer(tpot), 0.0, 0
+    for gap, more, reads in steps:
+        now, tokens = now + gap, tokens + more
+        for pacer in (read_often, left_alone):
+            if now <= pacer.early_until and floor <= tpot:
+                pacer.received = tokens
+            elif tokens > pacer.received:
+                pacer.receive(now, tokens, floor)
+        if reads:
+            assert 0.0 <= read_often.qoe <= 1.0
+            read_often.slack(now)
+        assert read_often == left_alone

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.plan import (
+    BACKFILL_DEPTH,
     GROWTH,
     MOST_STARTS,
     PATIENCE,
@@ -288,6 +289,9 @@ def test_displacement_finds_todays_victim_behind_an_old_ranking():
     planner = planner_with("pascal", [fresh])
     first = planner.plan([answer, thinker], Capacity(10, 0, 4), MOMENT)
     assert first == Plan(blocked=fresh, shortage="rank")
+    soon = PassInfo(MOMENT.pass_no + 1, NOW, 0.01)
+    again = planner.plan([answer, thinker], Capacity(10, 0, 4), soon)
+    assert again == first, "what it lacks is known while it is not tried again"
     pacer.last_shown = NOW + 9
     later = PassInfo(MOMENT.pass_no + PATIENCE, NOW, 0.01)
     assert planner.plan([answer, thinker], Capacity(10, 0, 4), later).pause == (answer,)
@@ -470,6 +474,50 @@ def test_a_pass_that_cannot_find_anybody_new_does_not_look():
     fresh = RequestState(8, Pacer(TPOT), kv_tokens=100)
     planner.queue.stopped(fresh, RequestStatus.WAITING, PassInfo(7, NOW, 0.01))
     assert looked_at(8, 200) == ((fresh,), [2, 8])
+
+
+def test_an_answer_that_turns_urgent_behind_a_blocked_one_is_looked_at():
+    """It was too far down the line before, and nothing came or went since."""
+    first_urgent = Pacer(TPOT, delivered=5, last_shown=NOW)
+    big = RequestState(0, first_urgent, RequestStatus.HOST, Phase.ANSWERING, 5, 50, kv_tokens=5000)
+    pacer = Pacer(TPOT, delivered=5, last_shown=NOW + 5)
+    answer = RequestState(1, pacer, RequestStatus.HOST, Phase.ANSWERING, 5, 50, kv_tokens=90)
+    thinkers = [RequestState(2 + i, Pacer(TPOT), kv_tokens=900) for i in range(BACKFILL_DEPTH)]
+    planner = planner_with("pascal", [big, answer, *thinkers])
+    runs = [RequestState(99, first_urgent, RequestStatus.RUNNING, Phase.ANSWERING, 5, 50)]
+    room = Capacity(400, 0, 9)
+    assert planner.plan(runs, room, PassInfo(1, NOW, 0.01)).start == ()
+    assert planner.plan(runs, room, PassInfo(2, NOW + 5, 0.01)).start == (answer,)
+
+
+def test_no_request_starts_ahead_of_an_overdue_thinker():
+    """It is overdue by what it waited before it last ran, not by this wait."""
+    thinker = RequestState(0, Pacer(TPOT), kv_tokens=900, credit=TUNING.overdue + 1, since_pass=1)
+    small = RequestState(1, Pacer(TPOT), kv_tokens=20, since_pass=1)
+    planner = planner_with("pascal", [thinker, small])
+    running = [RequestState(9, Pacer(TPOT), RequestStatus.RUNNING, credit=TUNING.overdue + 1)]
+    moment = PassInfo(1, NOW, 0.01)
+    assert planner.policy.rank(thinker, moment, TUNING)[0] == OVERDUE
+    assert planner.plan(running, Capacity(400, 0, 9), moment).start == ()
+
+
+def test_backfill_counts_among_the_starts_of_a_pass():
+    queue = [RequestState(i, Pacer(TPOT), kv_tokens=10) for i in range(MOST_STARTS - 1)]
+    big = RequestState(500, Pacer(TPOT), kv_tokens=10**6)
+    behind = [RequestState(501 + i, Pacer(TPOT), kv_tokens=10) for i in range(9)]
+    planner = planner_with("pascal", [*queue, big, *behind])
+    runs = [RequestState(999, Pacer(TPOT), RequestStatus.RUNNING, pausable=False)]
+    plan = planner.plan(runs, Capacity(10**5, 0, 10**6), PassInfo(1, NOW, 0.01))
+    assert (plan.blocked, plan.start) == (big, (*queue, behind[0]))
+
+
+def test_a_recount_counts_anew():
+    """Also where a status has changed in the queue, as in a pass that failed."""
+    request = RequestState(0, Pacer(TPOT), RequestStatus.HOST, kv_tokens=10)
+    planner = planner_with("pascal", [request])
+    request.status = RequestStatus.WAITING
+    planner.queue.recount([request])
+    assert planner.queue.lengths() == {("thinking", "waiting"): 1}
 
 
 def test_an_answer_that_turns_urgent_while_it_is_first_in_line_starts_at_once():
