@@ -32,12 +32,17 @@ def asked(custom_params: object, name: str) -> object:
 
 
 def reader_of(streamed: bool, sampling: object) -> Reader:
-    """Who reads the answer: what the request says, or else a program, unless it is streamed free
-    text. sampling: the request's sampling parameters, as they came or as SGLang's object."""
+    """Who reads the answer: what the request says, a human where it names a pace, or else a
+    program, unless it is streamed free text.
+
+    sampling: the request's sampling parameters, as they came or as SGLang's object."""
     of = sampling.get if isinstance(sampling, dict) else partial(getattr, sampling)
-    said = asked(of("custom_params", None), "reader")
+    custom_params = of("custom_params", None)
+    said = asked(custom_params, "reader")
     if said in READERS:
         return Reader(said)
+    if is_number(asked(custom_params, "answer_tpot_ms")):
+        return Reader.HUMAN
     structured = any(of(name, None) is not None for name in STRUCTURED)
     return Reader.HUMAN if streamed and not structured else Reader.PROGRAM
 

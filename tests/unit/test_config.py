@@ -132,4 +132,5 @@ def test_a_stream_that_a_program_reads_is_not_paced():
     own = {"custom_params": {"pascal": {"answer_tpot_ms": 30}}}
     assert config.stream_tpot_ms_of({}) == 50.0
     assert config.stream_tpot_ms_of(own) == 30.0
-    assert config.stream_tpot_ms_of({**own, "json_schema": "{}"}) == 0.0
+    assert config.stream_tpot_ms_of({**own, "json_schema": "{}"}) == 30.0, "it names a pace"
+    assert config.stream_tpot_ms_of({"json_schema": "{}"}) == 0.0

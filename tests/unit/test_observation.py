@@ -47,7 +47,8 @@ class Stream:
         if tpot_ms is not None:
             params.custom_params = {"pascal": {"answer_tpot_ms": tpot_ms}}
         self.req = Req(rid, None, array("q", [5, 6]), params, stream=stream, vocab_size=300)
-        self.streamed = stream
+        # Who names a pace is a human too.
+        self.human = stream or tpot_ms is not None
         self.timeline = PhaseTimeline(arrival)
         self.pacer = Pacer(CONFIG.answer_tpot_ms_of(params.custom_params) / 1000)
         self.phase = Phase.REASONING
@@ -73,7 +74,7 @@ class Stream:
         timeline = self.timeline
         timeline.observe(now, progress_of(self.req))
         new = timeline.answer_tokens - self.pacer.delivered
-        if self.streamed and timeline.finished is None and new:
+        if self.human and timeline.finished is None and new:
             floor = fastest_pace(CONFIG.answer_tpot_ms / 1000, pass_info)
             self.pacer.deliver(pass_info.now, new, floor=floor)
         answers = timeline.reasoning_end is not None
@@ -124,7 +125,7 @@ requests = st.tuples(
     st.integers(1, 40),
     st.integers(0, 10),
     st.sampled_from([None, None, 10, 50, 400]),
-    st.sampled_from([True, True, False]),  # streamed: a human reads, else a program
+    st.sampled_from([True, True, False]),  # whether it is streamed
 )
 # What a request does in a pass: how many tokens come, or why none can.
 turns = st.sampled_from([0, 1, 1, 1, 1, 2, 4, "paused", "migrates"])

@@ -55,6 +55,13 @@ def test_a_reader_of_no_known_kind_is_refused(reader):
     [
         (True, {}, Reader.HUMAN),
         (False, {}, Reader.PROGRAM),
+        (False, asking(40), Reader.HUMAN),
+        (True, {"json_schema": "x", **asking(40)}, Reader.HUMAN),
+        (
+            False,
+            {"custom_params": {"pascal": {"answer_tpot_ms": 40, "reader": "program"}}},
+            Reader.PROGRAM,
+        ),
         *((True, {name: "x"}, Reader.PROGRAM) for name in STRUCTURED),
         (True, {"json_schema": None}, Reader.HUMAN),
         (False, {"custom_params": {"pascal": {"reader": "human"}}}, Reader.HUMAN),
