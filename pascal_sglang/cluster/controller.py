@@ -62,8 +62,7 @@ class PascalController(WatchedController):
         remove_ownerless()
         self._folder = PrivateFolder()
         os.environ[CONTROL_ENV] = self._folder.path
-        homes: dict[int, int] = {}
-        self._homes = homes
+        self._instance_of_pid: dict[int, int] = {}
         super().__init__(*args, **kwargs)
         instances = len(self.workers)
         self.control_receiver = ControlReceiver(self._folder.path, CONTROLLER, instances)
@@ -94,7 +93,7 @@ class PascalController(WatchedController):
         self.locations = LocationCheck(
             self.request_locations, self.control_sender.send, self.coordinator.moving
         )
-        self.processes = SchedulerProcesses(self.schedulers(), homes)
+        self.processes = SchedulerProcesses(self.schedulers(), self._instance_of_pid)
         self.status_file = StatusFile(self._folder.path)
         reports = get_observability().enable_metrics
         model = str(self.server_args.served_model_name)
@@ -117,7 +116,7 @@ class PascalController(WatchedController):
 
     def _record_scheduler_init_infos(self, infos: list[dict[str, Any]]) -> None:
         require_same_config(infos)
-        self._homes.update(instances_by_pid(infos))
+        self._instance_of_pid.update(instances_by_pid(infos))
         super()._record_scheduler_init_infos(infos)
 
     def get_init_info(self) -> dict[str, Any]:
@@ -198,7 +197,7 @@ class PascalController(WatchedController):
             self.coordinator.boundary(message, self.active(), now)
         elif isinstance(message, MigrationEnded):
             going = self.coordinator.over(message)
-            if going is not None and self.request_locations.home(going.rid) is not None:
+            if going is not None and self.request_locations.instance_of(going.rid) is not None:
                 self.request_locations.lives(
                     going.rid, going.target if message.done else going.source
                 )

@@ -46,7 +46,7 @@ class InstanceFailures:
     def settled(self, rid: str) -> None:
         """A move of the request has ended, and its home is known for good."""
         self._claimed.pop(rid, None)
-        if self.request_locations.home(rid) in self.dead:
+        if self.request_locations.instance_of(rid) in self.dead:
             self.fail(rid)
 
     def tick(self, now: float) -> None:

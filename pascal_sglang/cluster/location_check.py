@@ -53,9 +53,9 @@ class LocationCheck:
             if characters > MAX_CHARACTERS and self._asked:
                 break
             seen.append(rid)
-            home = self.request_locations.home(rid)
-            if rid not in moving and home is not None:
-                self._asked[rid] = home
+            lives_on = self.request_locations.instance_of(rid)
+            if rid not in moving and lives_on is not None:
+                self._asked[rid] = lives_on
         for rid in seen:
             self.request_locations.asked_about(rid)
         if self._asked:
@@ -78,13 +78,13 @@ class LocationCheck:
         # A request may live on an instance that has not answered: its move may not have been heard
         # of either.
         complete = self._replies.keys() == self._sent.keys()
-        for rid, home in self._asked.items():
-            if rid in moving or self.request_locations.home(rid) != home:
+        for rid, instance in self._asked.items():
+            if rid in moving or self.request_locations.instance_of(rid) != instance:
                 continue
-            reply = self._replies.get(home)
+            reply = self._replies.get(instance)
             if rid in alive:
                 self.request_locations.lives(rid, alive[rid])
-            elif complete and reply is not None and reply.received >= self._sent[home]:
+            elif complete and reply is not None and reply.received >= self._sent[instance]:
                 # The instance has taken in all that was sent to it before, this one included.
                 self.request_locations.gone(rid)
                 self.forgotten += 1

@@ -1,24 +1,24 @@
-"""The source's side of a move: owner of the request until it hands it over.
+"""The source's side of a migration: owner of the request until it hands it over.
 
 | state | the request | on | goes to |
 |---|---|---|---|
-| ASKING | decodes here | Granted | COPYING |
+| ASKING | decodes here | ReserveGranted | COPYING |
 | COPYING | decodes here, KV follows | little is left, or stop-and-copy | STOPPING |
 | STOPPING | leaves the batch; the rest is copied | it stands still, one slot is left | HANDED |
-| HANDED | the target's, unless it refuses; KV kept | Mine | DONE: frees its KV |
-| REVOKING | has ended with an error | Refused | LOST |
+| HANDED | the target's, unless it refuses; KV kept | CommitAck | DONE: frees its KV |
+| REVOKING | has ended with an error | ReserveRefused | LOST |
 | KEPT | goes on here | | |
 
-Refused, a time-out, the end or abort of the request, or the target's death lead from the first
-three to KEPT. The Handover is the one decision of a move. After it the source waits for the
-target's word, Mine or Refused, and says it again: silence may mean that the target decodes already.
-Refused leads to KEPT; the target's death ends the request (LOST).
+ReserveRefused, a time-out, the end or abort of the request, or the target's death lead from the
+first three to KEPT. The Handover is the one decision of a migration. After it the source waits for
+the target's word, CommitAck or ReserveRefused, and says it again: silence may mean that the target
+decodes already. ReserveRefused leads to KEPT; the target's death ends the request (LOST).
 
 A target that does not answer `Terms.handovers` times, which takes ten seconds, is stopped. It may
 have taken over before, so the source must not go on. The request ends with an error, and the source
-says Cancelled until the target has heard that it must not go on either (REVOKING). No token can
-come twice: the source produces none after a Handover that was not refused, and what the target
-produces until it hears belongs to a request that has ended. The limit counts Handovers, not
+says MigrationCancelled until the target has heard that it must not go on either (REVOKING). No
+token can come twice: the source produces none after a Handover that was not refused, and what the
+target produces until it hears belongs to a request that has ended. The limit counts Handovers, not
 seconds: a source that was stopped itself hears what has come meanwhile before it says the next one.
 """
 

@@ -1,16 +1,16 @@
-"""The target's side of a move: a place in memory until the source hands the request over.
+"""The target's side of a migration: a place in memory until the source hands the request over.
 
 | state | holds | on | goes to |
 |---|---|---|---|
-| RECEIVING | reserved memory, KV as it comes | Handover, with all KV | OWNED: says Mine |
-| OWNED | the request | Handover | OWNED: says Mine again |
-| OWNED | the request | Cancelled | REVOKED: drops the request |
-| DROPPED, REVOKED | nothing | Chunk, Handover, Cancelled | says Refused |
+| RECEIVING | reserved memory, KV as it comes | Handover, with all KV | OWNED: says CommitAck |
+| OWNED | the request | Handover | OWNED: says CommitAck again |
+| OWNED | the request | MigrationCancelled | REVOKED: drops the request |
+| DROPPED, REVOKED | nothing | KVChunk, Handover, MigrationCancelled | says ReserveRefused |
 
-Cancelled, a time-out, an abort, a state that cannot be continued, or the source's death lead from
-RECEIVING to DROPPED. A Cancelled after the Handover says that the source waited in vain for Mine,
-and has ended the request: this instance was stopped meanwhile. Otherwise neither OWNED nor DROPPED
-is ever left, so that a repeated Handover is always told the same.
+MigrationCancelled, a time-out, an abort, a state that cannot be continued, or the source's death
+lead from RECEIVING to DROPPED. A MigrationCancelled after the Handover says that the source waited
+in vain for CommitAck, and has ended the request: this instance was stopped meanwhile. Otherwise
+neither OWNED nor DROPPED is ever left, so that a repeated Handover is always told the same.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def test_its_own_requests_end_and_no_others():
     request_locations.gone("d")
     instance_failures.died(1, 0.0)
     assert failed == ["b", "c"]
-    assert request_locations.home("a") == 0
+    assert request_locations.instance_of("a") == 0
     assert request_locations.of(1) == []
 
 
@@ -53,7 +53,7 @@ def test_who_was_moving_away_is_asked_after_where_it_went():
     instance_failures.tick(CLAIM_S)
     instance_failures.tick(CLAIM_S + 1)
     assert failed == ["dropped", "nobody knows"]
-    assert request_locations.home("arrived") == 0
+    assert request_locations.instance_of("arrived") == 0
 
 
 def test_who_arrives_at_the_dead_ends_too():

@@ -42,7 +42,7 @@ class World:
         self.questions = [(i, q) for i, q in self.questions if i not in instances]
 
     def homes(self):
-        return {rid: self.request_locations.home(rid) for rid in self.request_locations}
+        return {rid: self.request_locations.instance_of(rid) for rid in self.request_locations}
 
 
 def test_an_end_that_was_not_heard_of_is_found():

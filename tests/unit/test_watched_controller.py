@@ -86,7 +86,7 @@ class Scene:
         controller.load_balance_method = LoadBalanceMethod.ROUND_ROBIN
         controller.refresh_load_budget_on_dispatch = False
         controller.scheduler_procs = self.processes
-        controller._homes.update({101: 0, 102: 1})
+        controller._instance_of_pid.update({101: 0, 102: 1})
         controller.soft_watchdog = Watchdog.create("test", None)
         controller.dispatching = controller.round_robin_scheduler
         controller.round_robin_counter = 0
