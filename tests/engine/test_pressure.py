@@ -2,12 +2,15 @@
 
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.engine.conftest import LATE
 from tests.engine.load import ABORTED, run, settled
+from tests.requests import generate
 
 COUNT = 60
 BROKEN = (sys.executable, str(Path(__file__).with_name("broken_policy.py")))
@@ -66,6 +69,26 @@ def test_without_slots_kv_stays_on_the_device(serve, reference):
         'why="displaced"',
     ):
         assert series in metrics
+
+
+def test_a_request_that_displaces_another_starts_when_that_has_left(serve):
+    """Its slot comes back a pass or two after the plan, which SGLang remembers as full."""
+    long = [generate(f"long {i}", think=1500, total=1600) for i in range(2)]
+    settings = {"policy": "pascal", "quantum_tokens": 20}
+    with serve(settings, ["--max-running-requests", "2"]) as server, ThreadPoolExecutor(2) as pool:
+        thinkers = [pool.submit(server.post, "/generate", body) for body in long]
+        deadline = time.monotonic() + 60
+        while True:
+            (instance,) = server.instances()
+            thought = [request["reasoning_tokens"] for request in instance["requests"]]
+            if len(thought) == 2 and min(thought) > 60:
+                break
+            assert time.monotonic() < deadline, thought
+        for number in range(4):
+            server.post("/generate", generate(f"short {number}", think=5, total=10))
+        assert not any(thinker.done() for thinker in thinkers)
+        assert [len(t.result()["output_ids"]) for t in thinkers] == [1600, 1600]
+        assert settled(server)["pauses"]["resident"] >= 4
 
 
 def test_a_policy_from_outside_the_tree_is_carried_out(serve, reference):
