@@ -2,13 +2,10 @@
 # Installs what is needed and runs lint, types and the whole test suite.
 #
 #   bash tests/run.sh [pytest arguments]      e.g. bash tests/run.sh tests/unit
-#
-# Without arguments two workers share the files: while the servers of one file start, and do little,
-# the other worker computes.
 set -euo pipefail
 
 case "${1:-}" in
--h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+-h | --help) sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
 esac
 
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/env.sh"
@@ -20,5 +17,4 @@ pascal_say "ruff"
 pascal_say "mypy"
 "$PASCAL_PYTHON" -m mypy
 pascal_say "pytest"
-[ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 exec "$PASCAL_PYTHON" -m pytest "$@"
