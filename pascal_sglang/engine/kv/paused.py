@@ -68,8 +68,6 @@ class Paused:
     # HOST: its KV. ARRIVING: the copy it comes from. LEAVING, and while it spills: the copy that
     # has begun.
     copy: HostCopy | None = None
-    # It leaves for another instance; it is not brought back meanwhile.
-    migrating: bool = False
     # HOST: its shared prefix as last matched, and `Pool.changes` then.
     prefix: CachedPrefix | None = None
     matched_at: int = -1
@@ -93,7 +91,7 @@ class PausedRequests:
         self._table: dict[Req, Paused] = {}
         # The requests of `_table` by status, in the order in which they entered it.
         self._by_status: dict[PauseStatus, dict[Req, None]] = {s: {} for s in PauseStatus}
-        # Those that migrate.
+        # Those that leave for another instance; they are not brought back meanwhile.
         self._migrating: dict[Req, None] = {}
 
     def in_status(self, *statuses: PauseStatus) -> list[Req]:
@@ -135,8 +133,7 @@ class PausedRequests:
         before = self._table.get(req)
         if before is not None:
             del self._by_status[before.status][req]
-        migrating = before is not None and before.migrating
-        self._table[req] = Paused(status, tier, locations, copy, migrating)
+        self._table[req] = Paused(status, tier, locations, copy)
         self._by_status[status][req] = None
 
     def _remove(self, req: Req) -> None:
@@ -147,14 +144,14 @@ class PausedRequests:
 
     def _remove_kv(self, req: Req) -> None:
         """The request's KV is given back; one that migrates stays here until that is over."""
-        if self._table[req].migrating:
+        if req in self._migrating:
             self._enter(req, PauseStatus.DROPPED)
         else:
             self._remove(req)
 
     def begin_migration(self, req: Req) -> None:
         """A request that is here leaves for another instance."""
-        self._table[req].migrating = True
+        assert req in self._table
         self._migrating[req] = None
 
     def end_migration(self, req: Req) -> None:
@@ -162,7 +159,6 @@ class PausedRequests:
         paused = self._table.get(req)
         if paused is None:
             return
-        paused.migrating = False
         self._migrating.pop(req, None)
         if paused.status is PauseStatus.DROPPED:
             self._remove(req)
