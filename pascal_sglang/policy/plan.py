@@ -209,10 +209,9 @@ class Planner:
         """Whether displacement failed recently for `request` at this `rank`."""
         return (request, rank) == self._gave_up and pass_no < self._look_again
 
-    def gave_up_on(self, request: RequestState, rank: Rank, pass_no: int) -> None:
-        """Note that displacement failed for `request` at this `rank`, which lacks what it lacked
-        last unless `lacked` is set anew."""
-        self._gave_up = (request, rank)
+    def gave_up_on(self, request: RequestState, rank: Rank, pass_no: int, lacked: str) -> None:
+        """Note that displacement failed for `request` at this `rank`, and what it lacked."""
+        self._gave_up, self.lacked = (request, rank), lacked
         self._look_again = pass_no + PATIENCE
 
 
@@ -294,8 +293,7 @@ class PlanBuilder:
                 return False
             victims = self._displaced(rank, tokens, slots)
             if victims is None:
-                planner.gave_up_on(request, rank, self.pass_info.pass_no)
-                planner.lacked = self.shortage
+                planner.gave_up_on(request, rank, self.pass_info.pass_no, self.shortage)
                 return False
             for victim in victims:
                 self._pause(victim)

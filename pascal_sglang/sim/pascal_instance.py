@@ -138,7 +138,7 @@ class PascalInstance(Instance):
             return
         passed = self.passes.count - self._tried_pass
         self._tried_pass += max(0, passed - 1) // PATIENCE * PATIENCE
-        self.planner.gave_up_on(*self._blocked, self._tried_pass)
+        self.planner.gave_up_on(*self._blocked, self._tried_pass, self.planner.lacked)
 
     def _note(self, plan: Plan) -> None:
         """Keep track of whether displacement was tried for the best who is blocked, as the planner
