@@ -93,7 +93,9 @@ class PascalController(WatchedController):
         self.locations = LocationCheck(
             self.request_locations, self.control_sender.send, self.coordinator.moving
         )
-        self.processes = SchedulerProcesses(self.schedulers(), self._instance_of_pid)
+        self.processes = SchedulerProcesses(
+            self.schedulers(list(self._instance_of_pid)), self._instance_of_pid
+        )
         self.status_file = StatusFile(self._folder.path)
         reports = get_observability().enable_metrics
         model = str(self.server_args.served_model_name)
@@ -102,8 +104,11 @@ class PascalController(WatchedController):
             self.processes.outlive_schedulers()
             self.dispatching: Callable[[Any], None] = self.place
 
-    def schedulers(self) -> list[Any]:
-        """The processes that were started, with `pid`, `sentinel` and `exitcode`."""
+    def schedulers(self, pids: list[int]) -> list[Any]:
+        """The processes that were started, with `pid`, `sentinel` and `exitcode`.
+
+        pids: what they said of themselves, in the order in which they said it.
+        """
         return list(self.scheduler_procs)
 
     def launch_tensor_parallel_group(

@@ -92,9 +92,9 @@ def launch_instances(
     from sglang.srt.ray import data_parallel_controller
 
     class Controller(data_parallel_controller.RayDataParallelController):
-        def schedulers(self) -> list[Watched]:
+        def schedulers(self, pids: list[int]) -> list[Watched]:
             # SGLang records what actors say of themselves in the order in which it makes them.
-            return watch(self.scheduler_actors, self.event_loop_refs, list(self._homes))
+            return watch(self.scheduler_actors, self.event_loop_refs, pids)
 
         def event_loop(self) -> None:
             """It runs in a thread of the server, which is to end with it."""
