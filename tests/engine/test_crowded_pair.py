@@ -30,7 +30,7 @@ from tests.engine.test_migration import FLOOD, at_rest, flood, nothing_left
 from tests.promql import parsed, queries
 from tests.requests import generate
 
-CROWDED = {"live_migration": False, "chaos": 0.02, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
+CROWDED = {"live_migration": False, "chaos": 0.05, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
 TIGHT = ["--max-total-tokens", "2500", "--chunked-prefill-size", "64", "--dp-size", "2"]
 # Prometheus adds these to what it scrapes.
 TARGET = {"instance", "job"}
