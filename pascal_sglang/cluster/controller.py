@@ -100,8 +100,9 @@ class PascalController(WatchedController):
         reports = get_observability().enable_metrics
         model = str(self.server_args.served_model_name)
         self.metrics = ControllerMetrics(model) if reports else None
-        if config.places:
+        if self.others_go_on:
             self.processes.outlive_schedulers()
+        if config.places:
             self.dispatching: Callable[[Any], None] = self.place
 
     def schedulers(self, pids: list[int]) -> list[Any]:

@@ -15,6 +15,7 @@ from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.priorities import take_over
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import agree
+from pascal_sglang.instances import instance_count
 from pascal_sglang.policy.kv_tier import Costs
 
 logger = logging.getLogger(__name__)
@@ -65,10 +66,10 @@ def host_budget_tokens(
     if copies.buffers is None:
         return 0.0
     per_token: int = copies.bytes_per_token
-    tp_size: int = parallel.tp_size
     if config.host_kv_gb is not None:
-        return config.host_kv_gb * 2**30 / tp_size / per_token
-    ranks: int = parallel.dp_size * tp_size
+        of_rank: float = config.host_kv_gb * 2**30 / parallel.attn_tp_size
+        return of_rank / per_token
+    ranks: int = instance_count() * parallel.attn_tp_size
     available: int = psutil.virtual_memory().available
     tokens: int = scheduler.max_total_num_tokens
     return min(2.0 * tokens, available / 4 / ranks / per_token)

@@ -41,6 +41,7 @@ from pascal_sglang.engine.rendezvous import meet_on_loopback
 from pascal_sglang.engine.thinking_budget import with_default_budget
 from pascal_sglang.entrypoints.preflight import check_policy
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
+from pascal_sglang.instances import instance_count, own_instance, step_together
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +140,7 @@ class PascalScheduler(OperationsScheduler):
         self._request_dispatcher += TypeBasedDispatcher([(ControlBatch, self.take_control_batch)])
         if self.recv_from_tokenizer is None:
             return
-        parallel = get_parallel()
-        control_receiver = ControlReceiver(folder, parallel.dp_rank or 0, parallel.dp_size)
+        control_receiver = ControlReceiver(folder, own_instance(), instance_count())
         stock: Any = self.request_receiver
         fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
         self.request_receiver = PascalRequestReceiver(**fields, control_receiver=control_receiver)
@@ -160,16 +160,17 @@ class PascalScheduler(OperationsScheduler):
         try:
             super().run_event_loop()
         except Exception:
-            if not (self.pascal_config.places and os.environ.get(CONTROL_ENV)):
+            others_go_on = self.pascal_config.places and not step_together()
+            if not (others_go_on and os.environ.get(CONTROL_ENV)):
                 raise
             # SGLang's way out takes the controller along, and with it every instance. Ours sees
             # that this process has ended, whatever would keep it from ending in order.
-            logger.exception("pascal_sglang: instance %s failed", get_parallel().dp_rank)
+            logger.exception("pascal_sglang: instance %s failed", own_instance())
             os._exit(1)
 
     def get_init_info(self) -> dict[str, Any]:
         """Tell the launcher which configuration really runs here (`frontend.require_handshake`)."""
-        return introduced(super().get_init_info(), get_parallel().dp_rank or 0)
+        return introduced(super().get_init_info(), own_instance())
 
     def _create_generation_req(
         self, recv_req: TokenizedGenerateReqInput, *args: Any, **kwargs: Any
@@ -304,7 +305,7 @@ class PascalScheduler(OperationsScheduler):
         capacity = self.max_total_num_tokens
         free = self.token_to_kv_pool_allocator.available_size()
         return {
-            "dp_rank": get_parallel().dp_rank or 0,
+            "dp_rank": own_instance(),
             "pid": os.getpid(),
             "policy": self.pascal_config.policy,
             "waiting": len(self.waiting_queue),

@@ -43,7 +43,7 @@ class SchedulerProtocol(Protocol):
     forward_stream: Any
     forward_stream_ctx: AbstractContextManager[Any]
     future_map: Any
-    tp_cpu_group: Any
+    attn_tp_cpu_group: Any
 
     # The model and the server.
     model_config: Any

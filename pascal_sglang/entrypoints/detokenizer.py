@@ -23,10 +23,11 @@ LOOK_MS = 200
 def event_loop(original: Callable[[Any], None], manager: Any) -> None:
     """Around `DetokenizerManager.event_loop`: the same, in order, where requests move."""
     from sglang.srt.managers.io_struct import BatchTokenIDOutput, sock_recv
-    from sglang.srt.runtime_context import get_parallel
+
+    from pascal_sglang.instances import instance_count
 
     config = PascalConfig.from_env()
-    if config is None or not config.can_migrate or get_parallel().dp_size == 1:
+    if config is None or not config.can_migrate or instance_count() == 1:
         original(manager)
         return
     order: OutputOrder[Any] = OutputOrder()

@@ -103,7 +103,7 @@ def scheduler(rows=1):
         token_to_kv_pool_allocator=Allocator(),
         tree_cache=Tree(),
         page_size=1,
-        tp_cpu_group=SimpleNamespace(size=lambda: 1),
+        attn_tp_cpu_group=SimpleNamespace(size=lambda: 1),
         enable_overlap=True,
         device="cpu",
     )

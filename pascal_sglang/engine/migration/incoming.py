@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.control_channel import CONTROLLER
@@ -34,6 +33,7 @@ from pascal_sglang.engine.observability.migration_metrics import MigrationMetric
 from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
+from pascal_sglang.instances import own_instance
 from pascal_sglang.policy.request import RequestStatus
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class IncomingMigrations:
     revoked: Revoked = field(init=False)
     _past: OrderedDict[str, IncomingMigration] = field(default_factory=OrderedDict)
     _recent_aborts: RecentAborts = field(default_factory=RecentAborts)
-    _dp_rank: int = field(default_factory=lambda: get_parallel().dp_rank or 0)
+    _dp_rank: int = field(default_factory=own_instance)
 
     def __post_init__(self) -> None:
         self.revoked = Revoked(scheduler=self.scheduler, states=self.states)
