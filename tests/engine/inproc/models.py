@@ -1,6 +1,6 @@
 """Tiny random models of the families whose attention or KV pool is of its own kind, in float32.
 
-What each writes is noise. Hugging Face's implementation reads the same folders: it is the reference.
+What each writes is noise. The reference is Hugging Face's implementation, which reads the same files.
 """
 
 from __future__ import annotations
