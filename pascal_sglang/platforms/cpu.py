@@ -23,6 +23,14 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def init_backend(self) -> None:
+        """Attention is ours by the names that models ask for: SGLang's PyTorch backend leaves out
+        what they need, and Triton's kernels do not run here."""
+        from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+        for name in ("torch_native", "triton"):
+            ATTENTION_BACKENDS[name] = _reference_attention
+
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
 
@@ -36,3 +44,10 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         server_args.sleep_on_idle = True
+
+
+def _reference_attention(runner: Any) -> Any:
+    # SGLang's model runner asks for the platform while it is imported.
+    from pascal_sglang.platforms.attention import create
+
+    return create(runner)
