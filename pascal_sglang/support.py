@@ -42,7 +42,6 @@ def first(rows: Iterable[Row], subject: Any) -> str | None:
 SERVER = (
     Row("--speculative-algorithm", Level.OBSERVE, lambda a: a.speculative_algorithm is not None),
     Row("--pp-size above 1", Level.OBSERVE, lambda a: a.pp_size > 1),
-    Row("--enable-dp-attention", Level.OBSERVE, lambda a: a.enable_dp_attention),
     Row("--disaggregation-mode", Level.OBSERVE, lambda a: a.disaggregation_mode != "null"),
     Row("--enable-hierarchical-cache", Level.OBSERVE, lambda a: a.enable_hierarchical_cache),
     Row("--enable-hisparse", Level.OBSERVE, lambda a: a.enable_hisparse),
@@ -59,7 +58,6 @@ REPLACED = (Row("--schedule-policy", Level.MIGRATE, lambda a: a.schedule_policy 
 POOLS = (
     Row("a pool with sliding windows", Level.OBSERVE, lambda s: s.is_hybrid_swa),
     Row("a pool of recurrent states (Mamba)", Level.OBSERVE, lambda s: s.is_hybrid_ssm),
-    Row("DP attention", Level.OBSERVE, lambda s: s.attn_dp_enabled),
 )
 # Of a server with several instances: where one holds, no request migrates.
 INSTANCES = (

@@ -28,6 +28,9 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         what they need, and Triton's kernels do not run here."""
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
+        from pascal_sglang.platforms import dp_attention
+
+        dp_attention.install()
         for name in ("torch_native", "triton"):
             ATTENTION_BACKENDS[name] = _reference_attention
 
