@@ -122,6 +122,12 @@ HOOKS = (
         only_main=True,
     ),
     Hook(
+        "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
+        "around",
+        _frontend("name_control_folder"),
+        only_main=True,
+    ),
+    Hook(
         "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
         "around",
         _frontend("run_http_server"),

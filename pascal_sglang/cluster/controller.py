@@ -60,7 +60,7 @@ class PascalController(WatchedController):
         assert config is not None
         self.pascal_config = config
         remove_ownerless()
-        self._folder = PrivateFolder()
+        self._folder = PrivateFolder(os.environ.get(CONTROL_ENV))
         os.environ[CONTROL_ENV] = self._folder.path
         self._instance_of_pid: dict[int, int] = {}
         super().__init__(*args, **kwargs)

@@ -104,16 +104,34 @@ def gemma2() -> Any:
     return Gemma2ForCausalLM(config)
 
 
+def qwen3() -> Any:
+    """A plain dense model; SGLang's takes part in DP attention, and that of Qwen2 does not."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        **COMMON,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        tie_word_embeddings=False,
+    )
+    return Qwen3ForCausalLM(config)
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt_oss": gpt_oss,
     "deepseek_v3": deepseek_v3,
     "gemma2": gemma2,
+    "qwen3": qwen3,
 }
 # What SGLang needs to be told, by family.
 FLAGS: dict[str, Sequence[str]] = {
     "gpt_oss": ("--moe-runner-backend", "triton"),
     "deepseek_v3": (),
     "gemma2": (),
+    "qwen3": (),
 }
 
 
