@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pascal_sglang import older_sglang
 from pascal_sglang.config import ACTOR_ENV, CONFIG_ENV, ConfigError, PascalConfig
 from pascal_sglang.seams import (
     SeamError,
@@ -226,6 +227,7 @@ def _install() -> None:
     # scheduler would cost seconds and memory. The launching process gets everything.
     is_main = multiprocessing.parent_process() is None and ACTOR_ENV not in os.environ
     with_ray = "sglang.srt.ray.engine" in sys.modules or "--use-ray" in sys.argv
+    older_sglang.install(everywhere=is_main, with_ray=with_ray)
     hooks = [
         hook
         for hook in HOOKS
@@ -281,9 +283,8 @@ def record(version: str | None) -> int:
     from pascal_sglang.sglang_releases import record, release
 
     tree = installed() if version is None else release(version)
-    findings = check_seams(tree=tree)
-    record(seams_path(), findings, tree.version)
-    print(f"recorded {len(findings)} seams of sglang {tree.version} in {seams_path()}")
+    count = record(seams_path(), tree)
+    print(f"recorded {count} seams of sglang {tree.version} in {seams_path()}")
     return 0
 
 

@@ -51,6 +51,8 @@ class Seam:
     digests: dict[str, str]
     # Under `use`: names inside the symbol that we rely on; `EVERY` for all attributes of a class.
     fields: tuple[str, ...] = ()
+    # The last SGLang version that it concerns: `older_sglang` touches it there. None: no last one.
+    until: str | None = None
 
     def __post_init__(self) -> None:
         if self.how not in KINDS:
@@ -72,6 +74,9 @@ class Seam:
     def by_source(self) -> bool:
         """Whether any change of its source has to be read; else a change of its interface."""
         return self.how != "use"
+
+    def concerns(self, version: str) -> bool:
+        return self.until is None or version_order(version) <= version_order(self.until)
 
 
 def seams_path() -> Path:
@@ -96,6 +101,7 @@ def load_seams(path: Path | None = None) -> list[Seam]:
                 " ".join(e["why"].split()),
                 e["digest"],
                 tuple(e.get("fields", ())),
+                e.get("until"),
             )
             for e in entries
         ]
@@ -112,8 +118,9 @@ def version_order(version: str) -> tuple[tuple[int, ...], str]:
 
 def supported_versions(seams: Sequence[Seam]) -> list[str]:
     """The SGLang versions for which every seam is recorded, oldest first."""
-    recorded = set.intersection(*(set(seam.digests) for seam in seams)) if seams else set()
-    return sorted(recorded, key=version_order)
+    known = {version for seam in seams for version in seam.digests}
+    missing = {v for v in known for s in seams if s.concerns(v) and v not in s.digests}
+    return sorted(known - missing, key=version_order)
 
 
 @lru_cache(maxsize=256)
@@ -329,11 +336,12 @@ class Finding:
 
 
 def check_seams(seams: list[Seam] | None = None, tree: SourceTree | None = None) -> list[Finding]:
-    """Compare every seam with an SGLang: with the installed one unless told."""
+    """Compare every seam that concerns an SGLang with it: with the installed one unless told."""
     tree = tree or installed()
     return [
         Finding(seam, seam.digests.get(tree.version), tree.find(seam))
         for seam in (load_seams() if seams is None else seams)
+        if seam.concerns(tree.version)
     ]
 
 

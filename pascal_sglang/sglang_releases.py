@@ -21,13 +21,13 @@ from pathlib import Path
 from pascal_sglang.demo.smollm2 import DemoModelError, default_cache_dir
 from pascal_sglang.seams import (
     ABSENT,
-    Finding,
     Seam,
     SeamError,
     SourceTree,
     Symbol,
     check_seams,
     installed,
+    load_seams,
     version_order,
 )
 
@@ -192,20 +192,26 @@ def report(changes: Sequence[Change], old: str, new: str, diff: bool = False) ->
 DIGESTS = re.compile(r"^digest = \{.*\}$", re.MULTILINE)
 
 
-def record(path: Path, findings: Sequence[Finding], version: str) -> None:
-    """Write the digests of a version into the seam list: says that every seam was read for it."""
-    given = iter(findings)
+def record(path: Path, tree: SourceTree) -> int:
+    """Write the digests of a release into the seam list, which says that every seam was read for
+    it; returns how many there are."""
+    seams = load_seams(path)
+    found = {id(f.seam): f.found for f in check_seams(seams, tree)}
+    given = iter(seams)
 
-    def line(match: re.Match[str]) -> str:
-        finding = next(given)
-        digests = {**finding.seam.digests, version: finding.found}
+    def line(_: re.Match[str]) -> str:
+        seam = next(given)
+        digests = dict(seam.digests)
+        if id(seam) in found:
+            digests[tree.version] = found[id(seam)]
         ordered = sorted(digests, key=version_order)
         return "digest = { " + ", ".join(f'"{v}" = "{digests[v]}"' for v in ordered) + " }"
 
     text = path.read_text(encoding="utf-8")
-    if len(DIGESTS.findall(text)) != len(findings):
+    if len(DIGESTS.findall(text)) != len(seams):
         raise SeamError(f"{path}: every seam needs its digests on one line")
     path.write_text(DIGESTS.sub(line, text), encoding="utf-8")
+    return len(found)
 
 
 def main(argv: list[str]) -> int:

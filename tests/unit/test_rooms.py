@@ -47,6 +47,7 @@ PACKAGE = {
         {"fastapi", "psutil", "ray", "sglang", "starlette"},
     ),
     "streaming": ({"clock", "config", "entrypoints"}, {"sglang"}),
+    "older_sglang": ({"seams"}, {"sglang", "torch"}),
     "platforms": (set(), {"sglang"}),
     "demo": (
         {"config"},

@@ -103,11 +103,13 @@ def test_what_is_gone_cannot_be_accepted(tmp_path, monkeypatch, old, new, says):
 
 
 def test_a_version_is_supported_once_every_seam_is_recorded_for_it():
-    def seam(*versions):
-        return Seam("m:f", "use", "x", "y", dict.fromkeys(versions, "0"))
+    def seam(*versions, until=None):
+        return Seam("m:f", "use", "x", "y", dict.fromkeys(versions, "0"), until=until)
 
     both = [seam("0.5.9", "0.5.10", "0.5.10.post1"), seam("0.5.10.post1", "0.5.10", "0.5.11")]
     assert supported_versions(both) == ["0.5.10", "0.5.10.post1"]
+    assert supported_versions([*both, seam("0.5.10", until="0.5.10")]) == ["0.5.10", "0.5.10.post1"]
+    assert supported_versions([*both, seam(until="0.5.10")]) == ["0.5.10.post1"]
 
 
 FIRST = """
