@@ -11,15 +11,19 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
-from pascal_sglang.older_sglang import to_0_5_23
+from pascal_sglang.older_sglang import to_0_5_22, to_0_5_23
 from pascal_sglang.seams import installed, version_order
 
 # Module of SGLang -> what to do with it.
 Parts = Mapping[str, Callable[[Any], None]]
 # The release that a step leads to, oldest first.
-STEPS: tuple[tuple[str, Parts], ...] = (("0.5.23", to_0_5_23.PARTS),)
+STEPS: tuple[tuple[str, Parts], ...] = (
+    ("0.5.22", to_0_5_22.PARTS),
+    ("0.5.23", to_0_5_23.PARTS),
+)
 _done: set[tuple[str, str]] = set()
 
 
@@ -31,7 +35,15 @@ def install(*, everywhere: bool = False, with_ray: bool = False) -> None:
         if version >= version_order(target):
             continue
         for name, change in parts.items():
-            wanted = everywhere and (with_ray or not name.startswith("sglang.srt.ray"))
-            if (wanted or name in sys.modules) and (target, name) not in _done:
-                _done.add((target, name))
-                change(importlib.import_module(name))
+            if everywhere and (with_ray or not name.startswith("sglang.srt.ray")):
+                importlib.import_module(name)
+            module = sys.modules.get(name)
+            if module is None or (target, name) in _done or _is_being_imported(module):
+                continue
+            _done.add((target, name))
+            change(module)
+
+
+def _is_being_imported(module: ModuleType) -> bool:
+    """SGLang asks for its platform in the middle of its own imports."""
+    return bool(getattr(module.__spec__, "_initializing", False))

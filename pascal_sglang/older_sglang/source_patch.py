@@ -12,12 +12,19 @@ import sys
 import textwrap
 from typing import Any
 
+# Attribute of a patched function: its source, which a later step may patch again.
+PATCHED = "_pascal_source"
 
-def patch(owner: Any, name: str, *hunks: tuple[str, str]) -> None:
+
+def patch(owner: Any, name: str, *hunks: tuple[str, str], named: str | None = None) -> None:
     """Put a function in the place of `owner.name` that differs by `hunks`: a text of its source,
-    and what stands there from now on. Raises: LookupError for a text that is not in it."""
+    and what stands there from now on. `named`: where a hunk gives it another name.
+
+    Raises: LookupError for a text that is not in it.
+    """
     function = getattr(owner, name)
-    lines, first = inspect.getsourcelines(function)
+    before = getattr(function, PATCHED, None)
+    lines, first = (before, 1) if before else inspect.getsourcelines(function)
     source = textwrap.dedent("".join(lines))
     for old, new in hunks:
         if old not in source:
@@ -28,4 +35,6 @@ def patch(owner: Any, name: str, *hunks: tuple[str, str]) -> None:
     code = compile("\n" * (first - 1) + source, file, "exec", flags, dont_inherit=True)
     made: dict[str, Any] = {}
     exec(code, vars(sys.modules[function.__module__]), made)
-    setattr(owner, name, made[name])
+    patched = made[named or name]
+    setattr(patched, PATCHED, [source])
+    setattr(owner, named or name, patched)

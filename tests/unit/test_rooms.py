@@ -47,8 +47,8 @@ PACKAGE = {
         {"fastapi", "psutil", "ray", "sglang", "starlette"},
     ),
     "streaming": ({"clock", "config", "entrypoints"}, {"sglang"}),
-    "older_sglang": ({"seams"}, {"sglang", "torch"}),
-    "platforms": (set(), {"sglang"}),
+    "older_sglang": ({"seams"}, {"msgspec", "sglang"}),
+    "platforms": ({"older_sglang"}, {"sglang"}),
     "demo": (
         {"config"},
         {"filelock", "safetensors", "sglang", "tokenizers", "torch", "transformers"},
