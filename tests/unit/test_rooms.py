@@ -47,7 +47,8 @@ PACKAGE = {
         {"fastapi", "psutil", "ray", "sglang", "starlette"},
     ),
     "streaming": ({"clock", "config", "entrypoints"}, {"sglang"}),
-    "platforms": (set(), {"sglang", "torch"}),
+    "older_sglang": ({"seams"}, {"msgspec", "sglang"}),
+    "platforms": ({"older_sglang"}, {"sglang", "torch"}),
     "demo": (
         {"config"},
         {"filelock", "safetensors", "sglang", "tokenizers", "torch", "transformers"},

@@ -13,6 +13,8 @@ from array import array
 
 from sglang.srt.plugins import load_plugins
 
+from pascal_sglang import older_sglang
+
 AT_A_TIME, EVERY = 4, 3
 
 
@@ -148,6 +150,7 @@ def main(job, out):
     with open(job) as file:
         asked = json.load(file)
     load_plugins()
+    older_sglang.install(everywhere=True)  # For the extension point that the feeder uses.
     feeder = Feeder(build(asked["flags"]), asked)
     feeder.scheduler.run_event_loop()
     with open(out, "w") as file:
