@@ -146,6 +146,8 @@ class PascalConfig:
     # For tests: the chance per pass that a running request is paused, or a paused one resumed,
     # whatever the policy says.
     chaos: float = _field(0.0, least=0, most=1)
+    # For tests: no higher level than this one.
+    most_level: str = _field("move", choices=LEVELS)
     # For tests: every request migrates at the end of its thinking, and with this chance per pass
     # again.
     force_migration: float = _field(0.0, least=0, most=1)

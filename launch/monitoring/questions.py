@@ -157,6 +157,20 @@ ROWS: dict[str, list[Panel]] = {
             {"tokens dropped": rate("paused_tokens_total", where='tier="recompute"')},
         ),
         Panel(
+            "Who is never paused?",
+            "Requests per second that arrived and are not paused, by the feature of theirs or of "
+            "the server that keeps them from it.",
+            {"{{reason}}": rate("unpausable_requests_total", "reason")},
+            "ops",
+            stack=True,
+        ),
+        Panel(
+            "At which level do instances run?",
+            "0 observe, 1 order, 2 recompute, 3 pause, 4 move; and the features that keep them "
+            "from the next level.",
+            {"{{reason}}": f"min by (reason) (pascal:support_level{{{ONLY}}})"},
+        ),
+        Panel(
             "Who comes back, and from where?",
             "Starts per second: admissions from waiting, resumes from resident and host.",
             {"{{class}} from {{status}}": rate("starts_total", "class, status")},

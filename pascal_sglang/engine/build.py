@@ -42,8 +42,10 @@ def build_executor(
         # decoding. A prefill and a decode step take turns.
         scheduler.prefill_decode_interval = 1
     if get_parallel().attn_tp_rank == 0:
-        for line in scheduling_flags.overridden(scheduler.server_args):
-            logger.warning("pascal_sglang: under policy %s, %s", config.policy, line)
+        for name, instead in scheduling_flags.overridden(scheduler.server_args, support.level):
+            logger.warning(
+                "pascal_sglang: %s has no effect under policy %s: %s", name, config.policy, instead
+            )
     copies = HostCopies(scheduler, kept=support.level >= Level.PAUSE)
     if support.level >= Level.PAUSE:
         support = support.under((UNKNOWN_POOL,), copies)

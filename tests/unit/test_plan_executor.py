@@ -232,6 +232,7 @@ def request(**changes):
         "presence_penalty": 0.0,
         "repetition_penalty": 1.0,
         "min_new_tokens": 0,
+        "watermark": None,
     }
     fields = {
         "beam_group": None,
@@ -241,14 +242,15 @@ def request(**changes):
         "input_embeds": None,
         "lora_id": None,
         "return_hidden_states": False,
+        "grammar": None,
     }
     params |= {k: v for k, v in changes.items() if k in params}
     fields |= {k: v for k, v in changes.items() if k in fields}
     return SimpleNamespace(sampling_params=SimpleNamespace(**params), **fields)
 
 
-def test_a_plain_request_can_be_paused():
-    assert support.first(support.UNPAUSABLE, request()) is None
+def test_a_plain_request_gets_everything():
+    assert support.of_request(request()) == support.EVERYTHING
 
 
 @pytest.mark.parametrize(
@@ -257,14 +259,26 @@ def test_a_plain_request_can_be_paused():
         ({"beam_group": object()}, "beam"),
         ({"session_id": "s"}, "session"),
         ({"lora_id": "l"}, "LoRA"),
-        ({"regex": "a+"}, "grammar"),
         ({"min_new_tokens": 3}, "penalties"),
         ({"repetition_penalty": 1.2}, "penalties"),
         ({"return_hidden_states": True}, "hidden"),
     ],
 )
 def test_what_cannot_be_paused_says_why(change, reason):
-    assert reason in support.first(support.UNPAUSABLE, request(**change))
+    found = support.of_request(request(**change))
+    assert found.level < support.Level.RECOMPUTE
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"regex": "a+"}, "grammar"), ({"grammar": object()}, "grammar"), ({"watermark": 1}, "water")],
+)
+def test_what_is_paused_and_does_not_move_says_why(change, reason):
+    """Strict thinking gives a grammar to requests that did not ask for one."""
+    found = support.of_request(request(**change))
+    assert found.level is support.Level.PAUSE
+    assert reason in found.reason
 
 
 def test_what_may_still_come_is_known_by_phase():
