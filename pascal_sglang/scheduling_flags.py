@@ -168,7 +168,7 @@ SETTINGS = (
         ("--scheduler-recv-interval", "SGLANG_SCHEDULER_MAX_RECV_PER_POLL"),
         HONOURED,
         "by SGLang's receiver; control messages come in with the requests",
-        "test_flags_change_no_token_under_pauses",
+        "test_a_poll_that_sglang_skips_takes_nothing",
     ),
     Setting(
         (
@@ -178,7 +178,7 @@ SETTINGS = (
         ),
         HONOURED,
         "SGLang retracts, in the policy's order",
-        "test_flags_change_no_token_under_pauses",
+        "test_a_retraction_of_sglangs_own_is_survived",
     ),
     Setting(
         ("--disable-overlap-schedule",),
