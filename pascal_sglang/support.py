@@ -167,6 +167,12 @@ SERVER = (
         "KV that its host pool holds would be kept twice",
     ),
     Row(
+        "--hicache-storage-backend",
+        Level.ORDER,
+        lambda a: a.hicache_storage_backend is not None,
+        "SGLang alone looks there for a request that waits again",
+    ),
+    Row(
         "--enable-hisparse",
         Level.ORDER,
         lambda a: a.enable_hisparse,
@@ -177,6 +183,19 @@ SERVER = (
         Level.ORDER,
         lambda a: a.enable_lmcache,
         "a look for a prefix loads it",
+    ),
+    Row("--enable-flexkv", Level.ORDER, lambda a: a.enable_flexkv, "a look for a prefix loads it"),
+    Row(
+        "--enable-unified-cache-external-linker",
+        Level.ORDER,
+        lambda a: a.enable_unified_cache_external_linker,
+        "a look for a prefix loads it",
+    ),
+    Row(
+        "--radix-cache-backend",
+        Level.ORDER,
+        lambda a: a.radix_cache_backend is not None,
+        "what a look for a prefix does there is not known here",
     ),
     Row(
         "--enable-unified-memory",

@@ -118,7 +118,7 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel(
             "How many run, how many wait?",
-            "SGLang's own counts. Paused requests are in neither; the row on starving has them.",
+            "SGLang's own counts. Paused requests wait; the row on starving tells them apart.",
             {"running": stock("num_running_reqs"), "waiting": stock("num_queue_reqs")},
         ),
     ],

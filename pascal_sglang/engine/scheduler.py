@@ -102,6 +102,8 @@ class PascalScheduler(OperationsScheduler):
         if config is None:
             raise RuntimeError("PascalScheduler started without PASCAL_SGLANG_CONFIG")
         self.support = config.support(server_args)
+        # Our launcher has said this in one line; SGLang's own entry points come here.
+        config.require_level(self.support)
         self.pascal_config = config.effective(server_args)
         self._meeting = meet_on_loopback(port_args.nccl_port)
         super().__init__(server_args, port_args)
