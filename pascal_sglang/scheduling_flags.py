@@ -84,7 +84,7 @@ SETTINGS = (
         HONOURED,
         "where it is not set, a prefill keeps 4 tokens for what a request may write from the level "
         "recompute on, because a plan decides, and SGLang's 4096 below",
-        "test_what_a_prefill_reserves_goes_by_the_level",
+        "test_in_our_order_sglang_retracts_and_nothing_is_paused",
     ),
     Setting(
         (
@@ -138,7 +138,7 @@ SETTINGS = (
         ("--prefill-decode-interval", "--prefill-decode-interval-min-bs"),
         HONOURED,
         "where the interval is not given it is 1: a prefill and a decode step take turns",
-        "test_prefills_and_decode_steps_take_turns",
+        PREFILL_LIMITS,
     ),
     Setting(
         ("--enable-mixed-chunk",),

@@ -1,19 +1,9 @@
 """What each level does on a real scheduler: nothing, our order, pauses that drop KV."""
 
-import pytest
-
 from tests.engine.inproc import watch
 from tests.engine.inproc.bed import Request, differing, run
+from tests.engine.inproc.conftest import SHORT, WATCH
 from tests.engine.inproc.test_plain import CHAOS, requests
-
-WATCH = "tests.engine.inproc.watch:batches"
-SHORT = ["--max-total-tokens", "400"]
-
-
-@pytest.fixture(scope="module")
-def stock(tiny_model):
-    """SGLang's own scheduler, without memory to spare."""
-    return run(tiny_model, requests(24), flags=SHORT, each_pass=WATCH)
 
 
 def test_what_is_only_observed_runs_pass_by_pass_as_in_sglang(tiny_model, stock):
@@ -47,6 +37,7 @@ def test_in_our_order_sglang_retracts_and_nothing_is_paused(tiny_model, stock):
     assert (ours.status["policy_errors"], ours.status["queue_errors"]) == (0, 0)
     assert "Testing retraction" in ours.log
     assert ours.free == ours.capacity
+    assert {line["reserved"] for line in watch.lines(ours)} == {4096}
     first = {}
     for line in watch.lines(ours):
         for rid in line["rids"]:
@@ -58,11 +49,12 @@ def test_in_our_order_sglang_retracts_and_nothing_is_paused(tiny_model, stock):
 
 def test_a_pause_that_drops_its_kv_changes_no_token(tiny_model, stock):
     settings = {**CHAOS, "most_level": "recompute"}
-    paused = run(tiny_model, requests(24), settings, SHORT)
+    paused = run(tiny_model, requests(24), settings, SHORT, each_pass=WATCH)
     assert paused.status["support"] == {"level": "recompute", "lowered_by": ["a test"]}
     assert differing(paused, stock) == []
     assert paused.pauses["recompute"] > 5
     assert not {"resident", "host", "spilled"} & paused.pauses.keys()
     assert paused.status["kv_tokens"]["host"] == 0
+    assert {line["reserved"] for line in watch.lines(paused)} == {4}
     assert paused.status["policy_errors"] == 0
     assert paused.free == paused.capacity

@@ -7,6 +7,8 @@ MARK = "WATCH "
 
 def batches(scheduler, reqs, passes):
     """The batch of the pass before."""
+    from sglang.srt.managers import schedule_policy
+
     batch = scheduler.last_batch
     if batch is None:
         return
@@ -18,6 +20,8 @@ def batches(scheduler, reqs, passes):
         "tokens": int(batch.extend_num_tokens or 0) if mode.is_extend() else 0,
         "running": len(scheduler.running_batch.reqs),
         "waiting": [req.rid for req in scheduler.waiting_queue],
+        # Tokens that a prefill keeps for what a request may still write.
+        "reserved": schedule_policy.CLIP_MAX_NEW_TOKENS,
     }
     print(MARK + json.dumps(line))
 
@@ -28,14 +32,6 @@ def retracting(scheduler, reqs, passes):
 
     module.TEST_RETRACT = True
     batches(scheduler, reqs, passes)
-
-
-def settings(scheduler, reqs, passes):
-    """What a prefill reserves, once."""
-    from sglang.srt.managers import schedule_policy
-
-    if passes == 1:
-        print(MARK + json.dumps({"clip": schedule_policy.CLIP_MAX_NEW_TOKENS}))
 
 
 def grammars(scheduler, reqs, passes):
