@@ -14,7 +14,6 @@ def test_what_is_only_observed_runs_pass_by_pass_as_in_sglang(tiny_model, stock)
     assert any(line["waiting"] for line in watch.lines(stock)), "memory was not short"
     assert watch.lines(seen) == watch.lines(stock)
     assert differing(seen, stock) == []
-    assert seen.status["ended"]["aborted"] == 0
     assert sum(seen.status["ended"].values()) == 24
 
 
