@@ -423,3 +423,6 @@ def _has_penalties(params: Any) -> bool:
         or params.repetition_penalty != 1.0
         or params.min_new_tokens
     )
+
+
+UNMOVABLE = at_most(Level.PAUSE, REQUESTS)

@@ -218,6 +218,7 @@ def test_what_cannot_travel_stays_and_says_why(flooded):
     flooded.post("/generate", body)
     unmovable = [i["migrations"]["unmovable"] for i in at_rest(flooded)]
     assert {reason for counts in unmovable for reason in counts} >= {"penalties"}
+    assert flooded.get("/pascal/status")["support"] == {"level": "move", "lowered_by": []}
 
 
 def test_an_id_of_any_allowed_length_travels(flooded):
