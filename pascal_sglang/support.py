@@ -151,7 +151,8 @@ SERVER = (
     Row(
         "--enable-dp-attention",
         Level.OBSERVE,
-        lambda a: a.enable_dp_attention or a.attn_dp_size > 1,
+        # SGLang 0.5.21 knows the first of these alone.
+        lambda a: a.enable_dp_attention or getattr(a, "attn_dp_size", 1) > 1,
         "ranks with different requests would agree on one plan",
     ),
     Row(
