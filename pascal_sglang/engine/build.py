@@ -1,13 +1,15 @@
-"""Decides whether a scheduler is governed, and with which budget."""
+"""Decides whether a scheduler is governed, at which level, and with which budget."""
 
 from __future__ import annotations
 
 import logging
+import os
 
 import psutil
+from sglang.srt.managers import schedule_policy
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
-from pascal_sglang import support
+from pascal_sglang import scheduling_flags
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
@@ -18,52 +20,55 @@ from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import agree
 from pascal_sglang.instances import instance_count
 from pascal_sglang.policy.kv_tier import Costs
+from pascal_sglang.support import POOLS, UNKNOWN_POOL, Level, Support
 
 logger = logging.getLogger(__name__)
 
+CLIP_ENV = "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"
+# Tokens that SGLang's prefill adder keeps for what a request may still write, where a plan decides.
+PLANNED_TOKENS = 4
 
-def build_executor(scheduler: SchedulerProtocol, config: PascalConfig) -> PlanExecutor | None:
-    """The executor of a scheduler whose pools exist; None under `fcfs` and for embedding models.
 
-    Raises: RuntimeError for KV pools that the engine does not carry.
+def build_executor(
+    scheduler: SchedulerProtocol, config: PascalConfig, support: Support
+) -> tuple[PlanExecutor | None, Support]:
+    """The executor of a scheduler whose pools exist, None at the level OBSERVE; and the level.
+
+    support: what the server's arguments leave.
     """
-    if not config.record.schedules or not scheduler.is_generation:
-        return None
-    if (pool := support.first(support.POOLS, scheduler)) is not None:
-        raise RuntimeError(
-            f"policy {config.policy} does not work with {pool} yet; use --pascal-policy fcfs"
-        )
+    support = support.under(POOLS, scheduler)
+    if support.level is Level.OBSERVE:
+        return None, support
     if get_schedule().prefill_decode_interval is None:
         # SGLang prefills first: without this, endless new prompts would keep requests from
         # decoding. A prefill and a decode step take turns.
         scheduler.prefill_decode_interval = 1
-    if get_parallel().attn_tp_rank == 0 and (
-        flag := support.first(support.REPLACED, scheduler.server_args)
-    ):
-        logger.warning(
-            "pascal_sglang: %s has no effect under policy %s, which has an order of its own",
-            flag,
-            config.policy,
-        )
-    copies = host_copies_of(scheduler)
+    if get_parallel().attn_tp_rank == 0:
+        for name, instead in scheduling_flags.overridden(scheduler.server_args, support.level):
+            logger.warning(
+                "pascal_sglang: %s has no effect under policy %s: %s", name, config.policy, instead
+            )
+    copies = host_copies_of(scheduler, kept=support.level >= Level.PAUSE)
+    if support.level >= Level.PAUSE:
+        support = support.under((UNKNOWN_POOL,), copies)
+    if support.level >= Level.RECOMPUTE and CLIP_ENV not in os.environ:
+        # The plan says what fits; the adder is not to reserve more than it.
+        schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_TOKENS
     budget = int(agree(scheduler, host_budget_tokens(copies, scheduler, config)))
     copies.reserve(budget)
     measured = measure_costs(scheduler, copies)
     costs = Costs(*agree(scheduler, measured.copy_s, measured.copy_token_s))
     if measured.launch_s is not None:
         costs.launch_s = agree(scheduler, measured.launch_s)
-    if not copies.copies:
-        pool = type(scheduler.token_to_kv_pool_allocator.get_kvcache()).__name__
-        logger.warning("pascal_sglang: KV in this %s is not copied; pauses recompute it", pool)
     policy = take_over(scheduler, config.record)
-    return PlanExecutor(scheduler, config, policy, copies, costs)
+    return PlanExecutor(scheduler, config, policy, copies, costs, support), support
 
 
-def host_copies_of(scheduler: SchedulerProtocol) -> HostCopies:
+def host_copies_of(scheduler: SchedulerProtocol, *, kept: bool) -> HostCopies:
     """The host memory for a scheduler's KV: in our own form, or in the pool's where that is all we
-    know of it."""
-    copies = HostCopies(scheduler)
-    return copies if copies.copies else PoolCopies(scheduler)
+    know of it. kept: whether pauses keep KV."""
+    copies = HostCopies(scheduler, kept=kept)
+    return copies if copies.copies or not kept else PoolCopies(scheduler)
 
 
 def host_budget_tokens(

@@ -12,6 +12,8 @@ from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.plan import GROWTH, Capacity
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
+UNLIMITED = 1 << 60
+
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class CapacityView:
@@ -20,11 +22,14 @@ class CapacityView:
     scheduler: SchedulerProtocol
     paused_requests: PausedRequests
     pool: Pool
+    # False: a plan says in which order requests start, and SGLang which of them fit.
+    counts_kv: bool = True
 
     def available(self, running: ScheduleBatch) -> Capacity:
         scheduler = self.scheduler
+        free = self.pool.free_tokens - self.promised_tokens() if self.counts_kv else UNLIMITED
         return Capacity(
-            free_tokens=self.pool.free_tokens - self.promised_tokens(),
+            free_tokens=free,
             releasing_tokens=self.paused_requests.releasing_tokens,
             slots=min(
                 scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running),
@@ -60,6 +65,8 @@ class CapacityView:
 
     def required(self, state: RequestState) -> int:
         """KV a start takes: a prefix the device holds for others is paid already."""
+        if not self.counts_kv:
+            return 0
         req: Req = state.handle
         if state.status is not RequestStatus.WAITING:
             return self.paused_requests.needs(req)

@@ -29,6 +29,7 @@ from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.relief import giving_way
 from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.running_mean import LONGEST_PASS_S, running_mean
+from pascal_sglang.support import EVERYTHING, Level, Support
 
 if TYPE_CHECKING:
     from pascal_sglang.engine.migration.manager import Migrations
@@ -53,12 +54,18 @@ class PlanExecutor:
         policy: Policy,
         copies: HostCopies,
         costs: Costs,
+        support: Support = EVERYTHING,
     ) -> None:
         self.scheduler = scheduler
+        # What features leave of pauses; whether requests move is the business of `Migrations`.
+        self.support = support
         self.paused_requests = PausedRequests(scheduler, copies, costs)
         self.pool = self.paused_requests.pool
         self.capacity = CapacityView(
-            scheduler=scheduler, paused_requests=self.paused_requests, pool=self.pool
+            scheduler=scheduler,
+            paused_requests=self.paused_requests,
+            pool=self.pool,
+            counts_kv=support.level >= Level.RECOMPUTE,
         )
         tuning = Tuning(
             quantum=config.quantum_tokens,
@@ -77,7 +84,7 @@ class PlanExecutor:
         )
         self.decision_log = DecisionLog(policy, tuning, log=config.log_decisions)
         self.request_states = RequestStates(
-            scheduler, config, self.paused_requests, self.planner.queue, self.decision_log
+            scheduler, config, self.paused_requests, self.planner.queue, self.decision_log, support
         )
         # Mean number of running requests over the passes of `pass_info.pass_s`.
         self.batch = 0.0
@@ -208,9 +215,14 @@ class PlanExecutor:
         why: str,
         tier: Callable[[Req], KVTier | None],
     ) -> None:
+        """Pause `states`. `tier` says where the KV goes of those that keep it."""
         for state in states:
             self.request_states.paused(state.handle, why)
-        self.paused_requests.leave([m.handle for m in states], running, tier)
+        self.paused_requests.leave(
+            [m.handle for m in states],
+            running,
+            lambda req: tier(req) if state_of(req).keeps_kv else KVTier.RECOMPUTE,
+        )
 
     def _spill(self, state: RequestState) -> None:
         self.request_states.spilled(state.handle, self.paused_requests.spill(state.handle))

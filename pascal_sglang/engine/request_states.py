@@ -12,7 +12,6 @@ from collections.abc import Iterable
 
 from sglang.srt.managers.schedule_batch import Req
 
-from pascal_sglang import support
 from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.paused import PausedRequests
@@ -27,6 +26,7 @@ from pascal_sglang.policy.queue import WaitQueue
 from pascal_sglang.policy.ranking import PREFIX_HEAD_START, PassInfo, fastest_pace
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline
+from pascal_sglang.support import EVERYTHING, Level, Support, of_request
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,14 @@ class RequestStates:
         paused_requests: PausedRequests,
         queue: WaitQueue,
         decision_log: DecisionLog,
+        support: Support = EVERYTHING,
     ) -> None:
         self.scheduler = scheduler
         self.config = config
         self.paused_requests = paused_requests
         self.queue = queue
         self.decision_log = decision_log
+        self.support = support
         self.pass_info = PassInfo(0, 0.0, 0.0)
         self.unpausable = Counter()
         self._arrivals = 0
@@ -83,20 +85,30 @@ class RequestStates:
             internal=is_internal(req),
             handle=req,
         )
-        reason = support.first(support.UNPAUSABLE, req)
-        if reason:
-            state.pausable = False
-            if not self.unpausable[reason]:
-                logger.warning("pascal_sglang does not pause requests with %s", reason)
-            self.unpausable[reason] += 1
+        own = of_request(req)
+        level = min(own.level, self.support.level)
+        state.pausable = level >= Level.RECOMPUTE
+        state.keeps_kv = level >= Level.PAUSE
+        if not state.pausable:
+            self._count_unpausable(state, own if own.level < Level.RECOMPUTE else self.support)
         req.pascal_state = state
         return state
 
+    def _count_unpausable(self, state: RequestState, because: Support) -> None:
+        if state.internal:
+            return
+        reason = because.lowered_by[0]
+        if because is not self.support and not self.unpausable[reason]:
+            logger.warning("pascal_sglang does not pause requests with %s", reason)
+        self.unpausable[reason] += 1
+        self.decision_log.unpausable(reason)
+
     def queued(self, req: Req) -> None:
         """The request entered SGLang's waiting queue, for the first time or after a retraction."""
-        whole = len(req.origin_input_ids) + len(req.output_ids)
-        cached = self.paused_requests.pool.cached_prefix(req, whole - 1)
-        state_of(req).head_start = PREFIX_HEAD_START * cached.tokens // whole
+        if self.support.level >= Level.RECOMPUTE:
+            whole = len(req.origin_input_ids) + len(req.output_ids)
+            cached = self.paused_requests.pool.cached_prefix(req, whole - 1)
+            state_of(req).head_start = PREFIX_HEAD_START * cached.tokens // whole
         self.stopped(req, RequestStatus.WAITING)
 
     def wait_again(self, req: Req) -> None:

@@ -33,15 +33,19 @@ from pascal_sglang.engine.migration.control_receiver import ControlBatch, Pascal
 from pascal_sglang.engine.migration.location_replies import LocationReplies
 from pascal_sglang.engine.migration.manager import Migrations
 from pascal_sglang.engine.migration.revoked import Revoked
-from pascal_sglang.engine.observability.metrics import DecisionMetrics, PhaseMetrics
+from pascal_sglang.engine.observability.metrics import (
+    DecisionMetrics,
+    PhaseMetrics,
+    SupportMetrics,
+)
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
 from pascal_sglang.engine.observability.phases import PhaseTracker, by_class, count_phases, describe
 from pascal_sglang.engine.operations import OperationsScheduler
 from pascal_sglang.engine.rendezvous import meet_on_loopback
 from pascal_sglang.engine.thinking_budget import with_default_budget
-from pascal_sglang.entrypoints.preflight import check_policy
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
 from pascal_sglang.instances import instance_count, own_instance, step_together
+from pascal_sglang.support import Support
 
 logger = logging.getLogger(__name__)
 
@@ -90,15 +94,18 @@ class PascalScheduler(OperationsScheduler):
 
     invariant_checker: Any
     request_receiver: Any
+    # The level that this instance runs at.
+    support: Support
     location_replies: LocationReplies | None = None
 
     def __init__(self, server_args: Any, port_args: Any) -> None:
         config = PascalConfig.from_env()
         if config is None:
             raise RuntimeError("PascalScheduler started without PASCAL_SGLANG_CONFIG")
+        self.support = config.support(server_args)
         # Our launcher has said this in one line; SGLang's own entry points come here.
-        check_policy(config, server_args)
-        self.pascal_config = config
+        config.require_level(self.support)
+        self.pascal_config = config.effective(server_args)
         self._meeting = meet_on_loopback(port_args.nccl_port)
         super().__init__(server_args, port_args)
 
@@ -108,6 +115,8 @@ class PascalScheduler(OperationsScheduler):
         if self.metrics_reporter.enable_metrics:
             survive_a_full_disk()
         metrics = PhaseMetrics(labels, self.pascal_config.qoe_slo) if reports else None
+        if reports:
+            SupportMetrics(labels, self.support)
         if reports and self.plan_executor is not None:
             per_token = self.plan_executor.paused_requests.copies.bytes_per_token
             self.plan_executor.decision_log.metrics = DecisionMetrics(labels, per_token)
@@ -170,7 +179,8 @@ class PascalScheduler(OperationsScheduler):
 
     def get_init_info(self) -> dict[str, Any]:
         """Tell the launcher which configuration really runs here (`frontend.require_handshake`)."""
-        return introduced(super().get_init_info(), own_instance())
+        info = super().get_init_info()
+        return introduced(info, own_instance(), self.support)
 
     def _create_generation_req(
         self, recv_req: TokenizedGenerateReqInput, *args: Any, **kwargs: Any
@@ -201,14 +211,16 @@ class PascalScheduler(OperationsScheduler):
         """The pools exist by now: build the executor, and let SGLang's leak checks count the KV of
         requests on their way out."""
         super().init_invariant_checker()
-        self.plan_executor = build_executor(self, self.pascal_config)
+        self.plan_executor, self.support = build_executor(self, self.pascal_config, self.support)
         self.load_reporter = build_load_reporter(self, self.plan_executor)
         if self.plan_executor is not None:
             stock: Any = self.invariant_checker
             fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
             self.invariant_checker = PascalInvariantChecker(**fields)
             self.invariant_checker.paused_requests = self.plan_executor.paused_requests
-            self.migrations = build_migrations(self, self.plan_executor, self.pascal_config)
+            self.migrations, self.support = build_migrations(
+                self, self.plan_executor, self.pascal_config, self.support
+            )
             self.plan_executor.migrations = self.invariant_checker.migrations = self.migrations
             if self.load_reporter is not None:
                 self.location_replies = LocationReplies(
@@ -308,6 +320,7 @@ class PascalScheduler(OperationsScheduler):
             "dp_rank": own_instance(),
             "pid": os.getpid(),
             "policy": self.pascal_config.policy,
+            "support": self.support.describe(),
             "waiting": len(self.waiting_queue),
             "running": count_phases(live),
             "ended": dict(self.phase_tracker.outcomes),

@@ -52,7 +52,6 @@ class SchedulerProtocol(Protocol):
     is_generation: bool
     tokenizer: Any
     server_args: Any
-    rust_server: Any
     metrics_collector: Any
     metrics_reporter: Any
     _engine_paused: bool

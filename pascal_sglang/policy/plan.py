@@ -304,7 +304,7 @@ class PlanBuilder:
     def park_what_fits(self) -> None:
         """Keep KV on the device whose memory is not needed after all, best rank first."""
         for victim in reversed(self.paused):
-            if self._gave[victim] <= self.budget:
+            if victim.keeps_kv and self._gave[victim] <= self.budget:
                 self.budget -= self._gave[victim]
                 self.parked.append(victim)
         for request in reversed(list(self.spilled)):

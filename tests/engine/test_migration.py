@@ -216,8 +216,9 @@ def test_what_cannot_travel_stays_and_says_why(flooded):
     body = generate("stay", think=6, total=40)
     body["sampling_params"]["frequency_penalty"] = 0.5
     flooded.post("/generate", body)
-    stayed = [i["migrations"]["stayed"] for i in at_rest(flooded)]
-    assert {reason for counts in stayed for reason in counts} >= {"penalties"}
+    unmovable = [i["migrations"]["unmovable"] for i in at_rest(flooded)]
+    assert {reason for counts in unmovable for reason in counts} >= {"penalties"}
+    assert flooded.get("/pascal/status")["support"] == {"level": "move", "lowered_by": []}
 
 
 def test_an_id_of_any_allowed_length_travels(flooded):

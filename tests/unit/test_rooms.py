@@ -20,12 +20,12 @@ PACKAGE = {
     "policy": (set(), set()),
     "sim": ({"policy"}, {"numpy"}),
     "cluster": (
-        {"policy", *ENTRY},
+        {"policy", "support", *ENTRY},
         {"mooncake", "msgspec", "orjson", "prometheus_client", "psutil", "sglang", "zmq"},
     ),
     "engine.kv": ({"clock", "engine", "instances", "policy"}, {"sglang", "torch"}),
     "engine.observability": (
-        {"clock", "cluster", "engine", "policy"},
+        {"clock", "cluster", "engine", "policy", "support"},
         {"prometheus_client", "sglang"},
     ),
     "engine.migration": (
@@ -38,7 +38,7 @@ PACKAGE = {
     "engine": (
         {
             *{"cluster", "demo", "engine.kv", "engine.migration", "engine.observability"},
-            *{"entrypoints", "policy", "support", *ENTRY},
+            *{"entrypoints", "policy", "scheduling_flags", "support", *ENTRY},
         },
         {"msgspec", "psutil", "sglang", "torch", "zmq"},
     ),

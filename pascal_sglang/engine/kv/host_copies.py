@@ -73,13 +73,14 @@ class HostCopies:
     whatever its event says, so that ranks go on alike. The stream keeps copies in order, so memory
     that has been given back may be written by the next one at once.
 
-    buffers: the pool's, each of shape (entries, ...); None for pools whose KV is not copied but
-    recomputed.
+    kept: whether KV is copied at all. buffers: the pool's, each of shape (entries, ...); None for
+    pools whose KV is not copied but recomputed.
     """
 
-    def __init__(self, scheduler: SchedulerProtocol) -> None:
+    def __init__(self, scheduler: SchedulerProtocol, *, kept: bool = True) -> None:
         self._scheduler = scheduler
-        self.buffers = _buffers_of(scheduler.token_to_kv_pool_allocator.get_kvcache())
+        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        self.buffers = _buffers_of(pool) if kept else None
         self._memory: list[torch.Tensor] = []
         self._pieces = RangeAllocator(0)
         self._stream = copy_stream_of(scheduler) if self.buffers else CopyStream()

@@ -57,7 +57,7 @@ class Migrations:
     # For tests: the chance per pass that an answer asks to move again.
     force_migration: float
     # Requests that ended their reasoning and cannot move, by reason.
-    stayed: Counter[str] = field(default_factory=Counter)
+    unmovable: Counter[str] = field(default_factory=Counter)
     # Malformed messages, by reason.
     rejected: Counter[str] = field(default_factory=Counter)
     # Seconds without a token, of the last migrations to here.
@@ -170,9 +170,9 @@ class Migrations:
         """The request has just ended its reasoning: ask the controller where it goes on."""
         reason = why_not_migratable(req)
         if reason is not None:
-            self.stayed[reason] += 1
+            self.unmovable[reason] += 1
             if self.metrics is not None:
-                self.metrics.stayed(reason)
+                self.metrics.unmovable(reason)
             return
         kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
         remaining = remaining_of(req, state_of(req))
@@ -224,7 +224,7 @@ class Migrations:
             "windows": {"free": slots.free, "in_doubt": slots.in_doubt},
             "outgoing": dict(self.outgoing_migrations.counts),
             "incoming": dict(self.incoming_migrations.counts),
-            "stayed": dict(self.stayed),
+            "unmovable": dict(self.unmovable),
             "rejected": dict(self.rejected),
             "awaiting_token": len(self.incoming_migrations.arrived),
             "bytes": self.outgoing_migrations.bytes_sent,

@@ -73,7 +73,7 @@ class BadSnapshot(ValueError):
 
 def why_not_migratable(req: Req) -> str | None:
     """What about the request cannot travel; None if all of it can."""
-    return support.first(support.REQUESTS, req) or refused_by(req)
+    return support.first(support.UNMOVABLE, req) or refused_by(req)
 
 
 def export_state(req: Req, blocked_since: float) -> bytes:
