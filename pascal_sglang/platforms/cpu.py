@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.environ import envs
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
@@ -33,6 +34,16 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """
         if server_args.dtype == "auto":
             server_args.dtype = "float32"
+        if server_args.dtype == "float32" and not envs.SGLANG_MAMBA_CONV_DTYPE.is_set():
+            # SGLang keeps the last inputs of a convolution as bfloat16 otherwise: a decode step
+            # would not give what a prefill of the same tokens gives.
+            envs.SGLANG_MAMBA_CONV_DTYPE.set("float32")
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         server_args.sleep_on_idle = True
+
+    def init_backend(self) -> None:
+        """Called before SGLang imports its models."""
+        from pascal_sglang.platforms import recurrent
+
+        recurrent.install()
