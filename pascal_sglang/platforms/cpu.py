@@ -24,6 +24,18 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def init_backend(self) -> None:
+        """SGLang's `torch_native` becomes ours; the name stays, for SGLang knows what it can do.
+
+        SGLang calls this before it imports its models, which bind the kernels of recurrent layers.
+        """
+        from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+        from pascal_sglang.platforms import recurrent
+
+        ATTENTION_BACKENDS["torch_native"] = _reference_attention
+        recurrent.install()
+
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
 
@@ -42,8 +54,9 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.sampling_backend = "pytorch"
         server_args.sleep_on_idle = True
 
-    def init_backend(self) -> None:
-        """Called before SGLang imports its models."""
-        from pascal_sglang.platforms import recurrent
 
-        recurrent.install()
+def _reference_attention(runner: Any) -> Any:
+    # SGLang's model runner asks for the platform while it is imported.
+    from pascal_sglang.platforms.attention import create
+
+    return create(runner)
