@@ -7,6 +7,7 @@ modules that define the kernels, before the modules that use them are imported.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def _activated(x: torch.Tensor, activation: bool | str | None) -> torch.Tensor:
 
 
 def _gates(
-    A_log: torch.Tensor,  # noqa: N803 (SGLang's names)
+    A_log: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
     dt_bias: torch.Tensor,
@@ -34,7 +35,7 @@ def _gates(
 
 
 def fused_gdn_gating(
-    A_log: torch.Tensor,  # noqa: N803
+    A_log: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
     dt_bias: torch.Tensor,
@@ -52,6 +53,7 @@ def _delta_rule(
     v: torch.Tensor,
     g: torch.Tensor,
     beta: torch.Tensor,
+    *,
     scale: float,
     state: torch.Tensor,
     normalize: bool,
@@ -97,11 +99,11 @@ def chunk_gated_delta_rule(
     the outputs, and the states before each chunk of each sequence, shape (1, chunks, ...)."""
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     out, states = torch.empty_like(v), []
-    edges = cu_seqlens.tolist()
-    for slot, begin, end in zip(initial_state_indices.tolist(), edges, edges[1:], strict=False):
-        part = (x[0, begin:end] for x in (q, k, v, g, beta))
+    slots, edges = initial_state_indices.tolist(), cu_seqlens.tolist()
+    for slot, (begin, end) in zip(slots, pairwise(edges), strict=True):
+        part = [x[0, begin:end] for x in (q, k, v, g, beta)]
         o, state, before = _delta_rule(
-            *part, scale, initial_state[slot], use_qk_l2norm_in_kernel
+            *part, scale=scale, state=initial_state[slot], normalize=use_qk_l2norm_in_kernel
         )
         out[0, begin:end] = o.to(v.dtype)
         states += before
@@ -127,8 +129,8 @@ def _decode(
     for i, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
-        one = (x[i : i + 1] for x in (q, k, v, g, beta))
-        o, state, _ = _delta_rule(*one, scale, states[slot], normalize)
+        one = [x[i : i + 1] for x in (q, k, v, g, beta)]
+        o, state, _ = _delta_rule(*one, scale=scale, state=states[slot], normalize=normalize)
         out[i] = o[0].to(v.dtype)
         states[slot] = state.to(states.dtype)
     return out
@@ -138,7 +140,7 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     mixed_qkv: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
-    A_log: torch.Tensor,  # noqa: N803
+    A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     scale: float,
     initial_state: torch.Tensor,
@@ -179,7 +181,7 @@ def causal_conv1d_fn(
     """Prefill: sequences one after the other, x of shape (channels, tokens)."""
     out, past, edges = torch.empty_like(x), weight.shape[1] - 1, query_start_loc.tolist()
     goes_on = has_initial_state.tolist()
-    for i, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for i, (begin, end) in enumerate(pairwise(edges)):
         kept = conv_states[int(cache_indices[i])][:, -past:]
         before = kept.to(x.dtype) if goes_on[i] else x.new_zeros(len(x), past)
         both = torch.cat([before, x[:, begin:end]], 1)

@@ -175,6 +175,18 @@ class PausedRequests:
             if self._table[req].tier is not KVTier.RESIDENT
         )
 
+    @property
+    def releasing_states(self) -> int:
+        """Recurrent states that requests on their way out will give back."""
+        states = self.pool.states
+        if states is None:
+            return 0
+        return sum(
+            states.held(req)
+            for req in self._by_status[PauseStatus.LEAVING]
+            if self._table[req].tier is not KVTier.RESIDENT
+        )
+
     def paused(self) -> Iterator[Req]:
         """The paused requests whose KV can be brought back."""
         for req in self.in_status(PauseStatus.RESIDENT, PauseStatus.HOST):
@@ -250,7 +262,10 @@ class PausedRequests:
         shared = min(req.kv.cache_protected_len, tokens)
         prefix = self.copies.to_host(locations[:shared]) if shared else None
         own = self.copies.to_host(locations[shared:]) if shared < tokens else None
-        self._table[req].copy = HostCopy(tokens, shared, prefix, own)
+        copy = HostCopy(tokens, shared, prefix, own)
+        if self.copies.states is not None and self.pool.states is not None:
+            copy.state = self.copies.states.to_host(self.pool.states.location(req))
+        self._table[req].copy = copy
         self.host_tokens += tokens
         return True
 
@@ -280,7 +295,7 @@ class PausedRequests:
         copy = self._table[req].copy
         if copy is None:
             return False
-        complete = [self.copies.wait(half) for half in copy.halves()]
+        complete = [copies.wait(part) for copies, part in self.copies.parts_of(copy)]
         if all_agree(self.scheduler, all(complete)):
             return True
         self.counts["copy_failed"] += 1
@@ -293,8 +308,8 @@ class PausedRequests:
         copy, paused.copy = paused.copy, None
         if copy is not None:
             self.host_tokens -= copy.tokens
-            for half in copy.halves():
-                self.copies.free(half)
+            for copies, part in self.copies.parts_of(copy):
+                copies.free(part)
 
     def _count(self, tier: KVTier, tokens: int) -> None:
         self.counts[tier.value] += 1
@@ -309,7 +324,17 @@ class PausedRequests:
         """Whether a row and the KV entries are to be had now, with `keep_tokens` left over."""
         if not self.pool.rows.available_size():
             return False
+        states = self.pool.states
+        if states is not None and states.free < self.needs_states(req):
+            return False
         return self.pool.free_tokens - keep_tokens >= self.needs(req)
+
+    def needs_states(self, req: Req) -> int:
+        """Slots of recurrent states that bringing a paused request back takes."""
+        states = self.pool.states
+        if states is None or self.status_of(req) is not PauseStatus.HOST:
+            return 0
+        return states.for_resume(shares_prefix=self.copy_of(req).shared > 0)
 
     def needs(self, req: Req) -> int:
         """KV entries that bringing a paused request back takes from what is free or evictable."""
@@ -371,8 +396,8 @@ class PausedRequests:
 
     def _give_up(self, req: Req, copy: HostCopy) -> None:
         """Give back all that a request holds whose copy did not reach the device on every rank."""
-        for half in copy.halves():
-            self.copies.wait(half)  # Nothing may write there once it is given back.
+        for copies, part in self.copies.parts_of(copy):
+            copies.wait(part)  # Nothing may write there once it is given back.
         self.pool.release(req)
         self.counts["copy_failed"] += 1
         self._drop_copy(req)
@@ -381,8 +406,8 @@ class PausedRequests:
         self._count(KVTier.RECOMPUTE, copy.tokens)
 
     def _hold_steps(self, copy: HostCopy) -> None:
-        for half in copy.halves():
-            self.copies.hold_steps(half)
+        for copies, part in self.copies.parts_of(copy):
+            copies.hold_steps(part)
 
     def _to_device(self, req: Req, copy: HostCopy) -> bool:
         pool, tokens = self.pool, copy.tokens
@@ -392,14 +417,13 @@ class PausedRequests:
             # All of the shared prefix or none: the copy comes in two parts.
             if prefix.tokens == copy.shared:
                 node, shared = prefix.node, copy.shared
-        if pool.rows.alloc([req]) is None:
-            return False
         lock = pool.lock(node) if shared else None  # Before anything is evicted.
         own = pool.take(tokens - shared)
-        if own is None:
+        if own is None or not pool.take_row(req):
+            if own is not None:
+                pool.give(own)
             if lock is not None:
                 pool.unlock(lock)
-            pool.rows.free(req)
             return False
         locations = own
         if shared:
@@ -411,6 +435,10 @@ class PausedRequests:
             self.copies.to_device(copy.prefix, locations[: copy.shared])
         if copy.own is not None:
             self.copies.to_device(copy.own, locations[copy.shared :])
+        if copy.state is not None and self.copies.states is not None and pool.states is not None:
+            # A new slot is cleared in the next step otherwise.
+            req.kv.mamba_needs_clear = False
+            self.copies.states.to_device(copy.state, pool.states.location(req))
         return True
 
     def _bind_kv(self, req: Req, tokens: int, shared: int, node: Any, lock: Any) -> None:

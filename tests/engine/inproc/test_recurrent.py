@@ -1,4 +1,4 @@
-"""A pool of recurrent states (Qwen3-Next's GDN layers): right, and paused without a changed token."""
+"""A pool of recurrent states (GDN layers of Qwen3-Next): right, and paused with the same tokens."""
 
 import pytest
 
@@ -43,3 +43,30 @@ def test_it_is_hugging_faces_model(model):
         assert logits.argmax(-1).tolist() == output
         expected = logits.log_softmax(-1).gather(1, torch.tensor(output).unsqueeze(1))[:, 0]
         torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=1e-3)
+
+
+CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
+
+
+@pytest.fixture(scope="module")
+def stock(model):
+    return run(model, requests(24), flags=[*PLAIN, "--max-total-tokens", "8192"])
+
+
+def pauses_change_no_token(model, stock, *flags):
+    paused = run(model, requests(24), CHAOS, [*flags, "--max-total-tokens", "1500"])
+    assert differing(paused, stock) == []
+    assert min(paused.pauses[tier] for tier in ("resident", "host", "recompute")) > 5
+    assert paused.status["policy_errors"] == 0
+    assert paused.free == paused.capacity
+    return paused
+
+
+def test_pauses_change_no_token(model, stock):
+    paused = pauses_change_no_token(model, stock, *PLAIN)
+    assert paused.kinds["scheduler"] == "PascalScheduler"
+
+
+def test_states_are_a_capacity_of_their_own(model, stock):
+    """Four requests may run, and what waits resident takes the states from those that would."""
+    pauses_change_no_token(model, stock, *PLAIN, "--max-mamba-cache-size", "12")
