@@ -36,6 +36,9 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         ATTENTION_BACKENDS["torch_native"] = _reference_attention
         recurrent.install()
 
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        return True
+
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
 

@@ -282,6 +282,48 @@ def _launch_fused_gate_sigmoid_mul(
     output.copy_(output + gated if do_add else gated)
 
 
+def track_mamba_states_if_needed(
+    conv_states: torch.Tensor,
+    ssm_states: torch.Tensor,
+    cache_indices: torch.Tensor,
+    mamba_track_mask: torch.Tensor,
+    mamba_track_indices: torch.Tensor,
+    batch_size: int,
+    check_freed_slots: bool = False,
+) -> None:
+    """Copy the states of the sequences that are asked for to slots that the prefix cache may take.
+    The first dimension is the slot."""
+    asked = mamba_track_mask[:batch_size] & (mamba_track_indices[:batch_size] >= 0)
+    here, there = cache_indices[:batch_size][asked], mamba_track_indices[:batch_size][asked]
+    for states in (conv_states, ssm_states):
+        states[there] = states[here]
+
+
+def track_mamba_states_all_layers(
+    conv_states_pool: torch.Tensor,
+    ssm_states_pool: torch.Tensor,
+    cache_indices: torch.Tensor,
+    mamba_track_mask: torch.Tensor,
+    mamba_track_indices: torch.Tensor,
+    batch_size: int,
+    check_freed_slots: bool = False,
+) -> None:
+    """The same where the first dimension is the layer."""
+    track_mamba_states_if_needed(
+        conv_states_pool.transpose(0, 1),
+        ssm_states_pool.transpose(0, 1),
+        cache_indices,
+        mamba_track_mask,
+        mamba_track_indices,
+        batch_size,
+    )
+
+
+def _not_pinned(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
+    """Memory that no other device copies from stays as it is."""
+    return tensor
+
+
 def install() -> None:
     """Have SGLang's models find the functions above where the kernels are defined.
 
@@ -292,7 +334,7 @@ def install() -> None:
     from sglang.kernels.ops.attention.fla import chunk, fused_norm_gate, fused_recurrent
     from sglang.kernels.ops.attention.linear import fused_gdn_gating as gating
     from sglang.kernels.ops.elementwise import elementwise
-    from sglang.kernels.ops.mamba import causal_conv1d_triton
+    from sglang.kernels.ops.mamba import causal_conv1d_triton, mamba_state_scatter_triton
 
     chunk.chunk_gated_delta_rule = chunk_gated_delta_rule
     fused_recurrent.fused_recurrent_gated_delta_rule_packed_decode = (
@@ -301,6 +343,8 @@ def install() -> None:
     gating.fused_gdn_gating = fused_gdn_gating
     causal_conv1d_triton.causal_conv1d_fn = causal_conv1d_fn
     causal_conv1d_triton.causal_conv1d_update = causal_conv1d_update
+    mamba_state_scatter_triton.track_mamba_states_if_needed = track_mamba_states_if_needed
+    mamba_state_scatter_triton.track_mamba_states_all_layers = track_mamba_states_all_layers
     triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat = fused_qkvzba_split_reshape_cat
     triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat_contiguous = (
         fused_qkvzba_split_reshape_cat_contiguous
@@ -310,3 +354,4 @@ def install() -> None:
     elementwise._launch_fused_gate_sigmoid_mul = _launch_fused_gate_sigmoid_mul
     of_device = torch.get_device_module
     torch.get_device_module = lambda device=None: of_device("cpu" if device is None else device)
+    torch.Tensor.pin_memory = _not_pinned
