@@ -58,7 +58,7 @@ REPLACED = (Row("--schedule-policy", Level.MIGRATE, lambda a: a.schedule_policy 
 # Of a scheduler whose pools exist.
 POOLS = (
     Row("a pool with sliding windows", Level.OBSERVE, lambda s: s.is_hybrid_swa),
-    Row("a pool of recurrent states (Mamba)", Level.OBSERVE, lambda s: s.is_hybrid_ssm),
+    Row("a pool of recurrent states (Mamba)", Level.PAUSE, lambda s: s.is_hybrid_ssm),
     Row("DP attention", Level.OBSERVE, lambda s: s.attn_dp_enabled),
 )
 # Of a server with several instances: where one holds, no request migrates.

@@ -28,7 +28,8 @@ def build_executor(scheduler: SchedulerProtocol, config: PascalConfig) -> PlanEx
     """
     if not config.record.schedules or not scheduler.is_generation:
         return None
-    if (pool := support.first(support.POOLS, scheduler)) is not None:
+    refused = support.at_most(support.Level.OBSERVE, support.POOLS)
+    if (pool := support.first(refused, scheduler)) is not None:
         raise RuntimeError(
             f"policy {config.policy} does not work with {pool} yet; use --pascal-policy fcfs"
         )
@@ -45,8 +46,10 @@ def build_executor(scheduler: SchedulerProtocol, config: PascalConfig) -> PlanEx
             config.policy,
         )
     copies = host_copies_of(scheduler)
-    budget = int(agree(scheduler, host_budget_tokens(copies, scheduler, config)))
-    copies.reserve(budget)
+    tokens, states = agree(scheduler, *host_budget(copies, scheduler, config))
+    copies.reserve(int(tokens))
+    if copies.states is not None:
+        copies.states.reserve(int(states))
     measured = measure_costs(scheduler, copies)
     costs = Costs(*agree(scheduler, measured.copy_s, measured.copy_token_s))
     if measured.launch_s is not None:
@@ -65,18 +68,25 @@ def host_copies_of(scheduler: SchedulerProtocol) -> HostCopies:
     return copies if copies.copies else PoolCopies(scheduler)
 
 
-def host_budget_tokens(
+def host_budget(
     copies: HostCopies, scheduler: SchedulerProtocol, config: PascalConfig
-) -> float:
-    """Tokens of paused KV that this rank may hold in host memory."""
+) -> tuple[float, float]:
+    """Tokens of paused KV that this rank may hold in host memory, and recurrent states: as many of
+    each as the device has, times the same factor."""
     parallel = get_parallel()
     if not copies.copies:
-        return 0.0
-    per_token: int = copies.bytes_per_token
+        return 0.0, 0.0
     tp_size: int = parallel.tp_size
-    if config.host_kv_gb is not None:
-        return config.host_kv_gb * 2**30 / tp_size / per_token
-    ranks: int = parallel.dp_size * tp_size
-    available: int = psutil.virtual_memory().available
     tokens: int = scheduler.max_total_num_tokens
-    return min(2.0 * tokens, available / 4 / ranks / per_token)
+    states: int = 0
+    device: int = tokens * copies.bytes_per_token
+    if copies.states is not None:
+        states = scheduler.req_to_token_pool.mamba_allocator.size
+        device += states * copies.states.bytes_per_entry
+    if config.host_kv_gb is not None:
+        factor = config.host_kv_gb * 2**30 / tp_size / device
+    else:
+        ranks: int = parallel.dp_size * tp_size
+        available: int = psutil.virtual_memory().available
+        factor = min(2.0, available / 4 / ranks / device)
+    return factor * tokens, factor * states
