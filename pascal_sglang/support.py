@@ -247,9 +247,9 @@ POOLS = (
     ),
     Row(
         "a pool of recurrent states (Mamba)",
-        Level.ORDER,
+        Level.PAUSE,
         lambda s: s.is_hybrid_ssm,
-        "its slots are a capacity that a plan does not know",
+        "a state does not travel",
     ),
 )
 # Of a pool whose KV is more than rows of tensors that we know.

@@ -54,8 +54,10 @@ def build_executor(
     if support.level >= Level.RECOMPUTE and CLIP_ENV not in os.environ:
         # The plan says what fits; the adder is not to reserve more than it.
         schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_TOKENS
-    budget = int(agree(scheduler, host_budget_tokens(copies, scheduler, config)))
-    copies.reserve(budget)
+    tokens, states = agree(scheduler, *host_budget(copies, scheduler, config))
+    copies.reserve(int(tokens))
+    if copies.states is not None:
+        copies.states.reserve(int(states))
     measured = measure_costs(scheduler, copies)
     costs = Costs(*agree(scheduler, measured.copy_s, measured.copy_token_s))
     if measured.launch_s is not None:
@@ -71,18 +73,24 @@ def host_copies_of(scheduler: SchedulerProtocol, *, kept: bool) -> HostCopies:
     return copies if copies.copies or not kept else PoolCopies(scheduler)
 
 
-def host_budget_tokens(
+def host_budget(
     copies: HostCopies, scheduler: SchedulerProtocol, config: PascalConfig
-) -> float:
-    """Tokens of paused KV that this rank may hold in host memory."""
+) -> tuple[float, float]:
+    """Tokens of paused KV that this rank may hold in host memory, and recurrent states: as many of
+    each as the device has, times the same factor."""
     parallel = get_parallel()
     if not copies.copies:
-        return 0.0
-    per_token: int = copies.bytes_per_token
-    if config.host_kv_gb is not None:
-        of_rank: float = config.host_kv_gb * 2**30 / parallel.attn_tp_size
-        return of_rank / per_token
-    ranks: int = instance_count() * parallel.attn_tp_size
-    available: int = psutil.virtual_memory().available
+        return 0.0, 0.0
     tokens: int = scheduler.max_total_num_tokens
-    return min(2.0 * tokens, available / 4 / ranks / per_token)
+    states: int = 0
+    device: int = tokens * copies.bytes_per_token
+    if copies.states is not None:
+        states = scheduler.req_to_token_pool.mamba_allocator.size
+        device += states * copies.states.bytes_per_entry
+    if config.host_kv_gb is not None:
+        factor = config.host_kv_gb * 2**30 / parallel.attn_tp_size / device
+    else:
+        ranks: int = instance_count() * parallel.attn_tp_size
+        available: int = psutil.virtual_memory().available
+        factor = min(2.0, available / 4 / ranks / device)
+    return factor * tokens, factor * states

@@ -9,10 +9,8 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.pool import Pool
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
-from pascal_sglang.policy.plan import GROWTH, Capacity
+from pascal_sglang.policy.plan import GROWTH, UNLIMITED, Capacity
 from pascal_sglang.policy.request import RequestState, RequestStatus
-
-UNLIMITED = 1 << 60
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -36,7 +34,16 @@ class CapacityView:
                 scheduler.max_running_requests - len(running.reqs),
             )
             + self.paused_requests.count(PauseStatus.LEAVING),
+            states=self.free_states() + self.paused_requests.releasing_states,
         )
+
+    def free_states(self) -> int:
+        """Recurrent states that may be given now."""
+        states = self.pool.states
+        if states is None or not self.counts_kv:
+            return UNLIMITED
+        # SGLang goes on with a chunked prefill unasked, whose chunks take a state at their end.
+        return states.free - (self.scheduler.chunked_req is not None)
 
     def spare_tokens(self, running: ScheduleBatch, last: ScheduleBatch | None) -> int:
         """At least how much KV is left after the next steps of all who run or come out of a
@@ -72,6 +79,19 @@ class CapacityView:
             return self.paused_requests.needs(req)
         prefix = self.pool.cached_prefix(req, state.kv_tokens - 1)
         return self.pool.in_pages(state.kv_tokens - prefix.tokens) + prefix.evictable
+
+    def states_required(self, state: RequestState) -> int:
+        """Recurrent states that a start takes."""
+        states = self.pool.states
+        if states is None:
+            return 0
+        if state.status is not RequestStatus.WAITING:
+            return self.paused_requests.needs_states(state.handle)
+        return states.for_prefill
+
+    def states_reclaimable(self, state: RequestState) -> int:
+        """At least how many recurrent states are free once the request has left the device."""
+        return 0 if self.pool.states is None else self.pool.states.held(state.handle)
 
     def reclaimable(self, state: RequestState) -> int:
         """KV that is free or evictable once the request has left the device."""

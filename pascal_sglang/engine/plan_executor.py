@@ -76,9 +76,13 @@ class PlanExecutor:
         stall_s = costs.stall_s(TYPICAL_QUANTA * config.quantum_tokens)
         if stall_s is not None:
             tuning = dataclasses.replace(tuning, stall_s=stall_s)
-        self.planner = Planner(
-            policy, tuning, KVAccounting(self.capacity.required, self.capacity.reclaimable)
+        accounting = KVAccounting(
+            self.capacity.required,
+            self.capacity.reclaimable,
+            self.capacity.states_required,
+            self.capacity.states_reclaimable,
         )
+        self.planner = Planner(policy, tuning, accounting)
         self.admission = Admission(
             scheduler=scheduler, paused_requests=self.paused_requests, queue=self.planner.queue
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.environ import envs
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
@@ -25,14 +26,21 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def init_backend(self) -> None:
         """Attention is ours by the names that models ask for: SGLang's PyTorch backend leaves out
-        what they need, and Triton's kernels do not run here."""
+        what they need, and Triton's kernels do not run here.
+
+        SGLang calls this before it imports its models, which bind the kernels of recurrent layers.
+        """
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-        from pascal_sglang.platforms import dp_attention
+        from pascal_sglang.platforms import dp_attention, recurrent
 
         dp_attention.install()
         for name in ("torch_native", "triton"):
             ATTENTION_BACKENDS[name] = _reference_attention
+        recurrent.install()
+
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        return True
 
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
@@ -44,6 +52,10 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """
         if server_args.dtype == "auto":
             server_args.dtype = "float32"
+        if server_args.dtype == "float32" and not envs.SGLANG_MAMBA_CONV_DTYPE.is_set():
+            # SGLang keeps the last inputs of a convolution as bfloat16 otherwise: a decode step
+            # would not give what a prefill of the same tokens gives.
+            envs.SGLANG_MAMBA_CONV_DTYPE.set("float32")
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         server_args.sleep_on_idle = True

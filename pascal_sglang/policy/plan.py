@@ -23,6 +23,8 @@ PATIENCE = 16
 MOST_STARTS = 64
 # Requests behind a blocked first in line that a pass looks at.
 BACKFILL_DEPTH = 32
+# Recurrent states where a model has none.
+UNLIMITED = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +37,21 @@ class Capacity:
     releasing_tokens: int
     # Request slots.
     slots: int
+    # Recurrent states that are free or can be evicted, or that pauses under way will free.
+    states: int = UNLIMITED
 
 
 @dataclass(frozen=True, slots=True)
 class KVAccounting:
-    """KV entries that a start takes and a pause gives back. The engine knows shared prefixes."""
+    """KV entries that a start takes and a pause gives back, and the same of recurrent states. The
+    engine knows shared prefixes."""
 
     required: Callable[[RequestState], int] = lambda r: (
         0 if r.status is RequestStatus.RESIDENT else r.kv_tokens
     )
     reclaimable: Callable[[RequestState], int] = lambda r: r.kv_tokens
+    states_required: Callable[[RequestState], int] = lambda r: 0
+    states_reclaimable: Callable[[RequestState], int] = lambda r: 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +68,13 @@ class Plan:
     spill: tuple[RequestState, ...] = ()
     # The best request that could not start.
     blocked: RequestState | None = None
-    # What that request lacked: `memory`, `slots`, or `rank` where the requests that could give way
-    # are not of worse rank.
+    # What that request lacked: `memory`, `slots`, `states`, or `rank` where the requests that could
+    # give way are not of worse rank.
     shortage: str = ""
 
 
 NOTHING = Plan()
-SHORTAGES = ("memory", "slots", "rank")
+SHORTAGES = ("memory", "slots", "states", "rank")
 
 
 class Planner:
@@ -113,7 +120,7 @@ class Planner:
         )
         if self.is_content(budget):
             return NOTHING
-        builder = PlanBuilder(self, running, pass_info, budget, capacity.slots)
+        builder = PlanBuilder(self, running, pass_info, budget, capacity)
         builder.free_for_decode()
         start: list[RequestState] = []
         blocked: RequestState | None = None
@@ -125,7 +132,7 @@ class Planner:
                     blocked = request  # It has just given way; no request behind it goes first.
                     break
                 need = self.accounting.required(request) + self._headroom(request)
-                if (need > builder.budget or builder.slots < 1) and not builder.make_room_for(
+                if not builder.has_room_for(request, need) and not builder.make_room_for(
                     request, need
                 ):
                     if not running and not joining and not start:
@@ -185,7 +192,7 @@ class Planner:
             need = max(self._headroom(request), min(self.tuning.quantum, request.remaining))
             if need <= builder.budget:
                 need += self.accounting.required(request)
-            if need > builder.budget:
+            if not builder.has_room_for(request, need):
                 least = min(least, need)
                 continue
             builder.start(request, need)
@@ -224,13 +231,15 @@ class PlanBuilder:
         running: Sequence[RequestState],
         pass_info: PassInfo,
         budget: int,
-        slots: int,
+        capacity: Capacity,
     ) -> None:
         self.planner = planner
+        self.accounting = planner.accounting
         self.running = running
         self.pass_info = pass_info
         self.budget = budget
-        self.slots = slots
+        self.slots = capacity.slots
+        self.states = capacity.states
         self.paused: list[RequestState] = []
         self.parked: list[RequestState] = []
         self.spilled: dict[RequestState, int] = {}
@@ -246,7 +255,13 @@ class PlanBuilder:
         """`request` starts, and `need` KV entries are kept for it."""
         self.budget -= need
         self.slots -= 1
+        self.states -= self.accounting.states_required(request)
         self.starting.add(request)
+
+    def has_room_for(self, request: RequestState, need: int) -> bool:
+        """Whether `request` fits, with `need` KV entries."""
+        fits = need <= self.budget and self.slots >= 1
+        return fits and self.accounting.states_required(request) <= self.states
 
     def free_for_decode(self, *, allow_better: bool = False) -> None:
         """Free KV for the next decode steps.
@@ -283,15 +298,17 @@ class PlanBuilder:
         do not suffice, none gives way."""
         planner = self.planner
         tokens, slots = need - self.budget, 1 - self.slots
-        self.shortage = "slots" if slots > 0 else "memory"
-        spills = self._spills(tokens, besides=request)
-        tokens -= sum(planner.accounting.reclaimable(r) for r in spills)
-        if tokens > 0 or slots > 0:
+        states = self.accounting.states_required(request) - self.states
+        self.shortage = "slots" if slots > 0 else "memory" if tokens > 0 else "states"
+        spills = self._spills(tokens, states, besides=request)
+        tokens -= sum(self.accounting.reclaimable(r) for r in spills)
+        states -= sum(self.accounting.states_reclaimable(r) for r in spills)
+        if tokens > 0 or slots > 0 or states > 0:
             rank = planner.policy.rank(request, self.pass_info, planner.tuning)
             if planner.stays_blocked(request, rank, self.pass_info.pass_no):
                 self.shortage = planner.lacked
                 return False
-            victims = self._displaced(rank, tokens, slots)
+            victims = self._displaced(rank, tokens, slots, states)
             if victims is None:
                 planner.gave_up_on(request, rank, self.pass_info.pass_no, self.shortage)
                 return False
@@ -304,32 +321,46 @@ class PlanBuilder:
     def park_what_fits(self) -> None:
         """Keep KV on the device whose memory is not needed after all, best rank first."""
         for victim in reversed(self.paused):
-            if victim.keeps_kv and self._gave[victim] <= self.budget:
-                self.budget -= self._gave[victim]
+            if victim.keeps_kv and self._keeps(victim, self._gave[victim]):
                 self.parked.append(victim)
         for request in reversed(list(self.spilled)):
-            if self.spilled[request] <= self.budget:
-                self.budget -= self.spilled.pop(request)
+            if self._keeps(request, self.spilled[request]):
+                del self.spilled[request]
 
-    def _spills(self, tokens: int, besides: RequestState | None = None) -> list[RequestState]:
-        """The fewest resident requests, worst first, that give back `tokens`, or all of them."""
-        if tokens <= 0 or not self.planner.queue.resident:
+    def _keeps(self, request: RequestState, given: int) -> bool:
+        """Take back what `request` would have given, if nothing needs it."""
+        states = self.accounting.states_reclaimable(request)
+        if given > self.budget or states > self.states:
+            return False
+        self.budget -= given
+        self.states -= states
+        return True
+
+    def _spills(
+        self, tokens: int, states: int, besides: RequestState | None = None
+    ) -> list[RequestState]:
+        """The fewest resident requests, worst first, that give back `tokens` and `states`, or all
+        of them."""
+        if (tokens <= 0 and states <= 0) or not self.planner.queue.resident:
             return []
         if self._parked is None:
             self._parked = self.planner.queue.resident_worst_first(self.pass_info)
         chosen: list[RequestState] = []
         for request in self._parked:
-            if tokens <= 0:
+            if tokens <= 0 and states <= 0:
                 break
             if request is besides or request in self.starting or request in self.spilled:
                 continue
             chosen.append(request)
-            tokens -= self.planner.accounting.reclaimable(request)
+            tokens -= self.accounting.reclaimable(request)
+            states -= self.accounting.states_reclaimable(request)
         return chosen
 
-    def _displaced(self, rank: Rank, tokens: int, slots: int) -> list[RequestState] | None:
-        """The requests that give way to `rank`: as many as give back `tokens` and `slots`. None if
-        those of strictly worse rank do not suffice."""
+    def _displaced(
+        self, rank: Rank, tokens: int, slots: int, states: int
+    ) -> list[RequestState] | None:
+        """The requests that give way to `rank`: as many as give back `tokens`, `slots` and
+        `states`. None if those of strictly worse rank do not suffice."""
         planner = self.planner
         if planner.policy.worst is not None and rank >= planner.policy.worst:
             if any(request.pausable for request in self.running):
@@ -339,7 +370,7 @@ class PlanBuilder:
             if fresh and planner.victims.is_fresh(self.pass_info):
                 break
             taken: list[RequestState] = []
-            left, lacking = tokens, slots
+            left, lacking, stateless = tokens, slots, states
             for victim in self._worst_left(fresh=fresh):
                 victims_rank = planner.policy.rank(victim, self.pass_info, planner.tuning)
                 if victims_rank <= rank:
@@ -349,9 +380,10 @@ class PlanBuilder:
                     self.shortage = "rank"
                     continue
                 taken.append(victim)
-                left -= planner.accounting.reclaimable(victim) + GROWTH
+                left -= self.accounting.reclaimable(victim) + GROWTH
                 lacking -= 1
-                if left <= 0 and lacking <= 0:
+                stateless -= self.accounting.states_reclaimable(victim)
+                if left <= 0 and lacking <= 0 and stateless <= 0:
                     return taken
         return None
 
@@ -370,13 +402,15 @@ class PlanBuilder:
             yield request
 
     def _pause(self, victim: RequestState) -> None:
-        given = self.planner.accounting.reclaimable(victim)
+        given = self.accounting.reclaimable(victim)
         self._gave[victim] = given
         self.paused.append(victim)
         self.budget += given + GROWTH
         self.slots += 1
+        self.states += self.accounting.states_reclaimable(victim)
 
     def _spill(self, request: RequestState) -> None:
-        given = self.planner.accounting.reclaimable(request)
+        given = self.accounting.reclaimable(request)
         self.spilled[request] = given
         self.budget += given
+        self.states += self.accounting.states_reclaimable(request)

@@ -48,7 +48,10 @@ class Broken:
 def copies_of(pool, room=ENTRIES):
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
     scheduler = SimpleNamespace(
-        token_to_kv_pool_allocator=allocator, device="cpu", max_total_num_tokens=ENTRIES - 1
+        token_to_kv_pool_allocator=allocator,
+        req_to_token_pool=None,
+        device="cpu",
+        max_total_num_tokens=ENTRIES - 1,
     )
     copies = HostCopies(scheduler)
     copies.reserve(room)

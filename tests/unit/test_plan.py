@@ -110,6 +110,43 @@ def needs(m):
     return 0 if m.status is RequestStatus.RESIDENT else m.kv_tokens
 
 
+# Of a model with recurrent states: a prefill takes three, a request from host memory one.
+STATES = KVAccounting(
+    states_required=lambda m: {RequestStatus.WAITING: 3, RequestStatus.HOST: 1}.get(m.status, 0),
+    states_reclaimable=lambda m: m.status in (RequestStatus.RUNNING, RequestStatus.RESIDENT),
+)
+
+
+@given(policies, situation(), st.integers(0, 9))
+@settings(max_examples=200, deadline=None)
+def test_never_beyond_recurrent_states(policy, case, states):
+    running, others, capacity = case
+    planner = Planner(POLICIES[policy], TUNING, STATES)
+    planner.queue.recount(others)
+    plan = planner.plan(running, dataclasses.replace(capacity, states=states), MOMENT)
+    if not running and len(plan.start) == 1:
+        return
+    gone = [m for m in plan.pause if m not in plan.park] + list(plan.spill)
+    left = states + len(gone) - sum(map(STATES.states_required, plan.start))
+    assert left >= 0
+    assert plan.start or not gone or capacity.free_tokens < GROWTH * len(running)
+
+
+def test_a_state_on_the_device_gives_way_to_one_that_starts():
+    """Memory and slots suffice; of three states that a prefill takes two are free."""
+    pacer = Pacer(TPOT, delivered=50, last_shown=NOW + 9)
+    answer = RequestState(0, pacer, RequestStatus.RESIDENT, Phase.ANSWERING, 50, 100, kv_tokens=100)
+    thinker = RequestState(1, Pacer(TPOT), kv_tokens=30)
+    runs = RequestState(2, Pacer(TPOT), RequestStatus.RUNNING, kv_tokens=30)
+    planner = Planner(POLICIES["pascal"], TUNING, STATES)
+    planner.queue.recount([answer, thinker])
+    plan = planner.plan([runs], Capacity(500, 0, 4, states=2), MOMENT)
+    assert plan.spill == (answer,)
+    assert plan.start == (thinker,)
+    blocked = planner.plan([runs], Capacity(500, 0, 4, states=0), MOMENT)
+    assert (blocked.start, blocked.spill, blocked.shortage) == ((), (), "states")
+
+
 @given(policies, situation())
 @settings(max_examples=200, deadline=None)
 def test_kv_leaves_the_device_only_for_memory(policy, case):

@@ -33,16 +33,16 @@ class Rows:
 
     def __init__(self, rows):
         self.rows = rows
-        self.freed = []
+        self.given = []
 
     def available_size(self):
         return self.rows
 
     def alloc(self, reqs):
-        return list(range(len(reqs))) if self.rows else None
-
-    def free(self, req):
-        self.freed.append(req)
+        if not self.rows:
+            return None
+        self.given += reqs
+        return list(range(len(reqs)))
 
 
 class Tree:
@@ -68,24 +68,34 @@ class Tree:
 
 
 class Allocator:
-    """KV memory that gives nothing and cannot be copied."""
+    """KV memory of that many entries, which cannot be copied."""
 
     device = "cpu"
+
+    def __init__(self, entries=0):
+        self.entries = entries
 
     def evict_to_free_tokens(self, tree, tokens):
         pass
 
-    def alloc(self, _):
-        return None
+    def alloc(self, entries):
+        if entries > self.entries:
+            return None
+        self.entries -= entries
+        return torch.arange(entries)
+
+    def free(self, locations):
+        self.entries += len(locations)
 
     def available_size(self):
-        return 0
+        return self.entries
 
 
 class FailingCopies:
     """Host memory for 100 tokens, and a device that copies none."""
 
     deferred = False
+    states = None
     room = 100
 
     def save(self, _, locations):
@@ -98,12 +108,15 @@ class FailingCopies:
     def free(self, tokens):
         self.room += tokens
 
+    def parts_of(self, copy):
+        return [(self, copy.own)]
 
-def scheduler(rows=1):
+
+def scheduler(rows=1, entries=0):
     return SimpleNamespace(
         waiting_queue=[],
         req_to_token_pool=Rows(rows),
-        token_to_kv_pool_allocator=Allocator(),
+        token_to_kv_pool_allocator=Allocator(entries),
         tree_cache=Tree(),
         page_size=1,
         attn_tp_cpu_group=SimpleNamespace(size=lambda: 1),
@@ -198,16 +211,17 @@ def test_idle_passes_do_not_say_how_long_a_step_takes(executor, monkeypatch):
     assert seen[1] == seen[2] == seen[3] < seen[4]
 
 
-@pytest.mark.parametrize("rows", [0, 1])
-def test_a_resume_the_pool_refuses_leaves_the_request_paused(executor, rows):
-    paused_requests, pool = executor.paused_requests, scheduler(rows)
+@pytest.mark.parametrize(("rows", "entries"), [(0, 10), (1, 0)])
+def test_a_resume_the_pool_refuses_leaves_the_request_paused(executor, rows, entries):
+    paused_requests, pool = executor.paused_requests, scheduler(rows, entries)
     paused_requests.scheduler = paused_requests.pool.scheduler = pool
     request, copy = paused(), HostCopy(tokens=10, shared=0, prefix=None, own=object())
     paused_requests._enter(request, PauseStatus.HOST, copy=copy)
     assert paused_requests.resume(request, SimpleNamespace(reqs=[])) is None
     assert paused_requests.in_status(*PauseStatus) == [request]
     assert paused_requests.copy_of(request) is copy
-    assert pool.req_to_token_pool.freed == ([request] if rows else [])
+    assert pool.req_to_token_pool.given == []
+    assert pool.token_to_kv_pool_allocator.entries == entries
 
 
 def test_a_copy_that_fails_turns_into_recompute(executor):

@@ -11,9 +11,7 @@ from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool_copies import PoolCopies
 from tests.unit.test_host_copies import pool_of
 
-REQ = SimpleNamespace(
-    kv=SimpleNamespace(mamba_pool_idx=None, req_pool_idx=3, cache_protected_len=2)
-)
+REQ = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=3, cache_protected_len=2))
 
 
 def scheduler_of(pool):
@@ -24,7 +22,10 @@ def scheduler_of(pool):
         get_kvcache=lambda: pool, get_cpu_copy=pool.get_cpu_copy, load_cpu_copy=pool.load_cpu_copy
     )
     return SimpleNamespace(
-        token_to_kv_pool_allocator=allocator, device="cpu", max_total_num_tokens=95
+        token_to_kv_pool_allocator=allocator,
+        req_to_token_pool=None,
+        device="cpu",
+        max_total_num_tokens=95,
     )
 
 

@@ -175,6 +175,18 @@ class PausedRequests:
             if self._table[req].tier is not KVTier.RESIDENT
         )
 
+    @property
+    def releasing_states(self) -> int:
+        """Recurrent states that requests on their way out will give back."""
+        states = self.pool.states
+        if states is None:
+            return 0
+        return sum(
+            states.held(req)
+            for req in self._by_status[PauseStatus.LEAVING]
+            if self._table[req].tier is not KVTier.RESIDENT
+        )
+
     def paused(self) -> Iterator[Req]:
         """The paused requests whose KV can be brought back."""
         for req in self.in_status(PauseStatus.RESIDENT, PauseStatus.HOST):
@@ -277,7 +289,7 @@ class PausedRequests:
         copy = self._table[req].copy
         if copy is None:
             return False
-        complete = [self.copies.wait(half) for half in copy.halves()]
+        complete = [copies.wait(part) for copies, part in self.copies.parts_of(copy)]
         if all_agree(self.scheduler, all(complete)):
             return True
         self.counts["copy_failed"] += 1
@@ -290,8 +302,8 @@ class PausedRequests:
         copy, paused.copy = paused.copy, None
         if copy is not None:
             self.host_tokens -= copy.tokens
-            for half in copy.halves():
-                self.copies.free(half)
+            for copies, part in self.copies.parts_of(copy):
+                copies.free(part)
 
     def _count(self, tier: KVTier, tokens: int) -> None:
         self.counts[tier.value] += 1
@@ -306,7 +318,17 @@ class PausedRequests:
         """Whether a row and the KV entries are to be had now, with `keep_tokens` left over."""
         if not self.pool.rows.available_size():
             return False
+        states = self.pool.states
+        if states is not None and states.free < self.needs_states(req):
+            return False
         return self.pool.free_tokens - keep_tokens >= self.needs(req)
+
+    def needs_states(self, req: Req) -> int:
+        """Slots of recurrent states that bringing a paused request back takes."""
+        states = self.pool.states
+        if states is None or self.status_of(req) is not PauseStatus.HOST:
+            return 0
+        return states.for_resume(shares_prefix=self.copy_of(req).shared > 0)
 
     def needs(self, req: Req) -> int:
         """KV entries that bringing a paused request back takes from what is free or evictable."""
@@ -368,8 +390,8 @@ class PausedRequests:
 
     def _give_up(self, req: Req, copy: HostCopy) -> None:
         """Give back all that a request holds whose copy did not reach the device on every rank."""
-        for half in copy.halves():
-            self.copies.wait(half)  # Nothing may write there once it is given back.
+        for copies, part in self.copies.parts_of(copy):
+            copies.wait(part)  # Nothing may write there once it is given back.
         self.pool.release(req)
         self.counts["copy_failed"] += 1
         self._drop_copy(req)
@@ -378,8 +400,8 @@ class PausedRequests:
         self._count(KVTier.RECOMPUTE, copy.tokens)
 
     def _hold_steps(self, copy: HostCopy) -> None:
-        for half in copy.halves():
-            self.copies.hold_steps(half)
+        for copies, part in self.copies.parts_of(copy):
+            copies.hold_steps(part)
 
     def _to_device(self, req: Req, copy: HostCopy) -> bool:
         pool, tokens = self.pool, copy.tokens
@@ -389,14 +411,13 @@ class PausedRequests:
             # All of the shared prefix or none: the copy comes in two parts.
             if prefix.tokens == copy.shared:
                 node, shared = prefix.node, copy.shared
-        if pool.rows.alloc([req]) is None:
-            return False
         lock = pool.lock(node) if shared else None  # Before anything is evicted.
         own = pool.take(tokens - shared)
-        if own is None:
+        if own is None or not pool.take_row(req):
+            if own is not None:
+                pool.give(own)
             if lock is not None:
                 pool.unlock(lock)
-            pool.rows.free(req)
             return False
         locations = own
         if shared:

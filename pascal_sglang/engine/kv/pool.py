@@ -15,7 +15,8 @@ from sglang.srt.mem_cache.common import (
 )
 
 from pascal_sglang import clock
-from pascal_sglang.engine.kv.host_copies import HostCopies
+from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
+from pascal_sglang.engine.kv.recurrent_states import RecurrentStates, recurrent_states_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.kv_tier import Costs
 
@@ -36,15 +37,18 @@ class CachedPrefix(NamedTuple):
 
 
 class Pool:
-    """One scheduler's device KV: request rows, KV entries, prefix cache."""
+    """One scheduler's device KV: request rows, KV entries, recurrent states, prefix cache."""
 
     # A `CachedPrefix` holds while this number stays: no node was added or evicted since, and none
     # was locked or unlocked. A match may split nodes; SGLang's own locks rely on a node to go on
     # ending the same prefix then.
     changes: int
+    # None for models without recurrent layers.
+    states: RecurrentStates | None
 
     def __init__(self, scheduler: SchedulerProtocol) -> None:
         self.scheduler = scheduler
+        self.states = recurrent_states_of(scheduler)
         self.changes = 0
 
     @property
@@ -125,9 +129,19 @@ class Pool:
             free_kv_row_segments(
                 self.allocator, [(locations[own:], own)], swa_evicted_seqlen=0, swa_dead_lo=0
             )
+        if self.states is not None:
+            self.states.release(req)
         self.unlock(req.lock)
         req.lock = None
         req.kv.mark_kv_released()
+
+    def take_row(self, req: Req) -> bool:
+        """Give the request a row, and what it has no longer of recurrent states."""
+        if self.states is not None:
+            self.changed()
+            if not self.states.make_room(req):
+                return False
+        return self.rows.alloc([req]) is not None
 
     def take(self, tokens: int) -> torch.Tensor | None:
         """`tokens` KV entries, evicting cached prefixes as needed; None if there are not enough."""
@@ -138,6 +152,10 @@ class Pool:
             self.changed()
         found = self.allocator.alloc(pages)
         return None if found is None else found[:tokens]
+
+    def give(self, locations: torch.Tensor) -> None:
+        """Give back what `take` gave."""
+        self.allocator.free(locations)
 
 
 def measure_costs(scheduler: SchedulerProtocol, copies: HostCopies) -> Costs:
@@ -151,20 +169,27 @@ def measure_costs(scheduler: SchedulerProtocol, copies: HostCopies) -> Costs:
         return Costs()
 
     def one_way(tokens: int) -> tuple[float, float]:
-        """Seconds until a copy is there, and until it is launched."""
+        """Seconds until a copy is there, and until it is launched; with a state, if there are."""
         locations = torch.arange(1, tokens + 1, dtype=torch.int64, device=device)
         took, launched = [], []
         for _ in range(PROBES):
             begin = clock.now()
-            kv = copies.to_host(locations)
+            copy = HostCopy(tokens, 0, None, copies.to_host(locations))
+            if copies.states is not None:
+                copy.state = copies.states.to_host(locations[:1])
             launch = clock.now() - begin
-            copies.wait(kv)  # As a pause does.
+            parts = copies.parts_of(copy)
+            for owner, part in parts:
+                owner.wait(part)  # As a pause does.
             again = clock.now()
-            copies.to_device(kv, locations)
+            for owner, part in parts:
+                owner.to_device(part, locations[: part.tokens])
             launch += clock.now() - again
-            if not copies.wait(kv):
+            complete = [owner.wait(part) for owner, part in parts]
+            if not all(complete):
                 raise RuntimeError("KV cannot be copied between the device and host memory")
-            copies.free(kv)
+            for owner, part in parts:
+                owner.free(part)
             took.append((clock.now() - begin) / 2)
             launched.append(launch / 2)
         return min(took), min(launched)

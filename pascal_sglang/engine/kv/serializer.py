@@ -74,5 +74,7 @@ def kv_bytes_of(scheduler: SchedulerProtocol, copies: HostCopies) -> KVSerialize
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     if copies.buffers is None:
         return f"KV in a {type(pool).__name__} of this layout does not travel yet"
+    if copies.states is not None:
+        return "recurrent states do not travel yet"
     model = str(scheduler.server_args.model_path)
     return KVSerializer(copies, copies.buffers, model, lambda: str(get_serving().weight_version))
