@@ -85,6 +85,10 @@ def _base_prefix_cache(module: Any) -> None:
         if lock is not None:
             self.dec_lock_ref(lock.node, lock.receipt)
 
+    def path_device_indices(self: Any, node: Any) -> Any:
+        raise NotImplementedError
+
+    module.BasePrefixCache.path_device_indices = path_device_indices
     module.BasePrefixCache.lock = lock
     module.BasePrefixCache.unlock = unlock
     module.MatchResult.device_prefix_len = property(lambda self: len(self.device_indices))
