@@ -111,6 +111,8 @@ def test_a_request_in_which_a_refused_field_is_set_stays():
     ):
         for name in in_all(refused):
             req = request()
+            if not IS_NEWEST and part(req) is req.kv and name not in of(ReqKvInfo):
+                continue
             setattr(part(req), name, [object()])
             assert why_not_migratable(req) is not None, name
     req = request()
