@@ -9,12 +9,38 @@ from pascal_sglang.older_sglang.source_patch import patch
 
 
 def _platforms(module: Any) -> None:
-    """What a platform can do was asked of its methods, whose answers are the same."""
+    """A platform says what it can do, and takes SGLang's own pools if it has none. Its methods
+    that said so have the same answers for ours. Pages above 1 want Triton here."""
     import msgspec
 
     names = ("supports_triton", "graph_capture", "piecewise_graph", "hicache_device_kernels")
     fields = [(name, bool, False) for name in names]
     module.PlatformCapabilities = msgspec.defstruct("PlatformCapabilities", fields, kw_only=True)
+
+    def mha_pool(self: Any) -> Any:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        return MHATokenToKVPool
+
+    def mla_pool(self: Any) -> Any:
+        from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+        return MLATokenToKVPool
+
+    def allocator(self: Any) -> Any:
+        from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+        from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+
+        def build(size: int, *, page_size: int, **kwargs: Any) -> Any:
+            if page_size == 1:
+                return TokenToKVPoolAllocator(size, **kwargs)
+            return PagedTokenToKVPoolAllocator(size, page_size=page_size, **kwargs)
+
+        return build
+
+    module.SRTPlatform.get_mha_kv_pool_cls = mha_pool
+    module.SRTPlatform.get_mla_kv_pool_cls = mla_pool
+    module.SRTPlatform.get_paged_allocator_cls = allocator
 
 
 def _common(module: Any) -> None:
@@ -69,6 +95,14 @@ def _schedule_batch(module: Any) -> None:
     module.ScheduleBatch.filter_batch = filter_batch
 
 
+def _sampling_params(module: Any) -> None:
+    module.SamplingParams.watermark = None
+
+
+def _runtime_context(module: Any) -> None:
+    module.ParallelContext.num_dp_ranks = property(lambda self: self.dp_size)
+
+
 @dataclasses.dataclass
 class TreeLock:
     """A lock on a prefix, as SGLang keeps it in `Req.lock` from 0.5.22 on."""
@@ -85,6 +119,10 @@ def _base_prefix_cache(module: Any) -> None:
         if lock is not None:
             self.dec_lock_ref(lock.node, lock.receipt)
 
+    def path_device_indices(self: Any, node: Any) -> Any:
+        raise NotImplementedError
+
+    module.BasePrefixCache.path_device_indices = path_device_indices
     module.BasePrefixCache.lock = lock
     module.BasePrefixCache.unlock = unlock
     module.MatchResult.device_prefix_len = property(lambda self: len(self.device_indices))
@@ -228,6 +266,8 @@ def _controller(module: Any) -> None:
 PARTS = {
     "sglang.srt.platforms.interface": _platforms,
     "sglang.srt.utils.common": _common,
+    "sglang.srt.runtime_context": _runtime_context,
+    "sglang.srt.sampling.sampling_params": _sampling_params,
     "sglang.srt.managers.schedule_batch": _schedule_batch,
     "sglang.srt.mem_cache.base_prefix_cache": _base_prefix_cache,
     "sglang.srt.mem_cache.radix_cache": _radix_cache,

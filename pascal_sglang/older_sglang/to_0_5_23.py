@@ -77,6 +77,7 @@ def _schedule_batch(module: Any) -> None:
     """Fields that requests do not have yet."""
     module.Req._think_start_match_len = 0
     module.Req.mm_token_counts_ready = False
+    module.Req.dllm_has_literal_mask = False
     module.ReqKvInfo.mamba_ping_pong_empty = None
     module.ReqKvInfo.mamba_untracked_decode_batch_idx = None
 

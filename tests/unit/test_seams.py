@@ -293,7 +293,8 @@ def test_check_prints_the_table(capsys):
     assert plugin.main(["check"]) == 0
     out = capsys.readouterr().out
     for seam in load_seams():
-        assert seam.symbol in out
+        if seam.concerns(installed().version):
+            assert seam.symbol in out
     with pytest.raises(SystemExit) as caught:
         plugin.main(["bogus"])
     assert caught.value.code == 2
