@@ -7,7 +7,7 @@ import os
 
 import psutil
 from sglang.srt.managers import schedule_policy
-from sglang.srt.runtime_context import get_parallel, get_schedule
+from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 
 from pascal_sglang import scheduling_flags
 from pascal_sglang.config import PascalConfig
@@ -59,7 +59,9 @@ def build_executor(
     if measured.launch_s is not None:
         costs.launch_s = agree(scheduler, measured.launch_s)
     policy = take_over(scheduler, config.record)
-    return PlanExecutor(scheduler, config, policy, copies, costs, support), support
+    executor = PlanExecutor(scheduler, config, policy, copies, costs, support)
+    executor.request_states.strips_thinking = get_serving().strip_thinking_cache
+    return executor, support
 
 
 def host_budget_tokens(
