@@ -37,7 +37,9 @@ def build_executor(
     support = support.under(POOLS, scheduler)
     if support.level is Level.OBSERVE:
         return None, support
-    if get_schedule().prefill_decode_interval is None:
+    asked = scheduler.server_args.prefill_decode_interval
+    # What is in effect is never None: where nothing is asked for, SGLang and some models say it.
+    if asked is None and not get_schedule().prefill_decode_interval:
         # SGLang prefills first: without this, endless new prompts would keep requests from
         # decoding. A prefill and a decode step take turns.
         scheduler.prefill_decode_interval = 1
