@@ -196,8 +196,8 @@ SETTINGS = (
     Setting(
         ("--strip-thinking-cache",),
         HONOURED,
-        "a request that ends leaves its prompt alone in the prefix cache, and what a second prefill "
-        "has put there",
+        "a request that ends leaves its prompt alone in the prefix cache, and what a second "
+        "prefill has put there",
         "test_flags_change_no_token_under_pauses",
     ),
     Setting(
