@@ -16,6 +16,7 @@ def keep_what_is_cached(req: Req) -> None:
 
     def owned_kv_len() -> int:
         own: int = Req.owned_kv_len(req)
-        return max(own, min(req.kv.cache_protected_len, req.kv.kv_committed_len))
+        cached: int = min(req.kv.cache_protected_len, req.kv.kv_committed_len)
+        return max(own, cached)
 
     req.owned_kv_len = owned_kv_len
