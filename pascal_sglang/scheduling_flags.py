@@ -191,12 +191,13 @@ SETTINGS = (
         HONOURED,
         "requests are paused, and do not migrate: the object that follows their thinking does not "
         "travel",
-        "test_strict_thinking_goes_on_after_a_pause",
+        "test_what_is_paused_and_does_not_move_says_why",
     ),
     Setting(
         ("--strip-thinking-cache",),
         HONOURED,
-        "a request that ends leaves its prompt alone in the prefix cache",
+        "a request that ends leaves its prompt alone in the prefix cache, and what a second "
+        "prefill has put there",
         "test_flags_change_no_token_under_pauses",
     ),
     Setting(

@@ -7,7 +7,7 @@ import os
 
 import psutil
 from sglang.srt.managers import schedule_policy
-from sglang.srt.runtime_context import get_parallel, get_schedule
+from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 
 from pascal_sglang import scheduling_flags
 from pascal_sglang.config import PascalConfig
@@ -39,7 +39,9 @@ def build_executor(
     support = support.under(POOLS, scheduler)
     if support.level is Level.OBSERVE:
         return None, support
-    if get_schedule().prefill_decode_interval is None:
+    asked = scheduler.server_args.prefill_decode_interval
+    # What is in effect is never None: where nothing is asked for, SGLang and some models say it.
+    if asked is None and not get_schedule().prefill_decode_interval:
         # SGLang prefills first: without this, endless new prompts would keep requests from
         # decoding. A prefill and a decode step take turns.
         scheduler.prefill_decode_interval = 1
@@ -63,7 +65,9 @@ def build_executor(
     if measured.launch_s is not None:
         costs.launch_s = agree(scheduler, measured.launch_s)
     policy = take_over(scheduler, config.record)
-    return PlanExecutor(scheduler, config, policy, copies, costs, support), support
+    executor = PlanExecutor(scheduler, config, policy, copies, costs, support)
+    executor.request_states.strips_thinking = get_serving().strip_thinking_cache
+    return executor, support
 
 
 def host_copies_of(scheduler: SchedulerProtocol, *, kept: bool) -> HostCopies:

@@ -14,6 +14,7 @@ from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.kv.owned import keep_what_is_cached
 from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.queue_times import entered_queue, left_queue
@@ -51,6 +52,8 @@ class RequestStates:
     pass_info: PassInfo
     # Requests that arrived and cannot be paused, by reason.
     unpausable: Counter[str]
+    # Whether `--strip-thinking-cache` is given.
+    strips_thinking: bool = False
 
     def __init__(
         self,
@@ -91,6 +94,8 @@ class RequestStates:
         state.keeps_kv = level >= Level.PAUSE
         if not state.pausable:
             self._count_unpausable(state, own if own.level < Level.RECOMPUTE else self.support)
+        if self.strips_thinking:
+            keep_what_is_cached(req)
         req.pascal_state = state
         return state
 

@@ -32,9 +32,8 @@ def passes_apart(lines):
 
 def test_a_prefill_waits_for_free_slots(tiny_model, stock):
     flags = "--max-running-requests 4 --min-free-slots-delay 3".split()
-    ours = run(tiny_model, requests(24), POLICY, flags, each_pass=WATCH)
+    ours = run(tiny_model, requests(24), POLICY, [*TIGHT, *flags], each_pass=WATCH)
     lines = watch.lines(ours)
-    # Those that decoded in the pass before a prefill go on, but for those that ended.
     ran = [
         line["running"]
         for before, line in itertools.pairwise(lines)
@@ -55,22 +54,3 @@ def test_flags_change_no_token_under_pauses(tiny_model, stock):
     assert differing(ours, stock) == []
     assert min(ours.pauses[tier] for tier in ("resident", "host", "recompute")) > 3
     assert ours.free == ours.capacity
-
-
-def test_strict_thinking_goes_on_after_a_pause(tiny_model):
-    """It gives every request an object that follows its thinking and ends it at a budget."""
-    budgets = [
-        Request(
-            ids=r.ids,
-            params={**r.params, "custom_params": {"thinking_budget": 5 + i % 7}},
-            options={"require_reasoning": True},
-        )
-        for i, r in enumerate(requests(24))
-    ]
-    strict = ["--enable-strict-thinking"]
-    grammars = "tests.engine.inproc.watch:grammars"
-    expected = run(tiny_model, budgets, flags=strict)
-    ours = run(tiny_model, budgets, CHAOS, [*TIGHT, *strict], each_pass=grammars)
-    assert max(line["grammars"] for line in watch.lines(ours)) == 24
-    assert differing(ours, expected) == []
-    assert min(ours.pauses[tier] for tier in ("resident", "host", "recompute")) > 3

@@ -34,12 +34,6 @@ def retracting(scheduler, reqs, passes):
     batches(scheduler, reqs, passes)
 
 
-def grammars(scheduler, reqs, passes):
-    """How many requests have one, whatever they asked for."""
-    if passes % 20 == 0:
-        print(MARK + json.dumps({"grammars": sum(r.grammar is not None for r in reqs.values())}))
-
-
 def lines(outcome):
     """What was written, in order."""
     found = [line for line in outcome.log.splitlines() if line.startswith(MARK)]
