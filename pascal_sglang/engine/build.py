@@ -46,10 +46,12 @@ def build_executor(scheduler: SchedulerProtocol, config: PascalConfig) -> PlanEx
             config.policy,
         )
     copies = host_copies_of(scheduler)
-    tokens, states = agree(scheduler, *host_budget(copies, scheduler, config))
+    tokens, states, windows = agree(scheduler, *host_budget(copies, scheduler, config))
     copies.reserve(int(tokens))
     if copies.states is not None:
         copies.states.reserve(int(states))
+    if copies.windows is not None:
+        copies.windows.reserve(int(windows))
     measured = measure_costs(scheduler, copies)
     costs = Costs(*agree(scheduler, measured.copy_s, measured.copy_token_s))
     if measured.launch_s is not None:
@@ -70,23 +72,27 @@ def host_copies_of(scheduler: SchedulerProtocol) -> HostCopies:
 
 def host_budget(
     copies: HostCopies, scheduler: SchedulerProtocol, config: PascalConfig
-) -> tuple[float, float]:
-    """Tokens of paused KV that this rank may hold in host memory, and recurrent states: as many of
-    each as the device has, times the same factor."""
+) -> tuple[float, float, float]:
+    """Tokens of paused KV that this rank may hold in host memory, recurrent states, and entries of
+    sliding windows: as many of each as the device has, times the same factor."""
     parallel = get_parallel()
     if not copies.copies:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     tp_size: int = parallel.tp_size
     tokens: int = scheduler.max_total_num_tokens
     states: int = 0
+    windows: int = 0
     device: int = tokens * copies.bytes_per_token
     if copies.states is not None:
         states = scheduler.req_to_token_pool.mamba_allocator.size
         device += states * copies.states.bytes_per_entry
+    if copies.windows is not None:
+        windows = scheduler.token_to_kv_pool_allocator.size_swa
+        device += windows * copies.windows.bytes_per_entry
     if config.host_kv_gb is not None:
         factor = config.host_kv_gb * 2**30 / tp_size / device
     else:
         ranks: int = parallel.dp_size * tp_size
         available: int = psutil.virtual_memory().available
         factor = min(2.0, available / 4 / ranks / device)
-    return factor * tokens, factor * states
+    return factor * tokens, factor * states, factor * windows

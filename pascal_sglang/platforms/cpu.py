@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch._dynamo
 from sglang.srt.environ import envs
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -34,6 +35,8 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         from pascal_sglang.platforms import recurrent
 
+        # What SGLang compiles on its own would take a C++ compiler and half a minute.
+        torch._dynamo.config.disable = True
         for name in ("torch_native", "triton"):
             ATTENTION_BACKENDS[name] = _reference_attention
         recurrent.install()

@@ -21,6 +21,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from pascal_sglang.engine.kv.decode_batch import decoding, joined
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
+from pascal_sglang.engine.kv.windows import set_before
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.kv_tier import Costs, KVTier
@@ -187,6 +188,18 @@ class PausedRequests:
             if self._table[req].tier is not KVTier.RESIDENT
         )
 
+    @property
+    def releasing_windows(self) -> int:
+        """Entries of sliding windows that requests on their way out will give back."""
+        windows = self.pool.windows
+        if windows is None:
+            return 0
+        return sum(
+            windows.held(req)
+            for req in self._by_status[PauseStatus.LEAVING]
+            if self._table[req].tier is not KVTier.RESIDENT
+        )
+
     def paused(self) -> Iterator[Req]:
         """The paused requests whose KV can be brought back."""
         for req in self.in_status(PauseStatus.RESIDENT, PauseStatus.HOST):
@@ -321,6 +334,9 @@ class PausedRequests:
         states = self.pool.states
         if states is not None and states.free < self.needs_states(req):
             return False
+        windows = self.pool.windows
+        if windows is not None and windows.free - keep_tokens < self.needs_windows(req):
+            return False
         return self.pool.free_tokens - keep_tokens >= self.needs(req)
 
     def needs_states(self, req: Req) -> int:
@@ -329,6 +345,18 @@ class PausedRequests:
         if states is None or self.status_of(req) is not PauseStatus.HOST:
             return 0
         return states.for_resume(shares_prefix=self.copy_of(req).shared > 0)
+
+    def needs_windows(self, req: Req) -> int:
+        """Entries of sliding windows that bringing a paused request back takes."""
+        if self.pool.windows is None or self.status_of(req) is not PauseStatus.HOST:
+            return 0
+        copy = self.copy_of(req)
+        whole = self.pool.in_pages(copy.tokens)
+        if copy.shared:
+            prefix = self._shared_prefix(req, copy)
+            if prefix.tokens == copy.shared:
+                return whole - max(copy.before, copy.shared) + prefix.evictable_windows
+        return whole - copy.before
 
     def needs(self, req: Req) -> int:
         """KV entries that bringing a paused request back takes from what is free or evictable."""
@@ -412,10 +440,11 @@ class PausedRequests:
             if prefix.tokens == copy.shared:
                 node, shared = prefix.node, copy.shared
         lock = pool.lock(node) if shared else None  # Before anything is evicted.
-        own = pool.take(tokens - shared)
+        before = max(0, copy.before - shared)
+        own = pool.take(tokens - shared, before)
         if own is None or not pool.take_row(req):
             if own is not None:
-                pool.give(own)
+                pool.give(own, before)
             if lock is not None:
                 pool.unlock(lock)
             return False
@@ -425,6 +454,8 @@ class PausedRequests:
             locations = torch.cat([path.to(own.dtype), own])
         pool.rows.write((req.kv.req_pool_idx, slice(0, tokens)), locations)
         self._bind_kv(req, tokens, shared, node, lock)
+        if before:
+            set_before(req, copy.before)
         self.copies.load(req, copy, locations, shared)
         return True
 

@@ -36,7 +36,7 @@ class PoolCopies(HostCopies):
 
     def __init__(self, scheduler: SchedulerProtocol) -> None:
         super().__init__(scheduler)
-        self.buffers = self.states = None
+        self.buffers = self.states = self.windows = None
         self.deferred = False
         self._free_tokens = 0
         self._bytes_per_token = self._measure()
@@ -92,7 +92,10 @@ class PoolCopies(HostCopies):
             self._failed(kv)
 
     def save(self, req: Req, locations: torch.Tensor) -> HostCopy:
-        return HostCopy(len(locations), 0, None, self.to_host(locations, req))
+        copy = HostCopy(len(locations), 0, None, self.to_host(locations, req))
+        if self._window_pool is not None:
+            copy.before = self._window_pool.before(copy.tokens)
+        return copy
 
     def load(self, req: Req, copy: HostCopy, locations: torch.Tensor, shared: int) -> None:
         assert copy.own is not None
