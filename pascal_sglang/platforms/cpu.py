@@ -31,10 +31,11 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-        from pascal_sglang.platforms import recurrent
+        from pascal_sglang.platforms import host_cache, recurrent
 
         ATTENTION_BACKENDS["torch_native"] = _reference_attention
         recurrent.install()
+        host_cache.install()
 
     def support_mamba_cache_extra_buffer(self) -> bool:
         return True
