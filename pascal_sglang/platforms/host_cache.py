@@ -30,8 +30,10 @@ def _cuda_host_register(
 
 def install() -> None:
     """Put the functions above in the place of SGLang's for CUDA."""
-    from sglang.srt.mem_cache.pool_host import common, mamba, mha, mla
+    from sglang.srt.mem_cache.pool_host import base, common, mamba, mha, mla
 
+    # SGLang leaves 10 GiB of the host's memory alone, which is more than a laptop has free.
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0
     common._cuda_host_register = _cuda_host_register
     for module in (mamba, mha, mla):
         module.transfer_kv_direct = transfer_kv_direct

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.memory_pool import (
 )
 
 from pascal_sglang.engine.kv.copy_stream import CopyStream, copy_stream_of
+from pascal_sglang.engine.kv.host_cache import HeldPrefix
 from pascal_sglang.engine.kv.pinning import pin
 from pascal_sglang.engine.kv.range_allocator import RangeAllocator
 from pascal_sglang.engine.kv.recurrent_states import recurrent_states_of
@@ -52,6 +53,7 @@ class HostCopy:
     """A paused request's KV in host memory, in the pool's own format.
 
     shared: leading tokens that stood in the prefix cache; `prefix` holds these, `own` the rest.
+    held: the prefix, where the hierarchical cache has it in host memory; `prefix` is None then.
     state: its recurrent state, for models that have them.
     """
 
@@ -59,7 +61,13 @@ class HostCopy:
     shared: int
     prefix: HostKV | None
     own: HostKV | None
+    held: HeldPrefix | None = None
     state: HostKV | None = None
+
+    @property
+    def copied(self) -> int:
+        """Tokens whose KV was copied."""
+        return self.tokens if self.held is None else self.tokens - self.shared
 
     def halves(self) -> list[HostKV]:
         return [half for half in (self.prefix, self.own) if half is not None]
@@ -100,6 +108,11 @@ class EntryCopies:
         """What one entry takes on the device; 0 if entries are not copied."""
         # Not by the pool's own figure: until CUDA graphs are captured that is an upper bound.
         return sum(buffer[0].nbytes for buffer in self.buffers or ())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Host memory that has been taken."""
+        return sum(block.nbytes for block in self._memory)
 
     @property
     def room(self) -> int:
@@ -235,6 +248,11 @@ class HostCopies(EntryCopies):
         if self.states is not None and not self.states.room:
             return 0
         return self._pieces.largest
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Host memory that has been taken."""
+        return super().reserved_bytes + (self.states.reserved_bytes if self.states else 0)
 
     def parts_of(self, copy: HostCopy) -> list[tuple[EntryCopies, HostKV]]:
         """The parts of a request's copy, each with whose memory it is in."""

@@ -19,7 +19,8 @@ import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.kv.decode_batch import decoding, joined
-from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
+from pascal_sglang.engine.kv.host_cache import HeldPrefix
+from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy, HostKV
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
@@ -257,17 +258,29 @@ class PausedRequests:
         """Copy the KV to the host if that is the tier and there is room; False where it is to be
         recomputed."""
         tokens, room = len(locations), self.copies.room
-        if (tier or self.costs.cheapest(tokens, room)) is not KVTier.HOST or tokens > room:
-            return False
         shared = min(req.kv.cache_protected_len, tokens)
-        prefix = self.copies.to_host(locations[:shared]) if shared else None
+        held = self._hold_prefix(req, shared, tier)
+        copied = tokens if held is None else tokens - shared
+        if (tier or self.costs.cheapest(copied, room)) is not KVTier.HOST or copied > room:
+            if held is not None and self.pool.host_cache is not None:
+                self.pool.host_cache.release(held)
+            return False
+        prefix = self.copies.to_host(locations[:shared]) if shared and held is None else None
         own = self.copies.to_host(locations[shared:]) if shared < tokens else None
-        copy = HostCopy(tokens, shared, prefix, own)
+        copy = HostCopy(tokens, shared, prefix, own, held)
         if self.copies.states is not None and self.pool.states is not None:
             copy.state = self.copies.states.to_host(self.pool.states.location(req))
         self._table[req].copy = copy
-        self.host_tokens += tokens
+        self.host_tokens += copied
+        self.counts["held_tokens"] += tokens - copied
         return True
+
+    def _hold_prefix(self, req: Req, shared: int, tier: KVTier | None) -> HeldPrefix | None:
+        """Have the hierarchical cache hold the request's prefix of `shared` tokens, if it can."""
+        host_cache = self.pool.host_cache
+        if host_cache is None or not shared or tier is KVTier.RECOMPUTE:
+            return None
+        return host_cache.hold(req.lock.node) if req.lock is not None else None
 
     def _off_device(self, req: Req, tokens: int, release: Callable[[Req], None]) -> KVTier:
         """Give back the device KV of a request, whose copy has begun if there is one."""
@@ -307,7 +320,9 @@ class PausedRequests:
         paused = self._table[req]
         copy, paused.copy = paused.copy, None
         if copy is not None:
-            self.host_tokens -= copy.tokens
+            self.host_tokens -= copy.copied
+            if copy.held is not None and self.pool.host_cache is not None:
+                self.pool.host_cache.release(copy.held)
             for copies, part in self.copies.parts_of(copy):
                 copies.free(part)
 
@@ -345,7 +360,9 @@ class PausedRequests:
         if not copy.shared:
             return whole
         prefix = self._shared_prefix(req, copy)
-        return whole if prefix.tokens < copy.shared else whole - prefix.tokens + prefix.evictable
+        if copy.held is None and prefix.tokens < copy.shared:
+            return whole
+        return whole - prefix.tokens + prefix.evictable
 
     def _shared_prefix(self, req: Req, copy: HostCopy) -> CachedPrefix:
         """What the device still has of the prefix that the request shared. The plan's match is
@@ -412,7 +429,16 @@ class PausedRequests:
     def _to_device(self, req: Req, copy: HostCopy) -> bool:
         pool, tokens = self.pool, copy.tokens
         node, shared = pool.tree.root_node_handle(req.extra_key), 0
-        if copy.shared:
+        if copy.held is not None:
+            found = pool.load_prefix(req, copy.shared)
+            if found is None:
+                return False
+            node, loaded = found
+            shared = copy.shared
+            # Also those of others who share it, before this request joins them.
+            self.copies.hold_steps(HostKV([], loaded))
+            self.counts["loaded_prefixes"] += loaded is not None
+        elif copy.shared:
             prefix = self._shared_prefix(req, copy)
             # All of the shared prefix or none: the copy comes in two parts.
             if prefix.tokens == copy.shared:

@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.common import (
 )
 
 from pascal_sglang import clock
+from pascal_sglang.engine.kv.host_cache import HostCache, host_cache_of
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
 from pascal_sglang.engine.kv.recurrent_states import RecurrentStates, recurrent_states_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -45,10 +46,13 @@ class Pool:
     changes: int
     # None for models without recurrent layers.
     states: RecurrentStates | None
+    # None without a hierarchical cache.
+    host_cache: HostCache | None
 
     def __init__(self, scheduler: SchedulerProtocol) -> None:
         self.scheduler = scheduler
         self.states = recurrent_states_of(scheduler)
+        self.host_cache = host_cache_of(scheduler)
         self.changes = 0
 
     @property
@@ -81,9 +85,7 @@ class Pool:
 
     def cached_prefix(self, req: Req, limit: int) -> CachedPrefix:
         """The longest prefix of the request, up to `limit` tokens, that the device holds."""
-        ids = req.origin_input_ids + req.output_ids
-        key = _req_radix_key(self.tree, req, ids, limit)
-        match = self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
+        match = self._match(req, limit)
         if not match.device_prefix_len:
             return CachedPrefix(0, self.tree.root_node_handle(req.extra_key), 0)
         before = self.tree.evictable_size()
@@ -91,6 +93,25 @@ class Pool:
         evictable = before - self.tree.evictable_size()
         self.tree.unlock(lock)
         return CachedPrefix(match.device_prefix_len, match.last_device_node, evictable)
+
+    def _match(self, req: Req, limit: int) -> Any:
+        ids = req.origin_input_ids + req.output_ids
+        key = _req_radix_key(self.tree, req, ids, limit)
+        return self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
+
+    def load_prefix(self, req: Req, tokens: int) -> tuple[Any, Any] | None:
+        """Have the hierarchical cache bring the request's first `tokens`, which it holds, to the
+        device. Returns their last node and the event after which they are there; None if they
+        cannot be had now."""
+        assert self.host_cache is not None
+        match = self._match(req, tokens)
+        if match.device_prefix_len == tokens:
+            return match.last_device_node, None
+        if match.device_prefix_len + match.host_hit_length != tokens:
+            return None
+        self.changed()
+        loaded = self.host_cache.load(match, req)
+        return None if loaded is None else (match.best_match_node, loaded)
 
     def given_back(self, req: Req) -> int:
         """KV entries that become free or evictable once the request lets go of its KV."""

@@ -122,6 +122,7 @@ class Feeder:
                 "attention": type(scheduler.tp_worker.model_runner.attn_backend).__name__,
             },
             "cached": [int(req.cached_tokens) for req in reqs],
+            "loaded": [int(req.cached_tokens_host) for req in reqs],
             "spec_steps": [int(getattr(req, "spec_verify_ct", 0) or 0) for req in reqs],
             "free": int(allocator.available_size() + tree.evictable_size()),
             "capacity": int(scheduler.max_total_num_tokens),
