@@ -378,7 +378,8 @@ class PausedRequests:
         the next step, or in the one after that if it is `arriving` while others decode.
 
         None if the pool does not give what `can_resume` counted on, and the request stays paused,
-        or if a rank's device fails, and the request is to be recomputed: nothing `holds` it.
+        or if a rank's device fails or the hierarchical cache has lost a prefix, and the request is
+        to be recomputed: nothing `holds` it.
         """
         if self.status_of(req) is PauseStatus.RESIDENT:
             if self.pool.rows.alloc([req]) is None:
@@ -389,6 +390,10 @@ class PausedRequests:
             self.counts["resumed"] += 1
             return joined(running, decoding(req, self.scheduler))
         copy = self.copy_of(req)
+        if copy.held is not None and not self.pool.caches(req, copy.shared):
+            self.counts["lost_prefixes"] += 1
+            self._recompute(req, copy)
+            return None
         if not self._to_device(req, copy):
             return None
         if not all_agree(self.scheduler, not copy.failed):
@@ -417,6 +422,10 @@ class PausedRequests:
             copies.wait(part)  # Nothing may write there once it is given back.
         self.pool.release(req)
         self.counts["copy_failed"] += 1
+        self._recompute(req, copy)
+
+    def _recompute(self, req: Req, copy: HostCopy) -> None:
+        """Give up a copy that does not bring its request back."""
         self._drop_copy(req)
         self._remove(req)
         req.reset_for_retract()

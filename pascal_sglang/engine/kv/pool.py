@@ -99,16 +99,21 @@ class Pool:
         key = _req_radix_key(self.tree, req, ids, limit)
         return self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
 
+    def caches(self, req: Req, tokens: int) -> bool:
+        """Whether the request's first `tokens` are on the device or in the host pool of the
+        hierarchical cache."""
+        match = self._match(req, tokens)
+        found: bool = match.device_prefix_len + match.host_hit_length == tokens
+        return found
+
     def load_prefix(self, req: Req, tokens: int) -> tuple[Any, Any] | None:
-        """Have the hierarchical cache bring the request's first `tokens`, which it holds, to the
+        """Have the hierarchical cache bring the request's first `tokens`, which it `caches`, to the
         device. Returns their last node and the event after which they are there; None if they
         cannot be had now."""
         assert self.host_cache is not None
         match = self._match(req, tokens)
         if match.device_prefix_len == tokens:
             return match.last_device_node, None
-        if match.device_prefix_len + match.host_hit_length != tokens:
-            return None
         self.changed()
         loaded = self.host_cache.load(match, req)
         return None if loaded is None else (match.best_match_node, loaded)
