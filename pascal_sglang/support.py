@@ -44,7 +44,7 @@ SERVER = (
     Row("--pp-size above 1", Level.OBSERVE, lambda a: a.pp_size > 1),
     Row("--enable-dp-attention", Level.OBSERVE, lambda a: a.enable_dp_attention),
     Row("--disaggregation-mode", Level.OBSERVE, lambda a: a.disaggregation_mode != "null"),
-    Row("--enable-hierarchical-cache", Level.OBSERVE, lambda a: a.enable_hierarchical_cache),
+    Row("--enable-hierarchical-cache", Level.PAUSE, lambda a: a.enable_hierarchical_cache),
     Row("--enable-hisparse", Level.OBSERVE, lambda a: a.enable_hisparse),
     Row("--enable-lmcache", Level.OBSERVE, lambda a: a.enable_lmcache),
     Row("--enable-unified-memory", Level.OBSERVE, lambda a: a.enable_unified_memory),

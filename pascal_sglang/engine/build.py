@@ -9,6 +9,7 @@ from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from pascal_sglang import support
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.kv import host_cache
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
 from pascal_sglang.engine.kv.pool_copies import PoolCopies
@@ -52,6 +53,13 @@ def build_executor(scheduler: SchedulerProtocol, config: PascalConfig) -> PlanEx
         copies.states.reserve(int(states))
     if copies.windows is not None:
         copies.windows.reserve(int(windows))
+    if cache := host_cache.size_bytes(scheduler):
+        logger.info(
+            "pascal_sglang: each rank takes %.2f GiB of host memory for paused KV, "
+            "besides %.2f GiB of the hierarchical cache",
+            copies.reserved_bytes / 2**30,
+            cache / 2**30,
+        )
     measured = measure_costs(scheduler, copies)
     costs = Costs(*agree(scheduler, measured.copy_s, measured.copy_token_s))
     if measured.launch_s is not None:

@@ -96,7 +96,8 @@ def check_policy(config: PascalConfig, server_args: Any) -> None:
     """Refuse engine features that pauses do not carry; `fcfs` serves them all."""
     if not config.record.schedules:
         return
-    feature = support.first(support.SERVER, server_args)
+    refused = support.at_most(support.Level.OBSERVE, support.SERVER)
+    feature = support.first(refused, server_args)
     if feature is not None:
         raise LaunchError(
             f"policy {config.policy} does not work with {feature} yet; use --pascal-policy fcfs"

@@ -33,13 +33,14 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-        from pascal_sglang.platforms import recurrent
+        from pascal_sglang.platforms import host_cache, recurrent
 
         # What SGLang compiles on its own would take a C++ compiler and half a minute.
         torch._dynamo.config.disable = True
         for name in ("torch_native", "triton"):
             ATTENTION_BACKENDS[name] = _reference_attention
         recurrent.install()
+        host_cache.install()
 
     def support_mamba_cache_extra_buffer(self) -> bool:
         return True

@@ -239,7 +239,7 @@ def test_an_unwritable_cache_ends_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("config", "flags", "says"),
     [
-        (PascalConfig(), ["--enable-hierarchical-cache"], "--enable-hierarchical-cache"),
+        (PascalConfig(), ["--enable-lmcache"], "--enable-lmcache"),
         (
             PascalConfig(pace_stream=True),
             ["--tokenizer-worker-num", "2"],

@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.memory_pool import (
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from pascal_sglang.engine.kv.copy_stream import CopyStream, copy_stream_of
+from pascal_sglang.engine.kv.host_cache import HeldPrefix
 from pascal_sglang.engine.kv.pinning import pin
 from pascal_sglang.engine.kv.range_allocator import RangeAllocator
 from pascal_sglang.engine.kv.recurrent_states import RecurrentStates, recurrent_states_of
@@ -55,6 +56,7 @@ class HostCopy:
     """A paused request's KV in host memory, in the pool's own format.
 
     shared: leading tokens that stood in the prefix cache; `prefix` holds these, `own` the rest.
+    held: the prefix, where the hierarchical cache has it in host memory; `prefix` is None then.
     state: its recurrent state, for models that have them. before: leading tokens that no layer with
     a sliding window sees any more; `window_prefix` holds the rest of the shared ones in the pool of
     such layers, `window` that of the others.
@@ -64,10 +66,16 @@ class HostCopy:
     shared: int
     prefix: HostKV | None
     own: HostKV | None
+    held: HeldPrefix | None = None
     state: HostKV | None = None
     before: int = 0
     window_prefix: HostKV | None = None
     window: HostKV | None = None
+
+    @property
+    def copied(self) -> int:
+        """Tokens whose KV was copied."""
+        return self.tokens if self.held is None else self.tokens - self.shared
 
     def halves(self) -> list[HostKV]:
         return [half for half in (self.prefix, self.own) if half is not None]
@@ -109,6 +117,11 @@ class EntryCopies:
         """What one entry takes on the device; 0 if entries are not copied."""
         # Not by the pool's own figure: until CUDA graphs are captured that is an upper bound.
         return sum(buffer[0].nbytes for buffer in self.buffers or ())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Host memory that has been taken."""
+        return sum(block.nbytes for block in self._memory)
 
     @property
     def room(self) -> int:
@@ -263,17 +276,24 @@ class HostCopies(EntryCopies):
         return self._pieces.largest
 
     @property
+    def reserved_bytes(self) -> int:
+        """Host memory that has been taken."""
+        beside = (self.states, self.windows)
+        return super().reserved_bytes + sum(c.reserved_bytes for c in beside if c is not None)
+
+    @property
     def window_tokens(self) -> int:
         """Entries of sliding windows that a paused request has at most."""
         return 0 if self._window_pool is None else self._window_pool.most
 
-    def save(self, req: Req, locations: torch.Tensor) -> HostCopy:
-        """Begin to copy what a request has, its KV at `locations`, as `to_host` does."""
+    def save(self, req: Req, locations: torch.Tensor, held: HeldPrefix | None = None) -> HostCopy:
+        """Begin to copy what a request has, its KV at `locations`, as `to_host` does, but for a
+        prefix that the hierarchical cache holds."""
         tokens = len(locations)
         shared = min(req.kv.cache_protected_len, tokens)
-        prefix = self.to_host(locations[:shared]) if shared else None
+        prefix = self.to_host(locations[:shared]) if shared and held is None else None
         own = self.to_host(locations[shared:]) if shared < tokens else None
-        copy = HostCopy(tokens, shared, prefix, own)
+        copy = HostCopy(tokens, shared, prefix, own, held)
         if self.states is not None:
             copy.state = self.states.to_host(RecurrentStates.location(req))
         if self.windows is not None and self._window_pool is not None:

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.common import (
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from pascal_sglang import clock
+from pascal_sglang.engine.kv.host_cache import HostCache, host_cache_of
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
 from pascal_sglang.engine.kv.recurrent_states import RecurrentStates, recurrent_states_of
 from pascal_sglang.engine.kv.windows import Windows, windows_of
@@ -52,11 +53,14 @@ class Pool:
     states: RecurrentStates | None
     # None for models without a pool of their own for layers with sliding windows.
     windows: Windows | None
+    # None without a hierarchical cache.
+    host_cache: HostCache | None
 
     def __init__(self, scheduler: SchedulerProtocol) -> None:
         self.scheduler = scheduler
         self.windows = windows_of(scheduler)
         self.states = recurrent_states_of(scheduler)
+        self.host_cache = host_cache_of(scheduler)
         self.changes = 0
 
     @property
@@ -91,9 +95,7 @@ class Pool:
 
     def cached_prefix(self, req: Req, limit: int) -> CachedPrefix:
         """The longest prefix of the request, up to `limit` tokens, that the device holds."""
-        ids = req.origin_input_ids + req.output_ids
-        key = _req_radix_key(self.tree, req, ids, limit)
-        match = self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
+        match = self._match(req, limit)
         if not match.device_prefix_len:
             return CachedPrefix(0, self.tree.root_node_handle(req.extra_key), 0)
         windows = 0 if self.windows is None else self.windows.evictable
@@ -104,6 +106,30 @@ class Pool:
             windows -= self.windows.evictable
         self.tree.unlock(lock)
         return CachedPrefix(match.device_prefix_len, match.last_device_node, evictable, windows)
+
+    def _match(self, req: Req, limit: int) -> Any:
+        ids = req.origin_input_ids + req.output_ids
+        key = _req_radix_key(self.tree, req, ids, limit)
+        return self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
+
+    def caches(self, req: Req, tokens: int) -> bool:
+        """Whether the request's first `tokens` are on the device or in the host pool of the
+        hierarchical cache."""
+        match = self._match(req, tokens)
+        found: bool = match.device_prefix_len + match.host_hit_length == tokens
+        return found
+
+    def load_prefix(self, req: Req, tokens: int) -> tuple[Any, Any] | None:
+        """Have the hierarchical cache bring the request's first `tokens`, which it `caches`, to the
+        device. Returns their last node and the event after which they are there; None if they
+        cannot be had now."""
+        assert self.host_cache is not None
+        match = self._match(req, tokens)
+        if match.device_prefix_len == tokens:
+            return match.last_device_node, None
+        self.changed()
+        loaded = self.host_cache.load(match, req)
+        return None if loaded is None else (match.best_match_node, loaded)
 
     def given_back(self, req: Req) -> int:
         """KV entries that become free or evictable once the request lets go of its KV."""

@@ -124,6 +124,7 @@ class Feeder:
                 "attention": type(scheduler.tp_worker.model_runner.attn_backend).__name__,
             },
             "cached": [int(req.cached_tokens) for req in reqs],
+            "loaded": [int(req.cached_tokens_host) for req in reqs],
             "spec_steps": [int(getattr(req, "spec_verify_ct", 0) or 0) for req in reqs],
             "free": int(whole.available_size() + tree.full_evictable_size()),
             "capacity": int(whole.size),
