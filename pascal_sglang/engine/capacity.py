@@ -75,6 +75,14 @@ class CapacityView:
         prefix = self.pool.cached_prefix(req, state.kv_tokens - 1)
         return self.pool.in_pages(state.kv_tokens - prefix.tokens) + prefix.evictable
 
+    def describe_states(self) -> dict[str, int] | None:
+        """For `GET /pascal/status`; None for models without recurrent layers."""
+        states = self.pool.states
+        if states is None:
+            return None
+        host = self.paused_requests.count(PauseStatus.HOST)
+        return {"capacity": states.size, "free": states.free, "host": host}
+
     def states_required(self, state: RequestState) -> int:
         """Recurrent states that a start takes."""
         states = self.pool.states
@@ -85,8 +93,8 @@ class CapacityView:
         return states.for_prefill
 
     def states_reclaimable(self, state: RequestState) -> int:
-        """At least how many recurrent states are free once the request has left the device."""
-        return 0 if self.pool.states is None else self.pool.states.held(state.handle)
+        """Recurrent states that are free or evictable once the request has left the device."""
+        return self.pool.states_given_back(state.handle)
 
     def reclaimable(self, state: RequestState) -> int:
         """KV that is free or evictable once the request has left the device."""

@@ -147,6 +147,21 @@ def test_a_state_on_the_device_gives_way_to_one_that_starts():
     assert (blocked.start, blocked.spill, blocked.shortage) == ((), (), "states")
 
 
+def test_an_idle_instance_gives_all_it_has_to_the_first_in_line():
+    """What two residents share is counted for neither, and is free once both have given way."""
+    pacer = Pacer(TPOT, delivered=50, last_shown=NOW + 9)
+    residents = [
+        RequestState(i, pacer, RequestStatus.RESIDENT, Phase.ANSWERING, 50, 100, kv_tokens=100)
+        for i in range(2)
+    ]
+    thinker = RequestState(2, Pacer(TPOT), kv_tokens=300)
+    planner = Planner(POLICIES["pascal"], TUNING, KVAccounting(reclaimable=lambda _: 100))
+    planner.queue.recount([*residents, thinker])
+    plan = planner.plan([], Capacity(50, 0, 4), MOMENT)
+    assert plan.start == (thinker,)
+    assert set(plan.spill) == set(residents)
+
+
 @given(policies, situation())
 @settings(max_examples=200, deadline=None)
 def test_kv_leaves_the_device_only_for_memory(policy, case):
