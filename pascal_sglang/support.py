@@ -57,7 +57,8 @@ SERVER = (
 REPLACED = (Row("--schedule-policy", Level.MIGRATE, lambda a: a.schedule_policy != "fcfs"),)
 # Of a scheduler whose pools exist.
 POOLS = (
-    Row("a pool with sliding windows", Level.OBSERVE, lambda s: s.is_hybrid_swa),
+    Row("a pool with sliding windows", Level.PAUSE, lambda s: s.is_hybrid_swa),
+    Row("a pool of sliding windows alone, or rings", Level.OBSERVE, lambda s: _odd_windows(s)),
     Row("a pool of recurrent states (Mamba)", Level.PAUSE, lambda s: s.is_hybrid_ssm),
     Row("DP attention", Level.OBSERVE, lambda s: s.attn_dp_enabled),
 )
@@ -92,6 +93,15 @@ FRONT_ENDS = (
 def at_most(level: Level, rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows that leave `level` or less."""
     return tuple(row for row in rows if row.level <= level)
+
+
+def _odd_windows(scheduler: Any) -> bool:
+    """A pool of windows that is not beside one of whole KV, or whose entries are a row's, not a
+    token's; or windows that a prompt never leaves."""
+    allocator = scheduler.token_to_kv_pool_allocator
+    plain = type(allocator).__name__ == "SWATokenToKVPoolAllocator" and not allocator.swa_req_ring
+    kept = scheduler.tp_worker.model_runner.prefill_aware_swa
+    return scheduler.is_hybrid_swa and (not plain or kept)
 
 
 def _has_grammar(params: Any) -> bool:

@@ -229,5 +229,6 @@ def create(runner: Any) -> ReferenceAttention:
     )
 
     # Else a prefill of MLA hands keys over that the pool does not hold, without its prefix.
-    AttentionBackendRegistry.register("torch_native", _dispatch_mla_subtype)
+    for name in ("torch_native", "triton"):
+        AttentionBackendRegistry.register(name, _dispatch_mla_subtype)
     return ReferenceAttention(runner)

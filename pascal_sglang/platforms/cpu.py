@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch._dynamo
 from sglang.srt.environ import envs
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -25,7 +26,8 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return "torch_native"
 
     def init_backend(self) -> None:
-        """SGLang's `torch_native` becomes ours; the name stays, for SGLang knows what it can do.
+        """Attention is ours by the names that models ask for: SGLang's PyTorch backend leaves out
+        what they need, and Triton's kernels do not run here.
 
         SGLang calls this before it imports its models, which bind the kernels of recurrent layers.
         """
@@ -33,7 +35,10 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         from pascal_sglang.platforms import host_cache, recurrent
 
-        ATTENTION_BACKENDS["torch_native"] = _reference_attention
+        # What SGLang compiles on its own would take a C++ compiler and half a minute.
+        torch._dynamo.config.disable = True
+        for name in ("torch_native", "triton"):
+            ATTENTION_BACKENDS[name] = _reference_attention
         recurrent.install()
         host_cache.install()
 

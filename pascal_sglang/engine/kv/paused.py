@@ -22,6 +22,7 @@ from pascal_sglang.engine.kv.decode_batch import decoding, joined
 from pascal_sglang.engine.kv.host_cache import HeldPrefix
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy, HostKV
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
+from pascal_sglang.engine.kv.windows import set_before
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.kv_tier import Costs, KVTier
@@ -188,6 +189,18 @@ class PausedRequests:
             if self._table[req].tier is not KVTier.RESIDENT
         )
 
+    @property
+    def releasing_windows(self) -> int:
+        """Entries of sliding windows that requests on their way out will give back."""
+        windows = self.pool.windows
+        if windows is None:
+            return 0
+        return sum(
+            windows.held(req)
+            for req in self._by_status[PauseStatus.LEAVING]
+            if self._table[req].tier is not KVTier.RESIDENT
+        )
+
     def paused(self) -> Iterator[Req]:
         """The paused requests whose KV can be brought back."""
         for req in self.in_status(PauseStatus.RESIDENT, PauseStatus.HOST):
@@ -265,12 +278,7 @@ class PausedRequests:
             if held is not None and self.pool.host_cache is not None:
                 self.pool.host_cache.release(held)
             return False
-        prefix = self.copies.to_host(locations[:shared]) if shared and held is None else None
-        own = self.copies.to_host(locations[shared:]) if shared < tokens else None
-        copy = HostCopy(tokens, shared, prefix, own, held)
-        if self.copies.states is not None and self.pool.states is not None:
-            copy.state = self.copies.states.to_host(self.pool.states.location(req))
-        self._table[req].copy = copy
+        self._table[req].copy = self.copies.save(req, locations, held)
         self.host_tokens += copied
         self.counts["held_tokens"] += tokens - copied
         return True
@@ -342,6 +350,9 @@ class PausedRequests:
         states = self.pool.states
         if states is not None and states.free < self.needs_states(req):
             return False
+        windows = self.pool.windows
+        if windows is not None and windows.free - keep_tokens < self.needs_windows(req):
+            return False
         return self.pool.free_tokens - keep_tokens >= self.needs(req)
 
     def needs_states(self, req: Req) -> int:
@@ -350,6 +361,18 @@ class PausedRequests:
         if states is None or self.status_of(req) is not PauseStatus.HOST:
             return 0
         return states.for_resume(shares_prefix=self.copy_of(req).shared > 0)
+
+    def needs_windows(self, req: Req) -> int:
+        """Entries of sliding windows that bringing a paused request back takes."""
+        if self.pool.windows is None or self.status_of(req) is not PauseStatus.HOST:
+            return 0
+        copy = self.copy_of(req)
+        whole = self.pool.in_pages(copy.tokens)
+        if copy.shared:
+            prefix = self._shared_prefix(req, copy)
+            if prefix.tokens == copy.shared:
+                return whole - max(copy.before, copy.shared) + prefix.evictable_windows
+        return whole - copy.before
 
     def needs(self, req: Req) -> int:
         """KV entries that bringing a paused request back takes from what is free or evictable."""
@@ -453,10 +476,11 @@ class PausedRequests:
             if prefix.tokens == copy.shared:
                 node, shared = prefix.node, copy.shared
         lock = pool.lock(node) if shared else None  # Before anything is evicted.
-        own = pool.take(tokens - shared)
+        before = max(0, copy.before - shared)
+        own = pool.take(tokens - shared, before)
         if own is None or not pool.take_row(req):
             if own is not None:
-                pool.give(own)
+                pool.give(own, before)
             if lock is not None:
                 pool.unlock(lock)
             return False
@@ -466,14 +490,9 @@ class PausedRequests:
             locations = torch.cat([path.to(own.dtype), own])
         pool.rows.write((req.kv.req_pool_idx, slice(0, tokens)), locations)
         self._bind_kv(req, tokens, shared, node, lock)
-        if copy.prefix is not None and not shared:
-            self.copies.to_device(copy.prefix, locations[: copy.shared])
-        if copy.own is not None:
-            self.copies.to_device(copy.own, locations[copy.shared :])
-        if copy.state is not None and self.copies.states is not None and pool.states is not None:
-            # A new slot is cleared in the next step otherwise.
-            req.kv.mamba_needs_clear = False
-            self.copies.states.to_device(copy.state, pool.states.location(req))
+        if before:
+            set_before(req, copy.before)
+        self.copies.load(req, copy, locations, shared)
         return True
 
     def _bind_kv(self, req: Req, tokens: int, shared: int, node: Any, lock: Any) -> None:
