@@ -86,6 +86,14 @@ class CapacityView:
         prefix = self._prefix_of(state)
         return self.pool.in_pages(state.kv_tokens - prefix.tokens) + prefix.evictable
 
+    def describe_states(self) -> dict[str, int] | None:
+        """For `GET /pascal/status`; None for models without recurrent layers."""
+        states = self.pool.states
+        if states is None:
+            return None
+        host = self.paused_requests.count(PauseStatus.HOST)
+        return {"capacity": states.size, "free": states.free, "host": host}
+
     def _prefix_of(self, state: RequestState) -> CachedPrefix:
         """What the device has of a waiting request. A plan asks for it once per pool."""
         key = (state, state.kv_tokens, self.pool.changes)
@@ -119,8 +127,8 @@ class CapacityView:
         return states.for_prefill
 
     def states_reclaimable(self, state: RequestState) -> int:
-        """At least how many recurrent states are free once the request has left the device."""
-        return 0 if self.pool.states is None else self.pool.states.held(state.handle)
+        """Recurrent states that are free or evictable once the request has left the device."""
+        return self.pool.states_given_back(state.handle)
 
     def reclaimable(self, state: RequestState) -> int:
         """KV that is free or evictable once the request has left the device."""

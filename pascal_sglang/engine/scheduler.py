@@ -319,6 +319,7 @@ class PascalScheduler(OperationsScheduler):
                 "evictable": self.tree_cache.evictable_size(),
                 "host": 0 if paused_requests is None else paused_requests.host_tokens,
             },
+            "recurrent_states": None if executor is None else executor.capacity.describe_states(),
             "load": {} if executor is None else load_figures(self, executor, self.last_batch),
             "paused": len(paused),
             "pauses": {} if paused_requests is None else dict(paused_requests.counts),

@@ -154,7 +154,10 @@ class Planner:
                     request, need
                 ):
                     if not running and not joining and not start:
-                        start.append(request)  # An idle instance: let the engine try, or refuse it.
+                        # An idle instance: let the engine try, or refuse it, with all there is.
+                        builder.spill_all(besides=request)
+                        builder.start(request, need)
+                        start.append(request)
                     blocked = request
                     break
                 builder.start(request, need)
@@ -352,6 +355,11 @@ class PlanBuilder:
         for spill in spills:
             self._spill(spill)
         return True
+
+    def spill_all(self, besides: RequestState) -> None:
+        """All resident requests give way: what they share is counted for none of them."""
+        for request in self._spills((UNLIMITED,) * (1 + len(BESIDE)), besides=besides):
+            self._spill(request)
 
     def _less(self, lacks: Sequence[int], giving: RequestState, growth: int = 0) -> list[int]:
         """What is lacking of KV entries and `BESIDE` once `giving` has given way; one that runs

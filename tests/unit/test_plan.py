@@ -147,6 +147,21 @@ def test_a_state_on_the_device_gives_way_to_one_that_starts():
     assert (blocked.start, blocked.spill, blocked.shortage) == ((), (), "states")
 
 
+def test_an_idle_instance_gives_all_it_has_to_the_first_in_line():
+    """What two residents share is counted for neither, and is free once both have given way."""
+    pacer = Pacer(TPOT, delivered=50, last_shown=NOW + 9)
+    residents = [
+        RequestState(i, pacer, RequestStatus.RESIDENT, Phase.ANSWERING, 50, 100, kv_tokens=100)
+        for i in range(2)
+    ]
+    thinker = RequestState(2, Pacer(TPOT), kv_tokens=300)
+    planner = Planner(POLICIES["pascal"], TUNING, KVAccounting(reclaimable=lambda _: 100))
+    planner.queue.recount([*residents, thinker])
+    plan = planner.plan([], Capacity(50, 0, 4), MOMENT)
+    assert plan.start == (thinker,)
+    assert set(plan.spill) == set(residents)
+
+
 # Of a model with sliding windows of ten tokens.
 WINDOWS = KVAccounting(
     windows_required=lambda m: 0 if m.status is RequestStatus.RESIDENT else min(m.kv_tokens, 10),
@@ -179,6 +194,7 @@ def test_windows_that_grow_take_from_the_worst():
     plan = planner.plan([best, worst], Capacity(500, 0, 4, windows=7), MOMENT)
     assert (plan.pause, plan.park) == ((worst,), frozenset({worst}))
     starts = RequestState(2, Pacer(TPOT), kv_tokens=30)
+    planner = Planner(POLICIES["pascal"], TUNING, WINDOWS)
     planner.queue.recount([starts])
     best.pausable = False
     blocked = planner.plan([best], Capacity(500, 0, 4, windows=9), MOMENT)

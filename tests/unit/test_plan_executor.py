@@ -81,8 +81,8 @@ class Allocator:
         self.entries -= entries
         return torch.arange(entries)
 
-    def free(self, locations):
-        self.entries += len(locations)
+    def free_segments(self, segments):
+        self.entries += sum(len(locations) for locations, _ in segments)
 
     def available_size(self):
         return self.entries
@@ -95,7 +95,7 @@ class FailingCopies:
     states = None
     room = 100
 
-    def save(self, _, locations):
+    def save(self, _, locations, held):
         self.room -= len(locations)
         return HostCopy(len(locations), 0, None, len(locations))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -134,15 +135,26 @@ class Pool:
     def given_back(self, req: Req) -> int:
         """KV entries that become free or evictable once the request lets go of its KV."""
         own: int = self.in_pages(req.kv.kv_allocated_len) - req.kv.cache_protected_len
+        return own + self._locked_alone(req, self.tree.evictable_size)
+
+    def states_given_back(self, req: Req) -> int:
+        """The same of recurrent states."""
+        states = self.states
+        if states is None:
+            return 0
+        return states.held(req) + self._locked_alone(req, lambda: states.free)
+
+    def _locked_alone(self, req: Req, evictable: Callable[[], int]) -> int:
+        """How much more can be evicted without the request's lock on its prefix."""
         if req.lock is None:
-            return own
-        before = self.tree.evictable_size()
+            return 0
+        before = evictable()
         self.tree.unlock(req.lock)
-        alone: int = self.tree.evictable_size() - before
+        alone = evictable() - before
         node, apart = req.lock.node, req.lock.swa_released
         # A request whose window has left its prefix does not hold that part any more.
         req.lock = self.tree.lock(node, (ComponentType.SWA,)) if apart else self.tree.lock(node)
-        return own + alone
+        return alone
 
     def locations(self, req: Req) -> torch.Tensor:
         """Where the request's KV entries are, in order; shape (committed tokens,)."""
