@@ -163,9 +163,9 @@ SERVER = (
     ),
     Row(
         "--enable-hierarchical-cache",
-        Level.RECOMPUTE,
+        Level.PAUSE,
         lambda a: a.enable_hierarchical_cache,
-        "KV that its host pool holds would be kept twice",
+        "a prefix that its host pool holds does not travel",
     ),
     Row(
         "--hicache-storage-backend",
@@ -241,9 +241,15 @@ POOLS = (
     ),
     Row(
         "a pool with sliding windows",
-        Level.ORDER,
+        Level.PAUSE,
         lambda s: s.is_hybrid_swa,
-        "its capacity is two figures, and a plan knows one",
+        "entries of windows do not travel",
+    ),
+    Row(
+        "a pool of sliding windows alone, or rings",
+        Level.ORDER,
+        lambda s: _odd_windows(s),
+        "what of it a request holds is not known here",
     ),
     Row(
         "a pool of recurrent states (Mamba)",
@@ -405,6 +411,15 @@ def of_request(req: Any) -> Support:
 def at_most(level: Level, rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows that leave `level` or less."""
     return tuple(row for row in rows if row.level <= level)
+
+
+def _odd_windows(scheduler: Any) -> bool:
+    """A pool of windows that is not beside one of whole KV, or whose entries are a row's, not a
+    token's; or windows that a prompt never leaves."""
+    allocator = scheduler.token_to_kv_pool_allocator
+    plain = type(allocator).__name__ == "SWATokenToKVPoolAllocator" and not allocator.swa_req_ring
+    kept = scheduler.tp_worker.model_runner.prefill_aware_swa
+    return scheduler.is_hybrid_swa and (not plain or kept)
 
 
 def _has_grammar(params: Any) -> bool:

@@ -67,7 +67,9 @@ class Admission:
         if states is None:
             return reqs
         free = states.free - (self.scheduler.chunked_req is not None)
-        return reqs[: max(0, free) // states.for_prefill]
+        # SGLang takes care that there are enough for one request.
+        least = int(free == states.size)
+        return reqs[: max(least, free // states.for_prefill)]
 
     @contextmanager
     def everybody(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 
 from pascal_sglang import scheduling_flags
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.kv import host_cache
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
 from pascal_sglang.engine.kv.pool_copies import PoolCopies
@@ -56,10 +57,19 @@ def build_executor(
     if support.level >= Level.RECOMPUTE and CLIP_ENV not in os.environ:
         # The plan says what fits; the adder is not to reserve more than it.
         schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_TOKENS
-    tokens, states = agree(scheduler, *host_budget(copies, scheduler, config))
+    tokens, states, windows = agree(scheduler, *host_budget(copies, scheduler, config))
     copies.reserve(int(tokens))
     if copies.states is not None:
         copies.states.reserve(int(states))
+    if copies.windows is not None:
+        copies.windows.reserve(int(windows))
+    if cache := host_cache.size_bytes(scheduler):
+        logger.info(
+            "pascal_sglang: each rank takes %.2f GiB of host memory for paused KV, "
+            "besides %.2f GiB of the hierarchical cache",
+            copies.reserved_bytes / 2**30,
+            cache / 2**30,
+        )
     measured = measure_costs(scheduler, copies)
     costs = Costs(*agree(scheduler, measured.copy_s, measured.copy_token_s))
     if measured.launch_s is not None:
@@ -79,22 +89,26 @@ def host_copies_of(scheduler: SchedulerProtocol, *, kept: bool) -> HostCopies:
 
 def host_budget(
     copies: HostCopies, scheduler: SchedulerProtocol, config: PascalConfig
-) -> tuple[float, float]:
-    """Tokens of paused KV that this rank may hold in host memory, and recurrent states: as many of
-    each as the device has, times the same factor."""
+) -> tuple[float, float, float]:
+    """Tokens of paused KV that this rank may hold in host memory, recurrent states, and entries of
+    sliding windows: as many of each as the device has, times the same factor."""
     parallel = get_parallel()
     if not copies.copies:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     tokens: int = scheduler.max_total_num_tokens
     states: int = 0
+    windows: int = 0
     device: int = tokens * copies.bytes_per_token
     if copies.states is not None:
         states = scheduler.req_to_token_pool.mamba_allocator.size
         device += states * copies.states.bytes_per_entry
+    if copies.windows is not None:
+        windows = scheduler.token_to_kv_pool_allocator.size_swa
+        device += windows * copies.windows.bytes_per_entry
     if config.host_kv_gb is not None:
         factor = config.host_kv_gb * 2**30 / parallel.attn_tp_size / device
     else:
         ranks: int = instance_count() * parallel.attn_tp_size
         available: int = psutil.virtual_memory().available
         factor = min(2.0, available / 4 / ranks / device)
-    return factor * tokens, factor * states
+    return factor * tokens, factor * states, factor * windows

@@ -81,6 +81,8 @@ class PlanExecutor:
             self.capacity.reclaimable,
             self.capacity.states_required,
             self.capacity.states_reclaimable,
+            self.capacity.windows_required,
+            self.capacity.windows_reclaimable,
         )
         self.planner = Planner(policy, tuning, accounting)
         self.admission = Admission(

@@ -16,7 +16,10 @@ from sglang.srt.managers.scheduler_components.invariant_checker import (
     SchedulerInvariantChecker,
 )
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
-from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
+from sglang.srt.managers.scheduler_components.pool_stats_observer import (
+    kv_private_swa_tokens,
+    kv_private_tokens,
+)
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
@@ -81,12 +84,12 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
 
     def _get_total_uncached_sizes(self) -> tuple[int, int]:
         full, swa = SchedulerInvariantChecker._get_total_uncached_sizes(self)
-        rowless = sum(
-            kv_private_tokens(r.kv, self.page_size)
-            for r in self.paused_requests.in_status(PauseStatus.RESIDENT)
-        )
+        rowless = [r.kv for r in self.paused_requests.in_status(PauseStatus.RESIDENT)]
+        full += sum(kv_private_tokens(kv, self.page_size) for kv in rowless)
+        if self.is_hybrid_swa:
+            swa += sum(kv_private_swa_tokens(kv, self.page_size) for kv in rowless)
         reserved = 0 if self.migrations is None else self.migrations.reserved_tokens
-        return full + rowless + reserved, swa
+        return full + reserved, swa
 
 
 class PascalScheduler(OperationsScheduler):
@@ -330,6 +333,7 @@ class PascalScheduler(OperationsScheduler):
                 "evictable": self.tree_cache.evictable_size(),
                 "host": 0 if paused_requests is None else paused_requests.host_tokens,
             },
+            "recurrent_states": None if executor is None else executor.capacity.describe_states(),
             "load": {} if executor is None else load_figures(self, executor, self.last_batch),
             "paused": len(paused),
             "pauses": {} if paused_requests is None else dict(paused_requests.counts),

@@ -22,6 +22,7 @@ class SchedulerProtocol(Protocol):
     token_to_kv_pool_allocator: Any
     tree_cache: Any
     page_size: int
+    chunked_prefill_size: int | None
     max_total_num_tokens: int
 
     # Limits of requests.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch._dynamo
 from sglang.srt.environ import envs
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -32,12 +33,15 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-        from pascal_sglang.platforms import dp_attention, recurrent
+        from pascal_sglang.platforms import dp_attention, host_cache, recurrent
 
         dp_attention.install()
+        # What SGLang compiles on its own would take a C++ compiler and half a minute.
+        torch._dynamo.config.disable = True
         for name in ("torch_native", "triton"):
             ATTENTION_BACKENDS[name] = _reference_attention
         recurrent.install()
+        host_cache.install()
 
     def support_mamba_cache_extra_buffer(self) -> bool:
         return True

@@ -1,5 +1,5 @@
-"""KV and recurrent states between the device's pools and host memory: beside the decoding on CUDA,
-at once elsewhere."""
+"""KV, windows and recurrent states between the device's pools and host memory: beside the decoding
+on CUDA, at once elsewhere."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from sglang.srt.mem_cache.memory_pool import (
     MHATokenToKVPool,
     MLATokenToKVPool,
 )
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from pascal_sglang.engine.kv.copy_stream import CopyStream, copy_stream_of
+from pascal_sglang.engine.kv.host_cache import HeldPrefix
 from pascal_sglang.engine.kv.pinning import pin
 from pascal_sglang.engine.kv.range_allocator import RangeAllocator
 from pascal_sglang.engine.kv.recurrent_states import RecurrentStates, recurrent_states_of
+from pascal_sglang.engine.kv.windows import windows_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED
 
@@ -53,14 +56,26 @@ class HostCopy:
     """A paused request's KV in host memory, in the pool's own format.
 
     shared: leading tokens that stood in the prefix cache; `prefix` holds these, `own` the rest.
-    state: its recurrent state, for models that have them.
+    held: the prefix, where the hierarchical cache has it in host memory; `prefix` is None then.
+    state: its recurrent state, for models that have them. before: leading tokens that no layer with
+    a sliding window sees any more; `window_prefix` holds the rest of the shared ones in the pool of
+    such layers, `window` that of the others.
     """
 
     tokens: int
     shared: int
     prefix: HostKV | None
     own: HostKV | None
+    held: HeldPrefix | None = None
     state: HostKV | None = None
+    before: int = 0
+    window_prefix: HostKV | None = None
+    window: HostKV | None = None
+
+    @property
+    def copied(self) -> int:
+        """Tokens whose KV was copied."""
+        return self.tokens if self.held is None else self.tokens - self.shared
 
     def halves(self) -> list[HostKV]:
         return [half for half in (self.prefix, self.own) if half is not None]
@@ -68,7 +83,8 @@ class HostCopy:
     @property
     def failed(self) -> bool:
         """Whether the device did not copy all of it."""
-        return any(part.failed for part in (self.prefix, self.own, self.state) if part is not None)
+        beside = (self.state, self.window_prefix, self.window)
+        return any(p.failed for p in (*self.halves(), *beside) if p is not None)
 
 
 class EntryCopies:
@@ -101,6 +117,11 @@ class EntryCopies:
         """What one entry takes on the device; 0 if entries are not copied."""
         # Not by the pool's own figure: until CUDA graphs are captured that is an upper bound.
         return sum(buffer[0].nbytes for buffer in self.buffers or ())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Host memory that has been taken."""
+        return sum(block.nbytes for block in self._memory)
 
     @property
     def room(self) -> int:
@@ -201,11 +222,16 @@ class EntryCopies:
 class HostCopies(EntryCopies):
     """The copies of KV entries, and with them those of recurrent states.
 
-    kept: whether KV is copied at all. buffers: None also if KV is useless without a state that is
-    not copied. states: the copies of states; None for models without recurrent layers.
+    kept: whether KV is copied at all.
+    buffers: None also if KV is useless without a state or a window that is not copied. states: the
+    copies of states; None for models without recurrent layers. windows: the copies of entries in
+    the pool of layers with sliding windows; None for models without one.
     """
 
     states: EntryCopies | None
+    windows: EntryCopies | None
+    # Whether the pool holds a part of a request by its row: without a row it would be lost.
+    by_row = False
 
     def __init__(self, scheduler: SchedulerProtocol, *, kept: bool = True) -> None:
         self._scheduler = scheduler
@@ -214,10 +240,17 @@ class HostCopies(EntryCopies):
         slots = recurrent_states_of(scheduler)
         if slots is not None and slots.buffers is None:
             buffers = None
+        self._window_pool = windows_of(scheduler)
+        window_buffers = None
+        if self._window_pool is not None and type(pool) is SWAKVPool:
+            window_buffers = _buffers_of(pool.swa_kv_pool)
+            buffers = window_buffers and _buffers_of(pool.full_kv_pool)
         stream = copy_stream_of(scheduler) if buffers else CopyStream()
         pins = str(scheduler.device).startswith("cuda")
         super().__init__(buffers, stream, pins=pins)
-        self.states = None
+        self.states = self.windows = None
+        if buffers is not None and window_buffers is not None:
+            self.windows = EntryCopies(window_buffers, stream, pins=pins)
         if buffers is not None and slots is not None:
             self.states = EntryCopies(slots.buffers, stream, pins=pins)
         self._unpinned = False
@@ -241,17 +274,39 @@ class HostCopies(EntryCopies):
         """Tokens of the largest copy that the memory has room for."""
         if self.states is not None and not self.states.room:
             return 0
+        if self.windows is not None and self.windows.room < self.window_tokens:
+            return 0
         return self._pieces.largest
 
-    def save(self, req: Req, locations: torch.Tensor) -> HostCopy:
-        """Begin to copy what a request has, its KV at `locations`, as `to_host` does."""
+    @property
+    def reserved_bytes(self) -> int:
+        """Host memory that has been taken."""
+        beside = (self.states, self.windows)
+        return super().reserved_bytes + sum(c.reserved_bytes for c in beside if c is not None)
+
+    @property
+    def window_tokens(self) -> int:
+        """Entries of sliding windows that a paused request has at most."""
+        return 0 if self._window_pool is None else self._window_pool.most
+
+    def save(self, req: Req, locations: torch.Tensor, held: HeldPrefix | None = None) -> HostCopy:
+        """Begin to copy what a request has, its KV at `locations`, as `to_host` does, but for a
+        prefix that the hierarchical cache holds."""
         tokens = len(locations)
         shared = min(req.kv.cache_protected_len, tokens)
-        prefix = self.to_host(locations[:shared]) if shared else None
+        prefix = self.to_host(locations[:shared]) if shared and held is None else None
         own = self.to_host(locations[shared:]) if shared < tokens else None
-        copy = HostCopy(tokens, shared, prefix, own)
+        copy = HostCopy(tokens, shared, prefix, own, held)
         if self.states is not None:
             copy.state = self.states.to_host(RecurrentStates.location(req))
+        if self.windows is not None and self._window_pool is not None:
+            before = copy.before = self._window_pool.before(tokens)
+            peers = self._window_pool.peers(locations[before:])
+            split = max(0, shared - before)
+            if split:
+                copy.window_prefix = self.windows.to_host(peers[:split])
+            if split < len(peers):
+                copy.window = self.windows.to_host(peers[split:])
         return copy
 
     def load(self, req: Req, copy: HostCopy, locations: torch.Tensor, shared: int) -> None:
@@ -265,12 +320,22 @@ class HostCopies(EntryCopies):
             # A new slot is cleared in the next step otherwise.
             req.kv.mamba_needs_clear = False
             self.states.to_device(copy.state, RecurrentStates.location(req))
+        if self.windows is not None and self._window_pool is not None:
+            peers = self._window_pool.peers(locations[copy.before :])
+            split = max(0, copy.shared - copy.before)
+            if copy.window_prefix is not None and not shared:
+                self.windows.to_device(copy.window_prefix, peers[:split])
+            if copy.window is not None:
+                self.windows.to_device(copy.window, peers[split:])
 
     def parts_of(self, copy: HostCopy) -> list[tuple[EntryCopies, HostKV]]:
         """The parts of a request's copy, each with whose memory it is in."""
         parts: list[tuple[EntryCopies, HostKV]] = [(self, half) for half in copy.halves()]
         if self.states is not None and copy.state is not None:
             parts.append((self.states, copy.state))
+        if self.windows is not None:
+            windows = (copy.window_prefix, copy.window)
+            parts += [(self.windows, part) for part in windows if part is not None]
         return parts
 
     def pin(self, memory: memoryview) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from sglang.srt.managers.schedule_batch import Req
 
+from pascal_sglang.engine.kv.host_cache import HeldPrefix
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy, HostKV
 from pascal_sglang.engine.kv.recurrent_states import recurrent_states_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -30,14 +31,16 @@ class PoolCopies(HostCopies):
     """Host memory for paused KV as the pool's `get_cpu_copy` gives it and `load_cpu_copy` takes it.
 
     A copy is complete when it is begun: the pool waits for the device, and the memory is neither
-    pinned nor taken at the start. A copy holds all KV of the request, its shared prefix too.
+    pinned nor taken at the start. A shared prefix is not told apart in a copy.
     Recurrent states that we do not know are not copied.
     """
 
     def __init__(self, scheduler: SchedulerProtocol) -> None:
         super().__init__(scheduler)
-        self.buffers = self.states = None
+        self.buffers = self.states = self.windows = None
         self.deferred = False
+        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        self.by_row = bool(getattr(pool, "kpool_use_compress", False))
         self._free_tokens = 0
         self._bytes_per_token = self._measure()
 
@@ -91,13 +94,18 @@ class PoolCopies(HostCopies):
         except RuntimeError:
             self._failed(kv)
 
-    def save(self, req: Req, locations: torch.Tensor) -> HostCopy:
-        return HostCopy(len(locations), 0, None, self.to_host(locations, req))
+    def save(self, req: Req, locations: torch.Tensor, held: HeldPrefix | None = None) -> HostCopy:
+        tokens = len(locations)
+        shared = 0 if held is None else min(req.kv.cache_protected_len, tokens)
+        own = self.to_host(locations[shared:], req) if shared < tokens else None
+        copy = HostCopy(tokens, shared, None, own, held)
+        if self._window_pool is not None:
+            copy.before = self._window_pool.before(tokens)
+        return copy
 
     def load(self, req: Req, copy: HostCopy, locations: torch.Tensor, shared: int) -> None:
-        assert copy.own is not None
-        assert not shared
-        self.to_device(copy.own, locations, req)
+        if copy.own is not None:
+            self.to_device(copy.own, locations[copy.shared :], req)
 
     def free(self, kv: HostKV) -> None:
         self._free_tokens += kv.tokens

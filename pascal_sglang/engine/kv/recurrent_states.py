@@ -46,7 +46,7 @@ class RecurrentStates:
         """Slots that are free or can be evicted from the prefix cache."""
         free: int = self._rows.mamba_allocator.schedulable_available_size()
         # Cached states may be in a pool of their own (`--enable-int8-mamba-checkpoint`).
-        if not self._tree.supports_mamba() or self._rows.mamba_ckpt_pool is not None:
+        if not self._caches or self._rows.mamba_ckpt_pool is not None:
             return free
         evictable: int = self._tree.mamba_evictable_size()
         return free + evictable
@@ -54,11 +54,17 @@ class RecurrentStates:
     @property
     def for_prefill(self) -> int:
         """Slots that are needed to begin a prefill."""
-        return self._for_row + (IN_PREFILL if self._tree.supports_mamba() else 0)
+        return self._for_row + (IN_PREFILL if self._caches else 0)
 
     def for_resume(self, *, shares_prefix: bool) -> int:
         """Slots that are needed to bring a request back whose state is in host memory."""
         return self._for_row + shares_prefix
+
+    @property
+    def _caches(self) -> bool:
+        """Whether the prefix cache holds states."""
+        caches: bool = self._tree.supports_prefix_sharing() and self._tree.supports_mamba()
+        return caches
 
     @property
     def _for_row(self) -> int:

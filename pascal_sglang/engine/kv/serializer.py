@@ -76,5 +76,9 @@ def kv_bytes_of(scheduler: SchedulerProtocol, copies: HostCopies) -> KVSerialize
         return f"KV in a {type(pool).__name__} of this layout does not travel yet"
     if copies.states is not None:
         return "recurrent states do not travel yet"
+    if copies.windows is not None:
+        return "entries of sliding windows do not travel yet"
+    if scheduler.server_args.enable_hierarchical_cache:
+        return "a prefix in the host pool of the hierarchical cache does not travel yet"
     model = str(scheduler.server_args.model_path)
     return KVSerializer(copies, copies.buffers, model, lambda: str(get_serving().weight_version))

@@ -36,9 +36,10 @@ class Outcome:
     finish: SGLang's finish reasons. logprobs: of the output tokens. hidden_states: the number of
     rows of each entry. status: what `GET /pascal/status` says of the instance at the end; empty
     without a configuration. kinds: names of the classes that the scheduler was built of.
-    cached: tokens of the prompt that were not prefilled. spec_steps: verification passes; 0
-    without speculative decoding. free, capacity: KV tokens, the
-    prefix cache's counted as free. log: what the process printed.
+    cached: tokens of the prompt that were not prefilled. loaded: those of them that the
+    hierarchical cache had in host memory. spec_steps: verification passes; 0 without speculative
+    decoding. free, capacity: KV tokens, the prefix cache's counted as free. log: what the process
+    printed.
     """
 
     outputs: list[list[int]]
@@ -48,6 +49,7 @@ class Outcome:
     status: dict[str, Any]
     kinds: dict[str, Any]
     cached: list[int]
+    loaded: list[int]
     spec_steps: list[int]
     free: int
     capacity: int

@@ -109,6 +109,8 @@ class Feeder:
         reqs = [self.reqs[f"r{i}"] for i in range(self.wanted)]
         allocator, tree = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
         status = getattr(scheduler, "pascal_status", dict)()
+        # Of a pool beside one of sliding windows, which the checks on idle count.
+        whole = getattr(allocator, "full_attn_allocator", allocator)
         return {
             "outputs": [list(req.output_ids_through_stop) for req in reqs],
             "finish": [req.finished_reason.to_json() for req in reqs],
@@ -124,9 +126,10 @@ class Feeder:
                 "attention": type(scheduler.tp_worker.model_runner.attn_backend).__name__,
             },
             "cached": [int(req.cached_tokens) for req in reqs],
+            "loaded": [int(req.cached_tokens_host) for req in reqs],
             "spec_steps": [int(getattr(req, "spec_verify_ct", 0) or 0) for req in reqs],
-            "free": int(allocator.available_size() + tree.evictable_size()),
-            "capacity": int(scheduler.max_total_num_tokens),
+            "free": int(whole.available_size() + tree.full_evictable_size()),
+            "capacity": int(whole.size),
         }
 
 

@@ -8,6 +8,8 @@ from tests.engine.inproc.models import qwen3_next
 PLAIN = ["--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule"]
 # SGLang's default on CUDA: with overlap, and states for the prefix cache taken while decoding.
 TRACKED = ["--mamba-radix-cache-strategy", "extra_buffer", "--mamba-track-interval", "64"]
+LAZY = [*TRACKED]
+LAZY[1] = "extra_buffer_lazy"
 CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
 # Tokens of a first turn, and of all.
 FIRST, WHOLE = 8, 50
@@ -65,15 +67,17 @@ def paused_with_the_same_tokens(model, answers, flags):
     assert min(paused.pauses[tier] for tier in ("resident", "host", "recompute")) > 5
     assert paused.status["policy_errors"] == 0
     assert paused.free == paused.capacity
+    states = paused.status["recurrent_states"]
+    assert states["free"] == states["capacity"]
     assert any(hit > len(prompt(i)) - 64 > 0 for i, hit in enumerate(paused.cached[-TURNS:]))
     return paused
 
 
-@pytest.mark.parametrize("flags", [PLAIN, TRACKED])
+@pytest.mark.parametrize("flags", [PLAIN, TRACKED, LAZY])
 def test_pauses_change_no_token(model, answers, flags):
     flags = [*flags, "--max-total-tokens", "2000"]
     paused = paused_with_the_same_tokens(model, answers, flags)
-    assert paused.kinds["overlap"] == (flags[1] == "extra_buffer")
+    assert paused.kinds["overlap"] == (flags[1] != "no_buffer")
 
 
 def test_states_are_a_capacity_of_their_own(model, answers):
