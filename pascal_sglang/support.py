@@ -111,6 +111,17 @@ def _rust_server(_: Any) -> bool:
     return bool(envs.SGLANG_RUST_SERVER.get())
 
 
+def _odd_windows(scheduler: Any) -> bool:
+    """A pool of windows that is not beside one of whole KV, or whose entries are a row's, not a
+    token's; or windows that a prompt never leaves."""
+    if not scheduler.is_hybrid_swa:
+        return False
+    allocator = scheduler.token_to_kv_pool_allocator
+    plain = type(allocator).__name__ == "SWATokenToKVPoolAllocator" and not allocator.swa_req_ring
+    kept = scheduler.tp_worker.model_runner.prefill_aware_swa
+    return not plain or kept
+
+
 # Of our own configuration.
 CONFIG = (
     Row(
@@ -248,7 +259,7 @@ POOLS = (
     Row(
         "a pool of sliding windows alone, or rings",
         Level.ORDER,
-        lambda s: _odd_windows(s),
+        _odd_windows,
         "what of it a request holds is not known here",
     ),
     Row(
@@ -411,15 +422,6 @@ def of_request(req: Any) -> Support:
 def at_most(level: Level, rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows that leave `level` or less."""
     return tuple(row for row in rows if row.level <= level)
-
-
-def _odd_windows(scheduler: Any) -> bool:
-    """A pool of windows that is not beside one of whole KV, or whose entries are a row's, not a
-    token's; or windows that a prompt never leaves."""
-    allocator = scheduler.token_to_kv_pool_allocator
-    plain = type(allocator).__name__ == "SWATokenToKVPoolAllocator" and not allocator.swa_req_ring
-    kept = scheduler.tp_worker.model_runner.prefill_aware_swa
-    return scheduler.is_hybrid_swa and (not plain or kept)
 
 
 def _has_grammar(params: Any) -> bool:
