@@ -202,6 +202,7 @@ def _invariant_checker(module: Any) -> None:
 
 def _scheduler(module: Any) -> None:
     scheduler = module.Scheduler
+    scheduler.attn_dp_enabled = property(lambda self: self.enable_dp_attention)
     patch(
         scheduler,
         "handle_generate_request",
