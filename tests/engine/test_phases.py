@@ -235,8 +235,8 @@ def test_the_level_is_said_at_start_in_the_status_and_as_a_metric(pascal_server)
     ]
     assert 'reason="one instance"' in series
     assert series.endswith(" 3.0")
-    said = [line for line in pascal_server.output.splitlines() if ": level " in line]
-    assert said == [
+    lines = pascal_server.output.splitlines()
+    assert [line for line in lines if line.startswith("pascal_sglang: level")] == [
         "pascal_sglang: level pause (one instance) by the arguments",
         "pascal_sglang: level pause (one instance)",
     ]
