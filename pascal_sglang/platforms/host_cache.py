@@ -1,8 +1,8 @@
 """SGLang's hierarchical cache on a CPU: its host pool is memory like the device's.
 
 For `--enable-hierarchical-cache --hicache-io-backend direct`, with `--hicache-mem-layout`
-`layer_first` or `page_first_direct`. In the latter, buffers of the host pool have the shape (pages, layers, entries
-of a page, ...).
+`layer_first` or `page_first_direct`. In the latter, buffers of the host pool have the shape (pages,
+layers, entries of a page, ...).
 """
 
 from __future__ import annotations
