@@ -77,8 +77,7 @@ REQUESTS = (
     Row("input embeddings", Level.ORDER, lambda r: r.input_embeds is not None),
     Row("a LoRA adapter", Level.ORDER, lambda r: r.lora_id is not None),
     Row("hidden states returned", Level.ORDER, lambda r: bool(r.return_hidden_states)),
-    Row("a grammar", Level.ORDER, lambda r: _has_grammar(r.sampling_params)),
-    Row("penalties", Level.ORDER, lambda r: _has_penalties(r.sampling_params)),
+    Row("a grammar", Level.PAUSE, lambda r: r.grammar is not None),
     Row("a watermark", Level.PAUSE, lambda r: r.sampling_params.watermark is not None),
 )
 # Of SGLang's server arguments: front ends that load no plugin, or run none of the code that we hook
@@ -92,19 +91,6 @@ FRONT_ENDS = (
 def at_most(level: Level, rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows that leave `level` or less."""
     return tuple(row for row in rows if row.level <= level)
-
-
-def _has_grammar(params: Any) -> bool:
-    return any((params.json_schema, params.regex, params.ebnf, params.structural_tag))
-
-
-def _has_penalties(params: Any) -> bool:
-    return bool(
-        params.frequency_penalty
-        or params.presence_penalty
-        or params.repetition_penalty != 1.0
-        or params.min_new_tokens
-    )
 
 
 UNPAUSABLE = at_most(Level.ORDER, REQUESTS)
