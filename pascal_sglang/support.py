@@ -31,6 +31,8 @@ class Row:
     level: Level
     # Whether the server arguments, the scheduler or the request at hand have it.
     holds: Callable[[Any], bool]
+    # Of a request. False: a pause keeps its KV, which a second prefill would not make again.
+    recomputes: bool = True
 
 
 def first(rows: Iterable[Row], subject: Any) -> str | None:
@@ -72,12 +74,20 @@ INSTANCES = (
 # Of a request (SGLang's `Req`). At the level ORDER it is not paused and does not migrate.
 REQUESTS = (
     Row("beam search", Level.ORDER, lambda r: r.beam_group is not None),
-    Row("a session", Level.ORDER, lambda r: r.session is not None or r.session_id is not None),
+    # The session takes the KV of a request that lets go of it, also of one that will go on.
+    Row("a streaming session", Level.ORDER, lambda r: r.session is not None and r.session.streaming),
     Row("multimodal inputs", Level.ORDER, lambda r: r.multimodal_inputs is not None),
-    Row("input embeddings", Level.ORDER, lambda r: r.input_embeds is not None),
-    Row("a LoRA adapter", Level.ORDER, lambda r: r.lora_id is not None),
-    Row("hidden states returned", Level.ORDER, lambda r: bool(r.return_hidden_states)),
-    Row("a grammar", Level.PAUSE, lambda r: r.grammar is not None),
+    Row("a session", Level.PAUSE, lambda r: r.session is not None or r.session_id is not None),
+    # SGLang starts such a request over.
+    Row("input embeddings", Level.PAUSE, lambda r: r.input_embeds is not None, recomputes=False),
+    Row("a LoRA adapter", Level.PAUSE, lambda r: r.lora_id is not None),
+    # A prefill returns one block of them, where decode steps return one each.
+    Row(
+        "hidden states returned",
+        Level.PAUSE,
+        lambda r: bool(r.return_hidden_states),
+        recomputes=False,
+    ),
     Row("a watermark", Level.PAUSE, lambda r: r.sampling_params.watermark is not None),
 )
 # Of SGLang's server arguments: front ends that load no plugin, or run none of the code that we hook
@@ -94,3 +104,4 @@ def at_most(level: Level, rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 UNPAUSABLE = at_most(Level.ORDER, REQUESTS)
+NOT_RECOMPUTED = tuple(row for row in REQUESTS if not row.recomputes)

@@ -8,9 +8,13 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.pool import Pool
+from pascal_sglang.engine.lora_slots import LoraSlots
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.plan import GROWTH, Capacity
 from pascal_sglang.policy.request import RequestState, RequestStatus
+
+# More KV than there is: of a request that cannot start now, whatever memory it is given.
+UNLIMITED = 1 << 60
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -20,6 +24,7 @@ class CapacityView:
     scheduler: SchedulerProtocol
     paused_requests: PausedRequests
     pool: Pool
+    lora_slots: LoraSlots
 
     def available(self, running: ScheduleBatch) -> Capacity:
         scheduler = self.scheduler
@@ -61,6 +66,8 @@ class CapacityView:
     def required(self, state: RequestState) -> int:
         """KV a start takes: a prefix the device holds for others is paid already."""
         req: Req = state.handle
+        if not self.lora_slots.fits(req):
+            return UNLIMITED
         if state.status is not RequestStatus.WAITING:
             return self.paused_requests.needs(req)
         prefix = self.pool.cached_prefix(req, state.kv_tokens - 1)
@@ -68,4 +75,5 @@ class CapacityView:
 
     def reclaimable(self, state: RequestState) -> int:
         """KV that is free or evictable once the request has left the device."""
-        return self.pool.given_back(state.handle)
+        req: Req = state.handle
+        return self.pool.given_back(req) if self.paused_requests.leaves_device(req) else 0

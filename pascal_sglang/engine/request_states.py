@@ -89,6 +89,7 @@ class RequestStates:
             if not self.unpausable[reason]:
                 logger.warning("pascal_sglang does not pause requests with %s", reason)
             self.unpausable[reason] += 1
+        state.recomputes = support.first(support.NOT_RECOMPUTED, req) is None
         req.pascal_state = state
         return state
 

@@ -267,6 +267,12 @@ class PascalScheduler(OperationsScheduler):
             count_prefilled(plan.batch_to_run)
         return plan
 
+    def can_schedule_lora_req(self, req: Req, running_loras: set[str | None]) -> bool:
+        if self.plan_executor is not None:
+            running_loras = running_loras | self.plan_executor.lora_slots.arriving()
+        fits: bool = super().can_schedule_lora_req(req, running_loras)
+        return fits
+
     @contextmanager
     def _forward_isolation(self, batch: ScheduleBatch, *, overlap: bool) -> Iterator[None]:
         if overlap and self.plan_executor is not None:

@@ -323,8 +323,10 @@ class PlanBuilder:
                 break
             if request is besides or request in self.starting or request in self.spilled:
                 continue
-            chosen.append(request)
-            tokens -= self.planner.accounting.reclaimable(request)
+            given = self.planner.accounting.reclaimable(request)
+            if given:
+                chosen.append(request)
+                tokens -= given
         return chosen
 
     def _displaced(self, rank: Rank, tokens: int, slots: int) -> list[RequestState] | None:
@@ -348,8 +350,11 @@ class PlanBuilder:
                 if not planner.policy.displaces(rank, victims_rank):
                     self.shortage = "rank"
                     continue
+                given = planner.accounting.reclaimable(victim)
+                if not given and lacking <= 0:
+                    continue
                 taken.append(victim)
-                left -= planner.accounting.reclaimable(victim) + GROWTH
+                left -= given + GROWTH
                 lacking -= 1
                 if left <= 0 and lacking <= 0:
                     return taken

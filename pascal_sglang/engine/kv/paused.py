@@ -21,6 +21,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from pascal_sglang.engine.kv.decode_batch import decoding, joined
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
+from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.kv_tier import Costs, KVTier
@@ -42,7 +43,8 @@ class PauseStatus(Enum):
     | DROPPED | migrates, and its KV here is gone | `end_migration` | none |
 
     From LEAVING, RESIDENT and HOST a request becomes "none" when its KV is to be recomputed: it
-    waits in SGLang's queue then.
+    waits in SGLang's queue then. One whose KV is not recomputed (`RequestState.recomputes`) becomes
+    or stays RESIDENT instead.
     """
 
     LEAVING = "leaving"
@@ -173,6 +175,7 @@ class PausedRequests:
             req.kv.kv_committed_len
             for req in self._by_status[PauseStatus.LEAVING]
             if self._table[req].tier is not KVTier.RESIDENT
+            and (self._table[req].copy is not None or self.leaves_device(req))
         )
 
     def paused(self) -> Iterator[Req]:
@@ -218,34 +221,45 @@ class PausedRequests:
                 self._remove_kv(req)
                 continue
             tier = self._table[req].tier
-            if tier is KVTier.RESIDENT:
-                self._enter(req, PauseStatus.RESIDENT, locations=self.pool.locations(req))
-                self.pool.rows.free(req)
-                self._count(tier, req.kv.kv_committed_len)
-            else:
+            if tier is not KVTier.RESIDENT:
                 tokens = req.kv.kv_committed_len
                 started = self._table[req].copy is not None
                 begun = not started and self._begin_copy(req, self.pool.locations(req), tier)
                 if begun and self.copies.deferred:
                     continue
                 tier = self._off_device(req, tokens, self.pool.release)
+            if tier is KVTier.RESIDENT:
+                self._enter(req, PauseStatus.RESIDENT, locations=self.pool.locations(req))
+                self.pool.rows.free(req)
+                self._count(tier, req.kv.kv_committed_len)
             yield req, tier
 
-    def spill(self, req: Req) -> KVTier:
-        """Take the KV of a resident request off the device; returns the tier it went to."""
+    def spill(self, req: Req, *, at_any_price: bool = False) -> KVTier:
+        """Take the KV of a resident request off the device; returns the tier it went to, which is
+        RESIDENT if the KV can neither go to host memory nor, but `at_any_price`, be recomputed."""
         locations = self.locations_of(req)
         self._begin_copy(req, locations, None)
         tier = self._off_device(
-            req, len(locations), lambda r: self.pool.release_rowless(r, locations)
+            req,
+            len(locations),
+            lambda r: self.pool.release_rowless(r, locations),
+            recomputes=at_any_price,
         )
-        self.counts["spilled"] += 1
+        self.counts["spilled"] += tier is not KVTier.RESIDENT
         return tier
+
+    def leaves_device(self, req: Req) -> bool:
+        """Whether a pause of the running request, or a spill of the resident one, can free its
+        memory."""
+        return state_of(req).recomputes or req.kv.kv_committed_len <= self.copies.room
 
     def _begin_copy(self, req: Req, locations: torch.Tensor, tier: KVTier | None) -> bool:
         """Copy the KV to the host if that is the tier and there is room; False where it is to be
         recomputed."""
         tokens, room = len(locations), self.copies.room
-        if (tier or self.costs.cheapest(tokens, room)) is not KVTier.HOST or tokens > room:
+        if tier is None and state_of(req).recomputes:
+            tier = self.costs.cheapest(tokens, room)
+        if tier is KVTier.RECOMPUTE or tokens > room:
             return False
         shared = min(req.kv.cache_protected_len, tokens)
         prefix = self.copies.to_host(locations[:shared]) if shared else None
@@ -254,9 +268,14 @@ class PausedRequests:
         self.host_tokens += tokens
         return True
 
-    def _off_device(self, req: Req, tokens: int, release: Callable[[Req], None]) -> KVTier:
-        """Give back the device KV of a request, whose copy has begun if there is one."""
+    def _off_device(
+        self, req: Req, tokens: int, release: Callable[[Req], None], *, recomputes: bool = False
+    ) -> KVTier:
+        """Give back the device KV of a request, whose copy has begun if there is one. RESIDENT if
+        there is none and the KV is not recomputed: nothing has changed then."""
         copied = self._await_copy(req)
+        if not copied and not (recomputes or state_of(req).recomputes):
+            return KVTier.RESIDENT
         release(req)
         if not copied:
             req.reset_for_retract()

@@ -38,7 +38,7 @@ def build(flags):
 
 def message(scheduler, index, asked):
     """What the tokenizer process would send."""
-    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.managers.io_struct import SessionParams, TokenizedGenerateReqInput
     from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
     from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -61,6 +61,8 @@ def message(scheduler, index, asked):
         "stream": False,
         **asked["options"],
     }
+    if fields.get("session_params") is not None:
+        fields["session_params"] = SessionParams(**fields["session_params"])
     request = TokenizedGenerateReqInput(**fields)
     request.time_stats = APIServerReqTimeStats()
     return request
