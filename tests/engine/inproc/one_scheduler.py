@@ -18,11 +18,13 @@ AT_A_TIME, EVERY = 4, 3
 
 def build(flags):
     """A scheduler from SGLang's flags."""
+    from sglang.srt.arg_groups.lora_hook import check_lora_server_args
     from sglang.srt.managers import scheduler
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
     server_args = prepare_server_args(flags)
+    check_lora_server_args(server_args)
     port_args = PortArgs.init_new(server_args)
     # It has no parent that serves.
     scheduler.kill_itself_when_parent_died = lambda: None

@@ -78,3 +78,72 @@ def test_every_kind_survives_pauses_on_every_tier(tiny_model):
         assert differing(paused, stock) == []
         assert min(paused.pauses[tier] for tier in TIERS) > 10
         assert paused.hidden_states == stock.hidden_states
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model, tmp_path_factory):
+    """Three LoRA adapters of the tiny model: the flags that load them, two and the model itself at
+    a time, and the ids by which requests name them."""
+    from safetensors.torch import save_file
+    from torch import Generator, randn
+
+    model = json.loads((tiny_model / "config.json").read_text())
+    width, dice = model["hidden_size"], Generator().manual_seed(0)
+    keys = width * model["num_key_value_heads"] // model["num_attention_heads"]
+    paths = {}
+    for name in "abc":
+        folder = paths[name] = tmp_path_factory.mktemp("lora") / name
+        folder.mkdir()
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
+        config |= {"target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": ""}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        weights = {}
+        layers = range(model["num_hidden_layers"])
+        for layer, (module, out) in product(layers, (("q_proj", width), ("v_proj", keys))):
+            at = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            weights[f"{at}.lora_A.weight"] = randn(4, width, generator=dice) / width**0.5
+            weights[f"{at}.lora_B.weight"] = randn(out, 4, generator=dice)
+        save_file(weights, folder / "adapter_model.safetensors")
+    flags = ["--lora-backend", "torch_native", "--max-loras-per-batch", "3"]
+    flags += ["--lora-paths", *(f"{name}={path}" for name, path in paths.items())]
+    # As SGLang names what it loads at start.
+    ids = [uuid.uuid5(uuid.NAMESPACE_URL, f"{name}\0{path}").hex for name, path in paths.items()]
+    return flags, ids
+
+
+def test_a_request_comes_back_when_its_adapter_fits(tiny_model, adapters):
+    flags, ids = adapters
+    asked = requests([({}, {"lora_id": each}) for each in (*ids, None)], 28)
+    stock = serve(tiny_model, asked, None, [*flags, *ROOMY])
+    plain = serve(tiny_model, requests([({}, {})], 28), None, ROOMY)
+    with_adapter = [i for i in range(28) if i % 4 < 3]
+    assert differing(plain, stock) == with_adapter
+    paused = serve(tiny_model, asked, CHAOS, [*flags, *TIGHT])
+    assert differing(paused, stock) == []
+    assert min(paused.pauses[tier] for tier in TIERS) > 5
+
+
+def keep_float32(scheduler, reqs, number):
+    """SGLang casts input embeddings, and the tiny model is no bfloat16."""
+    import torch
+
+    torch.Tensor.bfloat16 = lambda tensor: tensor
+
+
+def test_input_embeddings_are_never_made_again(tiny_model):
+    dice = random.Random(0)
+    asked = [
+        Request(
+            ids=[],
+            params={"max_new_tokens": 30 + 5 * (i % 5)},
+            options={"input_embeds": [[dice.gauss(0, 0.2) for _ in range(128)] for _ in range(9)]},
+        )
+        for i in range(20)
+    ]
+    flags = ["--disable-radix-cache"]
+    hook = {"each_pass": f"{__name__}:keep_float32"}
+    stock = serve(tiny_model, asked, None, [*flags, *ROOMY], **hook)
+    paused = serve(tiny_model, asked, CHAOS, [*flags, "--max-total-tokens", "500"], **hook)
+    assert differing(paused, stock) == []
+    assert min(paused.pauses[tier] for tier in ("resident", "host")) > 5
+    assert "recompute" not in paused.pauses
