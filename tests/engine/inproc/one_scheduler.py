@@ -152,6 +152,8 @@ def main(job, out):
     with open(job) as file:
         asked = json.load(file)
     load_plugins()
+    if asked["prepare"] is not None:
+        _named(asked["prepare"])()
     feeder = Feeder(build(asked["flags"]), asked)
     feeder.scheduler.run_event_loop()
     with open(out, "w") as file:
