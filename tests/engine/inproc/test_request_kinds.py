@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 
+from pascal_sglang.demo.tiny import END_THINK_ID
 from tests.engine.inproc.bed import Request, differing, run
 
 CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
@@ -78,6 +79,63 @@ def test_every_kind_survives_pauses_on_every_tier(tiny_model):
         assert differing(paused, stock) == []
         assert min(paused.pauses[tier] for tier in TIERS) > 10
         assert paused.hidden_states == stock.hidden_states
+
+
+def mask_on_a_cpu():
+    """SGLang applies the masks of grammars on a CPU, but not those of strict thinking alone."""
+    from sglang.srt.constrained import xgrammar_backend as backend
+    from xgrammar import apply_token_bitmask_inplace
+
+    backend.XGrammarGrammarBackend.apply_vocab_mask = staticmethod(
+        lambda logits, vocab_mask: apply_token_bitmask_inplace(logits, vocab_mask, backend="cpu")
+    )
+
+
+def move_grammars(scheduler, reqs, number):
+    """Give the requests the grammars that they would have on another instance, which has or has not
+    compiled them."""
+    from pascal_sglang.engine.migration import grammar
+    from pascal_sglang.engine.migration.request_snapshot import (
+        export_state,
+        import_state,
+        read_snapshot,
+    )
+
+    if number % 4:
+        return
+    manager = scheduler.grammar_manager
+    if number % 8:
+        manager.grammar_backend.reset()
+    # It is not too late for a grammar on a slow machine here.
+    grammar.COMPILE_S = 60
+    for req in reqs.values():
+        if req.output_ids and req.grammar and not req.finished() and req.to_finish is None:
+            kv_tokens = len(req.origin_input_ids) + len(req.output_ids) - 1
+            snapshot = read_snapshot(export_state(req, 0.0), kv_tokens, scheduler.max_req_len)
+            assert snapshot.grammar
+            new = import_state(scheduler, snapshot)
+            assert grammar.restore_grammar(new, manager)
+            assert new.grammar is not req.grammar
+            req.grammar = new.grammar
+            print("MOVED", type(new.grammar).__name__)
+
+
+def test_a_grammar_goes_on_after_pauses_and_elsewhere(tiny_model):
+    """Strict thinking ends the reasoning after 12 tokens; what follows has its grammar."""
+    thinks = {"require_reasoning": True}
+    kinds = [({"regex": SMALL}, thinks), ({}, thinks), ({"regex": SMALL}, {}), ({}, {})]
+    asked = requests(kinds, 24)
+    env = {"SGLANG_MAX_THINK_TOKENS": "12"}
+    strict = ["--enable-strict-thinking"]
+    prepare = {"prepare": f"{__name__}:mask_on_a_cpu"}
+    stock = serve(tiny_model, asked, None, [*strict, *ROOMY], **prepare, **env)
+    ends = [ids.index(END_THINK_ID) if END_THINK_ID in ids else None for ids in stock.outputs]
+    assert ends == [12 if each.options else None for each in asked]
+    hook = {"each_pass": f"{__name__}:move_grammars"}
+    paused = serve(tiny_model, asked, CHAOS, [*strict, *TIGHT], **prepare, **hook, **env)
+    assert differing(paused, stock) == []
+    assert min(paused.pauses[tier] for tier in TIERS) > 5
+    assert paused.log.count("MOVED ReasonerGrammarObject") > 50
 
 
 @pytest.fixture(scope="module")
