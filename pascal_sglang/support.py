@@ -75,7 +75,7 @@ INSTANCES = (
 REQUESTS = (
     Row("beam search", Level.ORDER, lambda r: r.beam_group is not None),
     # The session takes the KV of a request that lets go of it, also of one that will go on.
-    Row("a streaming session", Level.ORDER, lambda r: r.session is not None and r.session.streaming),
+    Row("a streaming session", Level.ORDER, lambda r: getattr(r.session, "streaming", False)),
     Row("multimodal inputs", Level.ORDER, lambda r: r.multimodal_inputs is not None),
     Row("a session", Level.PAUSE, lambda r: r.session is not None or r.session_id is not None),
     # SGLang starts such a request over.

@@ -95,17 +95,16 @@ def _count(orchestrator: Any, rows: torch.Tensor, tokens: torch.Tensor) -> None:
             continue
         match penalizer:
             case BatchedFrequencyPenalizer():
+                frequency = penalizer.frequency_penalties[rows, 0]
                 penalizer.cumulated_frequency_penalties.index_put_(
-                    (rows, tokens), penalizer.frequency_penalties[rows, 0], accumulate=True
+                    (rows, tokens), frequency, accumulate=True
                 )
             case BatchedPresencePenalizer():
-                penalizer.cumulated_presence_penalties[rows, tokens] = (
-                    penalizer.presence_penalties[rows, 0]
-                )
+                presence = penalizer.presence_penalties[rows, 0]
+                penalizer.cumulated_presence_penalties[rows, tokens] = presence
             case BatchedRepetitionPenalizer():
-                penalizer.cumulated_repetition_penalties[rows, tokens] = (
-                    penalizer.repetition_penalties[rows, 0]
-                )
+                repetition = penalizer.repetition_penalties[rows, 0]
+                penalizer.cumulated_repetition_penalties[rows, tokens] = repetition
             case BatchedMinNewTokensPenalizer():
                 penalizer.len_output_tokens.index_add_(
                     0, rows, torch.ones_like(penalizer.len_output_tokens[rows])

@@ -260,9 +260,9 @@ class PascalScheduler(OperationsScheduler):
         # a request ends, also where memory is about to come back from a pause.
         running_batch.batch_is_full = False
         started = self.plan_executor.request_states.started
-        with self.plan_executor.admission.only_planned(started):
-            with counting_inputs(running_batch, self):
-                plan = super().get_new_batch_prefill(running_batch)
+        only_planned = self.plan_executor.admission.only_planned(started)
+        with only_planned, counting_inputs(running_batch, self):
+            plan = super().get_new_batch_prefill(running_batch)
         if plan.batch_to_run is not None:
             count_prefilled(plan.batch_to_run)
         return plan

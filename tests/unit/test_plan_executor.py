@@ -106,6 +106,8 @@ def scheduler(rows=1):
         tp_cpu_group=SimpleNamespace(size=lambda: 1),
         enable_overlap=True,
         device="cpu",
+        enable_lora=False,
+        last_batch=None,
     )
 
 
@@ -222,17 +224,29 @@ def test_a_copy_that_fails_turns_into_recompute(executor):
     assert paused_requests.counts["copy_failed"] == 1
 
 
+def test_kv_that_no_prefill_would_make_again_stays_where_host_memory_has_no_room(executor):
+    """Until SGLang would have to end a request for want of memory."""
+    paused_requests, request, released = executor.paused_requests, paused(), []
+    request.reset_for_retract = lambda: released.append("reset")
+    request.lock, request.pascal_state.recomputes = None, False
+    request.kv = SimpleNamespace(
+        cache_protected_len=0,
+        kv_committed_len=101,
+        mark_kv_released=lambda: released.append("kv"),
+    )
+    paused_requests._enter(request, PauseStatus.RESIDENT, locations=torch.arange(0))
+    assert not paused_requests.leaves_device(request)
+    assert executor.capacity.reclaimable(SimpleNamespace(handle=request)) == 0
+    paused_requests.copies.room = -1
+    assert paused_requests.spill(request) is KVTier.RESIDENT
+    assert paused_requests.in_status(PauseStatus.RESIDENT) == [request]
+    assert released == []
+    assert paused_requests.spill(request, at_any_price=True) is KVTier.RECOMPUTE
+    assert paused_requests.status_of(request) is None
+    assert released == ["kv", "reset"]
+
+
 def request(**changes):
-    params = {
-        "json_schema": None,
-        "regex": None,
-        "ebnf": None,
-        "structural_tag": None,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-        "repetition_penalty": 1.0,
-        "min_new_tokens": 0,
-    }
     fields = {
         "beam_group": None,
         "session": None,
@@ -242,29 +256,25 @@ def request(**changes):
         "lora_id": None,
         "return_hidden_states": False,
     }
-    params |= {k: v for k, v in changes.items() if k in params}
-    fields |= {k: v for k, v in changes.items() if k in fields}
-    return SimpleNamespace(sampling_params=SimpleNamespace(**params), **fields)
-
-
-def test_a_plain_request_can_be_paused():
-    assert support.first(support.UNPAUSABLE, request()) is None
+    return SimpleNamespace(**{**fields, **changes})
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "reason", "recomputes"),
     [
-        ({"beam_group": object()}, "beam"),
-        ({"session_id": "s"}, "session"),
-        ({"lora_id": "l"}, "LoRA"),
-        ({"regex": "a+"}, "grammar"),
-        ({"min_new_tokens": 3}, "penalties"),
-        ({"repetition_penalty": 1.2}, "penalties"),
-        ({"return_hidden_states": True}, "hidden"),
+        ({}, None, True),
+        ({"beam_group": object()}, "beam search", True),
+        ({"session": SimpleNamespace(streaming=True)}, "a streaming session", True),
+        ({"session": SimpleNamespace(streaming=False)}, None, True),
+        ({"multimodal_inputs": object()}, "multimodal inputs", True),
+        ({"lora_id": "l"}, None, True),
+        ({"return_hidden_states": True}, None, False),
+        ({"input_embeds": [[0.5]]}, None, False),
     ],
 )
-def test_what_cannot_be_paused_says_why(change, reason):
-    assert reason in support.first(support.UNPAUSABLE, request(**change))
+def test_which_requests_are_paused_and_recomputed(change, reason, recomputes):
+    assert support.first(support.UNPAUSABLE, request(**change)) == reason
+    assert (support.first(support.NOT_RECOMPUTED, request(**change)) is None) == recomputes
 
 
 def test_what_may_still_come_is_known_by_phase():
