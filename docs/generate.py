@@ -91,7 +91,10 @@ def support() -> str:
     for what, rows in (("a server with", server), ("a request with", table.REQUESTS)):
         for row in rows:
             name = f"`{row.name}`" if row.name.startswith(("--", "SGLANG_")) else row.name
-            found.append((f"{what} {name}", LEVELS[row.level.name]))
+            level = LEVELS[row.level.name]
+            if not row.recomputes:
+                level = level.replace("pauses keep KV", "pauses keep KV, none recomputes")
+            found.append((f"{what} {name}", level))
     return _table(("", "under a policy that schedules"), found)
 
 
