@@ -140,8 +140,8 @@ def test_a_grammar_goes_on_after_pauses_and_elsewhere(tiny_model):
 
 @pytest.fixture(scope="module")
 def adapters(tiny_model, tmp_path_factory):
-    """Three LoRA adapters of the tiny model: the flags that load them, two and the model itself at
-    a time, and the ids by which requests name them."""
+    """Three LoRA adapters of the tiny model: the flags that load them, of which a batch takes two,
+    or one beside requests without any; and the ids by which requests name them."""
     from safetensors.torch import save_file
     from torch import Generator, randn
 
@@ -162,7 +162,7 @@ def adapters(tiny_model, tmp_path_factory):
             weights[f"{at}.lora_A.weight"] = randn(4, width, generator=dice) / width**0.5
             weights[f"{at}.lora_B.weight"] = randn(out, 4, generator=dice)
         save_file(weights, folder / "adapter_model.safetensors")
-    flags = ["--lora-backend", "torch_native", "--max-loras-per-batch", "3"]
+    flags = ["--lora-backend", "torch_native", "--max-loras-per-batch", "2"]
     flags += ["--lora-paths", *(f"{name}={path}" for name, path in paths.items())]
     # As SGLang names what it loads at start.
     ids = [uuid.uuid5(uuid.NAMESPACE_URL, f"{name}\0{path}").hex for name, path in paths.items()]
@@ -189,7 +189,8 @@ def test_a_request_comes_back_when_its_adapter_fits(tiny_model, adapters):
     plain = serve(tiny_model, requests([({}, {})], 28), None, ROOMY)
     with_adapter = [i for i in range(28) if i % 4 < 3]
     assert differing(plain, stock) == with_adapter
-    paused = serve(tiny_model, asked, CHAOS, [*flags, *TIGHT], **hook)
+    few = ["--max-running-requests", "6"]
+    paused = serve(tiny_model, asked, CHAOS, [*flags, *TIGHT, *few], **hook)
     assert differing(paused, stock) == []
     assert min(paused.pauses[tier] for tier in TIERS) > 5
 
