@@ -39,6 +39,8 @@ class Row:
     holds: Callable[[Any], bool]
     # Why no higher level, for docs/compatibility.md.
     why: str = ""
+    # Of a request. False: a pause keeps its KV, which a second prefill would not make again.
+    recomputes: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,10 +321,10 @@ REQUESTS = (
         "its members hold rows of their own",
     ),
     Row(
-        "a session",
+        "a streaming session",
         Level.ORDER,
-        lambda r: r.session is not None or r.session_id is not None,
-        "the session keeps its KV",
+        lambda r: getattr(r.session, "streaming", False),
+        "the session takes the KV of a request that lets go of it, though it will go on",
     ),
     Row(
         "multimodal inputs",
@@ -331,34 +333,30 @@ REQUESTS = (
         "its features are dropped after the prefill",
     ),
     Row(
+        "a session",
+        Level.PAUSE,
+        lambda r: r.session is not None or r.session_id is not None,
+        "the session is where it was opened",
+    ),
+    Row(
         "input embeddings",
-        Level.ORDER,
+        Level.PAUSE,
         lambda r: r.input_embeds is not None,
         "a second prefill would lose its output",
+        recomputes=False,
     ),
     Row(
         "a LoRA adapter",
-        Level.ORDER,
+        Level.PAUSE,
         lambda r: r.lora_id is not None,
-        "its adapter may not fit the batch that it comes back to",
+        "its adapter may not be loaded elsewhere",
     ),
     Row(
         "hidden states returned",
-        Level.ORDER,
-        lambda r: bool(r.return_hidden_states),
-        "a second prefill returns others",
-    ),
-    Row(
-        "a grammar",
         Level.PAUSE,
-        lambda r: r.grammar is not None or _has_grammar(r.sampling_params),
-        "the object that follows it does not travel",
-    ),
-    Row(
-        "penalties",
-        Level.ORDER,
-        lambda r: _has_penalties(r.sampling_params),
-        "SGLang counts tokens anew in every batch that a request joins",
+        lambda r: bool(r.return_hidden_states),
+        "a prefill returns one block of them, and a decode step one each",
+        recomputes=False,
     ),
     Row(
         "a watermark",
@@ -424,17 +422,5 @@ def at_most(level: Level, rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(row for row in rows if row.level <= level)
 
 
-def _has_grammar(params: Any) -> bool:
-    return any((params.json_schema, params.regex, params.ebnf, params.structural_tag))
-
-
-def _has_penalties(params: Any) -> bool:
-    return bool(
-        params.frequency_penalty
-        or params.presence_penalty
-        or params.repetition_penalty != 1.0
-        or params.min_new_tokens
-    )
-
-
 UNMOVABLE = at_most(Level.PAUSE, REQUESTS)
+NOT_RECOMPUTED = tuple(row for row in REQUESTS if not row.recomputes)

@@ -8,6 +8,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
+from pascal_sglang.engine.lora_slots import LoraSlots
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.plan import GROWTH, UNLIMITED, Capacity
 from pascal_sglang.policy.request import RequestState, RequestStatus
@@ -20,6 +21,7 @@ class CapacityView:
     scheduler: SchedulerProtocol
     paused_requests: PausedRequests
     pool: Pool
+    lora_slots: LoraSlots
     # False: a plan says in which order requests start, and SGLang which of them fit.
     counts_kv: bool = True
     # The last match of a waiting request, and what it was for.
@@ -86,6 +88,8 @@ class CapacityView:
         if not self.counts_kv:
             return 0
         req: Req = state.handle
+        if not self.lora_slots.fits(req):
+            return UNLIMITED
         if state.status is not RequestStatus.WAITING:
             return self.paused_requests.needs(req)
         prefix = self._prefix_of(state)
@@ -137,4 +141,5 @@ class CapacityView:
 
     def reclaimable(self, state: RequestState) -> int:
         """KV that is free or evictable once the request has left the device."""
-        return self.pool.given_back(state.handle)
+        req: Req = state.handle
+        return self.pool.given_back(req) if self.paused_requests.leaves_device(req) else 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import zmq
@@ -44,6 +45,7 @@ from pascal_sglang.engine.observability.metrics import (
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
 from pascal_sglang.engine.observability.phases import PhaseTracker, by_class, count_phases, describe
 from pascal_sglang.engine.operations import OperationsScheduler
+from pascal_sglang.engine.penalties import count_inputs, count_prefilled, counting_inputs
 from pascal_sglang.engine.rendezvous import meet_on_loopback
 from pascal_sglang.engine.thinking_budget import with_default_budget
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
@@ -251,16 +253,18 @@ class PascalScheduler(OperationsScheduler):
         return super().handle_generate_request(recv_req, **kwargs)
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
-        if self.plan_executor is not None:
-            if self.plan_executor.relieve(batch):
-                batch.batch_is_full = False
-                return (
-                    None  # As SGLang does where finishing requests are about to give memory back.
-                )
-            # Read by `retract_decode`, which now strikes only what cannot be paused.
-            batch._get_decode_retraction_order = self.plan_executor.retraction_order
+        updated: ScheduleBatch | None
+        if self.plan_executor is None:
+            updated = super().update_running_batch(batch)
+            return updated
+        if self.plan_executor.relieve(batch):
+            batch.batch_is_full = False
+            return None  # As SGLang does where finishing requests are about to give memory back.
+        # Read by `retract_decode`, which now strikes only what cannot be paused.
+        batch._get_decode_retraction_order = self.plan_executor.retraction_order
         try:
-            updated: ScheduleBatch | None = super().update_running_batch(batch)
+            with counting_inputs(batch, self):
+                updated = super().update_running_batch(batch)
         finally:
             batch.__dict__.pop("_get_decode_retraction_order", None)
         return updated
@@ -271,8 +275,26 @@ class PascalScheduler(OperationsScheduler):
         # The plan says in every pass what fits. SGLang would remember that something did not until
         # a request ends, also where memory is about to come back from a pause.
         running_batch.batch_is_full = False
-        with self.plan_executor.admission.only_planned(self.plan_executor.request_states.started):
-            return super().get_new_batch_prefill(running_batch)
+        started = self.plan_executor.request_states.started
+        only_planned = self.plan_executor.admission.only_planned(started)
+        with only_planned, counting_inputs(running_batch, self):
+            plan = super().get_new_batch_prefill(running_batch)
+        if plan.batch_to_run is not None:
+            count_prefilled(plan.batch_to_run)
+        return plan
+
+    def can_schedule_lora_req(self, req: Req, running_loras: set[str | None]) -> bool:
+        if self.plan_executor is not None:
+            running_loras = running_loras | self.plan_executor.lora_slots.arriving()
+        fits: bool = super().can_schedule_lora_req(req, running_loras)
+        return fits
+
+    @contextmanager
+    def _forward_isolation(self, batch: ScheduleBatch, *, overlap: bool) -> Iterator[None]:
+        if overlap and self.plan_executor is not None:
+            count_inputs(batch)
+        with super()._forward_isolation(batch, overlap=overlap):
+            yield
 
     def _should_defer_prefill(self, running_batch: ScheduleBatch) -> bool:
         deferred: bool = super()._should_defer_prefill(running_batch)

@@ -14,6 +14,7 @@ class SchedulerProtocol(Protocol):
     # Requests.
     waiting_queue: list[Req]
     running_batch: ScheduleBatch
+    last_batch: ScheduleBatch | None
     chunked_req: Req | None
     grammar_manager: Any
 
@@ -35,6 +36,11 @@ class SchedulerProtocol(Protocol):
     enable_priority_preemption: bool
     schedule_low_priority_values_first: bool
     priority_scheduling_preemption_threshold: int
+
+    # LoRA adapters.
+    enable_lora: bool
+    lora_drainer: Any
+    tp_worker: Any
 
     # How steps run.
     device: Any
@@ -62,6 +68,9 @@ class SchedulerProtocol(Protocol):
 
     def get_num_allocatable_reqs(self, running_bs: int, *, running_batch: ScheduleBatch) -> int:
         """Requests that may join a running batch of that many."""
+
+    def can_schedule_lora_req(self, req: Req, running_loras: set[str | None]) -> bool:
+        """Whether the request's adapter fits beside others, and is loaded."""
 
     def collect_inflight_reqs(self) -> set[Req]:
         """Every request that has begun and is not in the waiting queue."""

@@ -122,6 +122,8 @@ def scheduler(rows=1, entries=0):
         attn_tp_cpu_group=SimpleNamespace(size=lambda: 1),
         enable_overlap=True,
         device="cpu",
+        enable_lora=False,
+        last_batch=None,
     )
 
 
@@ -250,18 +252,29 @@ def test_a_copy_that_fails_turns_into_recompute(executor):
     assert paused_requests.counts["copy_failed"] == 1
 
 
+def test_kv_that_no_prefill_would_make_again_stays_where_host_memory_has_no_room(executor):
+    """Until SGLang would have to end a request for want of memory."""
+    paused_requests, request, released = executor.paused_requests, paused(), []
+    request.reset_for_retract = lambda: released.append("reset")
+    request.lock, request.pascal_state.recomputes = None, False
+    request.kv = SimpleNamespace(
+        cache_protected_len=0,
+        kv_committed_len=101,
+        mark_kv_released=lambda: released.append("kv"),
+    )
+    paused_requests._enter(request, PauseStatus.RESIDENT, locations=torch.arange(0))
+    assert not paused_requests.leaves_device(request)
+    assert executor.capacity.reclaimable(SimpleNamespace(handle=request)) == 0
+    paused_requests.copies.room = -1
+    assert paused_requests.spill(request) is KVTier.RESIDENT
+    assert paused_requests.in_status(PauseStatus.RESIDENT) == [request]
+    assert released == []
+    assert paused_requests.spill(request, at_any_price=True) is KVTier.RECOMPUTE
+    assert paused_requests.status_of(request) is None
+    assert released == ["kv", "reset"]
+
+
 def request(**changes):
-    params = {
-        "json_schema": None,
-        "regex": None,
-        "ebnf": None,
-        "structural_tag": None,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-        "repetition_penalty": 1.0,
-        "min_new_tokens": 0,
-        "watermark": None,
-    }
     fields = {
         "beam_group": None,
         "session": None,
@@ -272,9 +285,7 @@ def request(**changes):
         "return_hidden_states": False,
         "grammar": None,
     }
-    params |= {k: v for k, v in changes.items() if k in params}
-    fields |= {k: v for k, v in changes.items() if k in fields}
-    return SimpleNamespace(sampling_params=SimpleNamespace(**params), **fields)
+    return SimpleNamespace(**{**fields, **changes})
 
 
 def test_a_plain_request_gets_everything():
@@ -282,28 +293,29 @@ def test_a_plain_request_gets_everything():
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "reason", "recomputes"),
     [
-        ({"beam_group": object()}, "beam"),
-        ({"session_id": "s"}, "session"),
-        ({"lora_id": "l"}, "LoRA"),
-        ({"min_new_tokens": 3}, "penalties"),
-        ({"repetition_penalty": 1.2}, "penalties"),
-        ({"return_hidden_states": True}, "hidden"),
+        ({}, None, True),
+        ({"beam_group": object()}, "beam search", True),
+        ({"session": SimpleNamespace(streaming=True)}, "a streaming session", True),
+        ({"session": SimpleNamespace(streaming=False)}, None, True),
+        ({"multimodal_inputs": object()}, "multimodal inputs", True),
+        ({"lora_id": "l"}, None, True),
+        ({"return_hidden_states": True}, None, False),
+        ({"input_embeds": [[0.5]]}, None, False),
     ],
 )
-def test_what_cannot_be_paused_says_why(change, reason):
+def test_which_requests_are_paused_and_recomputed(change, reason, recomputes):
     found = support.of_request(request(**change))
-    assert found.level < support.Level.RECOMPUTE
-    assert reason in found.reason
+    assert (found.level < Level.RECOMPUTE) == (reason is not None)
+    assert reason is None or found.lowered_by[0] == reason
+    assert (support.first(support.NOT_RECOMPUTED, request(**change)) is None) == recomputes
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
-    [({"regex": "a+"}, "grammar"), ({"grammar": object()}, "grammar"), ({"watermark": 1}, "water")],
+    ("change", "reason"), [({"session_id": "s"}, "session"), ({"watermark": 1}, "water")]
 )
 def test_what_is_paused_and_does_not_move_says_why(change, reason):
-    """Strict thinking gives a grammar to requests that did not ask for one."""
     found = support.of_request(request(**change))
     assert found.level is support.Level.PAUSE
     assert reason in found.reason
@@ -317,15 +329,17 @@ def test_a_request_gets_the_lower_level_of_its_own_and_its_servers(level):
     told = []
     made.decision_log.metrics = SimpleNamespace(unpausable=told.append)
     made.scheduler.enable_priority_scheduling = False
-    for change in ({}, {"regex": "a+"}, {"lora_id": "l"}):
+    for change in ({}, {"session_id": "s"}, {"multimodal_inputs": object()}):
         req = arriving(**change)
         state = made.request_states.arrived(req)
-        own = Level.ORDER if "lora_id" in change else Level.MOVE
+        own = Level.ORDER if "multimodal_inputs" in change else Level.MOVE
         assert state.pausable == (min(level, own) >= Level.RECOMPUTE)
         assert state.keeps_kv == (min(level, own) >= Level.PAUSE)
-    made.request_states.arrived(arriving(rid=f"{HEALTH_CHECK_RID_PREFIX}_1", lora_id="l"))
+    made.request_states.arrived(
+        arriving(rid=f"{HEALTH_CHECK_RID_PREFIX}_1", multimodal_inputs=object())
+    )
     expected = ["--some-flag"] * 2 if level < Level.RECOMPUTE else []
-    assert told == [*expected, "a LoRA adapter"]
+    assert told == [*expected, "multimodal inputs"]
     assert made.request_states.unpausable == Counter(told)
 
 

@@ -18,6 +18,7 @@ from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
 from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
+from pascal_sglang.engine.migration.grammar import restore_grammar
 from pascal_sglang.engine.migration.prefill_gate import HANDOVER_PASSES, PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import ReceiveBuffer, Reservation
 from pascal_sglang.engine.migration.recent_aborts import RecentAborts
@@ -75,6 +76,10 @@ class IncomingMigration(MigrationTarget):
         except (TypeError, ValueError, KeyError, AttributeError):
             logger.exception("pascal_sglang: a request cannot be continued here")
             return "state that cannot be continued"
+        if self.snapshot.grammar:
+            restored = restore_grammar(self.req, scheduler.grammar_manager)
+            if not all_agree(scheduler, restored):
+                return "a grammar that is not ready here"
         return None
 
     def take(self, state: bytes, tokens: int) -> None:
