@@ -167,7 +167,7 @@ def sides(monkeypatch):
     monkeypatch.setattr(f"{there}.migration.outgoing.remaining_of", lambda req, member: 20)
     timeline = SimpleNamespace(stopped=lambda why, now: None, last_answer=1.0)
     monkeypatch.setattr(f"{there}.migration.outgoing.timeline_of", lambda req: timeline)
-    snapshot = SimpleNamespace(blocked_since=1.0)
+    snapshot = SimpleNamespace(blocked_since=1.0, grammar=False)
     monkeypatch.setattr(f"{there}.migration.outgoing.export_state", lambda req, since: b"")
     monkeypatch.setattr(f"{there}.migration.incoming.read_snapshot", lambda *_: snapshot)
     monkeypatch.setattr(f"{there}.migration.incoming.import_state", lambda *_: Request())

@@ -285,7 +285,8 @@ def request(**changes):
         "return_hidden_states": False,
         "grammar": None,
     }
-    return SimpleNamespace(**{**fields, **changes})
+    params = SimpleNamespace(watermark=changes.pop("watermark", None))
+    return SimpleNamespace(sampling_params=params, **{**fields, **changes})
 
 
 def test_a_plain_request_gets_everything():
