@@ -40,7 +40,11 @@ def first(rows: Iterable[Row], subject: Any) -> str | None:
 
 # Of SGLang's server arguments. At the level OBSERVE, a scheduling policy is refused at start.
 SERVER = (
-    Row("--speculative-algorithm", Level.OBSERVE, lambda a: a.speculative_algorithm is not None),
+    Row(
+        "--speculative-algorithm other than EAGLE, EAGLE3 and STANDALONE",
+        Level.OBSERVE,
+        lambda a: a.speculative_algorithm not in (None, "EAGLE", "EAGLE3", "STANDALONE"),
+    ),
     Row("--pp-size above 1", Level.OBSERVE, lambda a: a.pp_size > 1),
     Row("--enable-dp-attention", Level.OBSERVE, lambda a: a.enable_dp_attention),
     Row("--disaggregation-mode", Level.OBSERVE, lambda a: a.disaggregation_mode != "null"),

@@ -14,6 +14,7 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.admission import Admission
 from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.chaos import Chaos
+from pascal_sglang.engine.kv.drafts import step_tokens, taken_ahead
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.observability.decision_log import DecisionLog
@@ -58,7 +59,11 @@ class PlanExecutor:
         self.paused_requests = PausedRequests(scheduler, copies, costs)
         self.pool = self.paused_requests.pool
         self.capacity = CapacityView(
-            scheduler=scheduler, paused_requests=self.paused_requests, pool=self.pool
+            scheduler=scheduler,
+            paused_requests=self.paused_requests,
+            pool=self.pool,
+            step_tokens=step_tokens(scheduler),
+            taken_ahead=taken_ahead(scheduler),
         )
         tuning = Tuning(
             quantum=config.quantum_tokens,
@@ -70,7 +75,10 @@ class PlanExecutor:
         if stall_s is not None:
             tuning = dataclasses.replace(tuning, stall_s=stall_s)
         self.planner = Planner(
-            policy, tuning, KVAccounting(self.capacity.required, self.capacity.reclaimable)
+            policy,
+            tuning,
+            KVAccounting(self.capacity.required, self.capacity.reclaimable),
+            self.capacity.step_tokens,
         )
         self.admission = Admission(
             scheduler=scheduler, paused_requests=self.paused_requests, queue=self.planner.queue
@@ -134,7 +142,9 @@ class PlanExecutor:
         if busy and last is not None:
             pass_s = running_mean(pass_s, step)
             self.batch = running_mean(self.batch, len(running.reqs))
-        self.request_states.pass_info = PassInfo(before.pass_no + 1, now, pass_s)
+        self.request_states.pass_info = PassInfo(
+            before.pass_no + 1, now, pass_s, self.request_states.pass_tokens
+        )
         tokens = 0
         if last is not None and last.forward_mode.is_extend():
             tokens = last.extend_num_tokens or 0
@@ -218,7 +228,7 @@ class PlanExecutor:
     def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> ScheduleBatch | None:
         """Bring a paused request back into the running batch; None if it does not fit now."""
         growing = len(running.reqs) + self.paused_requests.count(PauseStatus.ARRIVING) + joining
-        keep = self.capacity.promised_tokens() + growing + 1
+        keep = self.capacity.promised_tokens() + self.capacity.taken_ahead * (growing + 1)
         resumed = (
             self.paused_requests.resume(req, running)
             if self.paused_requests.can_resume(req, keep)
@@ -268,8 +278,8 @@ class PlanExecutor:
         return self.paused_requests.releasing_tokens > 0
 
     def _fits(self, running: ScheduleBatch) -> bool:
-        pages = len(running.reqs) * self.scheduler.page_size
-        fits: bool = self.pool.allocator.available_size() >= pages or running.check_decode_mem()
+        most = len(running.reqs) * self.pool.in_pages(self.capacity.taken_ahead)
+        fits: bool = self.pool.allocator.available_size() >= most or running.check_decode_mem()
         return fits
 
     def retraction_order(self, reqs: list[Req]) -> list[int]:

@@ -15,17 +15,19 @@ from sglang.srt.managers.schedule_batch import Req
 from pascal_sglang import support
 from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.kv.drafts import drafts
 from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.queue_times import entered_queue, left_queue
 from pascal_sglang.engine.priorities import priority_of
-from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.queue import WaitQueue
 from pascal_sglang.policy.ranking import PREFIX_HEAD_START, PassInfo, fastest_pace
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
+from pascal_sglang.policy.running_mean import running_mean
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ class RequestStates:
     pass_info: PassInfo
     # Requests that arrived and cannot be paused, by reason.
     unpausable: Counter[str]
+    # Tokens that a request gets in a pass, on average.
+    pass_tokens: float
 
     def __init__(
         self,
@@ -67,6 +71,8 @@ class RequestStates:
         self.decision_log = decision_log
         self.pass_info = PassInfo(0, 0.0, 0.0)
         self.unpausable = Counter()
+        self.pass_tokens = 1.0
+        self._drafts = drafts(scheduler)
         self._arrivals = 0
 
     def arrived(self, req: Req) -> RequestState:
@@ -164,6 +170,9 @@ class RequestStates:
         # Looking these up costs as much as the rest of a turn.
         reasoning, program = Phase.REASONING, Reader.PROGRAM
         reasoning_ended: list[Req] = []
+        if self._drafts:
+            reqs = list(reqs)
+            self._count_pass_tokens(reqs)
         for req in reqs:
             state: RequestState = req.pascal_state
             timeline: PhaseTimeline = req.pascal_timeline
@@ -186,6 +195,13 @@ class RequestStates:
             elif answer_tokens > pacer.received:
                 pacer.receive(now, answer_tokens, floor)
         return reasoning_ended
+
+    def _count_pass_tokens(self, reqs: Iterable[Req]) -> None:
+        """Take in how much the requests have grown since their states were brought up to date."""
+        both = [(state_of(req).total_tokens, timeline_of(req)) for req in reqs]
+        grown = [t.reasoning_tokens + t.answer_tokens - before for before, t in both if before]
+        if grown := [tokens for tokens in grown if tokens > 0]:
+            self.pass_tokens = running_mean(self.pass_tokens, sum(grown) / len(grown))
 
     def _left_device(self, req: Req, tier: KVTier) -> None:
         self.decision_log.left_device(state_of(req), tier, self.pass_info)

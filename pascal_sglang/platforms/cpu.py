@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -23,6 +24,12 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def init_backend(self) -> None:
+        """SGLang's `torch_native` becomes ours; the name stays, for SGLang knows what it can do."""
+        from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+        ATTENTION_BACKENDS["torch_native"] = _reference_attention
+
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
 
@@ -36,3 +43,27 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         server_args.sleep_on_idle = True
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        from pascal_sglang.platforms import speculative
+
+        speculative.keep_overlap()
+        return algorithm in speculative.ALGORITHMS
+
+    def get_speculative_worker_cls(self, algorithm: str) -> None:
+        """SGLang's own worker, once what it calls runs here. SGLang asks before it builds one."""
+        from pascal_sglang.platforms import speculative
+
+        speculative.install()
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., Any]:
+        from pascal_sglang.platforms.speculative import read_rows
+
+        return read_rows
+
+
+def _reference_attention(runner: Any) -> Any:
+    # SGLang's model runner asks for the platform while it is imported.
+    from pascal_sglang.platforms.attention import create
+
+    return create(runner)

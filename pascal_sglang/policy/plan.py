@@ -13,8 +13,8 @@ from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.victims import Victims
 
-# Tokens every running request may grow by before the next plan can react: a pause under overlap
-# scheduling takes two passes to free memory.
+# Steps of every running request before the next plan can react: a pause under overlap scheduling
+# takes two passes to free memory.
 GROWTH = 4
 # Passes before displacement is tried again for a request for which it has just failed. Running
 # requests change rank but once in many passes, and looking at all of them costs.
@@ -74,9 +74,15 @@ class Planner:
     """Decides, deterministically, what a pass starts and pauses."""
 
     def __init__(
-        self, policy: Policy, tuning: Tuning, accounting: KVAccounting | None = None
+        self,
+        policy: Policy,
+        tuning: Tuning,
+        accounting: KVAccounting | None = None,
+        step_tokens: int = 1,
     ) -> None:
+        """step_tokens: the most tokens that a step gives a request."""
         self.policy = policy
+        self.growth = GROWTH * step_tokens
         self.tuning = tuning
         self.accounting = accounting or KVAccounting()
         self.queue = WaitQueue(policy, tuning)
@@ -109,7 +115,9 @@ class Planner:
         order, but for `backfill`.
         """
         budget = (
-            capacity.free_tokens + capacity.releasing_tokens - GROWTH * (len(running) + joining)
+            capacity.free_tokens
+            + capacity.releasing_tokens
+            - self.growth * (len(running) + joining)
         )
         if self.is_content(budget):
             return NOTHING
@@ -165,7 +173,7 @@ class Planner:
         waited = builder.pass_info.pass_no - blocked.since_pass
         if not self.policy.backfills or waited >= self.tuning.backfill * self.tuning.quantum:
             return []
-        if builder.paused or builder.spilled or builder.slots < 1 or builder.budget < GROWTH:
+        if builder.paused or builder.spilled or builder.slots < 1 or builder.budget < self.growth:
             return []
         if self.policy.urgent is not None:
             rank = self.policy.rank(blocked, builder.pass_info, self.tuning)
@@ -203,7 +211,7 @@ class Planner:
         return spare_tokens >= 0 and not self.queue
 
     def _headroom(self, request: RequestState) -> int:
-        return max(GROWTH, min(self.tuning.headroom, request.remaining))
+        return max(self.growth, min(self.tuning.headroom, request.remaining))
 
     def stays_blocked(self, request: RequestState, rank: Rank, pass_no: int) -> bool:
         """Whether displacement failed recently for `request` at this `rank`."""
@@ -349,7 +357,7 @@ class PlanBuilder:
                     self.shortage = "rank"
                     continue
                 taken.append(victim)
-                left -= planner.accounting.reclaimable(victim) + GROWTH
+                left -= planner.accounting.reclaimable(victim) + planner.growth
                 lacking -= 1
                 if left <= 0 and lacking <= 0:
                     return taken
@@ -373,7 +381,7 @@ class PlanBuilder:
         given = self.planner.accounting.reclaimable(victim)
         self._gave[victim] = given
         self.paused.append(victim)
-        self.budget += given + GROWTH
+        self.budget += given + self.planner.growth
         self.slots += 1
 
     def _spill(self, request: RequestState) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
+from pascal_sglang.engine.kv import drafts
 from pascal_sglang.engine.kv.copy_stream import CopyStream, copy_stream_of
 from pascal_sglang.engine.kv.pinning import pin
 from pascal_sglang.engine.kv.range_allocator import RangeAllocator
@@ -72,13 +73,13 @@ class HostCopies:
     whatever its event says, so that ranks go on alike. The stream keeps copies in order, so memory
     that has been given back may be written by the next one at once.
 
-    buffers: the pool's, each of shape (entries, ...); None for pools whose KV is not copied but
-    recomputed.
+    buffers: the pool's, and those of the draft model's pool, each of shape (entries, ...); None for
+    pools whose KV is not copied but recomputed.
     """
 
     def __init__(self, scheduler: SchedulerProtocol) -> None:
         self._scheduler = scheduler
-        self.buffers = _buffers_of(scheduler.token_to_kv_pool_allocator.get_kvcache())
+        self.buffers = _all_buffers(scheduler)
         self._memory: list[torch.Tensor] = []
         self._pieces = RangeAllocator(0)
         self._stream = copy_stream_of(scheduler) if self.buffers else CopyStream()
@@ -211,6 +212,19 @@ class HostCopies:
 def _chunks(tokens: int) -> Iterator[slice]:
     for start in range(0, tokens, CHUNK):
         yield slice(start, min(start + CHUNK, tokens))
+
+
+def _all_buffers(scheduler: SchedulerProtocol) -> list[torch.Tensor] | None:
+    if drafts.drafts(scheduler) and not drafts.carries(scheduler):
+        return None
+    pools = [scheduler.token_to_kv_pool_allocator.get_kvcache(), *drafts.draft_pools(scheduler)]
+    found: list[torch.Tensor] = []
+    for pool in pools:
+        buffers = _buffers_of(pool)
+        if buffers is None:
+            return None
+        found += buffers
+    return found
 
 
 def _buffers_of(pool: Any) -> list[torch.Tensor] | None:

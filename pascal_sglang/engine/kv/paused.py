@@ -19,6 +19,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.kv.decode_batch import decoding, joined
+from pascal_sglang.engine.kv.drafts import DraftState, carries, state_in_batch, state_in_row
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -71,6 +72,8 @@ class Paused:
     # HOST: its shared prefix as last matched, and `Pool.changes` then.
     prefix: CachedPrefix | None = None
     matched_at: int = -1
+    # The state of its draft model; None without one, and in LEAVING until its last step is over.
+    drafted: DraftState | None = None
 
 
 class PausedRequests:
@@ -87,6 +90,7 @@ class PausedRequests:
         self.copies = copies
         self.costs = costs
         self.host_tokens = 0
+        self._drafts = carries(scheduler)
         self.counts = Counter()
         self._table: dict[Req, Paused] = {}
         # The requests of `_table` by status, in the order in which they entered it.
@@ -131,9 +135,11 @@ class PausedRequests:
     ) -> None:
         """The request is in `status` from now on, and in no other."""
         before = self._table.get(req)
+        drafted = None
         if before is not None:
             del self._by_status[before.status][req]
-        self._table[req] = Paused(status, tier, locations, copy)
+            drafted = before.drafted
+        self._table[req] = Paused(status, tier, locations, copy, drafted=drafted)
         self._by_status[status][req] = None
 
     def _remove(self, req: Req) -> None:
@@ -170,7 +176,7 @@ class PausedRequests:
     def releasing_tokens(self) -> int:
         """Device KV that requests on their way out will give back."""
         return sum(
-            req.kv.kv_committed_len
+            req.kv.kv_allocated_len
             for req in self._by_status[PauseStatus.LEAVING]
             if self._table[req].tier is not KVTier.RESIDENT
         )
@@ -196,10 +202,15 @@ class PausedRequests:
     ) -> None:
         """Take `reqs` out of the running batch; their KV follows in `finish_pauses`."""
         leaving = {req: tier(req) for req in reqs}
+        # Under overlap the state is that of the step before the one in flight.
+        drafted = {}
+        if self._drafts and not self.scheduler.enable_overlap:
+            drafted = {req: state_in_batch(req, batch) for req in leaving}
         batch.filter_batch(reqs_to_exclude=list(leaving))
         batch.batch_is_full = False
         for req, told in leaving.items():
             self._enter(req, PauseStatus.LEAVING, tier=told)
+            self._table[req].drafted = drafted.get(req)
 
     def finish_pauses(self) -> Iterator[tuple[Req, KVTier]]:
         """Handle the KV of everybody whose last token has arrived; yields each with its tier.
@@ -218,7 +229,10 @@ class PausedRequests:
                 self._remove_kv(req)
                 continue
             tier = self._table[req].tier
+            if self._drafts and self._table[req].drafted is None:
+                self._table[req].drafted = state_in_row(req, self.scheduler)
             if tier is KVTier.RESIDENT:
+                self.pool.give_back_ahead(req)
                 self._enter(req, PauseStatus.RESIDENT, locations=self.pool.locations(req))
                 self.pool.rows.free(req)
                 self._count(tier, req.kv.kv_committed_len)
@@ -341,11 +355,11 @@ class PausedRequests:
         if self.status_of(req) is PauseStatus.RESIDENT:
             if self.pool.rows.alloc([req]) is None:
                 return None
-            locations = self.locations_of(req)
+            locations, drafted = self.locations_of(req), self._table[req].drafted
             self._remove(req)
             self.pool.rows.write((req.kv.req_pool_idx, slice(0, len(locations))), locations)
             self.counts["resumed"] += 1
-            return joined(running, decoding(req, self.scheduler))
+            return joined(running, decoding(req, self.scheduler, drafted))
         copy = self.copy_of(req)
         if not self._to_device(req, copy):
             return None
@@ -361,7 +375,8 @@ class PausedRequests:
         """The running batch with the requests that were arriving."""
         for req in self.in_status(PauseStatus.ARRIVING):
             self._hold_steps(self.copy_of(req))
-            running = joined(running, decoding(req, self.scheduler))
+            drafted = self._table[req].drafted
+            running = joined(running, decoding(req, self.scheduler, drafted))
             self._remove(req)
         return running
 

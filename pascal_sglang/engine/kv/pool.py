@@ -129,6 +129,14 @@ class Pool:
         req.lock = None
         req.kv.mark_kv_released()
 
+    def give_back_ahead(self, req: Req) -> None:
+        """Give back the KV entries beyond a request's tokens, which steps with drafts take ahead.
+        No step that writes there is in flight."""
+        begin, end = self.in_pages(req.kv.kv_committed_len), req.kv.kv_allocated_len
+        if begin < end:
+            self.tree.free_kv_row(req.kv, [(begin, end)])
+        req.kv.kv_allocated_len = req.kv.kv_committed_len
+
     def take(self, tokens: int) -> torch.Tensor | None:
         """`tokens` KV entries, evicting cached prefixes as needed; None if there are not enough."""
         pages = self.in_pages(tokens)
