@@ -9,8 +9,10 @@ from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from pascal_sglang import support
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.kv.drafts import drafts
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
+from pascal_sglang.engine.kv.pool_copies import PoolCopies
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.priorities import take_over
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -43,18 +45,26 @@ def build_executor(scheduler: SchedulerProtocol, config: PascalConfig) -> PlanEx
             flag,
             config.policy,
         )
-    copies = HostCopies(scheduler)
+    copies = host_copies_of(scheduler)
     budget = int(agree(scheduler, host_budget_tokens(copies, scheduler, config)))
     copies.reserve(budget)
     measured = measure_costs(scheduler, copies)
     costs = Costs(*agree(scheduler, measured.copy_s, measured.copy_token_s))
     if measured.launch_s is not None:
         costs.launch_s = agree(scheduler, measured.launch_s)
-    if copies.buffers is None:
+    if not copies.copies:
         pool = type(scheduler.token_to_kv_pool_allocator.get_kvcache()).__name__
         logger.warning("pascal_sglang: KV in this %s is not copied; pauses recompute it", pool)
     policy = take_over(scheduler, config.record)
     return PlanExecutor(scheduler, config, policy, copies, costs)
+
+
+def host_copies_of(scheduler: SchedulerProtocol) -> HostCopies:
+    """The host memory for a scheduler's KV: in our own form, or in the pool's where that is all we
+    know of it."""
+    copies = HostCopies(scheduler)
+    # The pool's own form does not have the KV of a draft model.
+    return copies if copies.copies or drafts(scheduler) else PoolCopies(scheduler)
 
 
 def host_budget_tokens(
@@ -62,7 +72,7 @@ def host_budget_tokens(
 ) -> float:
     """Tokens of paused KV that this rank may hold in host memory."""
     parallel = get_parallel()
-    if copies.buffers is None:
+    if not copies.copies:
         return 0.0
     per_token: int = copies.bytes_per_token
     tp_size: int = parallel.tp_size

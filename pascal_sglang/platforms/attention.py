@@ -151,8 +151,9 @@ class ReferenceAttention(TorchNativeAttnBackend):
         out = q.new_empty((len(q), layer.tp_q_head_num, layer.v_head_dim))
         window = layer.sliding_window_size
         begin = 0
-        requests = zip(forward_batch.req_pool_indices.tolist(), self._spans(forward_batch, len(q)))
-        for row, (length, new, tree) in requests:
+        requests = forward_batch.req_pool_indices.tolist()
+        spans = self._spans(forward_batch, len(q))
+        for row, (length, new, tree) in zip(requests, spans, strict=True):
             # What no query sees may be evicted.
             first = max(0, length - new - window) if window > -1 else 0
             where = rows[row, first:length]
@@ -228,5 +229,6 @@ def create(runner: Any) -> ReferenceAttention:
     )
 
     # Else a prefill of MLA hands keys over that the pool does not hold, without its prefix.
-    AttentionBackendRegistry.register("torch_native", _dispatch_mla_subtype)
+    for name in ("torch_native", "triton"):
+        AttentionBackendRegistry.register(name, _dispatch_mla_subtype)
     return ReferenceAttention(runner)

@@ -25,10 +25,12 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return "torch_native"
 
     def init_backend(self) -> None:
-        """SGLang's `torch_native` becomes ours; the name stays, for SGLang knows what it can do."""
+        """Attention is ours by the names that models ask for: SGLang's PyTorch backend leaves out
+        what they need, and Triton's kernels do not run here."""
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-        ATTENTION_BACKENDS["torch_native"] = _reference_attention
+        for name in ("torch_native", "triton"):
+            ATTENTION_BACKENDS[name] = _reference_attention
 
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"

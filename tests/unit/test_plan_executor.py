@@ -85,9 +85,9 @@ class FailingCopies:
     deferred = False
     room = 100
 
-    def to_host(self, locations):
+    def save(self, _, locations):
         self.room -= len(locations)
-        return len(locations)
+        return HostCopy(len(locations), 0, None, len(locations))
 
     def wait(self, _):
         return False

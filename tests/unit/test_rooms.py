@@ -47,7 +47,7 @@ PACKAGE = {
         {"fastapi", "psutil", "ray", "sglang", "starlette"},
     ),
     "streaming": ({"clock", "config", "entrypoints"}, {"sglang"}),
-    "platforms": (set(), {"sglang"}),
+    "platforms": (set(), {"sglang", "torch"}),
     "demo": (
         {"config"},
         {"filelock", "safetensors", "sglang", "tokenizers", "torch", "transformers"},

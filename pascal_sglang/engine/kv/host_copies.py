@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 from pascal_sglang.engine.kv import drafts
@@ -87,6 +88,11 @@ class HostCopies:
         self._pins = str(scheduler.device).startswith("cuda")
         self._unpinned = False
         self._failures = 0
+
+    @property
+    def copies(self) -> bool:
+        """Whether KV is copied at all, or recomputed."""
+        return self.buffers is not None
 
     @property
     def bytes_per_token(self) -> int:
@@ -197,6 +203,22 @@ class HostCopies:
 
         # A step in flight may still write entries that have just been freed and given to us.
         self._begin(kv, copy, locations, after_steps=True)
+
+    def save(self, req: Req, locations: torch.Tensor) -> HostCopy:
+        """Begin to copy a request's KV, which is at `locations`, as `to_host` does."""
+        tokens = len(locations)
+        shared = min(req.kv.cache_protected_len, tokens)
+        prefix = self.to_host(locations[:shared]) if shared else None
+        own = self.to_host(locations[shared:]) if shared < tokens else None
+        return HostCopy(tokens, shared, prefix, own)
+
+    def load(self, req: Req, copy: HostCopy, locations: torch.Tensor, shared: int) -> None:
+        """Begin to write a request's KV to `locations`, as `to_device` does, without the first
+        `shared` tokens, which are there."""
+        if copy.prefix is not None and not shared:
+            self.to_device(copy.prefix, locations[: copy.shared])
+        if copy.own is not None:
+            self.to_device(copy.own, locations[copy.shared :])
 
     def hold_steps(self, kv: HostKV) -> None:
         """Have steps launched from now on wait for the copy, if it is not complete by then."""

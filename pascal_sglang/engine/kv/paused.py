@@ -261,10 +261,7 @@ class PausedRequests:
         tokens, room = len(locations), self.copies.room
         if (tier or self.costs.cheapest(tokens, room)) is not KVTier.HOST or tokens > room:
             return False
-        shared = min(req.kv.cache_protected_len, tokens)
-        prefix = self.copies.to_host(locations[:shared]) if shared else None
-        own = self.copies.to_host(locations[shared:]) if shared < tokens else None
-        self._table[req].copy = HostCopy(tokens, shared, prefix, own)
+        self._table[req].copy = self.copies.save(req, locations)
         self.host_tokens += tokens
         return True
 
@@ -422,10 +419,7 @@ class PausedRequests:
             locations = torch.cat([path.to(own.dtype), own])
         pool.rows.write((req.kv.req_pool_idx, slice(0, tokens)), locations)
         self._bind_kv(req, tokens, shared, node, lock)
-        if copy.prefix is not None and not shared:
-            self.copies.to_device(copy.prefix, locations[: copy.shared])
-        if copy.own is not None:
-            self.copies.to_device(copy.own, locations[copy.shared :])
+        self.copies.load(req, copy, locations, shared)
         return True
 
     def _bind_kv(self, req: Req, tokens: int, shared: int, node: Any, lock: Any) -> None:
