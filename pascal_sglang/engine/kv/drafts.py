@@ -16,7 +16,9 @@ from sglang.srt.mem_cache.allocation_sizing import (
     get_alloc_len_per_decode,
     get_alloc_reserve_per_decode,
 )
+from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.eagle_info import EagleDraftInput
+from sglang.srt.speculative.eagle_utils import get_draft_recurrent_hidden_state_spec
 
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 
@@ -52,6 +54,32 @@ def draft_pools(scheduler: SchedulerProtocol) -> list[Any]:
     if not carries(scheduler):
         return []
     return [runner.token_to_kv_pool for runner in scheduler.draft_worker._draft_model_runners()]
+
+
+def traveling_rows(
+    scheduler: SchedulerProtocol,
+) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+    """Of each tensor of a state that goes to another instance: its shape behind the first
+    dimension, and what it may be of."""
+    topk = get_spec().speculative_eagle_topk
+    tokens = (torch.int64, torch.int32)
+    rows = {
+        "bonus_tokens": ((), tokens),
+        "topk_p": ((topk,), (torch.float32,)),
+        "topk_index": ((topk,), tokens),
+    }
+    runner = scheduler.draft_worker._draft_model_runners()[0]
+    width, dtype = get_draft_recurrent_hidden_state_spec(runner)
+    return rows if width is None else {**rows, "hidden_states": ((width,), (dtype,))}
+
+
+def layout_name(scheduler: SchedulerProtocol) -> str:
+    """A name for what the draft model's KV and rows mean; empty without one."""
+    if not drafts(scheduler):
+        return ""
+    spec = get_spec()
+    model, topk = spec.speculative_draft_model_path, spec.speculative_eagle_topk
+    return f" {spec.speculative_algorithm} {model} topk{topk}"
 
 
 def step_tokens(scheduler: SchedulerProtocol) -> int:

@@ -124,6 +124,10 @@ class PausedRequests:
         assert locations is not None
         return locations
 
+    def drafted(self, req: Req) -> DraftState | None:
+        """The state of the draft model of a paused request; None without one."""
+        return self._table[req].drafted
+
     def _enter(
         self,
         req: Req,
@@ -456,11 +460,13 @@ class PausedRequests:
             self._drop_copy(req)
         self._remove_kv(req)
 
-    def adopt(self, req: Req, locations: torch.Tensor) -> None:
-        """Take in a paused request from elsewhere, whose KV is at `locations` on the device."""
+    def adopt(self, req: Req, locations: torch.Tensor, drafted: DraftState | None = None) -> None:
+        """Take in a paused request from elsewhere, whose KV is at `locations` on the device.
+        drafted: the state of its draft model, if there is one."""
         root = self.pool.tree.root_node_handle(req.extra_key)
         self._bind_kv(req, len(locations), 0, root, None)
         self._enter(req, PauseStatus.RESIDENT, locations=locations)
+        self._table[req].drafted = drafted
 
     def forget(self, matches: Callable[[Req], bool]) -> list[Req]:
         """Let go of requests being aborted; returns them. One in flight stays: its result, which

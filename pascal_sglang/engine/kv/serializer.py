@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from sglang.srt.runtime_context import get_parallel, get_serving
 
+from pascal_sglang.engine.kv.drafts import layout_name
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostKV
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 
@@ -74,5 +75,5 @@ def kv_bytes_of(scheduler: SchedulerProtocol, copies: HostCopies) -> KVSerialize
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     if copies.buffers is None:
         return f"KV in a {type(pool).__name__} of this layout does not travel yet"
-    model = str(scheduler.server_args.model_path)
+    model = str(scheduler.server_args.model_path) + layout_name(scheduler)
     return KVSerializer(copies, copies.buffers, model, lambda: str(get_serving().weight_version))

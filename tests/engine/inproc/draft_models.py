@@ -31,7 +31,9 @@ def eagle_head(target: Path, out: Path) -> Path:
     config = _config(target, out, architectures=["Qwen2ForCausalLMEagle"], num_hidden_layers=1)
     hidden = config["hidden_size"]
     weights = {"fc.weight": _fitted(target).T, "fc.bias": torch.zeros(hidden)}
-    layer = {name: weight for name, weight in _layer(config).items() if "input_layernorm" not in name}
+    layer = {
+        name: weight for name, weight in _layer(config).items() if "input_layernorm" not in name
+    }
     _save(out, {**weights, **{f"layers.0.{name}": weight for name, weight in layer.items()}})
     return out
 
@@ -64,9 +66,7 @@ def eagle3_head(target: Path, out: Path) -> Path:
 
 def with_token_predictor(target: Path, out: Path) -> Path:
     """The target model as a MiMo, which brings a layer that predicts the token after the next."""
-    config = _config(
-        target, out, architectures=["MiMoForCausalLM"], num_nextn_predict_layers=1
-    )
+    config = _config(target, out, architectures=["MiMoForCausalLM"], num_nextn_predict_layers=1)
     hidden = config["hidden_size"]
     dice = torch.Generator().manual_seed(3)
     more = {
