@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang.engine.admission import Admission
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
@@ -25,7 +26,7 @@ class World:
     """Four requests in both queues, of which the plan admits the second and the first."""
 
     def __init__(self):
-        self.scheduler = SimpleNamespace(waiting_queue=[])
+        self.scheduler = SimpleNamespace(waiting_queue=[], spec_algorithm=SpeculativeAlgorithm.NONE)
         self.paused_requests = PausedRequests(self.scheduler, None, Costs())
         self.planner = Planner(POLICIES["pascal"], Tuning())
         self.admission = Admission(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
@@ -48,7 +49,10 @@ class Broken:
 def copies_of(pool, room=ENTRIES):
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
     scheduler = SimpleNamespace(
-        token_to_kv_pool_allocator=allocator, device="cpu", max_total_num_tokens=ENTRIES - 1
+        token_to_kv_pool_allocator=allocator,
+        device="cpu",
+        max_total_num_tokens=ENTRIES - 1,
+        spec_algorithm=SpeculativeAlgorithm.NONE,
     )
     copies = HostCopies(scheduler)
     copies.reserve(room)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang import support
 from pascal_sglang.config import PascalConfig
@@ -106,6 +107,7 @@ def scheduler(rows=1):
         tp_cpu_group=SimpleNamespace(size=lambda: 1),
         enable_overlap=True,
         device="cpu",
+        spec_algorithm=SpeculativeAlgorithm.NONE,
     )
 
 
@@ -310,7 +312,8 @@ def running(*, pausable):
     request = paused()
     member = request.pascal_state
     member.handle, member.status, member.pausable = request, RequestStatus.RUNNING, pausable
-    request.kv.kv_committed_len, request.to_finish = 10, None
+    request.kv.kv_committed_len = request.kv.kv_allocated_len = 10
+    request.to_finish = None
     return request
 
 

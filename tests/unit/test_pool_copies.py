@@ -6,6 +6,7 @@ import pytest
 import torch
 from sglang.srt.mem_cache.memory_pool import KVCache, MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.runtime_context import get_parallel
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool_copies import PoolCopies
@@ -24,7 +25,10 @@ def scheduler_of(pool):
         get_kvcache=lambda: pool, get_cpu_copy=pool.get_cpu_copy, load_cpu_copy=pool.load_cpu_copy
     )
     return SimpleNamespace(
-        token_to_kv_pool_allocator=allocator, device="cpu", max_total_num_tokens=95
+        token_to_kv_pool_allocator=allocator,
+        device="cpu",
+        max_total_num_tokens=95,
+        spec_algorithm=SpeculativeAlgorithm.NONE,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import msgspec
@@ -46,7 +47,8 @@ def unpack(rows: dict[str, DraftRow], scheduler: SchedulerProtocol) -> DraftStat
     for name, row in rows.items():
         shape, dtypes = expected[name]
         found = next((d for d in dtypes if str(d) == f"torch.{row.dtype}"), None)
-        if found is None or tuple(row.shape) != shape:
+        size = 0 if found is None else found.itemsize * math.prod(shape)
+        if found is None or tuple(row.shape) != shape or len(row.content) != size:
             raise ValueError(f"{name} of another form")
         tensor = torch.frombuffer(bytearray(row.content), dtype=found).view(1, *shape)
         if not found.is_floating_point:

@@ -11,6 +11,8 @@ from collections import Counter
 import pytest
 
 from pascal_sglang.demo.tiny import build_tiny_model
+from pascal_sglang.engine.kv.paused import PauseStatus
+from pascal_sglang.engine.migration.draft_rows import pack, unpack
 from pascal_sglang.policy.kv_tier import KVTier
 from tests.engine.inproc import draft_models
 from tests.engine.inproc.bed import Request, differing, run
@@ -88,7 +90,12 @@ def test_pauses_change_no_token(servers, references, kind, overlap):
 
 
 def keep_kv(scheduler, reqs, passes):
-    """No pause drops KV: a prefill would make the draft model's anew."""
+    """No pause drops KV: a prefill would make the draft model's anew. What the draft model keeps of
+    paused requests is what an instance that they migrate to would read."""
+    paused_requests = scheduler.plan_executor.paused_requests
+    for req in paused_requests.in_status(PauseStatus.RESIDENT, PauseStatus.HOST):
+        paused = paused_requests._table[req]
+        paused.drafted = unpack(pack(paused.drafted), scheduler)
     if passes == 1:
         chaos = scheduler.plan_executor._chaos
         tiers = [KVTier.RESIDENT, KVTier.HOST]
