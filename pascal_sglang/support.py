@@ -124,6 +124,8 @@ def _odd_windows(scheduler: Any) -> bool:
     return not plain or kept
 
 
+# Speculative decoding whose drafts are chains, and which keeps KV and one row of a request.
+CHAINS = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
 # Of our own configuration.
 CONFIG = (
     Row(
@@ -159,8 +161,26 @@ SERVER = (
     Row(
         "another --speculative-algorithm",
         Level.ORDER,
-        lambda a: a.speculative_algorithm not in (None, "EAGLE", "STANDALONE"),
+        lambda a: a.speculative_algorithm not in (None, *CHAINS),
         "what its drafts keep of a request is not known here",
+    ),
+    Row(
+        "--speculative-eagle-topk above 1",
+        Level.RECOMPUTE,
+        lambda a: a.speculative_algorithm in CHAINS and (a.speculative_eagle_topk or 1) > 1,
+        "the row of a tree of drafts has not been tried",
+    ),
+    Row(
+        "--enable-multi-layer-eagle",
+        Level.RECOMPUTE,
+        lambda a: a.enable_multi_layer_eagle,
+        "the rows of its layers have not been tried",
+    ),
+    Row(
+        "--speculative-adaptive",
+        Level.RECOMPUTE,
+        lambda a: a.speculative_adaptive,
+        "a row made under another number of steps has not been tried",
     ),
     Row(
         "--pp-size above 1",

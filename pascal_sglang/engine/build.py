@@ -12,6 +12,7 @@ from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 from pascal_sglang import scheduling_flags
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv import host_cache
+from pascal_sglang.engine.kv.drafts import drafts
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
 from pascal_sglang.engine.kv.pool_copies import PoolCopies
@@ -84,7 +85,10 @@ def host_copies_of(scheduler: SchedulerProtocol, *, kept: bool) -> HostCopies:
     """The host memory for a scheduler's KV: in our own form, or in the pool's where that is all we
     know of it. kept: whether pauses keep KV."""
     copies = HostCopies(scheduler, kept=kept)
-    return copies if copies.copies or not kept else PoolCopies(scheduler)
+    # The pool's own form does not have the KV of a draft model.
+    if copies.copies or not kept or drafts(scheduler):
+        return copies
+    return PoolCopies(scheduler)
 
 
 def host_budget(

@@ -24,6 +24,10 @@ class CapacityView:
     lora_slots: LoraSlots
     # False: a plan says in which order requests start, and SGLang which of them fit.
     counts_kv: bool = True
+    # The most tokens that a step gives a request, and the KV entries that a request has to have
+    # beyond its tokens when a step begins.
+    step_tokens: int = 1
+    taken_ahead: int = 1
     # The last match of a waiting request, and what it was for.
     _matched: tuple[tuple[RequestState, int, int], CachedPrefix] | None = None
 
@@ -63,7 +67,7 @@ class CapacityView:
         prefill; what could be evicted and what is on its way back is not counted."""
         growing = len(running.reqs) + self.joining(last)
         free: int = self.pool.allocator.available_size()
-        return free - self.promised_tokens() - GROWTH * growing
+        return free - self.promised_tokens() - GROWTH * self.step_tokens * growing
 
     def promised_tokens(self) -> int:
         """KV the rest of a chunked prefill will take: SGLang goes on with it unasked."""

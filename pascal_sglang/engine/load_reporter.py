@@ -119,7 +119,7 @@ def load_figures(
         "waiting": sum(state_of(r).kv_tokens for r in scheduler.waiting_queue),
         "capacity": scheduler.max_total_num_tokens,
         "load": len(running) + len(paused) + len(scheduler.waiting_queue),
-        "pass_us": round(1e6 * executor.request_states.pass_info.pass_s),
+        "pass_us": round(1e6 * executor.request_states.pass_info.token_s),
         "batch": round(executor.batch),
         "prefill_ns": round(1e9 * (executor.paused_requests.costs.prefill_token_s or 0.0)),
     }

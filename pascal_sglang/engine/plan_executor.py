@@ -14,6 +14,7 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.admission import Admission
 from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.chaos import Chaos
+from pascal_sglang.engine.kv.drafts import step_tokens, taken_ahead
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.lora_slots import LoraSlots
@@ -69,6 +70,8 @@ class PlanExecutor:
             pool=self.pool,
             counts_kv=support.level >= Level.RECOMPUTE,
             lora_slots=self.lora_slots,
+            step_tokens=step_tokens(scheduler),
+            taken_ahead=taken_ahead(scheduler),
         )
         tuning = Tuning(
             quantum=config.quantum_tokens,
@@ -87,7 +90,7 @@ class PlanExecutor:
             self.capacity.windows_required,
             self.capacity.windows_reclaimable,
         )
-        self.planner = Planner(policy, tuning, accounting)
+        self.planner = Planner(policy, tuning, accounting, self.capacity.step_tokens)
         self.admission = Admission(
             scheduler=scheduler, paused_requests=self.paused_requests, queue=self.planner.queue
         )
@@ -150,7 +153,9 @@ class PlanExecutor:
         if busy and last is not None:
             pass_s = running_mean(pass_s, step)
             self.batch = running_mean(self.batch, len(running.reqs))
-        self.request_states.pass_info = PassInfo(before.pass_no + 1, now, pass_s)
+        self.request_states.pass_info = PassInfo(
+            before.pass_no + 1, now, pass_s, self.request_states.pass_tokens
+        )
         tokens = 0
         if last is not None and last.forward_mode.is_extend():
             tokens = last.extend_num_tokens or 0
@@ -249,7 +254,7 @@ class PlanExecutor:
     def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> ScheduleBatch | None:
         """Bring a paused request back into the running batch; None if it does not fit now."""
         growing = len(running.reqs) + self.paused_requests.count(PauseStatus.ARRIVING) + joining
-        keep = self.capacity.promised_tokens() + growing + 1
+        keep = self.capacity.promised_tokens() + self.capacity.taken_ahead * (growing + 1)
         resumed = (
             self.paused_requests.resume(req, running)
             if self.paused_requests.can_resume(req, keep)
@@ -309,8 +314,8 @@ class PlanExecutor:
         return False
 
     def _fits(self, running: ScheduleBatch) -> bool:
-        pages = len(running.reqs) * self.scheduler.page_size
-        fits: bool = self.pool.allocator.available_size() >= pages or running.check_decode_mem()
+        most = len(running.reqs) * self.pool.in_pages(self.capacity.taken_ahead)
+        fits: bool = self.pool.allocator.available_size() >= most or running.check_decode_mem()
         return fits
 
     def retraction_order(self, reqs: list[Req]) -> list[int]:

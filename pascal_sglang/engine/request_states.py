@@ -14,18 +14,21 @@ from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.kv.drafts import drafts
 from pascal_sglang.engine.kv.owned import keep_what_is_cached
 from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.queue_times import entered_queue, left_queue
+from pascal_sglang.engine.penalties import has_penalties
 from pascal_sglang.engine.priorities import priority_of
-from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.queue import WaitQueue
 from pascal_sglang.policy.ranking import PREFIX_HEAD_START, PassInfo, fastest_pace
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
+from pascal_sglang.policy.running_mean import running_mean
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline
 from pascal_sglang.support import EVERYTHING, NOT_RECOMPUTED, Level, Support, first, of_request
 
@@ -54,6 +57,8 @@ class RequestStates:
     unpausable: Counter[str]
     # Whether `--strip-thinking-cache` is given.
     strips_thinking: bool = False
+    # Tokens that a request gets in a pass, on average.
+    pass_tokens: float
 
     def __init__(
         self,
@@ -72,6 +77,8 @@ class RequestStates:
         self.support = support
         self.pass_info = PassInfo(0, 0.0, 0.0)
         self.unpausable = Counter()
+        self.pass_tokens = 1.0
+        self._drafts = drafts(scheduler)
         self._arrivals = 0
 
     def arrived(self, req: Req) -> RequestState:
@@ -89,6 +96,9 @@ class RequestStates:
             handle=req,
         )
         own = of_request(req)
+        if self._drafts and has_penalties(req.sampling_params):
+            # SGLang counts one token of each step there, whichever are accepted.
+            own = own.lowered(Level.ORDER, "penalties under speculative decoding")
         level = min(own.level, self.support.level)
         state.keeps_kv = level >= Level.PAUSE
         state.recomputes = first(NOT_RECOMPUTED, req) is None
@@ -182,6 +192,9 @@ class RequestStates:
         # Looking these up costs as much as the rest of a turn.
         reasoning, program = Phase.REASONING, Reader.PROGRAM
         reasoning_ended: list[Req] = []
+        if self._drafts:
+            reqs = list(reqs)
+            self._count_pass_tokens(reqs)
         for req in reqs:
             state: RequestState = req.pascal_state
             timeline: PhaseTimeline = req.pascal_timeline
@@ -204,6 +217,13 @@ class RequestStates:
             elif answer_tokens > pacer.received:
                 pacer.receive(now, answer_tokens, floor)
         return reasoning_ended
+
+    def _count_pass_tokens(self, reqs: Iterable[Req]) -> None:
+        """Take in how much the requests have grown since their states were brought up to date."""
+        both = [(state_of(req).total_tokens, timeline_of(req)) for req in reqs]
+        grown = [t.reasoning_tokens + t.answer_tokens - before for before, t in both if before]
+        if grown := [tokens for tokens in grown if tokens > 0]:
+            self.pass_tokens = running_mean(self.pass_tokens, sum(grown) / len(grown))
 
     def _left_device(self, req: Req, tier: KVTier) -> None:
         self.decision_log.left_device(state_of(req), tier, self.pass_info)

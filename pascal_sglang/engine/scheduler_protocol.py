@@ -55,6 +55,7 @@ class SchedulerProtocol(Protocol):
     # The model and the server.
     model_config: Any
     spec_algorithm: Any
+    draft_worker: Any
     disaggregation_mode: Any
     is_generation: bool
     tokenizer: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch._dynamo
@@ -63,6 +64,23 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         server_args.sleep_on_idle = True
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        from pascal_sglang.platforms import speculative
+
+        speculative.keep_overlap()
+        return algorithm in speculative.ALGORITHMS
+
+    def get_speculative_worker_cls(self, algorithm: str) -> None:
+        """SGLang's own worker, once what it calls runs here. SGLang asks before it builds one."""
+        from pascal_sglang.platforms import speculative
+
+        speculative.install()
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., Any]:
+        from pascal_sglang.platforms.speculative import read_rows
+
+        return read_rows
 
 
 def _reference_attention(runner: Any) -> Any:

@@ -13,8 +13,8 @@ from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.victims import Victims
 
-# Tokens every running request may grow by before the next plan can react: a pause under overlap
-# scheduling takes two passes to free memory.
+# Steps of every running request before the next plan can react: a pause under overlap scheduling
+# takes two passes to free memory.
 GROWTH = 4
 # Passes before displacement is tried again for a request for which it has just failed. Running
 # requests change rank but once in many passes, and looking at all of them costs.
@@ -89,8 +89,8 @@ class Plan:
 NOTHING = Plan()
 # What a request may take beside KV entries and a slot.
 BESIDE = ("states", "windows")
-# By how much each running request's share of them grows until the next plan can react.
-GROWTH_BESIDE = (0, GROWTH)
+# Which of them each running request takes more of with every token.
+GROWS_BESIDE = (False, True)
 SHORTAGES = ("memory", "slots", *BESIDE, "rank")
 
 
@@ -98,9 +98,18 @@ class Planner:
     """Decides, deterministically, what a pass starts and pauses."""
 
     def __init__(
-        self, policy: Policy, tuning: Tuning, accounting: KVAccounting | None = None
+        self,
+        policy: Policy,
+        tuning: Tuning,
+        accounting: KVAccounting | None = None,
+        step_tokens: int = 1,
     ) -> None:
+        """step_tokens: the most tokens that a step gives a request."""
         self.policy = policy
+        # KV entries, and what `BESIDE` names, that a running request takes until the next plan can
+        # react.
+        self.growth = GROWTH * step_tokens
+        self.growth_beside = tuple(self.growth * grows for grows in GROWS_BESIDE)
         self.tuning = tuning
         self.accounting = accounting or KVAccounting()
         self.queue = WaitQueue(policy, tuning)
@@ -133,8 +142,8 @@ class Planner:
         order, but for `backfill`.
         """
         growing = len(running) + joining
-        budget = capacity.free_tokens + capacity.releasing_tokens - GROWTH * growing
-        windows = capacity.windows - GROWTH * growing
+        budget = capacity.free_tokens + capacity.releasing_tokens - self.growth * growing
+        windows = capacity.windows - self.growth * growing
         if self.is_content(min(budget, windows)):
             return NOTHING
         beside = (capacity.states, windows)
@@ -193,7 +202,7 @@ class Planner:
         waited = builder.pass_info.pass_no - blocked.since_pass
         if not self.policy.backfills or waited >= self.tuning.backfill * self.tuning.quantum:
             return []
-        if builder.paused or builder.spilled or builder.slots < 1 or builder.budget < GROWTH:
+        if builder.paused or builder.spilled or builder.slots < 1 or builder.budget < self.growth:
             return []
         if self.policy.urgent is not None:
             rank = self.policy.rank(blocked, builder.pass_info, self.tuning)
@@ -231,7 +240,7 @@ class Planner:
         return spare_tokens >= 0 and not self.queue
 
     def _headroom(self, request: RequestState) -> int:
-        return max(GROWTH, min(self.tuning.headroom, request.remaining))
+        return max(self.growth, min(self.tuning.headroom, request.remaining))
 
     def stays_blocked(self, request: RequestState, rank: Rank, pass_no: int) -> bool:
         """Whether displacement failed recently for `request` at this `rank`."""
@@ -295,7 +304,7 @@ class PlanBuilder:
     @property
     def _is_short(self) -> bool:
         """Whether the next decode steps do not fit."""
-        grow = zip(self.beside, GROWTH_BESIDE, strict=True)
+        grow = zip(self.beside, GROWS_BESIDE, strict=True)
         return self.budget < 0 or any(grows and have < 0 for have, grows in grow)
 
     def free_for_decode(self, *, allow_better: bool = False) -> None:
@@ -365,7 +374,7 @@ class PlanBuilder:
         """What is lacking of KV entries and `BESIDE` once `giving` has given way; one that runs
         does not grow any more either."""
         given = (self.accounting.reclaimable(giving), *self.accounting.reclaimable_beside(giving))
-        grows = (GROWTH, *GROWTH_BESIDE)
+        grows = (self.planner.growth, *self.planner.growth_beside)
         return [n - g - growth * more for n, g, more in zip(lacks, given, grows, strict=True)]
 
     def park_what_fits(self) -> None:
@@ -454,10 +463,10 @@ class PlanBuilder:
         given = self.accounting.reclaimable(victim)
         self._gave[victim] = given
         self.paused.append(victim)
-        self.budget += given + GROWTH
+        self.budget += given + self.planner.growth
         self.slots += 1
         self._take(-n for n in self.accounting.reclaimable_beside(victim))
-        self._take(-n for n in GROWTH_BESIDE)
+        self._take(-n for n in self.planner.growth_beside)
 
     def _spill(self, request: RequestState) -> None:
         given = self.accounting.reclaimable(request)

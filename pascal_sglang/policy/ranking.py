@@ -79,12 +79,19 @@ class PassInfo:
     now: float
     # Recent length of a pass of a busy engine, in seconds.
     pass_s: float
+    # Tokens that a request gets in a pass, on average: more than one with speculative decoding.
+    tokens: float = 1.0
+
+    @property
+    def token_s(self) -> float:
+        """Recent seconds per token of a request that runs."""
+        return self.pass_s / self.tokens
 
 
 def fastest_pace(usual: float, pass_info: PassInfo) -> float:
     """The fastest pace, in seconds per token, that a request can ask for with effect. usual: the
     pace of requests that ask for none, which all are owed whether or not it can be delivered."""
-    return min(usual, PASSES_PER_TOKEN * pass_info.pass_s)
+    return min(usual, PASSES_PER_TOKEN * pass_info.token_s)
 
 
 def credit_of(request: RequestState, tuning: Tuning) -> int:

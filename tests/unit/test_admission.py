@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang.engine.admission import Admission
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
@@ -26,7 +27,9 @@ class World:
 
     def __init__(self):
         pools = dict.fromkeys(("req_to_token_pool", "token_to_kv_pool_allocator", "tree_cache"))
-        self.scheduler = SimpleNamespace(waiting_queue=[], **pools)
+        self.scheduler = SimpleNamespace(
+            waiting_queue=[], spec_algorithm=SpeculativeAlgorithm.NONE, **pools
+        )
         self.paused_requests = PausedRequests(self.scheduler, None, Costs())
         self.planner = Planner(POLICIES["pascal"], Tuning())
         self.admission = Admission(

@@ -43,7 +43,8 @@ class HostCopies(FailingCopies):
 @pytest.fixture
 def executor(monkeypatch):
     monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda _, now: now)
-    monkeypatch.setattr("pascal_sglang.engine.kv.paused.decoding", lambda req, _: Batch(reqs=[req]))
+    batch_of = lambda req, *_: Batch(reqs=[req])  # noqa: E731
+    monkeypatch.setattr("pascal_sglang.engine.kv.paused.decoding", batch_of)
     config = PascalConfig()
     made = PlanExecutor(scheduler(), config, config.record, HostCopies(), Costs())
     monkeypatch.setattr(made.paused_requests, "_to_device", lambda req, copy: True)

@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.memory_pool import (
     MHATokenToKVPool,
     MLATokenToKVPool,
 )
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
@@ -76,6 +77,7 @@ def copies_of(pool, room=ENTRIES, rows=None):
         req_to_token_pool=rows,
         device="cpu",
         max_total_num_tokens=ENTRIES - 1,
+        spec_algorithm=SpeculativeAlgorithm.NONE,
     )
     copies = HostCopies(scheduler)
     copies.reserve(room)

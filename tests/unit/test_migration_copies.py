@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang.cluster import messages, transport
 from pascal_sglang.cluster.messages import MigrateCommand
@@ -76,7 +77,7 @@ class Resident(PausedRequests):
             running.reqs.remove(req)
             self.adopt(req, self.pool.locations(req))
 
-    def adopt(self, req, locations):
+    def adopt(self, req, locations, drafted=None):
         self._enter(req, PauseStatus.RESIDENT, locations=locations)
 
 
@@ -93,6 +94,7 @@ class Instance:
             running_batch=SimpleNamespace(reqs=[Request()]),
             enable_overlap=False,
             attn_tp_cpu_group=SimpleNamespace(size=lambda: 1),
+            spec_algorithm=SpeculativeAlgorithm.NONE,
             max_req_len=500,
             _engine_paused=False,
         )
@@ -167,8 +169,8 @@ def sides(monkeypatch):
     monkeypatch.setattr(f"{there}.migration.outgoing.remaining_of", lambda req, member: 20)
     timeline = SimpleNamespace(stopped=lambda why, now: None, last_answer=1.0)
     monkeypatch.setattr(f"{there}.migration.outgoing.timeline_of", lambda req: timeline)
-    snapshot = SimpleNamespace(blocked_since=1.0, grammar=False)
-    monkeypatch.setattr(f"{there}.migration.outgoing.export_state", lambda req, since: b"")
+    snapshot = SimpleNamespace(blocked_since=1.0, grammar=False, drafted={})
+    monkeypatch.setattr(f"{there}.migration.outgoing.export_state", lambda *_: b"")
     monkeypatch.setattr(f"{there}.migration.incoming.read_snapshot", lambda *_: snapshot)
     monkeypatch.setattr(f"{there}.migration.incoming.import_state", lambda *_: Request())
     monkeypatch.setattr(f"{there}.migration.incoming.restore_state", lambda *_: None)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.migration.request_snapshot import (
@@ -22,6 +23,7 @@ from pascal_sglang.engine.observability.phases import PhaseTracker, describe, pr
 from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.ranking import PassInfo, Tuning, fastest_pace, urgent_at
+from pascal_sglang.policy.request import RequestState
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline
 
 START, END = [3, 4], [7]
@@ -32,6 +34,7 @@ SCHEDULER = types.SimpleNamespace(
     enable_priority_scheduling=False,
     metrics_reporter=types.SimpleNamespace(enable_metrics=False),
     tokenizer=None,
+    spec_algorithm=SpeculativeAlgorithm.NONE,
 )
 
 
@@ -176,3 +179,25 @@ def test_states_are_those_of_an_observer_who_looks_at_everything(kinds, script):
     outcomes = [bool(stream.timeline.answer_tokens) for stream in ended]
     assert tracker.outcomes["answered"] == sum(outcomes)
     assert tracker.outcomes["no_answer"] == len(outcomes) - sum(outcomes)
+
+
+def test_tokens_of_a_pass_are_counted_where_drafts_bring_several():
+    """A request's first pass is a prefill; a pass in which it got no token says nothing."""
+    drafting = {**vars(SCHEDULER), "spec_algorithm": SpeculativeAlgorithm.EAGLE}
+    reading = types.SimpleNamespace(**drafting)
+    states = RequestStates(reading, CONFIG, None, None, None)
+    states.pass_info = PassInfo(0, 0.0, 0.02)
+    req = types.SimpleNamespace(
+        pascal_state=RequestState(0, Pacer(0.04)),
+        pascal_timeline=PhaseTimeline(0.0, reasoning_end=1.0, first_answer=1.0, answer_tokens=1),
+    )
+    for tokens, mean in ((1, 1.0), (4, 1.2), (4, 1.2), (5, 1.18)):
+        req.pascal_timeline.answer_tokens = tokens
+        states._count_pass_tokens([req])
+        req.pascal_state.total_tokens = tokens
+        assert states.pass_tokens == pytest.approx(mean)
+
+
+def test_the_fastest_pace_is_that_of_the_tokens_that_passes_bring():
+    assert fastest_pace(0.1, PassInfo(1, 0.0, 0.02)) == pytest.approx(0.04)
+    assert fastest_pace(0.1, PassInfo(1, 0.0, 0.02, tokens=4.0)) == pytest.approx(0.01)

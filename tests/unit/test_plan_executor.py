@@ -10,6 +10,7 @@ import torch
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang import support
 from pascal_sglang.config import PascalConfig
@@ -124,6 +125,7 @@ def scheduler(rows=1, entries=0):
         device="cpu",
         enable_lora=False,
         last_batch=None,
+        spec_algorithm=SpeculativeAlgorithm.NONE,
     )
 
 
@@ -420,7 +422,8 @@ def running(*, pausable):
     request = paused()
     member = request.pascal_state
     member.handle, member.status, member.pausable = request, RequestStatus.RUNNING, pausable
-    request.kv.kv_committed_len, request.to_finish = 10, None
+    request.kv.kv_committed_len = request.kv.kv_allocated_len = 10
+    request.to_finish = None
     return request
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sglang.srt.mem_cache.memory_pool import KVCache, MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.runtime_context import get_parallel
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool_copies import PoolCopies
@@ -26,6 +27,7 @@ def scheduler_of(pool):
         req_to_token_pool=None,
         device="cpu",
         max_total_num_tokens=95,
+        spec_algorithm=SpeculativeAlgorithm.NONE,
     )
 
 

@@ -19,8 +19,12 @@ from pascal_sglang.support import EVERYTHING, LEVELS, Level, Row, Support
 
 ROOT = Path(__file__).parents[2]
 FEATURES = {
-    "--speculative-algorithm": "--speculative-algorithm EAGLE",
     "another --speculative-algorithm": "--speculative-algorithm NGRAM",
+    "--speculative-eagle-topk above 1": (
+        "--speculative-algorithm EAGLE --speculative-eagle-topk 2"
+    ),
+    "--enable-multi-layer-eagle": "--enable-multi-layer-eagle",
+    "--speculative-adaptive": "--speculative-adaptive",
     "--pp-size above 1": "--pp-size 2",
     "--disaggregation-mode": "--disaggregation-mode prefill",
     "--enable-hierarchical-cache": "--enable-hierarchical-cache",
@@ -77,6 +81,9 @@ def test_a_front_end_in_rust_keeps_requests_where_they_are(arguments, monkeypatc
         "--page-size 64 --kv-cache-dtype fp8_e4m3 --attention-backend flashinfer",
         "--tp-size 2 --chunked-prefill-size 64 --use-ray",
         "--tp-size 2 --attn-dp-size 2",
+        "--speculative-algorithm EAGLE",
+        "--speculative-algorithm EAGLE3 --speculative-eagle-topk 1",
+        "--speculative-algorithm STANDALONE",
     ],
 )
 def test_the_rest_leaves_everything(arguments, flags):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from sglang.srt.managers.overlap_utils import RelayPayload
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.utils.common import async_h2d
 
+from pascal_sglang.engine.kv.drafts import DraftState, input_of, payload_of
 from pascal_sglang.engine.penalties import count_outputs
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 
@@ -21,9 +21,11 @@ def joined(running: ScheduleBatch, batch: ScheduleBatch) -> ScheduleBatch:
     return running
 
 
-def decoding(req: Req, scheduler: SchedulerProtocol) -> ScheduleBatch:
+def decoding(
+    req: Req, scheduler: SchedulerProtocol, drafted: DraftState | None = None
+) -> ScheduleBatch:
     """The batch of one, to be merged into the running one. `req` holds a row and all its KV but the
-    last token's."""
+    last token's. drafted: its state in the draft model, if there is one."""
     batch = ScheduleBatch.init_new(
         [req],
         scheduler.req_to_token_pool,
@@ -35,29 +37,42 @@ def decoding(req: Req, scheduler: SchedulerProtocol) -> ScheduleBatch:
     )
     batch.prepare_for_prebuilt()
     batch.forward_mode = ForwardMode.DECODE
-    # The next step counts the last one, which goes into it.
-    count_outputs(batch, [req.output_ids[:-1]])
-    # Not a blocking copy: the scheduler would wait here for the step in flight.
-    last = async_h2d([req.output_ids[-1]], dtype=torch.int64, device=batch.device)
-    _relay(batch.req_pool_indices, last, scheduler)
+    if drafted is not None and not scheduler.enable_overlap:
+        batch.spec_info = input_of(drafted)
+        return batch
+    if drafted is None:
+        # The next step counts the last one, which goes into it.
+        count_outputs(batch, [req.output_ids[:-1]])
+        # Not a blocking copy: the scheduler would wait here for the step in flight.
+        last = async_h2d([req.output_ids[-1]], dtype=torch.int64, device=batch.device)
+        _relay(batch, {"bonus_tokens": last}, scheduler)
+        return batch
+    _relay(batch, drafted, scheduler)
+    batch.spec_info = scheduler.future_map.make_staged_spec_input(batch.req_pool_indices)
     return batch
 
 
-def _relay(rows: torch.Tensor, last: torch.Tensor, scheduler: SchedulerProtocol) -> None:
+def _relay(batch: ScheduleBatch, state: DraftState, scheduler: SchedulerProtocol) -> None:
     """Hand the last tokens to the next step, in the order of steps.
 
     The step in flight writes its own tokens at its end, and one of its requests may have ended and
     given its row to ours. The scheduler's stream waits for what a step reads, not for that.
     """
-    payload = RelayPayload(bonus_tokens=last)
+    rows, future_map = batch.req_pool_indices, scheduler.future_map
+    payload = payload_of(state)
     if not scheduler.enable_overlap:
-        scheduler.future_map.stash(rows, payload)
+        future_map.stash(rows, payload)
         return
     steps = scheduler.forward_stream
-    steps.wait_stream(torch.get_device_module(last.device).current_stream())
+    steps.wait_stream(torch.get_device_module(rows.device).current_stream())
+    used = [rows, *state.values()]
     with scheduler.forward_stream_ctx:
-        scheduler.future_map.stash(rows, payload)
-    for tensor in (rows, last):
+        future_map.stash(rows, payload)
+        if scheduler.spec_algorithm.is_some():
+            # With drafts a step reads lengths there too: only the device knows them in time.
+            future_map.publish(rows, batch.seq_lens)
+            used.append(batch.seq_lens)
+    for tensor in used:
         # Made on the scheduler's stream, which must not use their memory again before.
         if tensor.device.type != "cpu":
             tensor.record_stream(steps)

@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.memory_pool import (
 )
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+from pascal_sglang.engine.kv import drafts
 from pascal_sglang.engine.kv.copy_stream import CopyStream, copy_stream_of
 from pascal_sglang.engine.kv.host_cache import HeldPrefix
 from pascal_sglang.engine.kv.pinning import pin
@@ -222,10 +223,10 @@ class EntryCopies:
 class HostCopies(EntryCopies):
     """The copies of KV entries, and with them those of recurrent states.
 
-    kept: whether KV is copied at all.
-    buffers: None also if KV is useless without a state or a window that is not copied. states: the
-    copies of states; None for models without recurrent layers. windows: the copies of entries in
-    the pool of layers with sliding windows; None for models without one.
+    kept: whether KV is copied at all. buffers: those of the draft model's pool too; None also if KV
+    is useless without a state or a window that is not copied. states: the copies of states; None
+    for models without recurrent layers. windows: the copies of entries in the pool of layers with
+    sliding windows; None for models without one.
     """
 
     states: EntryCopies | None
@@ -245,6 +246,10 @@ class HostCopies(EntryCopies):
         if self._window_pool is not None and type(pool) is SWAKVPool:
             window_buffers = _buffers_of(pool.swa_kv_pool)
             buffers = window_buffers and _buffers_of(pool.full_kv_pool)
+        if buffers is not None and drafts.drafts(scheduler):
+            beside = slots is not None or self._window_pool is not None
+            more = None if beside else _draft_buffers(scheduler)
+            buffers = None if more is None else [*buffers, *more]
         stream = copy_stream_of(scheduler) if buffers else CopyStream()
         pins = str(scheduler.device).startswith("cuda")
         super().__init__(buffers, stream, pins=pins)
@@ -357,6 +362,19 @@ class HostCopies(EntryCopies):
 def _chunks(tokens: int) -> Iterator[slice]:
     for start in range(0, tokens, CHUNK):
         yield slice(start, min(start + CHUNK, tokens))
+
+
+def _draft_buffers(scheduler: SchedulerProtocol) -> list[torch.Tensor] | None:
+    """The buffers of the draft model's pools; None if its state is more than those."""
+    if not drafts.carries(scheduler):
+        return None
+    found: list[torch.Tensor] = []
+    for pool in drafts.draft_pools(scheduler):
+        buffers = _buffers_of(pool)
+        if buffers is None:
+            return None
+        found += buffers
+    return found
 
 
 def _buffers_of(pool: Any) -> list[torch.Tensor] | None:

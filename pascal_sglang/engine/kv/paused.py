@@ -19,6 +19,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.kv.decode_batch import decoding, joined
+from pascal_sglang.engine.kv.drafts import DraftState, carries, state_in_batch, state_in_row
 from pascal_sglang.engine.kv.host_cache import HeldPrefix
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy, HostKV
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
@@ -75,6 +76,8 @@ class Paused:
     # HOST: its shared prefix as last matched, and `Pool.changes` then.
     prefix: CachedPrefix | None = None
     matched_at: int = -1
+    # The state of its draft model; None without one, and in LEAVING until its last step is over.
+    drafted: DraftState | None = None
 
 
 class PausedRequests:
@@ -91,6 +94,7 @@ class PausedRequests:
         self.copies = copies
         self.costs = costs
         self.host_tokens = 0
+        self._drafts = carries(scheduler)
         self.counts = Counter()
         self._table: dict[Req, Paused] = {}
         # The requests of `_table` by status, in the order in which they entered it.
@@ -124,6 +128,10 @@ class PausedRequests:
         assert locations is not None
         return locations
 
+    def drafted(self, req: Req) -> DraftState | None:
+        """The state of the draft model of a paused request; None without one."""
+        return self._table[req].drafted
+
     def _enter(
         self,
         req: Req,
@@ -135,9 +143,11 @@ class PausedRequests:
     ) -> None:
         """The request is in `status` from now on, and in no other."""
         before = self._table.get(req)
+        drafted = None
         if before is not None:
             del self._by_status[before.status][req]
-        self._table[req] = Paused(status, tier, locations, copy)
+            drafted = before.drafted
+        self._table[req] = Paused(status, tier, locations, copy, drafted=drafted)
         self._by_status[status][req] = None
 
     def _remove(self, req: Req) -> None:
@@ -174,7 +184,7 @@ class PausedRequests:
     def releasing_tokens(self) -> int:
         """Device KV that requests on their way out will give back."""
         return sum(
-            req.kv.kv_committed_len
+            req.kv.kv_allocated_len
             for req in self._by_status[PauseStatus.LEAVING]
             if self._table[req].tier is not KVTier.RESIDENT
             and (self._table[req].copy is not None or self.leaves_device(req))
@@ -225,10 +235,15 @@ class PausedRequests:
     ) -> None:
         """Take `reqs` out of the running batch; their KV follows in `finish_pauses`."""
         leaving = {req: tier(req) for req in reqs}
+        # Under overlap the state is that of the step before the one in flight.
+        drafted = {}
+        if self._drafts and not self.scheduler.enable_overlap:
+            drafted = {req: state_in_batch(req, batch) for req in leaving}
         batch.filter_batch(reqs_to_exclude=list(leaving))
         batch.batch_is_full = False
         for req, told in leaving.items():
             self._enter(req, PauseStatus.LEAVING, tier=told)
+            self._table[req].drafted = drafted.get(req)
 
     def finish_pauses(self) -> Iterator[tuple[Req, KVTier]]:
         """Handle the KV of everybody whose last token has arrived; yields each with its tier.
@@ -247,6 +262,8 @@ class PausedRequests:
                 self._remove_kv(req)
                 continue
             tier = self._table[req].tier
+            if self._drafts and self._table[req].drafted is None:
+                self._table[req].drafted = state_in_row(req, self.scheduler)
             if tier is KVTier.RESIDENT and self.copies.by_row:
                 tier = None
             if tier is not KVTier.RESIDENT:
@@ -257,6 +274,7 @@ class PausedRequests:
                     continue
                 tier = self._off_device(req, tokens, self.pool.release)
             if tier is KVTier.RESIDENT:
+                self.pool.give_back_ahead(req)
                 self._enter(req, PauseStatus.RESIDENT, locations=self.pool.locations(req))
                 self.pool.rows.free(req)
                 self._count(tier, req.kv.kv_committed_len)
@@ -430,11 +448,11 @@ class PausedRequests:
         if self.status_of(req) is PauseStatus.RESIDENT:
             if self.pool.rows.alloc([req]) is None:
                 return None
-            locations = self.locations_of(req)
+            locations, drafted = self.locations_of(req), self._table[req].drafted
             self._remove(req)
             self.pool.rows.write((req.kv.req_pool_idx, slice(0, len(locations))), locations)
             self.counts["resumed"] += 1
-            return joined(running, decoding(req, self.scheduler))
+            return joined(running, decoding(req, self.scheduler, drafted))
         copy = self.copy_of(req)
         if copy.held is not None and not self.pool.caches(req, copy.shared):
             self.counts["lost_prefixes"] += 1
@@ -454,7 +472,8 @@ class PausedRequests:
         """The running batch with the requests that were arriving."""
         for req in self.in_status(PauseStatus.ARRIVING):
             self._hold_steps(self.copy_of(req))
-            running = joined(running, decoding(req, self.scheduler))
+            drafted = self._table[req].drafted
+            running = joined(running, decoding(req, self.scheduler, drafted))
             self._remove(req)
         return running
 
@@ -552,11 +571,13 @@ class PausedRequests:
             self._drop_copy(req)
         self._remove_kv(req)
 
-    def adopt(self, req: Req, locations: torch.Tensor) -> None:
-        """Take in a paused request from elsewhere, whose KV is at `locations` on the device."""
+    def adopt(self, req: Req, locations: torch.Tensor, drafted: DraftState | None = None) -> None:
+        """Take in a paused request from elsewhere, whose KV is at `locations` on the device.
+        drafted: the state of its draft model, if there is one."""
         root = self.pool.tree.root_node_handle(req.extra_key)
         self._bind_kv(req, len(locations), 0, root, None)
         self._enter(req, PauseStatus.RESIDENT, locations=locations)
+        self._table[req].drafted = drafted
 
     def forget(self, matches: Callable[[Req], bool]) -> list[Req]:
         """Let go of requests being aborted; returns them. One in flight stays: its result, which

@@ -191,6 +191,14 @@ class Pool:
         req.lock = None
         req.kv.mark_kv_released()
 
+    def give_back_ahead(self, req: Req) -> None:
+        """Give back the KV entries beyond a request's tokens, which steps with drafts take ahead.
+        No step that writes there is in flight."""
+        begin, end = self.in_pages(req.kv.kv_committed_len), req.kv.kv_allocated_len
+        if begin < end:
+            self.tree.free_kv_row(req.kv, [(begin, end)])
+        req.kv.kv_allocated_len = req.kv.kv_committed_len
+
     def take_row(self, req: Req) -> bool:
         """Give the request a row, and what it has no longer of recurrent states."""
         if self.states is not None:

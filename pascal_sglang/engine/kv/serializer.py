@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from sglang.srt.runtime_context import get_parallel, get_serving
 
+from pascal_sglang.engine.kv.drafts import layout_name
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostKV
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 
@@ -80,5 +81,5 @@ def kv_bytes_of(scheduler: SchedulerProtocol, copies: HostCopies) -> KVSerialize
         return "entries of sliding windows do not travel yet"
     if scheduler.server_args.enable_hierarchical_cache:
         return "a prefix in the host pool of the hierarchical cache does not travel yet"
-    model = str(scheduler.server_args.model_path)
+    model = str(scheduler.server_args.model_path) + layout_name(scheduler)
     return KVSerializer(copies, copies.buffers, model, lambda: str(get_serving().weight_version))

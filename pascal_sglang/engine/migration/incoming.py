@@ -16,8 +16,10 @@ from pascal_sglang.cluster.messages import Message
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
 from pascal_sglang.engine.capacity import CapacityView
+from pascal_sglang.engine.kv.drafts import DraftState
 from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
+from pascal_sglang.engine.migration.draft_rows import unpack
 from pascal_sglang.engine.migration.grammar import restore_grammar
 from pascal_sglang.engine.migration.prefill_gate import HANDOVER_PASSES, PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import ReceiveBuffer, Reservation
@@ -52,6 +54,7 @@ class IncomingMigration(MigrationTarget):
     # Its state, once that is here, and the request made of it.
     snapshot: RequestSnapshot | None = None
     req: Req | None = None
+    drafted: DraftState | None = None
     # What is said once nothing reads the slot any more.
     unsaid: Sequence[Message] = ()
     # The request, once it is this instance's.
@@ -71,6 +74,7 @@ class IncomingMigration(MigrationTarget):
         try:
             self.snapshot = read_snapshot(state, tokens, scheduler.max_req_len)
             self.req = import_state(scheduler, self.snapshot)
+            self.drafted = unpack(self.snapshot.drafted, scheduler)
         except BadSnapshot as error:
             return str(error)
         except (TypeError, ValueError, KeyError, AttributeError):
@@ -88,7 +92,7 @@ class IncomingMigration(MigrationTarget):
         locations = self.side.receive_buffer.keep(self.reservation, tokens, states.pass_info.now)
         states.arrived(req)
         restore_state(req, snapshot)
-        states.paused_requests.adopt(req, locations)
+        states.paused_requests.adopt(req, locations, self.drafted)
         states.stopped(req, RequestStatus.RESIDENT)
         self.side.arrived[req] = snapshot.blocked_since
         self.taken = weakref.ref(req)

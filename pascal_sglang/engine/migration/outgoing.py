@@ -72,7 +72,8 @@ class OutgoingMigration(MigrationSource):
         # When its last token left; for one that was paused, when the migration began to hold it.
         timeline = timeline_of(self.req)
         last_token = timeline.last_answer or timeline.reasoning_end or 0.0
-        return export_state(self.req, max(self.stopped_at, last_token))
+        drafted = self.side.states.paused_requests.drafted(self.req)
+        return export_state(self.req, max(self.stopped_at, last_token), drafted)
 
     def resume(self) -> None:
         status = self.kv.put_back()

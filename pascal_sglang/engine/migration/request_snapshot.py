@@ -19,6 +19,8 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from pascal_sglang import support
 from pascal_sglang.cluster.codec import UNREADABLE
 from pascal_sglang.cluster.messages import MAX_STATE_BYTES, Count
+from pascal_sglang.engine.kv.drafts import DraftState
+from pascal_sglang.engine.migration.draft_rows import DraftRow, pack
 from pascal_sglang.engine.migration.snapshot_fields import (
     GIVEN,
     OUTPUT_LOGPROBS,
@@ -64,6 +66,8 @@ class RequestSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: PolicyState
     # Whether a grammar follows its output.
     grammar: bool
+    # What a draft model keeps of it; empty without one.
+    drafted: dict[str, DraftRow]
     # Seconds; the reader has been kept waiting since then.
     blocked_since: float
     version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
@@ -78,8 +82,9 @@ def why_not_migratable(req: Req) -> str | None:
     return support.first(support.UNMOVABLE, req) or refused_by(req)
 
 
-def export_state(req: Req, blocked_since: float) -> bytes:
+def export_state(req: Req, blocked_since: float, drafted: DraftState | None = None) -> bytes:
     """The state of a request that stands still; its reader has been kept waiting since then.
+    drafted: the state of its draft model, if there is one.
 
     Raises: TypeError or OverflowError for a value that MessagePack does not have, ValueError for
     a text that is no valid Unicode, or for more than a message takes.
@@ -106,6 +111,7 @@ def export_state(req: Req, blocked_since: float) -> bytes:
             pacer=dataclasses.asdict(mine.pacer),
             policy=PolicyState(mine.phase, mine.phase_tokens, mine.total_tokens, mine.credit),
             grammar=req.grammar is not None,
+            drafted=pack(drafted),
             blocked_since=blocked_since,
             version=VERSION,
         )

@@ -57,6 +57,9 @@ PLAIN = (
     "arrival_processed_tokens",
     "skip_radix_cache_insert",
     "has_log_time_stats",
+    "spec_verify_ct",
+    "spec_num_correct_drafts",
+    "spec_correct_drafts_histogram",
 )
 # Attributes of `Req` that the snapshot carries in a form of its own.
 SHAPED = (
@@ -195,12 +198,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "pooled_hidden_state",
     ),
     "scores": ("multi_item_delimiter_indices", "token_indices_to_pool", "decision_layout"),
-    "speculation": (
-        "spec_verify_ct",
-        "spec_num_correct_drafts",
+    "speculation of another kind": (
         "spec_num_block_accept_tokens",
         "spec_num_cap_tokens",
-        "spec_correct_drafts_histogram",
         "spec_cap_lens_histogram",
         "output_topk_p",
         "output_topk_index",
