@@ -153,12 +153,6 @@ CONFIG = (
 # Of SGLang's server arguments. At the level OBSERVE the server runs as under `fcfs`.
 SERVER = (
     Row(
-        "--speculative-algorithm",
-        Level.RECOMPUTE,
-        lambda a: a.speculative_algorithm in ("EAGLE", "STANDALONE"),
-        "the draft model's KV and its relayed row are not kept",
-    ),
-    Row(
         "another --speculative-algorithm",
         Level.ORDER,
         lambda a: a.speculative_algorithm not in (None, *CHAINS),
