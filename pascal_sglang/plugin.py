@@ -271,12 +271,14 @@ def check() -> int:
 
 def check_against(version: str, diff: bool) -> int:
     """Print what became of every seam in another release; 0 if nothing has to be read, else 1."""
-    from pascal_sglang.sglang_releases import compare, release, report
+    from pascal_sglang.sglang_releases import compare, names_gone, release, report
 
     old, new = installed(), release(version)
     changes = compare(load_seams(), old, new)
     for line in report(changes, old.version, new.version, diff):
         print(line)
+    if gone := names_gone(old, new):
+        print(f"names that we use and that sglang {new.version} has nowhere: {', '.join(gone)}")
     return 1 if any(change.to_reread for change in changes) else 0
 
 

@@ -6,7 +6,9 @@ an environment in which one of them stands in place of the installed one.
 
 from __future__ import annotations
 
+import ast
 import difflib
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import venv
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pascal_sglang.demo.smollm2 import DemoModelError, default_cache_dir
@@ -108,6 +111,23 @@ def environment(version: str) -> Path:
     return folder / "bin" / "python"
 
 
+PIN = re.compile(r"^Requires-Dist: ([\w.-]+)(?:\[[^\]]*\])?==([^;\s]+)(?!.*extra ==)", re.MULTILINE)
+
+
+def other_pins(tree: SourceTree) -> list[str]:
+    """What a release pins to another version than the one that is installed here."""
+    (metadata,) = tree.folder.glob(f"sglang-{tree.version}.dist-info/METADATA")
+    found = []
+    for name, wanted in PIN.findall(metadata.read_text(encoding="utf-8")):
+        try:
+            here = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # Most such are for other machines.
+        if here.partition("+")[0] != wanted:
+            found.append(f"{name} {wanted} (here {here})")
+    return found
+
+
 def _site_packages() -> list[str]:
     names = ("purelib", "platlib")
     return list(dict.fromkeys(sysconfig.get_path(name) for name in names))
@@ -189,6 +209,49 @@ def report(changes: Sequence[Change], old: str, new: str, diff: bool = False) ->
     )
 
 
+# Rooms that know nothing of SGLang, and the one that deals with the differences.
+APART = {"older_sglang", "policy", "sim"}
+WORD = re.compile(r"[A-Za-z_]\w*")
+
+
+def names_gone(old: SourceTree, new: SourceTree) -> list[str]:
+    """Names that our code uses and does not define, that the old release has, and the new one has
+    nowhere: what no seam lists may be among them."""
+    here = Path(__file__).parent
+    used: set[str] = set()
+    own: set[str] = set()
+    for path in here.rglob("*.py"):
+        if path.relative_to(here).parts[0] in APART:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
+                is_own = of_self and isinstance(node.ctx, ast.Store)
+                (own if is_own else used).add(node.attr)
+            elif isinstance(node, ast.keyword) and node.arg:
+                used.add(node.arg)
+            elif isinstance(node, ast.alias):
+                used.add(node.name.rpartition(".")[2])
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                used.add(node.value)
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                own.add(node.id)
+    return sorted((used - own) & _words(old) - _words(new))
+
+
+@lru_cache(maxsize=4)
+def _words(tree: SourceTree) -> frozenset[str]:
+    """Every word in the source of the runtime but for its models, of which we touch none."""
+    runtime = tree.folder / "sglang" / "srt"
+    found: set[str] = set()
+    for path in runtime.rglob("*.py"):
+        if path.relative_to(runtime).parts[0] != "models":
+            found.update(WORD.findall(path.read_text(encoding="utf-8", errors="replace")))
+    return frozenset(found)
+
+
 DIGESTS = re.compile(r"^digest = \{.*\}$", re.MULTILINE)
 
 
@@ -219,7 +282,11 @@ def main(argv: list[str]) -> int:
         print("usage: python -m pascal_sglang.sglang_releases VERSION", file=sys.stderr)
         return 2
     try:
-        print(environment(argv[0]))
+        python = environment(argv[0])
+        if other := other_pins(release(argv[0])):
+            said = f"sglang {argv[0]} wants other dependencies than it gets: {', '.join(other)}"
+            print(f"pascal_sglang: warning: {said}", file=sys.stderr)
+        print(python)
     except (SeamError, OSError) as error:
         print(f"pascal_sglang: error: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 the installed files, which pip finds in a folder."""
 
 import hashlib
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,11 @@ def wheels(tmp_path_factory):
         assert old in files[path]
         files[path] = files[path].replace(old, new.format(old))
     info = f"sglang-{OTHER}.dist-info"
-    files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: sglang\nVersion: {OTHER}\n"
+    pins = f"torch==0.1\nRequires-Dist: pytest[x]=={pytest.__version__}\n"
+    files[f"{info}/METADATA"] = (
+        f"Metadata-Version: 2.1\nName: sglang\nVersion: {OTHER}\nRequires-Dist: {pins}"
+        'Requires-Dist: ruff==0.1; extra == "dev"\n'
+    )
     files[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in files)
     with zipfile.ZipFile(folder / f"sglang-{OTHER}-py3-none-any.whl", "w") as wheel:
@@ -92,6 +97,8 @@ def test_another_release_is_compared(offline, capsys):
     assert first[: len(to_reread)] == ["REREAD"] * len(to_reread)
     assert set(found) == {s.qualname for s in load_seams() if s.concerns(OTHER)}
     assert "6 changed at all, 5 in what we rely on, 5 to read again" in out
+    (gone,) = (line for line in out.splitlines() if line.startswith("names that we use"))
+    assert "shm_path_for" in gone.replace(",", "").split()
 
 
 def test_its_differences_are_shown(offline, capsys):
@@ -182,6 +189,15 @@ def test_an_environment_has_that_release_in_place_of_the_installed_one(offline):
     assert first.startswith(f"{OTHER} {release(OTHER).folder}/sglang/__init__.py 2.")
     assert "pascal_sglang.plugin:activate" in second
     assert second.endswith(plugin.__file__.replace("plugin.py", "__init__.py"))
+
+
+def test_dependencies_that_differ_are_named(offline, capsys):
+    assert sglang_releases.main([OTHER]) == 0
+    out, error = capsys.readouterr()
+    assert out == f"{environment(OTHER)}\n"
+    version = importlib.metadata.version("torch")
+    assert error.endswith(f"wants other dependencies than it gets: torch 0.1 (here {version})\n")
+    assert sglang_releases.other_pins(installed()) == []
 
 
 def test_that_of_the_installed_release_is_this_one():
