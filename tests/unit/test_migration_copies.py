@@ -87,6 +87,8 @@ class Instance:
         pool, self.said = pool_of(MHATokenToKVPool), []
         self.scheduler = SimpleNamespace(
             token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
+            req_to_token_pool=None,
+            tree_cache=None,
             device="cpu",
             running_batch=SimpleNamespace(reqs=[Request()]),
             enable_overlap=False,

@@ -91,7 +91,7 @@ class Allocator:
 class FailingCopies:
     """Host memory for 100 tokens, and a device that copies none."""
 
-    deferred = False
+    deferred = by_row = False
     states = None
     room = 100
 
@@ -219,6 +219,17 @@ def test_a_resume_the_pool_refuses_leaves_the_request_paused(executor, rows, ent
     assert paused_requests.copy_of(request) is copy
     assert pool.req_to_token_pool.given == []
     assert pool.token_to_kv_pool_allocator.entries == entries
+
+
+def test_what_a_pool_has_by_row_does_not_stay_without_one(executor, monkeypatch):
+    paused_requests, request = executor.paused_requests, paused()
+    request.finished, request.reset_for_retract = lambda: False, lambda: None
+    request.kv = SimpleNamespace(cache_protected_len=0, holds_kv=True, kv_committed_len=10)
+    monkeypatch.setattr(paused_requests.pool, "locations", lambda _: torch.arange(10))
+    monkeypatch.setattr(paused_requests.pool, "release", lambda _: None)
+    paused_requests.copies.by_row = True
+    paused_requests._enter(request, PauseStatus.LEAVING, tier=KVTier.RESIDENT)
+    assert list(paused_requests.finish_pauses()) == [(request, KVTier.RECOMPUTE)]
 
 
 def test_a_copy_that_fails_turns_into_recompute(executor):

@@ -115,6 +115,17 @@ def test_what_is_not_there_is_not_given():
     assert (pool.windows.free_whole, pool.windows.free) == (0, 0)
 
 
+def test_a_prefill_wants_its_chunk_and_a_window():
+    scheduler = scheduler_of(8)
+    windows = Pool(scheduler).windows
+    assert windows.size == 44
+    assert windows.for_prefill(4, 100) == WINDOW + 8 + 1
+    assert windows.for_prefill(24, 100) == 24 + 8 + 1
+    assert windows.for_prefill(60, 100) == WINDOW + 2 * 8 + 1, "the pool holds no such chunk"
+    scheduler.chunked_prefill_size = 16
+    assert windows.for_prefill(60, 100) == 16 + 8 + 1
+
+
 def test_host_memory_for_a_window_is_room_for_a_request():
     scheduler = scheduler_of(8)
     copies = HostCopies(scheduler)

@@ -229,6 +229,8 @@ class HostCopies(EntryCopies):
 
     states: EntryCopies | None
     windows: EntryCopies | None
+    # Whether the pool holds a part of a request by its row: without a row it would be lost.
+    by_row = False
 
     def __init__(self, scheduler: SchedulerProtocol) -> None:
         self._scheduler = scheduler

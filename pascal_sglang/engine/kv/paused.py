@@ -244,6 +244,8 @@ class PausedRequests:
                 self._remove_kv(req)
                 continue
             tier = self._table[req].tier
+            if tier is KVTier.RESIDENT and self.copies.by_row:
+                tier = None
             if tier is KVTier.RESIDENT:
                 self._enter(req, PauseStatus.RESIDENT, locations=self.pool.locations(req))
                 self.pool.rows.free(req)

@@ -39,6 +39,8 @@ class PoolCopies(HostCopies):
         super().__init__(scheduler)
         self.buffers = self.states = self.windows = None
         self.deferred = False
+        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        self.by_row = bool(getattr(pool, "kpool_use_compress", False))
         self._free_tokens = 0
         self._bytes_per_token = self._measure()
 

@@ -79,15 +79,20 @@ class Windows:
 
     def for_prefill(self, tokens: int, more: int) -> int:
         """Entries that SGLang wants to be free for a prefill of `tokens`, after which a request
-        writes `more`."""
-        most: int = estimate_swa_kv_tokens(
-            tokens,
-            more,
-            sliding_window_size=self._tree.sliding_window_size,
-            page_size=self._page,
-            allocation_limit=self._scheduler.chunked_prefill_size,
-        )
-        return most
+        writes `more`. A chunk that the pool can never hold is made shorter."""
+
+        def estimate(tokens: int) -> int:
+            entries: int = estimate_swa_kv_tokens(
+                tokens,
+                more,
+                sliding_window_size=self._tree.sliding_window_size,
+                page_size=self._page,
+                allocation_limit=self._scheduler.chunked_prefill_size,
+            )
+            return entries + 1
+
+        whole = estimate(tokens)
+        return whole if whole <= self.size else estimate(0) + self._page
 
     def peers(self, locations: torch.Tensor) -> torch.Tensor:
         """Where the peers of entries of the whole pool are."""
