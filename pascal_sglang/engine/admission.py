@@ -66,7 +66,7 @@ class Admission:
         states = self.paused_requests.pool.states
         if states is None:
             return reqs
-        free = states.free - (self.scheduler.chunked_req is not None)
+        free = states.free
         # SGLang takes care that there are enough for one request.
         least = int(free == states.size)
         return reqs[: max(least, free // states.for_prefill)]

@@ -43,13 +43,27 @@ class RecurrentStates:
 
     @property
     def free(self) -> int:
-        """Slots that are free or can be evicted from the prefix cache."""
-        free: int = self._rows.mamba_allocator.schedulable_available_size()
+        """Slots that may be given: free ones, and those that can be evicted from the prefix cache;
+        without those that prefills under way will take."""
+        free: int = self._rows.mamba_allocator.schedulable_available_size() - self._promised
         # Cached states may be in a pool of their own (`--enable-int8-mamba-checkpoint`).
         if not self._caches or self._rows.mamba_ckpt_pool is not None:
             return free
         evictable: int = self._tree.mamba_evictable_size()
         return free + evictable
+
+    @property
+    def _promised(self) -> int:
+        """A slot for each request whose prefill, or a chunk of it, is under way: the prefix cache
+        gets a copy at its end, and SGLang takes it for granted that there is one."""
+        if not self._caches:
+            return 0
+        scheduler = self._scheduler
+        in_flight = getattr(scheduler, "result_queue", None) or ()
+        ending = {req for b, _ in in_flight if b.forward_mode.is_extend() for req in b.reqs}
+        if scheduler.chunked_req is not None:
+            ending.add(scheduler.chunked_req)
+        return len(ending)
 
     @property
     def for_prefill(self) -> int:
