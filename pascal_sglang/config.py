@@ -94,12 +94,13 @@ class PascalConfig:
         "host memory for paused KV, per instance (default: by the device pool's size)",
         least=0,
     )
-    # Only with several instances that are placed by phase. `always` is PASCAL without its adaptive
-    # override.
-    migration: str = _field(
-        "adaptive",
+    # Only with several instances that are placed by phase. None: `adaptive` or `off`, as the
+    # policy's record says. `always` is PASCAL without its adaptive override.
+    migration: str | None = _field(
+        None,
         "with --dp-size above 1: whether a request may move to another instance at the end of its "
-        "thinking; adaptive: where that helps, always: by counts alone",
+        "thinking; adaptive: where that helps, always: by counts alone (default: adaptive for "
+        "paper, off for the others)",
         choices=("adaptive", "always", "off"),
     )
     live_migration: bool = _field(
@@ -139,8 +140,8 @@ class PascalConfig:
     # For tests: the chance per pass that a running request is paused, or a paused one resumed,
     # whatever the policy says.
     chaos: float = _field(0.0, least=0, most=1)
-    # For tests: every request migrates at the end of its thinking, and with this chance per pass
-    # again.
+    # For tests: every request migrates at the end of its thinking, whatever `migration` says, and
+    # with this chance per pass again.
     force_migration: float = _field(0.0, least=0, most=1)
 
     def __post_init__(self) -> None:
@@ -234,14 +235,24 @@ class PascalConfig:
     @property
     def can_migrate(self) -> bool:
         """Whether requests may move between instances."""
-        return self.places and self.migration != "off"
+        if not self.places:
+            return False
+        return self.force_migration > 0 or self.migration_mode != "off"
+
+    @property
+    def migration_mode(self) -> str:
+        """`migration`, where nothing was asked for that of the policy's record."""
+        if self.migration is not None:
+            return self.migration
+        rule = self.record.placement
+        return "adaptive" if rule is not None and rule.migrates else "off"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     def banner(self) -> str:
         """The one start line: policy first, then every value."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"migration": self.migration_mode}
         values.pop("policy")
         shown = " ".join(f"{name}={value}" for name, value in values.items())
         return f"pascal_sglang: policy={self.policy} {shown}"

@@ -35,6 +35,7 @@ from pascal_sglang.entrypoints.preflight import (
     check_migrations,
     check_policy,
     check_temporary_folder,
+    idle_transport,
     one_line,
     open_to_others,
 )
@@ -125,8 +126,9 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     check_migrations(config, server_args)
     check_temporary_folder(server_args)
     print(config.banner(), file=sys.stderr, flush=True)
-    if (warning := open_to_others()) is not None:
-        print(f"{PROG}: warning: {warning}", file=sys.stderr, flush=True)
+    for warning in (open_to_others(), idle_transport(config, server_args)):
+        if warning is not None:
+            print(f"{PROG}: warning: {warning}", file=sys.stderr, flush=True)
     try:
         run_server(server_args)
         return 0

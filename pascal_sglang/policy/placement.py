@@ -93,8 +93,10 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementRule:
-    """How a policy places requests, and when it moves them."""
+    """How a policy places requests, and whether and when it moves them."""
 
+    # Requests may move at the end of their thinking, unless `--pascal-migration` says otherwise.
+    migrates: bool = False
     # Move only from memory pressure to room; otherwise by the paper's counts (Algorithm 2).
     lazy: bool = True
     # New requests go where their answer is expected to begin first, instead of to the smallest KV

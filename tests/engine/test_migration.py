@@ -212,6 +212,10 @@ def test_who_hangs_up_at_any_point_of_a_move_leaves_nothing(flooded):
     assert total(instances, "outgoing", "moved") > 0
 
 
+def test_moves_open_no_wider_way_in_than_the_docs_say(flooded):
+    assert check(flooded) >= {"KV receive buffer", "Control messages"}
+
+
 def test_what_cannot_travel_stays_and_says_why(flooded):
     body = generate("stay", think=6, total=40)
     body["sampling_params"]["frequency_penalty"] = 0.5
