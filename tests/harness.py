@@ -64,6 +64,9 @@ class Fork:
             time.sleep(0.05)
         return code
 
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
     def send_signal(self, how: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, how)
@@ -99,6 +102,17 @@ def warm_servers() -> str:
 _kept: list[subprocess.Popen[bytes]] = []
 
 
+def fork(command: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> Fork:
+    """`command` as a fork of `warm_servers`, with the whole environment `env`."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(60)
+        connection.connect(warm_servers())
+        with connection.makefile("rw") as pipe:
+            asked = [list(command), dict(env), str(cwd), str(log)]
+            print(json.dumps(asked), file=pipe, flush=True)
+            return Fork(int(pipe.readline()), Path(f"{log}.code"))
+
+
 class Server(LocalServer):
     """A server for tests.
 
@@ -120,7 +134,7 @@ class Server(LocalServer):
         whole = [*command, *flags, *self.address]
         self.process: Fork | subprocess.Popen[bytes]
         if warm:
-            self.process = self._fork(whole, environment(env), cwd or Path.cwd())
+            self.process = fork(whole, environment(env), cwd or Path.cwd(), self.log)
         else:
             with self.log.open("ab") as output:
                 self.process = subprocess.Popen(
@@ -133,14 +147,6 @@ class Server(LocalServer):
                     start_new_session=True,
                 )
         self._seen: dict[int, psutil.Process] = {}
-
-    def _fork(self, command: list[str], env: dict[str, str], cwd: Path) -> Fork:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(60)
-            connection.connect(warm_servers())
-            with connection.makefile("rw") as pipe:
-                print(json.dumps([command, env, str(cwd), str(self.log)]), file=pipe, flush=True)
-                return Fork(int(pipe.readline()), Path(f"{self.log}.code"))
 
     def __enter__(self) -> Server:
         try:

@@ -111,7 +111,9 @@ class Forks:
 
 
 def main(path, keep=False):
-    sys.path.pop(0)  # This folder, whose modules are named like others.
+    # Not this folder, whose modules are named like others, but the one around it: the platform that
+    # SGLang imports, which is ours, comes from there.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     warnings.filterwarnings("ignore", category=UserWarning, module=r"sglang\.")
     for name in IMPORTS:
         importlib.import_module(name)

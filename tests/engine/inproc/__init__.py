@@ -1,0 +1,1 @@
+"""Engine tests in one process: a real `Scheduler`, without HTTP, for any architecture."""

@@ -1,0 +1,112 @@
+"""Runs requests on one real scheduler, which is a fork of the process that has imported SGLang."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pascal_sglang.config import CONFIG_ENV, PascalConfig
+from tests.harness import environment, fork
+
+FLAGS = (
+    "--device cpu --reasoning-parser qwen3 --max-running-requests 64 --log-level warning "
+    "--random-seed 1 --enable-custom-logit-processor"
+).split()
+RUN_LIMIT_S = 240.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One generation: `params` are SGLang's sampling parameters, `options` fields of
+    `TokenizedGenerateReqInput`."""
+
+    ids: list[int]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run came to; lists have an entry per request, in the order of the requests.
+
+    finish: SGLang's finish reasons. logprobs: of the output tokens. hidden_states: the number of
+    rows of each entry. status: what `GET /pascal/status` says of the instance at the end; empty
+    without a configuration. kinds: names of the classes that the scheduler was built of.
+    spec_steps: verification passes; 0 without speculative decoding. free, capacity: KV tokens, the
+    prefix cache's counted as free. log: what the process printed.
+    """
+
+    outputs: list[list[int]]
+    finish: list[dict[str, Any] | None]
+    logprobs: list[list[float]]
+    hidden_states: list[list[int]]
+    status: dict[str, Any]
+    kinds: dict[str, Any]
+    spec_steps: list[int]
+    free: int
+    capacity: int
+    log: str
+
+    @property
+    def pauses(self) -> dict[str, int]:
+        return dict(self.status["pauses"])
+
+
+def run(
+    model: Path,
+    requests: Sequence[Request],
+    settings: Mapping[str, Any] | None = None,
+    flags: Sequence[str] = (),
+    *,
+    each_pass: str | None = None,
+    limit_s: float = RUN_LIMIT_S,
+    **env: str,
+) -> Outcome:
+    """Serve `requests` by a scheduler under `settings`, those of `PascalConfig`; stock without.
+
+    each_pass: `module:function`, called with the scheduler, its requests by id (`r0`, `r1`, ...)
+    and the number of the pass.
+    Raises: AssertionError with the process's output if a request did not end in time, or if the
+    scheduler raised, SGLang's strict memory checks included.
+    """
+    with tempfile.TemporaryDirectory(prefix="inproc-") as folder:
+        job, out, log = (Path(folder) / name for name in ("job", "out", "log"))
+        log.touch()
+        asked = {
+            "flags": ["--model-path", str(model), *FLAGS, *flags],
+            "requests": [asdict(request) for request in requests],
+            "each_pass": each_pass,
+            "limit_s": limit_s,
+        }
+        job.write_text(json.dumps(asked))
+        more = {
+            "SGLANG_PLATFORM": "pascal_cpu",
+            "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+            "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+            **env,
+        }
+        if settings is not None:
+            more[CONFIG_ENV] = PascalConfig(**settings).to_json()
+        command = ["python", "-m", "tests.engine.inproc.one_scheduler", str(job), str(out)]
+        process = fork(command, environment(more), Path.cwd(), log)
+        try:
+            code = process.wait(limit_s + 120)
+        finally:
+            process.kill()
+        said = log.read_text(errors="replace")
+        assert code == 0, f"the scheduler ended with {code}:\n{said[-6000:]}"
+        return Outcome(log=said, **json.loads(out.read_text()))
+
+
+def differing(found: Outcome, expected: Outcome) -> list[int]:
+    """The requests whose output tokens or finish reasons are not the same."""
+    both = zip(
+        zip(found.outputs, found.finish, strict=True),
+        zip(expected.outputs, expected.finish, strict=True),
+        strict=True,
+    )
+    return [i for i, (a, b) in enumerate(both) if a != b]
