@@ -167,6 +167,8 @@ class Planner:
             return []
         if builder.paused or builder.spilled or builder.slots < 1 or builder.budget < GROWTH:
             return []
+        if builder.budget < self.tuning.quantum and not self.queue.ending:
+            return []
         if self.policy.urgent is not None:
             rank = self.policy.rank(blocked, builder.pass_info, self.tuning)
             if rank[-2] < self.policy.urgent:
