@@ -203,10 +203,6 @@ class PascalConfig:
             return 0.0
         return self.answer_tpot_ms_of(sampling.get("custom_params"))
 
-    def reader_of(self, streamed: bool, sampling: object) -> Reader:
-        """Who reads the answer of a request with these sampling parameters."""
-        return reader_of(streamed, sampling)
-
     def problem_with_request(self, obj: Any, override: str | None = None) -> str | None:
         """What this server refuses in a request, or in a batch, that SGLang itself would take; None
         if nothing is wrong. override: the id that a header gives it."""

@@ -9,7 +9,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.pool import Pool
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
-from pascal_sglang.policy.plan import GROWTH, Capacity
+from pascal_sglang.policy.plan import Capacity, growth
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
 
@@ -36,9 +36,8 @@ class CapacityView:
     def spare_tokens(self, running: ScheduleBatch, last: ScheduleBatch | None) -> int:
         """At least how much KV is left after the next steps of all who run or come out of a
         prefill; what could be evicted and what is on its way back is not counted."""
-        growing = len(running.reqs) + self.joining(last)
         free: int = self.pool.allocator.available_size()
-        return free - self.promised_tokens() - GROWTH * growing
+        return free - self.promised_tokens() - growth(len(running.reqs) + self.joining(last))
 
     def promised_tokens(self) -> int:
         """KV the rest of a chunked prefill will take: SGLang goes on with it unasked."""

@@ -25,6 +25,11 @@ MOST_STARTS = 64
 BACKFILL_DEPTH = 32
 
 
+def growth(requests: int) -> int:
+    """KV entries that so many requests may grow by before the next plan can react."""
+    return GROWTH * requests
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """What there is to give in a pass."""
@@ -108,9 +113,7 @@ class Planner:
         what the pause gives back. No request starts beyond memory and slots. The queue is served in
         order, but for `backfill`.
         """
-        budget = (
-            capacity.free_tokens + capacity.releasing_tokens - GROWTH * (len(running) + joining)
-        )
+        budget = capacity.free_tokens + capacity.releasing_tokens - growth(len(running) + joining)
         if self.is_content(budget):
             return NOTHING
         builder = PlanBuilder(self, running, pass_info, budget, capacity.slots)

@@ -91,11 +91,11 @@ def wait_for(server, holds):
 
 def all_is_given_back(shown):
     """No slot may still be written into, and the controller knows of no request."""
-    slots = [i["migrations"]["windows"] for i in shown["instances"]]
-    in_doubt = sum(w["in_doubt"] for w in slots)
+    slots = [i["migrations"]["slots"] for i in shown["instances"]]
+    in_doubt = sum(s["in_doubt"] for s in slots)
     return (
         not in_doubt
-        and all(w["free"] == SLOTS for w in slots)
+        and all(s["free"] == SLOTS for s in slots)
         and not shown["controller"]["live_requests"]
     )
 
