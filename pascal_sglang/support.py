@@ -151,7 +151,7 @@ MIGRATION = (
         "--pascal-migration off",
         Level.PAUSE,
         lambda c: c.places and not c.can_migrate,
-        "that is the default, but under `paper`",
+        "that is the default, except under `paper`",
     ),
 )
 # Of SGLang's server arguments. At the level OBSERVE the server runs as under `fcfs`.
