@@ -95,7 +95,8 @@ def support() -> str:
     from pascal_sglang import support as table
 
     found: list[tuple[str, ...]] = []
-    server = (*table.CONFIG, *table.SERVER, *table.POOLS, table.UNKNOWN_POOL, *table.INSTANCES)
+    ours = (*table.CONFIG, *table.MIGRATION)
+    server = (*ours, *table.SERVER, *table.POOLS, table.UNKNOWN_POOL, *table.INSTANCES)
     for what, rows in (("a server with", server), ("a request with", table.REQUESTS)):
         for row in rows:
             level = f"`{row.level}`" if row.recomputes else f"`{row.level}`, without recomputing"

@@ -3,13 +3,14 @@
 #
 #   bash launch/eight_gpus.sh [any launch_server flag]
 #
-# Requests are placed by phase and may move at the end of their thinking, over shared memory. Fewer
-# and larger instances: --dp-size 4 --tp-size 2. Metrics are on; launch/monitoring has a dashboard
-# for them. Paused KV takes pinned host memory: --pascal-host-kv-gb says how much per instance.
+# Requests are placed by phase; with --pascal-migration adaptive they may also move at the end of
+# their thinking. Fewer and larger instances: --dp-size 4 --tp-size 2. Metrics are on;
+# launch/monitoring has a dashboard for them. Paused KV takes pinned host memory:
+# --pascal-host-kv-gb says how much per instance.
 set -euo pipefail
 
 case "${1:-}" in
--h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+-h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
 esac
 
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"

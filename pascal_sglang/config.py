@@ -95,12 +95,13 @@ class PascalConfig:
         "host memory for paused KV, per instance (default: by the device pool's size)",
         least=0,
     )
-    # Only with several instances that are placed by phase. `always` is PASCAL without its adaptive
-    # override.
-    migration: str = _field(
-        "adaptive",
+    # Only with several instances that are placed by phase. None: `adaptive` or `off`, as the
+    # policy's record says. `always` is PASCAL without its adaptive override.
+    migration: str | None = _field(
+        None,
         "with --dp-size above 1: whether a request may move to another instance at the end of its "
-        "thinking; adaptive: where that helps, always: by counts alone",
+        "thinking; adaptive: where that helps, always: by counts alone (default: adaptive for "
+        "paper, off for the others)",
         choices=("adaptive", "always", "off"),
     )
     live_migration: bool = _field(
@@ -148,8 +149,8 @@ class PascalConfig:
     chaos: float = _field(0.0, least=0, most=1)
     # For tests: no higher level than this one.
     most_level: str = _field("move", choices=LEVELS)
-    # For tests: every request migrates at the end of its thinking, and with this chance per pass
-    # again.
+    # For tests: every request migrates at the end of its thinking, whatever `migration` says, and
+    # with this chance per pass again.
     force_migration: float = _field(0.0, least=0, most=1)
 
     def __post_init__(self) -> None:
@@ -211,10 +212,6 @@ class PascalConfig:
             return 0.0
         return self.answer_tpot_ms_of(sampling.get("custom_params"))
 
-    def reader_of(self, streamed: bool, sampling: object) -> Reader:
-        """Who reads the answer of a request with these sampling parameters."""
-        return reader_of(streamed, sampling)
-
     def problem_with_request(self, obj: Any, override: str | None = None) -> str | None:
         """What this server refuses in a request, or in a batch, that SGLang itself would take; None
         if nothing is wrong. override: the id that a header gives it."""
@@ -243,7 +240,17 @@ class PascalConfig:
     @property
     def can_migrate(self) -> bool:
         """Whether requests may move between instances."""
-        return self.places and self.migration != "off"
+        if not self.places:
+            return False
+        return self.force_migration > 0 or self.migration_mode != "off"
+
+    @property
+    def migration_mode(self) -> str:
+        """`migration`, where nothing was asked for that of the policy's record."""
+        if self.migration is not None:
+            return self.migration
+        rule = self.record.placement
+        return "adaptive" if rule is not None and rule.migrates else "off"
 
     def support(self, server_args: Any) -> Support:
         """What this configuration and SGLang's server arguments leave. Pools may leave less."""
@@ -268,7 +275,7 @@ class PascalConfig:
 
     def banner(self) -> str:
         """The one start line: policy first, then every value."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"migration": self.migration_mode}
         values.pop("policy")
         shown = " ".join(f"{name}={value}" for name, value in values.items())
         return f"pascal_sglang: policy={self.policy} {shown}"

@@ -34,6 +34,7 @@ from pascal_sglang.entrypoints.preflight import (
     check_machine,
     check_migrations,
     check_temporary_folder,
+    idle_transport,
     one_line,
     open_to_others,
 )
@@ -126,8 +127,9 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     check_temporary_folder(server_args)
     print(config.banner(), file=sys.stderr, flush=True)
     print(f"{PROG}: level {support} by the arguments", file=sys.stderr, flush=True)
-    if (warning := open_to_others()) is not None:
-        print(f"{PROG}: warning: {warning}", file=sys.stderr, flush=True)
+    for warning in (open_to_others(), idle_transport(config, server_args)):
+        if warning is not None:
+            print(f"{PROG}: warning: {warning}", file=sys.stderr, flush=True)
     try:
         run_server(server_args)
         return 0

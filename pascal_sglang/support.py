@@ -146,8 +146,14 @@ CONFIG = (
         lambda c: c.placement == "sglang",
         "SGLang's balancing places the requests",
     ),
+)
+# Of our own configuration, where there are several instances.
+MIGRATION = (
     Row(
-        "--pascal-migration off", Level.PAUSE, lambda c: c.migration == "off", "it was switched off"
+        "--pascal-migration off",
+        Level.PAUSE,
+        lambda c: c.places and not c.can_migrate,
+        "that is the default, except under `paper`",
     ),
 )
 # Of SGLang's server arguments. At the level OBSERVE the server runs as under `fcfs`.
@@ -423,7 +429,10 @@ def of_server(config: Any, server_args: Any) -> Support:
     # What was given may stand for something else: an alias, or what a model asks for.
     resolved = resolved_view(server_args)
     found = EVERYTHING.lowered(Level[config.most_level.upper()], "a test")
-    return found.under(CONFIG, config).under((*SERVER, *INSTANCES), resolved)
+    found = found.under(CONFIG, config)
+    if instances_of(resolved) > 1:
+        found = found.under(MIGRATION, config)
+    return found.under((*SERVER, *INSTANCES), resolved)
 
 
 def of_request(req: Any) -> Support:

@@ -69,7 +69,7 @@ class Cluster:
             received=self.received[index],
             on_pace=self.dice.random() < 0.9,
             footprint=KV_TOKENS - free,
-            thinking=self.dice.randrange(60),
+            reasoning=self.dice.randrange(60),
             fresh=self.dice.randrange(20),
             free=free,
             waiting=self.dice.randrange(1000),

@@ -93,7 +93,7 @@ class PascalController(WatchedController):
             self.request_locations, self.coordinator, self._fail
         )
         self.locations = LocationCheck(
-            self.request_locations, self.control_sender.send, self.coordinator.moving
+            self.request_locations, self.control_sender.send, self.coordinator.migrating
         )
         self.processes = SchedulerProcesses(
             self.schedulers(list(self._instance_of_pid)), self._instance_of_pid

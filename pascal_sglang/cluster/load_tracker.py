@@ -52,6 +52,6 @@ class LoadTracker:
         instance = self.instances[status.dp_rank]
         for name in FIGURES:
             setattr(instance, name, getattr(status, name))
-        instance.thinking += len(waiting)
+        instance.reasoning += len(waiting)
         instance.load += len(waiting)
         instance.waiting += sum(tokens for _, tokens in waiting)

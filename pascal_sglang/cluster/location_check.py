@@ -21,7 +21,7 @@ MAX_CHARACTERS = 8192
 
 
 class LocationCheck:
-    """One question at a time. ask: sends it to an instance. moving: ids of requests that change
+    """One question at a time. ask: sends it to an instance. migrating: ids of requests that change
     instance at this moment, about which no instance can tell. forgotten: requests that lived
     nowhere."""
 
@@ -29,9 +29,9 @@ class LocationCheck:
         self,
         request_locations: RequestLocations,
         ask: Callable[[int, LocationQuery], bool],
-        moving: Callable[[], set[str]],
+        migrating: Callable[[], set[str]],
     ) -> None:
-        self.request_locations, self._ask, self._moving = request_locations, ask, moving
+        self.request_locations, self._ask, self._migrating = request_locations, ask, migrating
         self.forgotten = 0
         self._number = 0
         self._asked_at = float("-inf")
@@ -47,14 +47,14 @@ class LocationCheck:
             return
         self._conclude()
         self._asked_at = now
-        moving, characters, seen = self._moving(), 0, []
+        migrating, characters, seen = self._migrating(), 0, []
         for rid in islice(self.request_locations, MAX_ASKED):
             characters += len(rid)
             if characters > MAX_CHARACTERS and self._asked:
                 break
             seen.append(rid)
             lives_on = self.request_locations.instance_of(rid)
-            if rid not in moving and lives_on is not None:
+            if rid not in migrating and lives_on is not None:
                 self._asked[rid] = lives_on
         for rid in seen:
             self.request_locations.asked_about(rid)
@@ -74,12 +74,12 @@ class LocationCheck:
     def _conclude(self) -> None:
         """Correct what is known by the answers that have come."""
         alive = {rid: reply.dp_rank for reply in self._replies.values() for rid in reply.rids}
-        moving = self._moving()
+        migrating = self._migrating()
         # A request may live on an instance that has not answered: its move may not have been heard
         # of either.
         complete = self._replies.keys() == self._sent.keys()
         for rid, instance in self._asked.items():
-            if rid in moving or self.request_locations.instance_of(rid) != instance:
+            if rid in migrating or self.request_locations.instance_of(rid) != instance:
                 continue
             reply = self._replies.get(instance)
             if rid in alive:

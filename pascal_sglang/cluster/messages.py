@@ -192,7 +192,7 @@ class LoadReport(ControlMessage, frozen=True, kw_only=True):
     # The rest: see `policy.placement.LoadFigures`.
     on_pace: bool
     footprint: Count
-    thinking: Count
+    reasoning: Count
     fresh: Count
     free: Count
     waiting: Count

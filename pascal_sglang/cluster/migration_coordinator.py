@@ -72,8 +72,8 @@ class MigrationCoordinator:
                 self._end(migration, done=False, why="unreachable")
         return decision
 
-    def moving(self) -> set[str]:
-        """Ids of the requests whose move is under way."""
+    def migrating(self) -> set[str]:
+        """Ids of the requests whose migration is under way."""
         return {going.rid for going in self.under_way.values()}
 
     def over(self, report: MigrationEnded) -> UnderWay | None:

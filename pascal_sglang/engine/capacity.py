@@ -10,7 +10,7 @@ from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
 from pascal_sglang.engine.lora_slots import LoraSlots
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
-from pascal_sglang.policy.plan import GROWTH, UNLIMITED, Capacity
+from pascal_sglang.policy.plan import UNLIMITED, Capacity, room_to_grow
 from pascal_sglang.policy.request import RequestState, RequestStatus
 
 
@@ -59,9 +59,9 @@ class CapacityView:
     def spare_tokens(self, running: ScheduleBatch, last: ScheduleBatch | None) -> int:
         """At least how much KV is left after the next steps of all who run or come out of a
         prefill; what could be evicted and what is on its way back is not counted."""
-        growing = len(running.reqs) + self.joining(last)
         free: int = self.pool.allocator.available_size()
-        return free - self.promised_tokens() - GROWTH * self.step_tokens * growing
+        growing = len(running.reqs) + self.joining(last)
+        return free - self.promised_tokens() - room_to_grow(growing, self.step_tokens)
 
     def promised_tokens(self) -> int:
         """KV the rest of a chunked prefill will take: SGLang goes on with it unasked."""

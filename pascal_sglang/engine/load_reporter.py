@@ -113,7 +113,7 @@ def load_figures(
     return {
         "on_pace": on_pace,
         "footprint": scheduler.max_total_num_tokens - free + executor.paused_requests.host_tokens,
-        "thinking": reasoning + queued,
+        "reasoning": reasoning + queued,
         "fresh": sum(m.phase_tokens < planner.tuning.quantum for m in answering),
         "free": free,
         "waiting": sum(state_of(r).kv_tokens for r in scheduler.waiting_queue),

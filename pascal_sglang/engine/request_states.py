@@ -30,6 +30,7 @@ from pascal_sglang.policy.ranking import PREFIX_HEAD_START, PassInfo, fastest_pa
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.running_mean import running_mean
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline
+from pascal_sglang.request_checks import reader_of
 from pascal_sglang.support import EVERYTHING, NOT_RECOMPUTED, Level, Support, first, of_request
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class RequestStates:
         tpot_ms = self.config.answer_tpot_ms_of(req.sampling_params.custom_params)
         self._arrivals += 1
         pacer = Pacer(tpot_ms / 1000)
-        reader = self.config.reader_of(req.stream, req.sampling_params)
+        reader = reader_of(req.stream, req.sampling_params)
         state = RequestState(
             self._arrivals,
             pacer,

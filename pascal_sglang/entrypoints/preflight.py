@@ -113,6 +113,15 @@ def check_migrations(config: PascalConfig, server_args: Any) -> None:
                 ) from None
 
 
+def idle_transport(config: PascalConfig, server_args: Any) -> str | None:
+    """A KV transport that was asked for where no request moves, as one line; None if there is
+    none."""
+    alone = support.instances_of(server_args) == 1
+    if config.kv_transport == "auto" or config.can_migrate or alone:
+        return None
+    return f"no request moves, so nothing uses --pascal-kv-transport {config.kv_transport}"
+
+
 def open_to_others() -> str | None:
     """What the umask lets other users of this host do, as one line; None if it is nothing."""
     umask = os.umask(0o077)

@@ -51,11 +51,16 @@ class Pacer:
         """`tokens` more answering tokens reach the stream, the first at `now`, the others `every`
         seconds apart; the cost does not depend on how many. floor: the fastest pace that the engine
         delivers now, in seconds per token."""
-        self.settle()
+        if self.received > self.delivered:
+            self.settle()
+        if floor <= self.tpot and not self.ahead:
+            self._show(now, tokens, every)
+            self.floor = floor
+            return
         before = self.shown if self.delivered else -math.inf
         self._show(now, tokens, every)
         self.floor = floor
-        if tokens > 0 and (floor > self.tpot or self.ahead):
+        if tokens > 0:
             last = now + (tokens - 1) * max(every, self.pace)
             self.ahead = max(0.0, max(last, before + tokens * self.pace) - self.last_shown)
 
@@ -106,16 +111,18 @@ class Pacer:
             tokens, now = tokens - 1, now + every
         if tokens <= 0:
             return
-        due = self.last_shown + self.tpot
+        tpot = self.tpot
+        due = self.last_shown + tpot
         buffered = tokens
-        if every > self.tpot:
+        if every > tpot:
             # The stream is slower than the reader: a lead lasts for some tokens, if there is one.
-            lead = (due - now) / (every - self.tpot)
+            lead = (due - now) / (every - tpot)
             buffered = min(tokens, int(lead) + 1) if lead >= 0 else 0
         if buffered:
-            self.last_shown = max(now, due) + (buffered - 1) * self.tpot
+            self.last_shown = (now if now > due else due) + (buffered - 1) * tpot
             self.delivered += buffered
-            self.delay += buffered * (self.last_shown - self._ideal(self.delivered - 1))
+            ideal = self.first_shown + (self.delivered - 1) * tpot
+            self.delay += buffered * (self.last_shown - ideal)
         if late := tokens - buffered:
             first, self.last_shown = now + buffered * every, now + (tokens - 1) * every
             begin = first - self._ideal(self.delivered)

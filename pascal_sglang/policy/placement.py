@@ -30,7 +30,7 @@ class LoadFigures:
     # `m_i`: KV on the device and in host memory.
     footprint: int = 0
     # `r_i`: requests that reason in the high class.
-    thinking: int = 0
+    reasoning: int = 0
     # `a_i`: answering requests inside their first quantum.
     fresh: int = 0
     # KV free or evictable.
@@ -93,8 +93,10 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementRule:
-    """How a policy places requests, and when it moves them."""
+    """How a policy places requests, and whether and when it moves them."""
 
+    # Requests may move at the end of their thinking, unless `--pascal-migration` says otherwise.
+    migrates: bool = False
     # Move only from memory pressure to room; otherwise by the paper's counts (Algorithm 2).
     lazy: bool = True
     # New requests go where their answer is expected to begin first, instead of to the smallest KV
@@ -166,7 +168,7 @@ class Placement:
             ),
         )
         self._turn += 1
-        chosen.thinking += 1
+        chosen.reasoning += 1
         chosen.load += 1
         chosen.waiting += max(0, prompt - hits.get(chosen.index, 0))
         return chosen.index
@@ -184,7 +186,7 @@ class Placement:
         """Algorithm 2 with the adaptive override, or the lazy rule."""
         here = next(i for i in instances if i.index == answer.current)
         # Its thinking is over: it no longer counts among its instance's thinkers.
-        here.thinking = max(0, here.thinking - 1)
+        here.reasoning = max(0, here.reasoning - 1)
         decide = self._lazily if self.lazy else self._by_counts
         decision = decide(instances, here, answer)
         if decision.target != here.index:
@@ -219,7 +221,7 @@ class Placement:
         chosen = min(
             on_pace or instances,
             key=lambda i: (
-                i.thinking if on_pace else i.thinking + i.fresh,
+                i.reasoning if on_pace else i.reasoning + i.fresh,
                 i is not here,
                 (i.index - turn) % count,
             ),

@@ -27,6 +27,12 @@ BACKFILL_DEPTH = 32
 UNLIMITED = 1 << 60
 
 
+def room_to_grow(requests: int, step_tokens: int = 1) -> int:
+    """KV entries that so many requests may grow by before the next plan can react. step_tokens: the
+    most that a step gives each."""
+    return GROWTH * step_tokens * requests
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """What there is to give in a pass."""
@@ -108,7 +114,7 @@ class Planner:
         self.policy = policy
         # KV entries, and what `BESIDE` names, that a running request takes until the next plan can
         # react.
-        self.growth = GROWTH * step_tokens
+        self.growth = room_to_grow(1, step_tokens)
         self.growth_beside = tuple(self.growth * grows for grows in GROWS_BESIDE)
         self.tuning = tuning
         self.accounting = accounting or KVAccounting()
@@ -141,9 +147,9 @@ class Planner:
         what the pause gives back. No request starts beyond memory and slots. The queue is served in
         order, but for `backfill`.
         """
-        growing = len(running) + joining
-        budget = capacity.free_tokens + capacity.releasing_tokens - self.growth * growing
-        windows = capacity.windows - self.growth * growing
+        grown = self.growth * (len(running) + joining)
+        budget = capacity.free_tokens + capacity.releasing_tokens - grown
+        windows = capacity.windows - grown
         if self.is_content(min(budget, windows)):
             return NOTHING
         beside = (capacity.states, windows)
@@ -203,6 +209,8 @@ class Planner:
         if not self.policy.backfills or waited >= self.tuning.backfill * self.tuning.quantum:
             return []
         if builder.paused or builder.spilled or builder.slots < 1 or builder.budget < self.growth:
+            return []
+        if builder.budget < self.tuning.quantum and not self.queue.ending:
             return []
         if self.policy.urgent is not None:
             rank = self.policy.rank(blocked, builder.pass_info, self.tuning)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Generator, Iterable
-from contextlib import suppress
 
 from pascal_sglang.policy.ranking import PassInfo, Rank, Tuning, credit_of
 from pascal_sglang.policy.registry import Policy
@@ -21,14 +20,16 @@ class WaitQueue:
     Within a class, requests are ordered by priority, then by the policy's key. A class whose
     requests turn urgent, which goes before priorities, is held apart by priority. Adding and
     removing cost O(log n); walking the first k costs O(k log n) and a comparison per class. The
-    entry of a removed request stays behind with an outdated ticket until it surfaces. The status of
-    a request must not change while it is in the queue.
+    entry of a removed request stays behind with an outdated ticket until it surfaces. What a
+    request is and what remains of it must not change while it is in the queue.
     """
 
     # Requests by (class, status), without internal ones.
     counts: Counter[tuple[int, RequestStatus]]
     # Paused requests whose KV is on the device, in the order in which they came.
     resident: dict[RequestState, None]
+    # Requests that end their phase within a quantum, as far as limits say.
+    ending: set[RequestState]
     # Grows whenever a request comes, goes, or changes what orders it.
     changes: int
 
@@ -37,6 +38,7 @@ class WaitQueue:
         self.tuning = tuning
         self.counts = Counter()
         self.resident = {}
+        self.ending = set()
         self.changes = 0
         # By class, and by priority where that is held apart.
         self._classes: dict[tuple[int, int], list[Entry]] = {}
@@ -71,6 +73,7 @@ class WaitQueue:
         if self.holds(request):
             request.ticket += 1
             self.counts[request.priority_class, request.status] -= not request.internal
+            self.ending.discard(request)
             self._size -= 1
             self.changes += 1
 
@@ -98,6 +101,8 @@ class WaitQueue:
         self.changes += 1
         if request.status is RequestStatus.RESIDENT:
             self.resident[request] = None
+        if request.remaining < self.tuning.quantum:
+            self.ending.add(request)
 
     def holds(self, request: RequestState) -> bool:
         return request.ticket % 2 == 1
@@ -127,22 +132,21 @@ class WaitQueue:
         """The requests in the queue by `(rank, key, seq)`; the queue stays as it is."""
         taken: list[tuple[list[Entry], Entry]] = []
         # Priorities come and go with requests, and so do their classes.
-        self._classes = {
-            c: entries for c, entries in self._classes.items() if self._surface(entries)
-        }
+        self._classes = {c: entries for c, entries in self._classes.items() if _surface(entries)}
+        rank, tuning = self.policy.rank, self.tuning
         # The first of each class; ranks are compared as they are in this pass.
-        heads = [
-            (self._order(entries[0], pass_info), number, entries)
-            for number, entries in self._classes.items()
-        ]
-        heapq.heapify(heads)
+        heads: list[tuple[Rank, float, int, list[Entry]]] = []
+        for entries in self._classes.values():
+            _, key, seq, _, request = entries[0]
+            heads.append((rank(request, pass_info, tuning), key, seq, entries))
+        heapq.heapify(heads)  # Never compares entries: `seq` is unique.
         try:
             while heads:
-                _, number, best = heads[0]
-                entry = heapq.heappop(best)
-                taken.append((best, entry))
-                if self._surface(best):
-                    heapq.heapreplace(heads, (self._order(best[0], pass_info), number, best))
+                best = heads[0][-1]
+                taken.append((best, entry := heapq.heappop(best)))
+                if _surface(best):
+                    _, key, seq, _, request = best[0]
+                    heapq.heapreplace(heads, (rank(request, pass_info, tuning), key, seq, best))
                 else:
                     heapq.heappop(heads)
                 yield entry[-1]
@@ -150,15 +154,11 @@ class WaitQueue:
             for entries, entry in taken:
                 heapq.heappush(entries, entry)
 
-    def _order(self, entry: Entry, pass_info: PassInfo) -> tuple[Rank, float, int]:
-        _, key, seq, _, request = entry
-        return self.policy.rank(request, pass_info, self.tuning), key, seq
 
-    @staticmethod
-    def _surface(entries: list[Entry]) -> bool:
-        """Drop outdated entries from the top; whether a true one is left."""
-        with suppress(IndexError):
-            while entries[0][3] != entries[0][4].ticket:
-                heapq.heappop(entries)
+def _surface(entries: list[Entry]) -> bool:
+    """Drop outdated entries from the top; whether a true one is left."""
+    while entries:
+        if entries[0][3] == entries[0][4].ticket:
             return True
-        return False
+        heapq.heappop(entries)
+    return False

@@ -88,7 +88,7 @@ POLICIES = {
         priority_class=ranking.paper_class,
         class_names=("high", "low"),
         forecast=RankForecast(quanta="phase", demotes=True),
-        placement=PlacementRule(lazy=False, predict=False, running_qoe=True),
+        placement=PlacementRule(migrates=True, lazy=False, predict=False, running_qoe=True),
     ),
     "rr": Policy(
         rank=ranking.round_robin,

@@ -87,7 +87,6 @@ PASCAL = Arm(
     name="pascal",
     policy="pascal",
     on_pace=True,
-    migration="adaptive",
     lazy=True,
     live=True,
     prefixes=True,
@@ -107,8 +106,8 @@ ARMS = {
         PAPER.but("paper-non-adaptive", migration="always"),
         PAPER.but("paper-live", live=True),
         PASCAL,
-        PASCAL.but("pascal-no-migration", migration="off"),
-        PASCAL.but("pascal-stop-and-copy", live=False),
+        PASCAL.but("pascal-migration", migration="adaptive"),
+        PASCAL.but("pascal-stop-and-copy", migration="adaptive", live=False),
         PASCAL.but("pascal-no-priorities", priorities=None),
         INF,
     )
@@ -135,7 +134,12 @@ def arm_of(name: str) -> Arm:
     if rule is None:
         return Arm(name=name, policy=name)
     return PASCAL.but(
-        name, policy=name, sticky=rule.running_qoe, lazy=rule.lazy, predict=rule.predict
+        name,
+        policy=name,
+        sticky=rule.running_qoe,
+        migration="adaptive" if rule.migrates else "off",
+        lazy=rule.lazy,
+        predict=rule.predict,
     )
 
 

@@ -10,6 +10,9 @@ from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.cost import Cost
 from pascal_sglang.sim.request import SimRequest
 
+# Looking it up costs as much as the rest of `Batch.sync`.
+ANSWERING = Phase.ANSWERING
+
 
 class Batch(Sequence[SimRequest]):
     """The running batch. Step k ends `time_of(k)`; while its requests stay the same, that is a
@@ -111,13 +114,12 @@ class Batch(Sequence[SimRequest]):
 
     def sync(self, request: SimRequest) -> None:
         """Give a request the tokens of the steps that have ended since it was looked at."""
-        tokens = self.steps - request.step
-        if not tokens:
-            request.at = self.origin
-            return
-        if request.phase is Phase.ANSWERING:
-            every = (self.origin - request.at) / tokens
-            request.pacer.deliver(request.at + every, tokens, every)
-        request.phase_tokens += tokens
-        request.total_tokens += tokens
-        request.step, request.at = self.steps, self.origin
+        origin = self.origin
+        if tokens := self.steps - request.step:
+            if request.phase is ANSWERING:
+                every = (origin - request.at) / tokens
+                request.pacer.deliver(request.at + every, tokens, every)
+            request.phase_tokens += tokens
+            request.total_tokens += tokens
+            request.step = self.steps
+        request.at = origin

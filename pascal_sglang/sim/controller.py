@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from operator import attrgetter
 
-from pascal_sglang.policy.placement import Answer, Decision, Placement
+from pascal_sglang.policy.placement import FIGURES, Answer, Decision, LoadFigures, Placement
 from pascal_sglang.policy.placement import Instance as InstanceLoad
 from pascal_sglang.sim.arms import Arm
 from pascal_sglang.sim.clock import Clock
@@ -14,10 +13,7 @@ from pascal_sglang.sim.instance import Instance
 
 # How often a busy instance says how it is (`engine.load_reporter`), in seconds.
 STATUS_S = 0.02
-# What the controller counts itself, whatever a status says.
-KEPT = {"arriving", "migrations"}
-FIGURES = tuple(field.name for field in fields(InstanceLoad) if field.name not in KEPT)
-figures_of: Callable[[InstanceLoad], tuple[object, ...]] = attrgetter(*FIGURES)
+figures_of: Callable[[LoadFigures], tuple[object, ...]] = attrgetter(*FIGURES)
 
 
 class Controller:
@@ -70,23 +66,30 @@ class Controller:
             return
         self._heard[index] = self.clock.now
         instance.catch_up()
-        thinking, others, tokens = instance.waiting()
-        memory = instance.memory
-        if self.arm.on_pace or self.arm.migration != "off":
-            view.on_pace = not self.arm.on_pace or instance.readers.on_pace(self.clock.now)
-        view.free = memory.free
-        view.footprint = memory.held + memory.host
-        view.thinking = len(instance.thinking) + thinking
-        view.fresh = len(instance.fresh)
-        view.waiting = tokens
-        view.capacity = memory.capacity
-        view.load = len(instance.batch) + others
-        view.pass_us = round(1e6 * instance.passes.mean_s)
-        view.batch = round(instance.passes.mean_batch)
-        view.prefill_ns = round(1e9 * instance.prefill_token_s)
-        self._said[index] = figures_of(view)
+        on_pace = not self.arm.on_pace or instance.readers.on_pace(self.clock.now)
+        self._said[index] = figures_of(load_of(instance, on_pace=on_pace))
+        self._recall(view)
 
     def _recall(self, view: InstanceLoad) -> None:
-        """Forget what was decided since the last status."""
+        """Know what the last status said, and nothing that was decided since."""
         for name, value in zip(FIGURES, self._said[view.index], strict=True):
             setattr(view, name, value)
+
+
+def load_of(instance: Instance, *, on_pace: bool) -> LoadFigures:
+    """What an instance that is up to date says of itself."""
+    thinking, others, tokens = instance.waiting()
+    memory, passes = instance.memory, instance.passes
+    return LoadFigures(
+        on_pace=on_pace,
+        footprint=memory.held + memory.host,
+        reasoning=len(instance.thinking) + thinking,
+        fresh=len(instance.fresh),
+        free=memory.free,
+        waiting=tokens,
+        capacity=memory.capacity,
+        load=len(instance.batch) + others,
+        pass_us=round(1e6 * passes.mean_s),
+        batch=round(passes.mean_batch),
+        prefill_ns=round(1e9 * instance.prefill_token_s),
+    )

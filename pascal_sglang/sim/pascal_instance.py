@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pascal_sglang.policy.kv_tier import Costs, KVTier
-from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, Plan, Planner
+from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, Plan, Planner, room_to_grow
 from pascal_sglang.policy.rank_forecast import NEVER
 from pascal_sglang.policy.ranking import (
     PREFIX_HEAD_START,
@@ -96,7 +96,7 @@ class PascalInstance(Instance):
         if self.copying or self.arriving:
             self._end_copies(self.clock.now)
         growing = len(self.batch) + len(self.filling) + len(self.arriving)
-        short = self.memory.free < GROWTH * growing
+        short = self.memory.free < room_to_grow(growing)
         asked = self.stirred or self.again or self.step_by_step
         self.again = False
         if short or (self.planner.queue and (asked or self.look <= self.batch.steps)):

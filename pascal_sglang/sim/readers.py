@@ -53,6 +53,8 @@ class Readers:
             if request in self.batch:
                 self.batch.sync(request)
             waits = request.pacer.last_shown + request.pacer.tpot < now
+            if waits and not good:
+                continue  # It stays a suspect, and the status is false already.
             bad = self.sticky and request.pacer.qoe < self.slo
             if bad or (waits and not self.sticky):
                 good = False

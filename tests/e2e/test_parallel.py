@@ -80,7 +80,8 @@ def test_the_controller_sleeps_while_nothing_happens(two_instances):
 
 def test_every_way_in_is_known_and_no_wider_than_the_docs_say(two_instances):
     seen = check(two_instances)
-    assert seen >= {"HTTP", "Control messages", "SGLang's messages", "KV receive buffer", "Metrics"}
+    assert seen >= {"HTTP", "Control messages", "SGLang's messages", "Metrics"}
+    assert "KV receive buffer" not in seen, "no request moves unless it is asked for"
 
 
 def test_the_status_is_the_operators(two_instances):

@@ -91,11 +91,11 @@ def wait_for(server, holds):
 
 def all_is_given_back(shown):
     """No slot may still be written into, and the controller knows of no request."""
-    slots = [i["migrations"]["windows"] for i in shown["instances"]]
-    in_doubt = sum(w["in_doubt"] for w in slots)
+    slots = [i["migrations"]["slots"] for i in shown["instances"]]
+    in_doubt = sum(s["in_doubt"] for s in slots)
     return (
         not in_doubt
-        and all(w["free"] == SLOTS for w in slots)
+        and all(s["free"] == SLOTS for s in slots)
         and not shown["controller"]["live_requests"]
     )
 
@@ -210,6 +210,10 @@ def test_who_hangs_up_at_any_point_of_a_move_leaves_nothing(flooded):
     nothing_left(instances)
     assert sum(i["ended"].get("aborted", 0) for i in instances) == before + len(jobs)
     assert total(instances, "outgoing", "moved") > 0
+
+
+def test_moves_open_no_wider_way_in_than_the_docs_say(flooded):
+    assert check(flooded) >= {"KV receive buffer", "Control messages"}
 
 
 def test_what_cannot_travel_stays_and_says_why(flooded):

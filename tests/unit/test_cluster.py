@@ -21,7 +21,7 @@ def status(**more):
         "received": 0,
         "on_pace": True,
         "footprint": 10,
-        "thinking": 1,
+        "reasoning": 1,
         "fresh": 2,
         "free": 90,
         "waiting": 5,
@@ -89,11 +89,11 @@ def test_a_dispatch_counts_until_its_instance_has_taken_it_in():
     monitor.sent(0, 20)
     monitor.sent(0, 30)
     monitor.hear(status(received=0), 1.0)
-    assert (monitor.instances[0].thinking, monitor.instances[0].waiting) == (3, 55)
+    assert (monitor.instances[0].reasoning, monitor.instances[0].waiting) == (3, 55)
     monitor.hear(status(received=1), 1.1)
-    assert (monitor.instances[0].thinking, monitor.instances[0].waiting) == (2, 35)
+    assert (monitor.instances[0].reasoning, monitor.instances[0].waiting) == (2, 35)
     monitor.hear(status(received=2), 1.2)
-    assert (monitor.instances[0].thinking, monitor.instances[0].waiting) == (1, 5)
+    assert (monitor.instances[0].reasoning, monitor.instances[0].waiting) == (1, 5)
     assert monitor.instances[1].footprint == 0
 
 
@@ -101,7 +101,7 @@ def test_an_instance_that_never_reports_does_not_fill_the_memory():
     monitor = LoadTracker(1)
     for _ in range(OPEN_DISPATCHES + 10):
         monitor.sent(0, 1)
-    monitor.hear(status(thinking=0, waiting=0), 1.0)
+    monitor.hear(status(reasoning=0, waiting=0), 1.0)
     assert monitor.instances[0].waiting == OPEN_DISPATCHES
 
 

@@ -95,18 +95,18 @@ def test_one_decision_looks_at_a_bounded_number_of_instances():
 
 
 def test_an_answer_goes_where_fewest_think_without_counting_itself():
-    instances = [roomy(0, thinking=3), roomy(1, thinking=3), roomy(2, thinking=1)]
+    instances = [roomy(0, reasoning=3), roomy(1, reasoning=3), roomy(2, reasoning=1)]
     decision = paper().at_boundary(instances, Answer(0, 50, 200))
     assert (decision.target, decision.why) == (2, "fewest_there")
-    instances = [roomy(0, thinking=3), roomy(1, thinking=2)]
+    instances = [roomy(0, reasoning=3), roomy(1, reasoning=2)]
     assert paper().at_boundary(instances, Answer(0, 50, 200)).why == "fewest_here", "a tie stays"
 
 
 def test_with_nobody_on_pace_fresh_answers_count_as_well():
     instances = [
-        roomy(0, thinking=4, fresh=0, on_pace=False),
-        roomy(1, thinking=1, fresh=3, on_pace=False),
-        roomy(2, thinking=2, fresh=0, on_pace=False),
+        roomy(0, reasoning=4, fresh=0, on_pace=False),
+        roomy(1, reasoning=1, fresh=3, on_pace=False),
+        roomy(2, reasoning=2, fresh=0, on_pace=False),
     ]
     decision = paper().at_boundary(instances, Answer(0, 50, 200))
     assert (decision.target, decision.why) == (2, "none_on_pace")
@@ -114,7 +114,7 @@ def test_with_nobody_on_pace_fresh_answers_count_as_well():
 
 @pytest.mark.parametrize(("adaptive", "target"), [(True, 0), (False, 1)])
 def test_the_override_stays_with_memory_rather_than_go_without(adaptive, target):
-    instances = [roomy(0, thinking=5), Instance(1, free=100)]
+    instances = [roomy(0, reasoning=5), Instance(1, free=100)]
     assert paper(adaptive=adaptive).at_boundary(instances, Answer(0, 50, 200)).target == target
 
 
@@ -129,7 +129,7 @@ def test_enough_is_the_request_and_a_quantum_or_less_if_it_ends_sooner():
 
 def test_lazily_only_pressure_moves_and_only_to_room():
     full, half = Instance(0, free=10), Instance(2, free=400)
-    assert pascal().at_boundary([roomy(0, thinking=9), roomy(1)], Answer(0, 50, 200)).target == 0
+    assert pascal().at_boundary([roomy(0, reasoning=9), roomy(1)], Answer(0, 50, 200)).target == 0
     decision = pascal().at_boundary([full, roomy(1), half], Answer(0, 50, 200))
     assert (decision.target, decision.why) == (1, "room_there")
     decision = pascal().at_boundary(
@@ -145,7 +145,7 @@ def test_what_helps_nobody_does_not_move():
 
 
 def test_a_failed_move_is_taken_back():
-    here, there = Instance(0, thinking=1), roomy(1)
+    here, there = Instance(0, reasoning=1), roomy(1)
     placement = pascal()
     assert placement.at_boundary([here, there], Answer(0, 50, 200)).target == 1
     assert (there.arriving, there.footprint, there.fresh, there.migrations) == (50, 50, 1, 1)
@@ -160,7 +160,7 @@ instances = st.lists(
         index=st.just(0),
         on_pace=st.booleans(),
         footprint=st.integers(0, 500),
-        thinking=st.integers(0, 5),
+        reasoning=st.integers(0, 5),
         fresh=st.integers(0, 5),
         free=st.integers(0, 500),
     ),

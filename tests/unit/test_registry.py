@@ -44,12 +44,34 @@ def test_a_name_that_leads_nowhere_ends_in_one_line(name, why):
 
 
 @pytest.mark.parametrize(
-    ("policy", "places", "schedules"),
-    [("pascal", True, True), ("rr", False, True), ("fcfs", False, False), (NAME, True, True)],
+    ("policy", "places", "migrates", "schedules"),
+    [
+        ("pascal", True, False, True),
+        ("paper", True, True, True),
+        ("rr", False, False, True),
+        ("fcfs", False, False, False),
+        (NAME, True, False, True),
+    ],
 )
-def test_what_a_server_does_follows_from_the_record(policy, places, schedules):
+def test_what_a_server_does_follows_from_the_record(policy, places, migrates, schedules):
     config = PascalConfig(policy=policy)
-    assert (config.places, config.can_migrate, config.paces) == (places, places, schedules)
+    assert (config.places, config.can_migrate, config.paces) == (places, migrates, schedules)
+
+
+def test_whether_requests_move_may_be_asked_for():
+    """By an operator, whatever the record says; tests force it; without placement none moves."""
+
+    def can_migrate(policy, **asked):
+        return PascalConfig(policy=policy, **asked).can_migrate
+
+    assert can_migrate("pascal", migration="adaptive")
+    assert can_migrate(NAME, migration="always")
+    assert not can_migrate("paper", migration="off")
+    assert can_migrate("pascal", force_migration=0.01)
+    assert not can_migrate("rr", migration="adaptive")
+    assert not can_migrate("pascal", migration="adaptive", placement="sglang")
+    assert "migration=adaptive" in PascalConfig(policy="paper").banner()
+    assert "migration=off" in PascalConfig().banner()
 
 
 def test_the_planner_goes_by_the_record():
@@ -73,7 +95,7 @@ def test_the_simulator_runs_it(capsys):
 def test_arms_do_around_a_policy_what_servers_do():
     assert arm_of("paper") is ARMS["paper"]
     arm = arm_of(NAME)
-    assert (arm.record, arm.lazy, arm.predict, arm.migration) == (POLICY, True, True, "adaptive")
+    assert (arm.record, arm.lazy, arm.predict, arm.migration) == (POLICY, True, True, "off")
     assert arm_of("examples.feedback_queue:POLICY").on_pace
 
 

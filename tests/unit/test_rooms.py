@@ -38,7 +38,7 @@ PACKAGE = {
     "engine": (
         {
             *{"cluster", "demo", "engine.kv", "engine.migration", "engine.observability"},
-            *{"entrypoints", "policy", "scheduling_flags", "support", *ENTRY},
+            *{"entrypoints", "policy", "request_checks", "scheduling_flags", "support", *ENTRY},
         },
         {"msgspec", "psutil", "sglang", "torch", "zmq"},
     ),

@@ -189,9 +189,9 @@ def test_moves_that_ignore_the_override_are_never_refused():
 def test_a_status_does_not_reset_what_the_controller_counts_itself():
     views = controller.Controller(ARMS["paper"], Clock(), [None], quantum=500)
     view = views.views[0]
-    view.migrations, view.arriving, view.thinking = 3, 700, 5
+    view.migrations, view.arriving, view.reasoning = 3, 700, 5
     views._recall(view)
-    assert (view.migrations, view.arriving, view.thinking) == (3, 700, 0)
+    assert (view.migrations, view.arriving, view.reasoning) == (3, 700, 0)
 
 
 @pytest.mark.parametrize("status_s", [0.0, 0.02])
@@ -202,7 +202,7 @@ def test_the_end_of_thinking_counts_once(monkeypatch, status_s):
     decide = Placement._by_counts
 
     def spy(self, instances, here, answer):
-        seen.append((here.thinking, here.fresh))
+        seen.append((here.reasoning, here.fresh))
         return decide(self, instances, here, answer)
 
     monkeypatch.setattr(Placement, "_by_counts", spy)

@@ -46,6 +46,7 @@ FEATURES = {
     "--detokenizer-worker-num above 1": "--detokenizer-worker-num 2",
     "--skip-tokenizer-init": "--skip-tokenizer-init",
 }
+MOVES = PascalConfig(migration="adaptive")
 BY_ARGUMENTS = {row.name: row for row in (*support.SERVER, *support.INSTANCES)}
 
 
@@ -63,14 +64,12 @@ def test_every_feature_is_tried():
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_feature_leaves_its_level(arguments, name):
     given_two = f"--dp-size 2 {FEATURES[name]}"
-    assert PascalConfig().support(arguments(given_two)) == Support(
-        BY_ARGUMENTS[name].level, (name,)
-    )
+    assert MOVES.support(arguments(given_two)) == Support(BY_ARGUMENTS[name].level, (name,))
 
 
 def test_a_front_end_in_rust_keeps_requests_where_they_are(arguments, monkeypatch):
     monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
-    found = PascalConfig().support(arguments("--dp-size 2"))
+    found = MOVES.support(arguments("--dp-size 2"))
     assert found == Support(Level.PAUSE, ("SGLANG_RUST_SERVER",))
 
 
@@ -87,7 +86,7 @@ def test_a_front_end_in_rust_keeps_requests_where_they_are(arguments, monkeypatc
     ],
 )
 def test_the_rest_leaves_everything(arguments, flags):
-    assert PascalConfig().support(arguments(f"--dp-size 2 {flags}")) == EVERYTHING
+    assert MOVES.support(arguments(f"--dp-size 2 {flags}")) == EVERYTHING
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,8 @@ def test_the_rest_leaves_everything(arguments, flags):
         ({"policy": "fcfs"}, Level.OBSERVE, "a policy in SGLang's order"),
         ({"policy": "rr"}, Level.PAUSE, "a policy that does not place requests"),
         ({"placement": "sglang"}, Level.PAUSE, "--load-balance-method"),
-        ({"migration": "off"}, Level.PAUSE, "--pascal-migration off"),
+        ({"policy": "paper", "migration": "off"}, Level.PAUSE, "--pascal-migration off"),
+        ({}, Level.PAUSE, "--pascal-migration off"),
     ],
 )
 def test_a_level_names_what_lowered_it(arguments, settings, level, name):
@@ -194,7 +194,13 @@ def test_every_family_has_a_pool_of_the_table():
 
 
 def test_every_row_says_why():
-    for row in (*support.CONFIG, *support.SERVER, *support.POOLS, *support.INSTANCES):
+    for row in (
+        *support.CONFIG,
+        *support.MIGRATION,
+        *support.SERVER,
+        *support.POOLS,
+        *support.INSTANCES,
+    ):
         assert row.why, row.name
     assert all(row.why for row in support.REQUESTS)
 

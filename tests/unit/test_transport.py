@@ -1,5 +1,6 @@
 """KV transports: bytes arrive where they were put, and nowhere else."""
 
+import dataclasses
 import functools
 import multiprocessing
 import socket
@@ -11,7 +12,7 @@ from pascal_sglang.cluster import transport
 from pascal_sglang.cluster.transport import TransportError
 from pascal_sglang.cluster.transport.listening import keep_to, listening
 from pascal_sglang.config import LaunchError, PascalConfig
-from pascal_sglang.entrypoints.preflight import check_migrations
+from pascal_sglang.entrypoints.preflight import check_migrations, idle_transport
 from tests.strangers import NOBODY, NoOtherHost, another_host, attempts
 
 PATTERN = bytes(range(256)) * 16
@@ -120,11 +121,21 @@ def test_an_unknown_kind_names_the_known_ones():
 def test_a_transport_that_is_not_installed_stops_the_start(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     several, one = types.SimpleNamespace(dp_size=2), types.SimpleNamespace(dp_size=1)
+    asked, off = (PascalConfig(kv_transport="mooncake", migration=m) for m in ("adaptive", "off"))
     check_migrations(PascalConfig(), several)
-    check_migrations(PascalConfig(kv_transport="mooncake"), one)
-    check_migrations(PascalConfig(kv_transport="mooncake", migration="off"), several)
+    check_migrations(asked, one)
+    check_migrations(off, several)
     with pytest.raises(LaunchError, match=r"not installed: pip install pascal_sglang\[mooncake\]"):
-        check_migrations(PascalConfig(kv_transport="mooncake"), several)
+        check_migrations(asked, several)
+
+
+def test_a_transport_that_nothing_uses_is_named():
+    several, one = types.SimpleNamespace(dp_size=2), types.SimpleNamespace(dp_size=1)
+    asked = PascalConfig(kv_transport="mooncake")
+    assert "--pascal-kv-transport mooncake" in idle_transport(asked, several)
+    assert idle_transport(asked, one) is None
+    assert idle_transport(PascalConfig(), several) is None
+    assert idle_transport(dataclasses.replace(asked, migration="adaptive"), several) is None
 
 
 def test_a_peer_that_is_opened_is_pinned_before_anything_is_written_to_it():
@@ -191,7 +202,7 @@ def test_a_landing_in_shared_memory_is_its_users_alone():
 
 def test_an_address_of_another_host_stops_the_start(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    config = PascalConfig(kv_transport="mooncake", kv_listen="198.51.100.7")
+    config = PascalConfig(kv_transport="mooncake", kv_listen="198.51.100.7", migration="adaptive")
     check_migrations(config, types.SimpleNamespace(dp_size=1))
     with pytest.raises(LaunchError, match=r"--pascal-kv-listen 198\.51\.100\.7: "):
         check_migrations(config, types.SimpleNamespace(dp_size=2))

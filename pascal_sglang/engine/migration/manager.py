@@ -223,7 +223,7 @@ class Migrations:
                 {"rid": each.rid, "from": each.sender, "state": each.state.value}
                 for each in self.incoming_migrations.under_way.values()
             ],
-            "windows": {"free": slots.free, "in_doubt": slots.in_doubt},
+            "slots": {"free": slots.free, "in_doubt": slots.in_doubt},
             "outgoing": dict(self.outgoing_migrations.counts),
             "incoming": dict(self.incoming_migrations.counts),
             "unmovable": dict(self.unmovable),

@@ -23,22 +23,21 @@ REMEDIES: dict[str, dict[str, tuple[object, object]]] = {
     "predicted TTFO": {"predict": (False, True)},
     "no migration": {"migration": ("adaptive", "off")},
 }
+# How requests move, which changes nothing where none does.
+OF_MIGRATION = ("lazy migration", "live copy")
 BASES = ("fcfs", "rr", "rr-restart")
 
 
 def arms() -> list[Arm]:
-    """The baselines, the paper's rules, each remedy alone, all of them, and all but each."""
+    """The baselines, the paper's rules, each remedy alone, all of them, and all but each that
+    changes something there."""
     found = [INF, *(ARMS[name] for name in BASES), PAPER]
     for name, changes in REMEDIES.items():
         found.append(PAPER.but(f"paper + {name}", **{k: v[1] for k, v in changes.items()}))
     found.append(PASCAL)
     for name, changes in REMEDIES.items():
-        # Not moving is no part of `pascal`, so the arm without it has it.
-        side = 1 if name == "no migration" else 0
-        sign = "+" if side else "-"
-        found.append(
-            PASCAL.but(f"pascal {sign} {name}", **{k: v[side] for k, v in changes.items()})
-        )
+        if name not in OF_MIGRATION:
+            found.append(PASCAL.but(f"pascal - {name}", **{k: v[0] for k, v in changes.items()}))
     return found
 
 

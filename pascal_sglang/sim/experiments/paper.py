@@ -119,7 +119,7 @@ def against(rows: Rows) -> list[str]:
             f"{source}: P99 KV transfer at the high rate",
             transfer,
             _seconds(high, "paper", "p99_transfer"),
-            _seconds(high, "pascal", "p99_transfer"),
+            _seconds(high, "pascal-migration", "p99_transfer"),
         )
         add(
             f"{source}: throughput against FCFS and RR, worst rate",
@@ -131,13 +131,13 @@ def against(rows: Rows) -> list[str]:
         "P99 blocking latency without migration, worst",
         "27.39 s",
         _worst(rows, "paper-no-migration", "p99_blocking"),
-        _worst(rows, "pascal-no-migration", "p99_blocking"),
+        _worst(rows, "pascal", "p99_blocking"),
     )
     add(
         "P99 blocking latency with migration, worst",
         "near zero",
         _worst(rows, "paper", "p99_blocking"),
-        _worst(rows, "pascal", "p99_blocking"),
+        _worst(rows, "pascal-migration", "p99_blocking"),
     )
     for load in LOADS:
         mine = pick(rows, load=load)
