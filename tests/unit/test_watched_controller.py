@@ -1,6 +1,7 @@
 """Our controller with instances that are mere sockets: no message and no death ends it or holds it
 up. It is told of deaths as Ray's actors tell it, by a pipe."""
 
+import argparse
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ import zmq
 from sglang.srt.managers import io_struct as io
 from sglang.srt.managers.data_parallel_controller import DataParallelController, LoadBalanceMethod
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.watchdog import Watchdog
 
 from pascal_sglang.cluster import controller as controller_module
@@ -47,14 +49,17 @@ class Scene:
         monkeypatch.setattr(
             controller_module, "get_observability", lambda: SimpleNamespace(enable_metrics=False)
         )
-        monkeypatch.setattr(DataParallelController, "__init__", lambda c: self.launch(c))
+        monkeypatch.setattr(DataParallelController, "__init__", lambda c, _: self.launch(c))
         self.context = zmq.Context()
         self.folder = folder
         self.processes = [Process(pid) for pid in (101, 102)]
         self.manager = self.context.socket(zmq.PULL)
         self.manager.bind(self.address("manager"))
         handler = signal.getsignal(signal.SIGQUIT)
-        self.controller = controller_module.PascalController()
+        parser = argparse.ArgumentParser()
+        ServerArgs.add_cli_args(parser)
+        server_args = parser.parse_args(["--model-path", "m", "--dp-size", "2"])
+        self.controller = controller_module.PascalController(server_args)
         signal.signal(signal.SIGQUIT, handler)
         self.requests = self.context.socket(zmq.PUSH)
         self.requests.connect(self.address("requests"))
