@@ -1,6 +1,7 @@
 """Our controller with instances that are mere sockets: no message and no death ends it or holds it
 up. It is told of deaths as Ray's actors tell it, by a pipe."""
 
+import argparse
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ import zmq
 from sglang.srt.managers import io_struct as io
 from sglang.srt.managers.data_parallel_controller import DataParallelController, LoadBalanceMethod
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.watchdog import Watchdog
 
 from pascal_sglang.cluster import controller as controller_module
@@ -47,7 +49,7 @@ class Scene:
         monkeypatch.setattr(
             controller_module, "get_observability", lambda: SimpleNamespace(enable_metrics=False)
         )
-        monkeypatch.setattr(DataParallelController, "__init__", lambda c: self.launch(c))
+        monkeypatch.setattr(DataParallelController, "__init__", lambda c, _: self.launch(c))
         watched = "pascal_sglang.cluster.watched_controller"
         monkeypatch.setattr(f"{watched}.step_together", lambda: together)
         self.context = zmq.Context()
@@ -56,7 +58,14 @@ class Scene:
         self.manager = self.context.socket(zmq.PULL)
         self.manager.bind(self.address("manager"))
         handler = signal.getsignal(signal.SIGQUIT)
-        self.controller = controller_module.PascalController()
+        parser = argparse.ArgumentParser()
+        ServerArgs.add_cli_args(parser)
+        server_args = parser.parse_args(["--model-path", "m", "--dp-size", "2"])
+        try:
+            self.controller = controller_module.PascalController(server_args)
+        except BaseException:
+            self.context.destroy(linger=0)  # The interpreter would wait for its sockets.
+            raise
         signal.signal(signal.SIGQUIT, handler)
         self.requests = self.context.socket(zmq.PUSH)
         self.requests.connect(self.address("requests"))
