@@ -132,6 +132,12 @@ HOOKS = (
         only_main=True,
     ),
     Hook(
+        "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
+        "around",
+        _frontend("name_control_folder"),
+        only_main=True,
+    ),
+    Hook(
         "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
         "around",
         _frontend("run_http_server"),
@@ -200,11 +206,7 @@ def activate() -> None:
     if not os.environ.get(CONFIG_ENV):
         return
     try:
-        config = PascalConfig.from_env()
-        if config is not None and config.record.schedules:
-            # Admission is the planner's: SGLang's prefill adder, which reads this on import, is
-            # not to reserve more than it. Child processes inherit the environment.
-            os.environ.setdefault("SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION", "4")
+        PascalConfig.from_env()
         if (warning := verify_seams()) is not None and multiprocessing.parent_process() is None:
             print(f"pascal_sglang: warning: {warning}", file=sys.stderr, flush=True)
         _install()

@@ -86,7 +86,10 @@ def test_every_field_of_its_parts_is_decided_on():
 def test_every_field_of_our_own_is_decided_on():
     """`PhaseTimeline` and `Pacer` travel whole."""
     carried = ("pacer", "phase", "phase_tokens", "total_tokens", "credit")
-    made_here = ("seq", "handle", "pausable", "internal", "reader", "priority")
+    made_here = (
+        *("seq", "handle", "pausable", "keeps_kv", "recomputes"),
+        *("internal", "reader", "priority"),
+    )
     of_its_place = ("status", "since", "since_pass", "kv_tokens", "remaining", "head_start")
     of_its_place += ("ran_from", "ticket", "priority_class")
     assert_decided(of(RequestState), carried, made_here, of_its_place)
