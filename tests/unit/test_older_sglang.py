@@ -15,8 +15,12 @@ from pascal_sglang.older_sglang.source_patch import patch
 from pascal_sglang.seams import ABSENT, installed, load_seams, supported_versions, version_order
 
 ROOT = Path(__file__).parents[2]
-# Counted by the newest release alone; nothing of ours calls it.
-NOT_MADE_UP_FOR = {"sglang.srt.managers.schedule_batch:Req.update_self_opened_reasoning_tokens"}
+# Nothing of ours calls them where they are not.
+NOT_MADE_UP_FOR = {
+    "sglang.srt.managers.schedule_batch:Req.update_self_opened_reasoning_tokens",
+    "sglang.srt.platforms.interface:SRTPlatform.support_mamba_cache_extra_buffer",
+    "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.release_swa_prefix_lock",
+}
 SOURCE = """
 import contextlib
 
