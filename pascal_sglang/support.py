@@ -273,6 +273,14 @@ POOLS = (
         "nothing decodes",
     ),
     Row(
+        "a hybrid pool before SGLang 0.5.22",
+        Level.OBSERVE,
+        lambda s: (
+            not getattr(s, "reads_hybrid_pools", True) and (s.is_hybrid_swa or s.is_hybrid_ssm)
+        ),
+        "what of it a request holds was not read there",
+    ),
+    Row(
         "a pool with sliding windows",
         Level.PAUSE,
         lambda s: s.is_hybrid_swa,

@@ -24,7 +24,9 @@ STEPS: tuple[tuple[str, Parts], ...] = (
     ("0.5.22", to_0_5_22.PARTS),
     ("0.5.23", to_0_5_23.PARTS),
 )
-_done: set[tuple[str, str]] = set()
+# Attribute of a module of SGLang: the steps that it has taken. It is kept there, because a process
+# may be a fork in which this package is another one.
+TAKEN = "_pascal_steps"
 
 
 def install(*, everywhere: bool = False, with_ray: bool = False) -> None:
@@ -38,10 +40,12 @@ def install(*, everywhere: bool = False, with_ray: bool = False) -> None:
             if everywhere and (with_ray or not name.startswith("sglang.srt.ray")):
                 importlib.import_module(name)
             module = sys.modules.get(name)
-            if module is None or (target, name) in _done or _is_being_imported(module):
+            if module is None or _is_being_imported(module):
                 continue
-            _done.add((target, name))
-            change(module)
+            taken: set[str] = vars(module).setdefault(TAKEN, set())
+            if target not in taken:
+                taken.add(target)
+                change(module)
 
 
 def _is_being_imported(module: ModuleType) -> bool:

@@ -66,13 +66,15 @@ def _schedule_batch(module: Any) -> None:
             self.set_extend_range(self.prefix_len, end)
 
     def get_lock(self: Any) -> Any:
-        return None if self.last_node is None else TreeLock(self.last_node, self.lock_receipt)
+        if self.last_node is None:
+            return None
+        return TreeLock(self.last_node, self.lock_receipt, self.swa_prefix_lock_released)
 
     def set_lock(self: Any, lock: Any) -> None:
         """Without a node, nothing is unlocked on a release."""
         self.last_node = None if lock is None else lock.node
         self.lock_receipt = module.DecLockRefParams() if lock is None else lock.receipt
-        self.swa_prefix_lock_released = False
+        self.swa_prefix_lock_released = lock is not None and lock.swa_released
 
     req.prefix_len = property(lambda self: len(self.prefix_indices), set_prefix_len)
     req.extend_end = property(
@@ -109,20 +111,23 @@ class TreeLock:
 
     node: Any
     receipt: Any
+    swa_released: bool = False
 
 
 def _base_prefix_cache(module: Any) -> None:
-    def lock(self: Any, node: Any) -> TreeLock:
-        return TreeLock(node, self.inc_lock_ref(node).to_dec_params())
+    def lock(self: Any, node: Any, *skipped: Any) -> TreeLock:
+        return TreeLock(node, self.inc_lock_ref(node, *skipped).to_dec_params())
 
     def unlock(self: Any, lock: TreeLock | None) -> None:
         if lock is not None:
-            self.dec_lock_ref(lock.node, lock.receipt)
+            skipped = {"skip_swa": True} if lock.swa_released else {}
+            self.dec_lock_ref(lock.node, lock.receipt, **skipped)
 
     def path_device_indices(self: Any, node: Any) -> Any:
         raise NotImplementedError
 
     module.BasePrefixCache.path_device_indices = path_device_indices
+    module.BasePrefixCache.supports_prefix_sharing = lambda self: not self.is_chunk_cache()
     module.BasePrefixCache.lock = lock
     module.BasePrefixCache.unlock = unlock
     module.MatchResult.device_prefix_len = property(lambda self: len(self.device_indices))
@@ -173,6 +178,12 @@ def _pool_stats(module: Any) -> None:
         return own
 
     module.kv_private_tokens = kv_private_tokens
+    # Of hybrid pools, which this release leaves in SGLang's order: never called.
+    module.kv_private_swa_tokens = module.kv_mamba_slots = None
+
+
+def _allocation(module: Any) -> None:
+    module.ensure_mamba_capacity = None
 
 
 def _invariant_checker(module: Any) -> None:
@@ -202,6 +213,7 @@ def _invariant_checker(module: Any) -> None:
 
 def _scheduler(module: Any) -> None:
     scheduler = module.Scheduler
+    scheduler.reads_hybrid_pools = False
     scheduler.attn_dp_enabled = property(lambda self: self.enable_dp_attention)
     patch(
         scheduler,
@@ -275,6 +287,7 @@ PARTS = {
     "sglang.srt.mem_cache.unified_radix_cache": _unified_radix_cache,
     "sglang.srt.mem_cache.common": _mem_cache_common,
     "sglang.srt.managers.scheduler_components.pool_stats_observer": _pool_stats,
+    "sglang.srt.mem_cache.allocation": _allocation,
     "sglang.srt.managers.scheduler_components.invariant_checker": _invariant_checker,
     "sglang.srt.managers.scheduler": _scheduler,
     "sglang.srt.managers.data_parallel_controller": _controller,

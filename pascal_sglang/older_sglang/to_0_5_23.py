@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from pascal_sglang.older_sglang.source_patch import patch
@@ -78,8 +79,28 @@ def _schedule_batch(module: Any) -> None:
     module.Req._think_start_match_len = 0
     module.Req.mm_token_counts_ready = False
     module.Req.dllm_has_literal_mask = False
-    module.ReqKvInfo.mamba_ping_pong_empty = None
-    module.ReqKvInfo.mamba_untracked_decode_batch_idx = None
+
+    def empty(self: Any) -> list[bool] | None:
+        slots = self.mamba_ping_pong_track_buffer
+        return None if slots is None else [slot == -1 for slot in slots.tolist()]
+
+    module.ReqKvInfo.mamba_ping_pong_empty = property(empty, lambda self, value: None)
+    module.ReqKvInfo.mamba_untracked_decode_batch_idx = property(
+        lambda self: None, lambda self, value: None
+    )
+
+
+def _base_prefix_cache(module: Any) -> None:
+    """A draft model has no windows of its own yet."""
+    module.BasePrefixCache.swa_retain_window = property(lambda self: self.sliding_window_size)
+
+
+def _linear_attention(module: Any) -> None:
+    """Where a kernel is."""
+    from sglang.kernels.ops.attention.fla import fused_gdn_gating
+
+    module.fused_gdn_gating = fused_gdn_gating
+    sys.modules[f"{module.__name__}.fused_gdn_gating"] = fused_gdn_gating
 
 
 FIGURES = ("max_total_num_tokens", "max_req_input_len", "startup_time")
@@ -159,6 +180,8 @@ def _ray_engine(module: Any) -> None:
 
 
 PARTS = {
+    "sglang.kernels.ops.attention.linear": _linear_attention,
+    "sglang.srt.mem_cache.base_prefix_cache": _base_prefix_cache,
     "sglang.srt.managers.schedule_batch": _schedule_batch,
     "sglang.srt.managers.scheduler": _scheduler,
     "sglang.srt.managers.scheduler_components.flush_wrapper": _flush_wrapper,

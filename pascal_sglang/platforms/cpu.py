@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from sglang.srt.environ import envs
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from pascal_sglang.older_sglang import install
 
 
 class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -36,6 +39,8 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         from pascal_sglang.platforms import dp_attention, host_cache, recurrent
 
+        importlib.import_module("sglang.kernels.ops.attention.linear")
+        install()  # For what was imported since the platform was chosen.
         dp_attention.install()
         # What SGLang compiles on its own would take a C++ compiler and half a minute.
         torch._dynamo.config.disable = True
