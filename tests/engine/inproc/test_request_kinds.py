@@ -79,6 +79,8 @@ def test_every_kind_survives_pauses_on_every_tier(tiny_model):
         assert differing(paused, stock) == []
         assert min(paused.pauses[tier] for tier in TIERS) > 10
         assert paused.hidden_states == stock.hidden_states
+        assert [len(odds) for odds in paused.logprobs] == [len(odds) for odds in stock.logprobs]
+        assert sum(paused.logprobs, []) == pytest.approx(sum(stock.logprobs, []), abs=1e-3)
 
 
 def mask_on_a_cpu():
