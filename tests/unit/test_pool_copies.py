@@ -12,9 +12,7 @@ from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool_copies import PoolCopies
 from tests.unit.test_host_copies import pool_of
 
-REQ = SimpleNamespace(
-    kv=SimpleNamespace(mamba_pool_idx=None, req_pool_idx=3, cache_protected_len=2)
-)
+REQ = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=3, cache_protected_len=2))
 
 
 def scheduler_of(pool):
@@ -26,6 +24,7 @@ def scheduler_of(pool):
     )
     return SimpleNamespace(
         token_to_kv_pool_allocator=allocator,
+        req_to_token_pool=None,
         device="cpu",
         max_total_num_tokens=95,
         spec_algorithm=SpeculativeAlgorithm.NONE,

@@ -8,6 +8,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.utils.common import async_h2d
 
 from pascal_sglang.engine.kv.drafts import DraftState, input_of, payload_of
+from pascal_sglang.engine.penalties import count_outputs
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 
 
@@ -36,6 +37,8 @@ def decoding(
     )
     batch.prepare_for_prebuilt()
     batch.forward_mode = ForwardMode.DECODE
+    # The next step counts the last one, which goes into it.
+    count_outputs(batch, [req.output_ids[:-1]])
     if drafted is not None and not scheduler.enable_overlap:
         batch.spec_info = input_of(drafted)
         return batch

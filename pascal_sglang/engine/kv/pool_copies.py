@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from sglang.srt.managers.schedule_batch import Req
 
+from pascal_sglang.engine.kv.host_cache import HeldPrefix
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy, HostKV
+from pascal_sglang.engine.kv.recurrent_states import recurrent_states_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 
 
@@ -29,18 +31,23 @@ class PoolCopies(HostCopies):
     """Host memory for paused KV as the pool's `get_cpu_copy` gives it and `load_cpu_copy` takes it.
 
     A copy is complete when it is begun: the pool waits for the device, and the memory is neither
-    pinned nor taken at the start. A copy holds all that the request has, its shared prefix too.
+    pinned nor taken at the start. A shared prefix is not told apart in a copy.
+    Recurrent states that we do not know are not copied.
     """
 
     def __init__(self, scheduler: SchedulerProtocol) -> None:
         super().__init__(scheduler)
-        self.buffers = None
+        self.buffers = self.states = self.windows = None
         self.deferred = False
+        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        self.by_row = bool(getattr(pool, "kpool_use_compress", False))
         self._free_tokens = 0
         self._bytes_per_token = self._measure()
 
     def _measure(self) -> int:
         """Bytes in host memory of one token's KV; 0 where the pool copies nothing."""
+        if recurrent_states_of(self._scheduler) is not None:
+            return 0
         probe = torch.ones(1, dtype=torch.int64, device=self._scheduler.device)
         try:
             content = self._scheduler.token_to_kv_pool_allocator.get_cpu_copy(probe)
@@ -60,18 +67,18 @@ class PoolCopies(HostCopies):
     def room(self) -> int:
         return self._free_tokens
 
-    def reserve(self, tokens: int) -> None:
-        self._free_tokens = tokens
+    def reserve(self, entries: int) -> None:
+        self._free_tokens = entries
 
     def to_host(self, locations: torch.Tensor, req: Req | None = None) -> PoolKV:
-        """Copy the entries at `locations`, and of `req` what it has beside them."""
+        """Copy the entries at `locations`, and what the pool has by the row of `req`."""
         kv = PoolKV([], count=len(locations))
         if kv.count > self._free_tokens:
             raise RuntimeError(f"no host memory for {kv.count} KV entries")
         self._free_tokens -= kv.count
         try:
             allocator = self._scheduler.token_to_kv_pool_allocator
-            kv.content = allocator.get_cpu_copy(locations, **_beside(req))
+            kv.content = allocator.get_cpu_copy(locations, req_pool_index=_row(req))
         except RuntimeError:
             self._failed(kv)
         return kv
@@ -83,27 +90,29 @@ class PoolCopies(HostCopies):
             if self._scheduler.device != "cpu":
                 torch.get_device_module(locations.device).synchronize()
             allocator = self._scheduler.token_to_kv_pool_allocator
-            allocator.load_cpu_copy(kv.content, locations, **_beside(req))
+            allocator.load_cpu_copy(kv.content, locations, req_pool_index=_row(req))
         except RuntimeError:
             self._failed(kv)
 
-    def save(self, req: Req, locations: torch.Tensor) -> HostCopy:
-        return HostCopy(len(locations), 0, None, self.to_host(locations, req))
+    def save(self, req: Req, locations: torch.Tensor, held: HeldPrefix | None = None) -> HostCopy:
+        tokens = len(locations)
+        shared = 0 if held is None else min(req.kv.cache_protected_len, tokens)
+        own = self.to_host(locations[shared:], req) if shared < tokens else None
+        copy = HostCopy(tokens, shared, None, own, held)
+        if self._window_pool is not None:
+            copy.before = self._window_pool.before(tokens)
+        return copy
 
     def load(self, req: Req, copy: HostCopy, locations: torch.Tensor, shared: int) -> None:
-        assert copy.own is not None
-        assert not shared
-        self.to_device(copy.own, locations, req)
+        if copy.own is not None:
+            self.to_device(copy.own, locations[copy.shared :], req)
 
     def free(self, kv: HostKV) -> None:
         self._free_tokens += kv.tokens
 
 
-def _beside(req: Req | None) -> dict[str, Any]:
-    """What else of a request the pool may hold: a recurrent state, an entry by its row."""
-    if req is None:
-        return {}
-    return {"mamba_indices": req.kv.mamba_pool_idx, "req_pool_index": req.kv.req_pool_idx}
+def _row(req: Req | None) -> int | None:
+    return None if req is None else req.kv.req_pool_idx
 
 
 def _tensors(content: Any) -> Iterator[torch.Tensor]:

@@ -66,6 +66,8 @@ class RequestSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: PolicyState
     # What a draft model keeps of it; empty without one.
     drafted: dict[str, DraftRow]
+    # Whether a grammar follows its output.
+    grammar: bool
     # Seconds; the reader has been kept waiting since then.
     blocked_since: float
     version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
@@ -77,7 +79,7 @@ class BadSnapshot(ValueError):
 
 def why_not_migratable(req: Req) -> str | None:
     """What about the request cannot travel; None if all of it can."""
-    return support.first(support.REQUESTS, req) or refused_by(req)
+    return support.first(support.UNMOVABLE, req) or refused_by(req)
 
 
 def export_state(req: Req, blocked_since: float, drafted: DraftState | None = None) -> bytes:
@@ -109,6 +111,7 @@ def export_state(req: Req, blocked_since: float, drafted: DraftState | None = No
             pacer=dataclasses.asdict(mine.pacer),
             policy=PolicyState(mine.phase, mine.phase_tokens, mine.total_tokens, mine.credit),
             drafted=pack(drafted),
+            grammar=req.grammar is not None,
             blocked_since=blocked_since,
             version=VERSION,
         )

@@ -13,7 +13,7 @@ LONG = [97 + (5 * i) % 26 for i in range(75)]
 PROMPTS = [[97 + i for i in range(5)], LONG, [*LONG[:60], *LONG[:30]]]
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", POOLS)
 def test_tokens_are_those_of_hugging_face(family, tmp_path):
     model = models.build(family, tmp_path / family)
     asked = [
