@@ -165,6 +165,12 @@ SERVER = (
         "what its drafts keep of a request is not known here",
     ),
     Row(
+        "--speculative-use-rejection-sampling",
+        Level.PAUSE,
+        lambda a: a.speculative_use_rejection_sampling,
+        "the draft model's probabilities do not travel",
+    ),
+    Row(
         "--speculative-eagle-topk above 1",
         Level.RECOMPUTE,
         lambda a: a.speculative_algorithm in CHAINS and (a.speculative_eagle_topk or 1) > 1,
@@ -291,6 +297,12 @@ POOLS = (
         Level.ORDER,
         _odd_windows,
         "what of it a request holds is not known here",
+    ),
+    Row(
+        "speculative decoding beside windows or recurrent states",
+        Level.RECOMPUTE,
+        lambda s: s.spec_algorithm.is_some() and (s.is_hybrid_swa or s.is_hybrid_ssm),
+        "what drafts do to them was never seen",
     ),
     Row(
         "a pool of recurrent states (Mamba)",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sglang.srt.arg_groups.fields.schedule import Schedule
 from sglang.srt.environ import envs
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang import scheduling_flags, support
 from pascal_sglang.config import ConfigError, LaunchError, PascalConfig
@@ -24,6 +25,7 @@ FEATURES = {
         "--speculative-algorithm EAGLE --speculative-eagle-topk 2"
     ),
     "--enable-multi-layer-eagle": "--enable-multi-layer-eagle",
+    "--speculative-use-rejection-sampling": "--speculative-use-rejection-sampling",
     "--speculative-adaptive": "--speculative-adaptive",
     "--pp-size above 1": "--pp-size 2",
     "--disaggregation-mode": "--disaggregation-mode prefill",
@@ -180,6 +182,7 @@ def test_a_pool_leaves_its_level(has, name):
         "is_generation": True,
         "is_hybrid_swa": False,
         "is_hybrid_ssm": False,
+        "spec_algorithm": SpeculativeAlgorithm.NONE,
         "token_to_kv_pool_allocator": SWATokenToKVPoolAllocator(),
         "tp_worker": SimpleNamespace(model_runner=SimpleNamespace(prefill_aware_swa=False)),
     }

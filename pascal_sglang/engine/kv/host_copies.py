@@ -98,7 +98,8 @@ class EntryCopies:
     whatever its event says, so that ranks go on alike. The stream keeps copies in order, so memory
     that has been given back may be written by the next one at once.
 
-    buffers: the pool's, each of shape (entries, ...); None if its entries are not copied.
+    buffers: the pool's, and those of a draft model's pool, each of shape (entries, ...); None if
+    these entries are not copied.
     """
 
     def __init__(
@@ -243,13 +244,11 @@ class HostCopies(EntryCopies):
             buffers = None
         self._window_pool = windows_of(scheduler)
         window_buffers = None
-        if self._window_pool is not None and type(pool) is SWAKVPool:
+        if kept and self._window_pool is not None and type(pool) is SWAKVPool:
             window_buffers = _buffers_of(pool.swa_kv_pool)
             buffers = window_buffers and _buffers_of(pool.full_kv_pool)
-        if buffers is not None and drafts.drafts(scheduler):
-            beside = slots is not None or self._window_pool is not None
-            more = None if beside else _draft_buffers(scheduler)
-            buffers = None if more is None else [*buffers, *more]
+        plain = slots is None and self._window_pool is None
+        buffers = _with_drafts(buffers, scheduler, plain=plain)
         stream = copy_stream_of(scheduler) if buffers else CopyStream()
         pins = str(scheduler.device).startswith("cuda")
         super().__init__(buffers, stream, pins=pins)
@@ -364,16 +363,21 @@ def _chunks(tokens: int) -> Iterator[slice]:
         yield slice(start, min(start + CHUNK, tokens))
 
 
-def _draft_buffers(scheduler: SchedulerProtocol) -> list[torch.Tensor] | None:
-    """The buffers of the draft model's pools; None if its state is more than those."""
-    if not drafts.carries(scheduler):
+def _with_drafts(
+    buffers: list[torch.Tensor] | None, scheduler: SchedulerProtocol, *, plain: bool
+) -> list[torch.Tensor] | None:
+    """The buffers with those of the draft model's pools; None where KV is not all that there is of
+    a request."""
+    if buffers is None or not drafts.drafts(scheduler):
+        return buffers
+    if not plain or not drafts.carries(scheduler):
         return None
-    found: list[torch.Tensor] = []
+    found = list(buffers)
     for pool in drafts.draft_pools(scheduler):
-        buffers = _buffers_of(pool)
-        if buffers is None:
+        more = _buffers_of(pool)
+        if more is None:
             return None
-        found += buffers
+        found += more
     return found
 
 

@@ -262,10 +262,10 @@ class PausedRequests:
                 self._remove_kv(req)
                 continue
             tier = self._table[req].tier
-            if self._drafts and self._table[req].drafted is None:
-                self._table[req].drafted = state_in_row(req, self.scheduler)
             if tier is KVTier.RESIDENT and self.copies.by_row:
                 tier = None
+            if self._drafts and self._table[req].drafted is None:
+                self._table[req].drafted = state_in_row(req, self.scheduler)
             if tier is not KVTier.RESIDENT:
                 tokens = req.kv.kv_committed_len
                 started = self._table[req].copy is not None
