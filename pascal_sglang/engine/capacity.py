@@ -94,6 +94,11 @@ class CapacityView:
         host = self.paused_requests.count(PauseStatus.HOST)
         return {"capacity": states.size, "free": states.free, "host": host}
 
+    def describe_windows(self) -> dict[str, int] | None:
+        """For `GET /pascal/status`; None for models without a pool for sliding windows."""
+        windows = self.pool.windows
+        return None if windows is None else {"capacity": windows.size, "free": windows.free}
+
     def _prefix_of(self, state: RequestState) -> CachedPrefix:
         """What the device has of a waiting request. A plan asks for it once per pool."""
         key = (state, state.kv_tokens, self.pool.changes)
