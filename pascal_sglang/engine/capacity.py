@@ -50,8 +50,13 @@ class CapacityView:
         windows = self.pool.windows
         if windows is None:
             return UNLIMITED
-        chunk = self.scheduler.chunked_prefill_size or UNLIMITED
-        return windows.free - min(self.promised_tokens(), chunk)
+        return windows.free - self.promised_windows()
+
+    def promised_windows(self) -> int:
+        """Entries of sliding windows the next chunk of a chunked prefill will take."""
+        if self.pool.windows is None:
+            return 0
+        return min(self.promised_tokens(), self.scheduler.chunked_prefill_size or UNLIMITED)
 
     def spare_tokens(self, running: ScheduleBatch, last: ScheduleBatch | None) -> int:
         """At least how much KV is left after the next steps of all who run or come out of a

@@ -225,9 +225,10 @@ class PlanExecutor:
         """Bring a paused request back into the running batch; None if it does not fit now."""
         growing = len(running.reqs) + self.paused_requests.count(PauseStatus.ARRIVING) + joining
         keep = self.capacity.promised_tokens() + growing + 1
+        keep_windows = self.capacity.promised_windows() + growing + 1
         resumed = (
             self.paused_requests.resume(req, running)
-            if self.paused_requests.can_resume(req, keep)
+            if self.paused_requests.can_resume(req, keep, keep_windows)
             else None
         )
         if resumed is not None:
