@@ -67,7 +67,8 @@ def _delta_rule(
         k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + 1e-6)
     group = v.shape[1] // q.shape[1]
     q, k = (scale * q).repeat_interleave(group, 1), k.repeat_interleave(group, 1)
-    decay, state = g.float().exp(), state.float()
+    # A copy: the caller writes the last state where the first one was.
+    decay, state = g.float().exp(), state.float().clone()
     out, before = torch.empty_like(v), []
     for t in range(len(q)):
         if t % CHUNK == 0:

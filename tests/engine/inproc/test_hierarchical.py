@@ -2,13 +2,12 @@
 
 import itertools
 
+import pytest
+
 from tests.engine.inproc.bed import Request, run
 
 CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
-FLAGS = (
-    "--enable-hierarchical-cache --hicache-io-backend direct --hicache-mem-layout layer_first "
-    "--max-total-tokens 700 --hicache-ratio 8"
-).split()
+FLAGS = "--enable-hierarchical-cache --hicache-io-backend direct --hicache-ratio 8".split()
 COUNT, PROMPTS = 64, 32
 
 
@@ -45,10 +44,21 @@ def watch(scheduler, reqs, passes):
         assert pool.available_size() == pool.logical_size
 
 
-def test_pauses_leave_prefixes_to_the_host_pool(tiny_model):
-    asked = requests()
-    stock = run(tiny_model, asked, flags=["--max-total-tokens", "8192"])
-    paused = run(tiny_model, asked, CHAOS, FLAGS, each_pass=f"{__name__}:{watch.__name__}")
+@pytest.fixture(scope="module")
+def stock(tiny_model):
+    return run(tiny_model, requests(), flags=["--max-total-tokens", "8192"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--hicache-mem-layout layer_first --max-total-tokens 700",
+        "--hicache-mem-layout page_first_direct --page-size 16 --max-total-tokens 704",
+    ],
+)
+def test_pauses_leave_prefixes_to_the_host_pool(tiny_model, stock, flags):
+    flags = [*FLAGS, *flags.split()]
+    paused = run(tiny_model, requests(), CHAOS, flags, each_pass=f"{__name__}:{watch.__name__}")
     assert paused.outputs == stock.outputs
     assert min(paused.pauses[tier] for tier in ("resident", "host", "recompute")) > 5
     assert paused.status["policy_errors"] == 0

@@ -5,11 +5,17 @@ import pytest
 from tests.engine.inproc.bed import Request, run
 from tests.engine.inproc.models import qwen3_next
 
-PLAIN = ["--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule"]
+# By itself SGLang takes a share of the machine's memory for states.
+STATES = ["--max-mamba-cache-size", "320"]
+PLAIN = ["--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule", *STATES]
 # SGLang's default on CUDA: with overlap, and states for the prefix cache taken while decoding.
-TRACKED = ["--mamba-radix-cache-strategy", "extra_buffer", "--mamba-track-interval", "64"]
-LAZY = [*TRACKED]
-LAZY[1] = "extra_buffer_lazy"
+TRACKED = ["--mamba-radix-cache-strategy", "extra_buffer", "--mamba-track-interval", "64", *STATES]
+# With one slot less for each request, and the states of cached prefixes in host memory too.
+HIERARCHICAL = (
+    "--mamba-radix-cache-strategy extra_buffer_lazy --mamba-track-interval 64 "
+    "--max-mamba-cache-size 60 --enable-hierarchical-cache --hicache-io-backend direct "
+    "--hicache-mem-layout page_first_direct --hicache-ratio 3"
+).split()
 CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
 # Tokens of a first turn, and of all.
 FIRST, WHOLE = 8, 50
@@ -73,7 +79,7 @@ def paused_with_the_same_tokens(model, answers, flags):
     return paused
 
 
-@pytest.mark.parametrize("flags", [PLAIN, TRACKED, LAZY])
+@pytest.mark.parametrize("flags", [PLAIN, TRACKED, HIERARCHICAL])
 def test_pauses_change_no_token(model, answers, flags):
     flags = [*flags, "--max-total-tokens", "2000"]
     paused = paused_with_the_same_tokens(model, answers, flags)
