@@ -96,7 +96,7 @@ def support() -> str:
 
     found: list[tuple[str, ...]] = []
     ours = (*table.CONFIG, *table.MIGRATION)
-    server = (*ours, *table.SERVER, *table.POOLS, table.UNKNOWN_POOL, *table.INSTANCES)
+    server = (*ours, *table.SERVER, *table.POOLS, *table.COPIES, *table.INSTANCES)
     for what, rows in (("a server with", server), ("a request with", table.REQUESTS)):
         for row in rows:
             level = f"`{row.level}`" if row.recomputes else f"`{row.level}`, without recomputing"
@@ -108,7 +108,7 @@ def families() -> str:
     """Model families, the pool that each uses, and the level that it leaves."""
     from pascal_sglang import support as table
 
-    pools = {row.name: row for row in (*table.POOLS, table.UNKNOWN_POOL)}
+    pools = {row.name: row for row in (*table.POOLS, *table.COPIES)}
     found = []
     for family in table.FAMILIES:
         level = min((pools[name].level for name in family.rows), default=table.Level.MOVE)

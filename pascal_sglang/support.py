@@ -312,11 +312,19 @@ POOLS = (
     ),
 )
 # Of a pool whose KV is more than rows of tensors that we know.
-UNKNOWN_POOL = Row(
-    "KV that is not copied",
-    Level.RECOMPUTE,
-    lambda copies: not copies.copies,
-    "a copy would leave scales or index keys behind",
+COPIES = (
+    Row(
+        "KV that is not copied",
+        Level.RECOMPUTE,
+        lambda copies: not copies.copies,
+        "a copy would leave scales behind, or its rows are not tokens",
+    ),
+    Row(
+        "KV that its pool alone can copy",
+        Level.PAUSE,
+        lambda copies: copies.copies and copies.buffers is None,
+        "the form of a copy is the pool's own",
+    ),
 )
 # Of SGLang's server arguments: where one holds, no request migrates.
 INSTANCES = (
@@ -428,7 +436,7 @@ class Family:
 FAMILIES = (
     Family("Qwen3, Qwen2.5, QwQ, Llama 3, Mistral, the R1 distills, SmolLM", "MHA"),
     Family("DeepSeek V3, R1 and V3.1, Kimi K2, GLM-4.7-Flash", "MLA"),
-    Family("DeepSeek V3.2, GLM-5", "MLA with index keys (DSA)", (UNKNOWN_POOL.name,)),
+    Family("DeepSeek V3.2, GLM-5", "MLA with index keys (DSA)", (COPIES[1].name,)),
     Family(
         "gpt-oss, Gemma 4, MiMo, Step-3.5, Llama 4",
         "MHA with sliding windows",

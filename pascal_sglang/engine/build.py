@@ -22,7 +22,7 @@ from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import agree
 from pascal_sglang.instances import instance_count
 from pascal_sglang.policy.kv_tier import Costs
-from pascal_sglang.support import POOLS, UNKNOWN_POOL, Level, Support
+from pascal_sglang.support import COPIES, POOLS, Level, Support
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def build_executor(
             )
     copies = host_copies_of(scheduler, kept=support.level >= Level.PAUSE)
     if support.level >= Level.PAUSE:
-        support = support.under((UNKNOWN_POOL,), copies)
+        support = support.under(COPIES, copies)
     if support.level >= Level.RECOMPUTE and CLIP_ENV not in os.environ:
         # The plan says what fits; the adder is not to reserve more than it.
         schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_TOKENS

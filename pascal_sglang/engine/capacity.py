@@ -53,8 +53,13 @@ class CapacityView:
         windows = self.pool.windows
         if windows is None or not self.counts_kv:
             return UNLIMITED
-        chunk = self.scheduler.chunked_prefill_size or UNLIMITED
-        return windows.free - min(self.promised_tokens(), chunk)
+        return windows.free - self.promised_windows()
+
+    def promised_windows(self) -> int:
+        """Entries of sliding windows the next chunk of a chunked prefill will take."""
+        if self.pool.windows is None:
+            return 0
+        return min(self.promised_tokens(), self.scheduler.chunked_prefill_size or UNLIMITED)
 
     def spare_tokens(self, running: ScheduleBatch, last: ScheduleBatch | None) -> int:
         """At least how much KV is left after the next steps of all who run or come out of a
@@ -100,6 +105,11 @@ class CapacityView:
             return None
         host = self.paused_requests.count(PauseStatus.HOST)
         return {"capacity": states.size, "free": states.free, "host": host}
+
+    def describe_windows(self) -> dict[str, int] | None:
+        """For `GET /pascal/status`; None for models without a pool for sliding windows."""
+        windows = self.pool.windows
+        return None if windows is None else {"capacity": windows.size, "free": windows.free}
 
     def _prefix_of(self, state: RequestState) -> CachedPrefix:
         """What the device has of a waiting request. A plan asks for it once per pool."""

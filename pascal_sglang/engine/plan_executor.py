@@ -254,10 +254,12 @@ class PlanExecutor:
     def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> ScheduleBatch | None:
         """Bring a paused request back into the running batch; None if it does not fit now."""
         growing = len(running.reqs) + self.paused_requests.count(PauseStatus.ARRIVING) + joining
-        keep = self.capacity.promised_tokens() + self.capacity.taken_ahead * (growing + 1)
+        ahead = self.capacity.taken_ahead * (growing + 1)
+        keep = self.capacity.promised_tokens() + ahead
+        keep_windows = self.capacity.promised_windows() + ahead
         resumed = (
             self.paused_requests.resume(req, running)
-            if self.paused_requests.can_resume(req, keep)
+            if self.paused_requests.can_resume(req, keep, keep_windows)
             else None
         )
         if resumed is not None:

@@ -339,8 +339,7 @@ class PascalScheduler(OperationsScheduler):
             paused = [*leaving, *paused_requests.paused()]
             arriving = paused_requests.in_status(PauseStatus.ARRIVING)
         live = list(dict.fromkeys([*live, *paused, *arriving]))
-        capacity = self.max_total_num_tokens
-        free = self.token_to_kv_pool_allocator.available_size()
+        pools = self.pool_stats_observer.get_pool_stats()
         return {
             "dp_rank": own_instance(),
             "pid": os.getpid(),
@@ -350,12 +349,13 @@ class PascalScheduler(OperationsScheduler):
             "running": count_phases(live),
             "ended": dict(self.phase_tracker.outcomes),
             "kv_tokens": {
-                "capacity": capacity,
-                "free": free,
-                "evictable": self.tree_cache.evictable_size(),
+                "capacity": pools.full_capacity,
+                "free": pools.full_available_size,
+                "evictable": pools.full_evictable_size,
                 "host": 0 if paused_requests is None else paused_requests.host_tokens,
             },
             "recurrent_states": None if executor is None else executor.capacity.describe_states(),
+            "windows": None if executor is None else executor.capacity.describe_windows(),
             "load": {} if executor is None else load_figures(self, executor, self.last_batch),
             "paused": len(paused),
             "pauses": {} if paused_requests is None else dict(paused_requests.counts),

@@ -4,11 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang.srt.mem_cache.memory_pool import KVCache, MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import (
+    MHATokenToKVPool,
+    MHATokenToKVPoolFP4,
+    MLATokenToKVPool,
+    MLATokenToKVPoolFP4,
+)
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang.engine.kv.host_copies import HostCopies
+from pascal_sglang.engine.kv.pool import measure_costs
 from pascal_sglang.engine.kv.pool_copies import PoolCopies
 from tests.unit.test_host_copies import pool_of
 
@@ -54,16 +60,34 @@ def there_and_back(kind):
     for half in copy.halves():
         copies.free(half)
     assert copies.room == 10
+    measure_costs(scheduler, copies)
+    assert copies.room == 10
     assert copies.bytes_per_token == ours.bytes_per_token
     with pytest.raises(RuntimeError, match="no host memory for 11"):
         copies.save(REQ, torch.arange(11))
 
 
-def test_a_pool_that_copies_nothing():
-    class Nothing(MHATokenToKVPool):
-        get_cpu_copy = KVCache.get_cpu_copy
+def arranged():
+    """Its rows are not tokens; SGLang's copies refuse it."""
+    pool = pool_of(MHATokenToKVPool)
+    pool.kv_cache_layout = "hnd"
+    return pool
 
-    copies = PoolCopies(scheduler_of(pool_of(Nothing)))
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        arranged(),
+        # Their copies leave the scales behind.
+        pool_of(MHATokenToKVPoolFP4),
+        pool_of(MLATokenToKVPoolFP4),
+        pool_of(MLATokenToKVPool, scales=[torch.ones(1)]),
+    ],
+)
+def test_pools_whose_own_copies_are_not_whole_are_not_copied(pool):
+    scheduler = scheduler_of(pool)
+    pool.use_hnd = pool.kv_cache_layout == "hnd" if hasattr(pool, "kv_cache_layout") else False
+    copies = PoolCopies(scheduler)
     assert not copies.copies
     assert copies.bytes_per_token == int(0.001 * 2**30 / 95)
 

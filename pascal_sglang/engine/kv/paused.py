@@ -384,15 +384,16 @@ class PausedRequests:
         queue = getattr(self.scheduler, "result_queue", None) or ()
         return {req for batch, _ in queue for req in batch.reqs}
 
-    def can_resume(self, req: Req, keep_tokens: int) -> bool:
-        """Whether a row and the KV entries are to be had now, with `keep_tokens` left over."""
+    def can_resume(self, req: Req, keep_tokens: int, keep_windows: int = 0) -> bool:
+        """Whether all that the request needs is to be had now, with `keep_tokens` KV entries and
+        `keep_windows` of sliding windows left over."""
         if not self.pool.rows.available_size():
             return False
         states = self.pool.states
         if states is not None and states.free < self.needs_states(req):
             return False
         windows = self.pool.windows
-        if windows is not None and windows.free - keep_tokens < self.needs_windows(req):
+        if windows is not None and windows.free - keep_windows < self.needs_windows(req):
             return False
         return self.pool.free_tokens - keep_tokens >= self.needs(req)
 

@@ -8,6 +8,13 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.memory_pool import (
+    DSATokenToKVPool,
+    MHATokenToKVPool,
+    MHATokenToKVPoolMXFP8,
+    MLATokenToKVPool,
+)
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from pascal_sglang.engine.kv.host_cache import HeldPrefix
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy, HostKV
@@ -46,12 +53,13 @@ class PoolCopies(HostCopies):
 
     def _measure(self) -> int:
         """Bytes in host memory of one token's KV; 0 where the pool copies nothing."""
-        if recurrent_states_of(self._scheduler) is not None:
+        pool = self._scheduler.token_to_kv_pool_allocator.get_kvcache()
+        if recurrent_states_of(self._scheduler) is not None or not _copies_all(pool):
             return 0
         probe = torch.ones(1, dtype=torch.int64, device=self._scheduler.device)
         try:
             content = self._scheduler.token_to_kv_pool_allocator.get_cpu_copy(probe)
-        except (NotImplementedError, AssertionError, AttributeError):
+        except (AssertionError, RuntimeError):
             return 0
         return sum(tensor.nbytes for tensor in _tensors(content))
 
@@ -109,6 +117,18 @@ class PoolCopies(HostCopies):
 
     def free(self, kv: HostKV) -> None:
         self._free_tokens += kv.tokens
+
+
+def _copies_all(pool: Any) -> bool:
+    """Whether the pool's own copies leave nothing of it behind. Those of FP4 pools, and of others
+    with scales, leave the scales."""
+    if type(pool) is SWAKVPool:
+        return _copies_all(pool.full_kv_pool) and _copies_all(pool.swa_kv_pool)
+    if type(pool) is MHATokenToKVPool:
+        return not pool.is_quantized_kv_cache
+    if type(pool) in (MLATokenToKVPool, DSATokenToKVPool):
+        return pool.kv_scale_buffer is None
+    return type(pool) is MHATokenToKVPoolMXFP8
 
 
 def _row(req: Req | None) -> int | None:

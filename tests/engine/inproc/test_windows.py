@@ -52,11 +52,26 @@ def chaos(model, stock, *flags, each_pass=None):
         ("--disable-overlap-schedule", "--chunked-prefill-size", "32"),
         # The windows are the scarce pool.
         ("--max-total-tokens", "2048", "--swa-full-tokens-ratio", "0.25"),
+        ("--disable-radix-cache", "--page-size", "16"),
     ],
-    ids=["overlap", "pages", "chunks", "few"],
+    ids=["overlap", "pages", "chunks", "few", "no cache"],
 )
 def test_pauses_change_no_token(model, stock, flags):
     chaos(model, stock, *flags)
+
+
+def test_windows_are_a_capacity_of_their_own(model, stock):
+    """Three requests' windows fill the pool: all that is given up is given up by the plan."""
+    flags = [*models.FLAGS["gpt_oss"], "--max-total-tokens", "1024"]
+    flags += ["--swa-full-tokens-ratio", "0.125"]
+    settings = {"quantum_tokens": 50, "host_kv_gb": 0.05}
+    crowded = run(model, requests(24), settings, flags, **INTERVAL)
+    assert differing(crowded, stock) == []
+    assert crowded.pauses["host"] > 5
+    assert not crowded.pauses.get("recompute")
+    windows = crowded.status["windows"]
+    assert windows["free"] == windows["capacity"] == 128
+    assert (crowded.status["policy_errors"], crowded.free) == (0, crowded.capacity)
 
 
 def copies_of_the_pool(scheduler, reqs, passes):
