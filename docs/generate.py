@@ -7,6 +7,7 @@ regenerates all of them and fails on a difference.
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import sys
 from collections.abc import Iterable
@@ -52,11 +53,17 @@ def metrics() -> str:
     from prometheus_client import REGISTRY
 
     from pascal_sglang.cluster.metrics import ControllerMetrics
-    from pascal_sglang.engine.observability.metrics import DecisionMetrics, PhaseMetrics
+    from pascal_sglang.engine.observability.metrics import (
+        DecisionMetrics,
+        PhaseMetrics,
+        SupportMetrics,
+    )
     from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
+    from pascal_sglang.support import EVERYTHING
 
     before = set(REGISTRY._collector_to_names)
     labels = {"model_name": ""}
+    SupportMetrics(labels, EVERYTHING)
     PhaseMetrics(labels, 0.95)
     DecisionMetrics(labels, 1.0)
     MigrationMetrics(labels)
@@ -71,28 +78,62 @@ def metrics() -> str:
     return _table(("series", "meaning"), rows)
 
 
-LEVELS = {
-    "OBSERVE": "only under `fcfs`; another policy is refused at start",
-    "ORDER": "our order; not paused, does not migrate",
-    "RECOMPUTE": "pauses recompute; does not migrate",
-    "PAUSE": "pauses keep KV; does not migrate",
-}
+def levels() -> str:
+    """What each level means, as the enumeration's comments say it."""
+    from pascal_sglang import support
+
+    source = inspect.getsource(support.Level)
+    said = re.findall(r"^    ([A-Z]+) = (\d)  # (.*)$", source, re.MULTILINE)
+    return _table(
+        ("level", "`pascal:support_level`", "what is done"),
+        ((f"`{name.lower()}`", number, meaning) for name, number, meaning in said),
+    )
 
 
 def support() -> str:
     """The features and kinds of requests that get less than everything."""
     from pascal_sglang import support as table
 
-    server = (*table.SERVER, *table.POOLS, *table.INSTANCES)
     found: list[tuple[str, ...]] = []
-    replaced = "no effect; the policy's own order stands"
-    for row in table.REPLACED:
-        found.append((f"a server with `{row.name}`", replaced))
+    server = (*table.CONFIG, *table.SERVER, *table.POOLS, table.UNKNOWN_POOL, *table.INSTANCES)
     for what, rows in (("a server with", server), ("a request with", table.REQUESTS)):
         for row in rows:
-            name = f"`{row.name}`" if row.name.startswith(("--", "SGLANG_")) else row.name
-            found.append((f"{what} {name}", LEVELS[row.level.name]))
-    return _table(("", "under a policy that schedules"), found)
+            level = f"`{row.level}`" if row.recomputes else f"`{row.level}`, without recomputing"
+            found.append((f"{what} {_named(row.name)}", level, row.why))
+    return _table(("", "level", "why no higher one"), found)
+
+
+def families() -> str:
+    """Model families, the pool that each uses, and the level that it leaves."""
+    from pascal_sglang import support as table
+
+    pools = {row.name: row for row in (*table.POOLS, table.UNKNOWN_POOL)}
+    found = []
+    for family in table.FAMILIES:
+        level = min((pools[name].level for name in family.rows), default=table.Level.MOVE)
+        found.append((family.names, family.pool, f"`{level}`"))
+    return _table(("models", "KV pool", "level"), found)
+
+
+def settings() -> str:
+    """SGLang's flags and environment variables that bear on scheduling."""
+    from pascal_sglang.scheduling_flags import SETTINGS, Effect
+    from pascal_sglang.support import Level
+
+    found = []
+    for setting in SETTINGS:
+        effect = setting.effect.value
+        if setting.effect is Effect.OVERRIDDEN and setting.since > Level.ORDER:
+            effect += f" from `{setting.since}` on"
+        test = f"`{setting.test}`" if setting.test else ""
+        names = ", ".join(f"`{name}`" for name in setting.names)
+        found.append((names, effect, _named(setting.how), test))
+    return _table(("SGLang's setting", "under a policy that schedules", "how", "test"), found)
+
+
+def _named(name: str) -> str:
+    """A feature's name with its flag, or its variable, as code."""
+    return re.sub(r"(--[a-z-]+|SGLANG_[A-Z_]+)", r"`\1`", name)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -103,7 +144,12 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 PARTS = {
     "serving.md": {"flags": flags},
     "observability.md": {"metrics": metrics},
-    "compatibility.md": {"support": support},
+    "compatibility.md": {
+        "levels": levels,
+        "support": support,
+        "families": families,
+        "settings": settings,
+    },
 }
 
 

@@ -18,6 +18,7 @@ from pascal_sglang import request_checks, request_ids
 from pascal_sglang.policy.registry import POLICIES, Policy, UnknownPolicy, find
 from pascal_sglang.policy.request import Reader
 from pascal_sglang.request_checks import ASKED_TPOT_MS, asked, is_number, reader_of
+from pascal_sglang.support import LEVELS, Level, Support, of_server
 
 CONFIG_ENV = "PASCAL_SGLANG_CONFIG"
 # Set in Ray's actors, which are child processes that `multiprocessing` does not know as such.
@@ -127,6 +128,12 @@ class PascalConfig:
     assume_reasoning: bool = _field(
         False, "treat /generate requests that do not say require_reasoning as reasoning"
     )
+    require: str = _field(
+        "observe",
+        "refuse to start where features leave less than this level; observe, the least, refuses "
+        "nothing (docs/compatibility.md)",
+        choices=LEVELS,
+    )
     # `sglang`: the balancing of `--load-balance-method`; the launcher sets it where that flag is
     # given. Only with several instances.
     placement: str = _field("phase", choices=("phase", "sglang"))
@@ -139,6 +146,8 @@ class PascalConfig:
     # For tests: the chance per pass that a running request is paused, or a paused one resumed,
     # whatever the policy says.
     chaos: float = _field(0.0, least=0, most=1)
+    # For tests: no higher level than this one.
+    most_level: str = _field("move", choices=LEVELS)
     # For tests: every request migrates at the end of its thinking, and with this chance per pass
     # again.
     force_migration: float = _field(0.0, least=0, most=1)
@@ -235,6 +244,24 @@ class PascalConfig:
     def can_migrate(self) -> bool:
         """Whether requests may move between instances."""
         return self.places and self.migration != "off"
+
+    def support(self, server_args: Any) -> Support:
+        """What this configuration and SGLang's server arguments leave. Pools may leave less."""
+        return of_server(self, server_args)
+
+    def effective(self, server_args: Any) -> PascalConfig:
+        """What schedules and places with these arguments: at the level OBSERVE that is `fcfs`."""
+        if self.record.schedules and self.support(server_args).level is Level.OBSERVE:
+            return dataclasses.replace(self, policy="fcfs")
+        return self
+
+    def require_level(self, support: Support) -> None:
+        """Raises: `LaunchError` for a server that gets less than was asked for."""
+        if str(support.level) in LEVELS[: LEVELS.index(self.require)]:
+            raise LaunchError(
+                f"--pascal-require {self.require}: the level here is {support.level}, "
+                f"because of {support.reason}"
+            )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

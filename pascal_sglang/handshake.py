@@ -1,20 +1,30 @@
-"""Every process that serves has to run our configuration: what they tell each other at start."""
+"""Every process that serves has to run our configuration, and says at which level it does: what
+they tell each other at start."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.support import Support
 
 INIT_INFO_KEY = "pascal"
 PROCESS_KEY = "pascal_process"
 STATUS_FILE_KEY = "pascal_board"
+SUPPORT_KEY = "pascal_support"
 
 
-def introduced(info: dict[str, Any], instance: int) -> dict[str, Any]:
-    """The init info of a scheduler: its configuration, and who it is."""
-    return {**info, INIT_INFO_KEY: own_config(), PROCESS_KEY: (os.getpid(), instance)}
+def introduced(info: dict[str, Any], instance: int, support: Support) -> dict[str, Any]:
+    """The init info of a scheduler: its configuration, its level, and who it is."""
+    own = {INIT_INFO_KEY: own_config(), SUPPORT_KEY: support.describe()}
+    return {**info, **own, PROCESS_KEY: (os.getpid(), instance)}
+
+
+def support_of(infos: Iterable[dict[str, Any]]) -> Support:
+    """The level of the instances that have shaken hands, together."""
+    return Support.least(Support.described(info[SUPPORT_KEY]) for info in infos)
 
 
 def instances_by_pid(infos: list[dict[str, Any]]) -> dict[int, int]:
@@ -22,10 +32,11 @@ def instances_by_pid(infos: list[dict[str, Any]]) -> dict[int, int]:
     return dict(info[PROCESS_KEY] for info in infos)
 
 
-def handed_on(info: dict[str, Any], status_file: str) -> dict[str, Any]:
-    """The init info of a controller whose instances have all shaken hands; `status_file` is where
-    it shows what it does."""
-    return {**info, INIT_INFO_KEY: own_config(), STATUS_FILE_KEY: status_file}
+def handed_on(info: dict[str, Any], status_file: str, support: Support) -> dict[str, Any]:
+    """The init info of a controller whose instances have all shaken hands, and have this level
+    together; `status_file` is where it shows what it does."""
+    own = {INIT_INFO_KEY: own_config(), SUPPORT_KEY: support.describe()}
+    return {**info, **own, STATUS_FILE_KEY: status_file}
 
 
 def own_config() -> str:

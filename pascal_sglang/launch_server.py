@@ -33,7 +33,6 @@ from pascal_sglang.entrypoints.preflight import (
     check_given,
     check_machine,
     check_migrations,
-    check_policy,
     check_temporary_folder,
     one_line,
     open_to_others,
@@ -120,11 +119,13 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     if not plugin.is_installed():
         raise LaunchError("SGLang did not load the plugin; is pascal_sglang installed by pip?")
     server_args = check_arguments(sglang_argv)
-    check_policy(config, server_args)
+    support = config.support(server_args)
+    config.require_level(support)
     check_frontend(config, server_args)
     check_migrations(config, server_args)
     check_temporary_folder(server_args)
     print(config.banner(), file=sys.stderr, flush=True)
+    print(f"{PROG}: level {support} by the arguments", file=sys.stderr, flush=True)
     if (warning := open_to_others()) is not None:
         print(f"{PROG}: warning: {warning}", file=sys.stderr, flush=True)
     try:

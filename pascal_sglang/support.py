@@ -1,8 +1,8 @@
 """What this package does with SGLang's features and with kinds of requests: one table.
 
 The launcher, the engine and `docs/compatibility.md` read it. A row gives the highest level that a
-feature leaves. Under a policy that does not schedule (`fcfs`), everything that SGLang serves is
-served, at the level `OBSERVE`.
+feature leaves; to raise a feature is to change its row. A server runs at the lowest level of the
+rows that hold for it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ class Level(IntEnum):
     """What is done for a server or a request; each level includes the ones before it."""
 
     OBSERVE = 0  # phases are measured, SGLang's order is untouched
-    ORDER = 1  # our order of admission and retraction
+    ORDER = 1  # our order of admission and retraction; SGLang decides what fits
     RECOMPUTE = 2  # pauses drop KV and prefill again
     PAUSE = 3  # pauses keep KV
-    MIGRATE = 4  # pauses keep KV, and requests can change instance
+    MOVE = 4  # pauses keep KV, and requests can change instance
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+LEVELS = tuple(map(str, Level))
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +35,64 @@ class Row:
 
     name: str
     level: Level
-    # Whether the server arguments, the scheduler or the request at hand have it.
+    # Whether the configuration, the server arguments, the scheduler or the request has it.
     holds: Callable[[Any], bool]
+    # Why no higher level, for docs/compatibility.md.
+    why: str = ""
+    # Of a request. False: a pause keeps its KV, which a second prefill would not make again.
+    recomputes: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """The level that a server, an instance or a request gets."""
+
+    level: Level = Level.MOVE
+    # The features that keep it from the next level.
+    lowered_by: tuple[str, ...] = ()
+
+    def lowered(self, level: Level, *names: str) -> Support:
+        """The same with features that leave `level`."""
+        if level > self.level or level is Level.MOVE:
+            return self
+        before = self.lowered_by if level == self.level else ()
+        return Support(level, (*before, *(name for name in names if name not in before)))
+
+    def under(self, rows: Iterable[Row], subject: Any) -> Support:
+        """The same with the rows that hold for a subject."""
+        found = self
+        for row in rows:
+            if row.level <= found.level and row.holds(subject):
+                found = found.lowered(row.level, row.name)
+        return found
+
+    @property
+    def reason(self) -> str:
+        """The features in one text; empty at the highest level."""
+        return ", ".join(self.lowered_by)
+
+    def __str__(self) -> str:
+        return f"{self.level} ({self.reason})" if self.lowered_by else str(self.level)
+
+    def describe(self) -> dict[str, Any]:
+        """For `GET /pascal/status` and the handshake."""
+        return {"level": str(self.level), "lowered_by": list(self.lowered_by)}
+
+    @classmethod
+    def described(cls, said: dict[str, Any]) -> Support:
+        """What `describe` said."""
+        return cls(Level[said["level"].upper()], tuple(said["lowered_by"]))
+
+    @classmethod
+    def least(cls, supports: Iterable[Support]) -> Support:
+        """What several instances together give."""
+        found = cls()
+        for support in supports:
+            found = found.lowered(support.level, *support.lowered_by)
+        return found
+
+
+EVERYTHING = Support()
 
 
 def first(rows: Iterable[Row], subject: Any) -> str | None:
@@ -38,56 +100,321 @@ def first(rows: Iterable[Row], subject: Any) -> str | None:
     return next((row.name for row in rows if row.holds(subject)), None)
 
 
-# Of SGLang's server arguments. At the level OBSERVE, a scheduling policy is refused at start.
+def instances_of(server_args: Any) -> int:
+    """Instances of a server: replicas, or the ranks of DP attention."""
+    # SGLang 0.5.21 counts both by `dp_size`.
+    count: int = server_args.dp_size * getattr(server_args, "attn_dp_size", 1)
+    return count
+
+
+def _rust_server(_: Any) -> bool:
+    from sglang.srt.environ import envs
+
+    return bool(envs.SGLANG_RUST_SERVER.get())
+
+
+def _odd_windows(scheduler: Any) -> bool:
+    """A pool of windows that is not beside one of whole KV, or whose entries are a row's, not a
+    token's; or windows that a prompt never leaves."""
+    if not scheduler.is_hybrid_swa:
+        return False
+    allocator = scheduler.token_to_kv_pool_allocator
+    plain = type(allocator).__name__ == "SWATokenToKVPoolAllocator" and not allocator.swa_req_ring
+    kept = scheduler.tp_worker.model_runner.prefill_aware_swa
+    return not plain or kept
+
+
+# Of our own configuration.
+CONFIG = (
+    Row(
+        "a policy in SGLang's order",
+        Level.OBSERVE,
+        lambda c: not c.record.schedules,
+        "that is what it is for",
+    ),
+    Row(
+        "a policy that does not place requests",
+        Level.PAUSE,
+        lambda c: c.record.placement is None,
+        "no instance is chosen by phase",
+    ),
+    Row(
+        "--load-balance-method",
+        Level.PAUSE,
+        lambda c: c.placement == "sglang",
+        "SGLang's balancing places the requests",
+    ),
+    Row(
+        "--pascal-migration off", Level.PAUSE, lambda c: c.migration == "off", "it was switched off"
+    ),
+)
+# Of SGLang's server arguments. At the level OBSERVE the server runs as under `fcfs`.
 SERVER = (
-    Row("--speculative-algorithm", Level.OBSERVE, lambda a: a.speculative_algorithm is not None),
-    Row("--pp-size above 1", Level.OBSERVE, lambda a: a.pp_size > 1),
-    Row("--enable-dp-attention", Level.OBSERVE, lambda a: a.enable_dp_attention),
-    Row("--disaggregation-mode", Level.OBSERVE, lambda a: a.disaggregation_mode != "null"),
-    Row("--enable-hierarchical-cache", Level.PAUSE, lambda a: a.enable_hierarchical_cache),
-    Row("--enable-hisparse", Level.OBSERVE, lambda a: a.enable_hisparse),
-    Row("--enable-lmcache", Level.OBSERVE, lambda a: a.enable_lmcache),
-    Row("--enable-unified-memory", Level.OBSERVE, lambda a: a.enable_unified_memory),
-    Row("--enable-pdmux", Level.OBSERVE, lambda a: a.enable_pdmux),
-    Row("--dcp-size above 1", Level.OBSERVE, lambda a: a.dcp_size > 1),
-    Row("--attn-cp-size above 1", Level.OBSERVE, lambda a: a.attn_cp_size > 1),
-    Row("--dllm-algorithm", Level.OBSERVE, lambda a: a.dllm_algorithm is not None),
+    Row(
+        "--speculative-algorithm",
+        Level.RECOMPUTE,
+        lambda a: a.speculative_algorithm in ("EAGLE", "STANDALONE"),
+        "the draft model's KV and its relayed row are not kept",
+    ),
+    Row(
+        "another --speculative-algorithm",
+        Level.ORDER,
+        lambda a: a.speculative_algorithm not in (None, "EAGLE", "STANDALONE"),
+        "what its drafts keep of a request is not known here",
+    ),
+    Row(
+        "--pp-size above 1",
+        Level.OBSERVE,
+        lambda a: a.pp_size > 1,
+        "every stage plans for itself, by a clock of its own",
+    ),
+    Row(
+        "--disaggregation-mode",
+        Level.OBSERVE,
+        lambda a: a.disaggregation_mode != "null",
+        "both sides run event loops with queues of their own",
+    ),
+    Row(
+        "--enable-hierarchical-cache",
+        Level.PAUSE,
+        lambda a: a.enable_hierarchical_cache,
+        "a prefix that its host pool holds does not travel",
+    ),
+    Row(
+        "--hicache-storage-backend",
+        Level.ORDER,
+        lambda a: a.hicache_storage_backend is not None,
+        "SGLang alone looks there for a request that waits again",
+    ),
+    Row(
+        "--enable-hisparse",
+        Level.ORDER,
+        lambda a: a.enable_hisparse,
+        "its coordinator holds requests between prefill and decoding",
+    ),
+    Row(
+        "--enable-lmcache",
+        Level.ORDER,
+        lambda a: a.enable_lmcache,
+        "a look for a prefix loads it",
+    ),
+    Row("--enable-flexkv", Level.ORDER, lambda a: a.enable_flexkv, "a look for a prefix loads it"),
+    Row(
+        "--enable-unified-cache-external-linker",
+        Level.ORDER,
+        lambda a: a.enable_unified_cache_external_linker,
+        "a look for a prefix loads it",
+    ),
+    Row(
+        "--radix-cache-backend",
+        Level.ORDER,
+        lambda a: a.radix_cache_backend is not None,
+        "what a look for a prefix does there is not known here",
+    ),
+    Row(
+        "--enable-unified-memory",
+        Level.ORDER,
+        lambda a: a.enable_unified_memory,
+        "its pools take memory from each other",
+    ),
+    Row(
+        "--enable-pdmux",
+        Level.OBSERVE,
+        lambda a: a.enable_pdmux,
+        "its event loop prefills without asking for a plan",
+    ),
+    Row(
+        "--dcp-size above 1",
+        Level.ORDER,
+        lambda a: a.dcp_size > 1,
+        "a rank holds a share of each request's KV",
+    ),
+    Row(
+        "--attn-cp-size above 1",
+        Level.OBSERVE,
+        lambda a: a.attn_cp_size > 1,
+        "several ranks of an instance lead",
+    ),
+    Row(
+        "--dllm-algorithm",
+        Level.OBSERVE,
+        lambda a: a.dllm_algorithm is not None,
+        "blocks of tokens are decoded by a scheduler of its own",
+    ),
+    Row("--is-embedding", Level.OBSERVE, lambda a: a.is_embedding, "nothing decodes"),
 )
-# Of SGLang's server arguments: what a scheduling policy takes the place of.
-REPLACED = (Row("--schedule-policy", Level.MIGRATE, lambda a: a.schedule_policy != "fcfs"),)
-# Of a scheduler whose pools exist.
+# Of a scheduler whose pools exist. The level OBSERVE is for features that `SERVER` tells too: the
+# controller places requests by then.
 POOLS = (
-    Row("a pool with sliding windows", Level.PAUSE, lambda s: s.is_hybrid_swa),
-    Row("a pool of sliding windows alone, or rings", Level.OBSERVE, lambda s: _odd_windows(s)),
-    Row("a pool of recurrent states (Mamba)", Level.PAUSE, lambda s: s.is_hybrid_ssm),
-    Row("DP attention", Level.OBSERVE, lambda s: s.attn_dp_enabled),
+    Row(
+        "a model that generates nothing",
+        Level.OBSERVE,
+        lambda s: not s.is_generation,
+        "nothing decodes",
+    ),
+    Row(
+        "a pool with sliding windows",
+        Level.PAUSE,
+        lambda s: s.is_hybrid_swa,
+        "entries of windows do not travel",
+    ),
+    Row(
+        "a pool of sliding windows alone, or rings",
+        Level.ORDER,
+        _odd_windows,
+        "what of it a request holds is not known here",
+    ),
+    Row(
+        "a pool of recurrent states (Mamba)",
+        Level.PAUSE,
+        lambda s: s.is_hybrid_ssm,
+        "a state does not travel",
+    ),
 )
-# Of a server with several instances: where one holds, no request migrates.
+# Of a pool whose KV is more than rows of tensors that we know.
+UNKNOWN_POOL = Row(
+    "KV that is not copied",
+    Level.RECOMPUTE,
+    lambda copies: not copies.copies,
+    "a copy would leave scales or index keys behind",
+)
+# Of SGLang's server arguments: where one holds, no request migrates.
 INSTANCES = (
-    Row("more than one node", Level.PAUSE, lambda i: i.nnodes > 1),
-    Row("--tokenizer-worker-num above 1", Level.PAUSE, lambda i: i.tokenizer_worker_num > 1),
-    Row("--detokenizer-worker-num above 1", Level.PAUSE, lambda i: i.detokenizer_worker_num > 1),
-    Row("--skip-tokenizer-init", Level.PAUSE, lambda i: i.skip_tokenizer_init),
-    Row("SGLANG_RUST_SERVER", Level.PAUSE, lambda i: i.rust_server is not None),
+    Row("one instance", Level.PAUSE, lambda a: instances_of(a) == 1, "there is no other one"),
+    Row(
+        "more than one node",
+        Level.PAUSE,
+        lambda a: a.nnodes > 1,
+        "instances talk over sockets of one host",
+    ),
+    Row(
+        "--tokenizer-worker-num above 1",
+        Level.PAUSE,
+        lambda a: a.tokenizer_worker_num > 1,
+        "the detokenizer that serves several has a loop of its own, without our order of outputs",
+    ),
+    Row(
+        "--detokenizer-worker-num above 1",
+        Level.PAUSE,
+        lambda a: a.detokenizer_worker_num > 1,
+        "the text of a request is in one detokenizer",
+    ),
+    Row(
+        "--skip-tokenizer-init",
+        Level.PAUSE,
+        lambda a: a.skip_tokenizer_init,
+        "tokens leave an instance past the detokenizer, which puts those of two in order",
+    ),
+    Row(
+        "SGLANG_RUST_SERVER",
+        Level.PAUSE,
+        _rust_server,
+        "requests reach an instance past the controller",
+    ),
 )
-# Of a request (SGLang's `Req`). At the level ORDER it is not paused and does not migrate.
+# Of a request (SGLang's `Req`).
 REQUESTS = (
-    Row("beam search", Level.ORDER, lambda r: r.beam_group is not None),
-    Row("a session", Level.ORDER, lambda r: r.session is not None or r.session_id is not None),
-    Row("multimodal inputs", Level.ORDER, lambda r: r.multimodal_inputs is not None),
-    Row("input embeddings", Level.ORDER, lambda r: r.input_embeds is not None),
-    Row("a LoRA adapter", Level.ORDER, lambda r: r.lora_id is not None),
-    Row("hidden states returned", Level.ORDER, lambda r: bool(r.return_hidden_states)),
-    Row("a grammar", Level.ORDER, lambda r: _has_grammar(r.sampling_params)),
-    Row("penalties", Level.ORDER, lambda r: _has_penalties(r.sampling_params)),
-    Row("a watermark", Level.PAUSE, lambda r: r.sampling_params.watermark is not None),
+    Row(
+        "beam search",
+        Level.ORDER,
+        lambda r: r.beam_group is not None,
+        "its members hold rows of their own",
+    ),
+    Row(
+        "a streaming session",
+        Level.ORDER,
+        lambda r: getattr(r.session, "streaming", False),
+        "the session takes the KV of a request that lets go of it, though it will go on",
+    ),
+    Row(
+        "multimodal inputs",
+        Level.ORDER,
+        lambda r: r.multimodal_inputs is not None,
+        "its features are dropped after the prefill",
+    ),
+    Row(
+        "a session",
+        Level.PAUSE,
+        lambda r: r.session is not None or r.session_id is not None,
+        "the session is where it was opened",
+    ),
+    Row(
+        "input embeddings",
+        Level.PAUSE,
+        lambda r: r.input_embeds is not None,
+        "a second prefill would lose its output",
+        recomputes=False,
+    ),
+    Row(
+        "a LoRA adapter",
+        Level.PAUSE,
+        lambda r: r.lora_id is not None,
+        "its adapter may not be loaded elsewhere",
+    ),
+    Row(
+        "hidden states returned",
+        Level.PAUSE,
+        lambda r: bool(r.return_hidden_states),
+        "a prefill returns one block of them, and a decode step one each",
+        recomputes=False,
+    ),
+    Row(
+        "a watermark",
+        Level.PAUSE,
+        lambda r: r.sampling_params.watermark is not None,
+        "its state does not travel",
+    ),
 )
 # Of SGLang's server arguments: front ends that load no plugin, or run none of the code that we hook
 # into. What is asked of the front end is refused there.
 FRONT_ENDS = (
     Row("--tokenizer-worker-num above 1", Level.OBSERVE, lambda a: a.tokenizer_worker_num > 1),
     Row("--smg-grpc-mode", Level.OBSERVE, lambda a: a.smg_grpc_mode or a.grpc_mode),
+    Row("SGLANG_RUST_SERVER", Level.OBSERVE, _rust_server),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models that keep their KV alike."""
+
+    names: str
+    pool: str
+    # The rows that hold for a server of such a model.
+    rows: tuple[str, ...] = ()
+
+
+# Named by their configuration's `model_type` or as their cards do; for docs/compatibility.md.
+FAMILIES = (
+    Family("Qwen3, Qwen2.5, QwQ, Llama 3, Mistral, the R1 distills, SmolLM", "MHA"),
+    Family("DeepSeek V3, R1 and V3.1, Kimi K2, GLM-4.7-Flash", "MLA"),
+    Family("DeepSeek V3.2, GLM-5", "MLA with index keys (DSA)", (UNKNOWN_POOL.name,)),
+    Family(
+        "gpt-oss, Gemma 4, MiMo, Step-3.5, Llama 4",
+        "MHA with sliding windows",
+        ("a pool with sliding windows",),
+    ),
+    Family(
+        "Qwen3-Next, Qwen3.5 and 3.6, Kimi-Linear, Nemotron-H",
+        "MHA or MLA with recurrent states",
+        ("a pool of recurrent states (Mamba)",),
+    ),
+)
+
+
+def of_server(config: Any, server_args: Any) -> Support:
+    """What the configuration and the arguments of a server leave."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    # What was given may stand for something else: an alias, or what a model asks for.
+    resolved = resolved_view(server_args)
+    found = EVERYTHING.lowered(Level[config.most_level.upper()], "a test")
+    return found.under(CONFIG, config).under((*SERVER, *INSTANCES), resolved)
+
+
+def of_request(req: Any) -> Support:
+    """What a request leaves on its own."""
+    return EVERYTHING.under(REQUESTS, req)
 
 
 def at_most(level: Level, rows: Iterable[Row]) -> tuple[Row, ...]:
@@ -95,26 +422,5 @@ def at_most(level: Level, rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(row for row in rows if row.level <= level)
 
 
-def _odd_windows(scheduler: Any) -> bool:
-    """A pool of windows that is not beside one of whole KV, or whose entries are a row's, not a
-    token's; or windows that a prompt never leaves."""
-    allocator = scheduler.token_to_kv_pool_allocator
-    plain = type(allocator).__name__ == "SWATokenToKVPoolAllocator" and not allocator.swa_req_ring
-    kept = scheduler.tp_worker.model_runner.prefill_aware_swa
-    return scheduler.is_hybrid_swa and (not plain or kept)
-
-
-def _has_grammar(params: Any) -> bool:
-    return any((params.json_schema, params.regex, params.ebnf, params.structural_tag))
-
-
-def _has_penalties(params: Any) -> bool:
-    return bool(
-        params.frequency_penalty
-        or params.presence_penalty
-        or params.repetition_penalty != 1.0
-        or params.min_new_tokens
-    )
-
-
-UNPAUSABLE = at_most(Level.ORDER, REQUESTS)
+UNMOVABLE = at_most(Level.PAUSE, REQUESTS)
+NOT_RECOMPUTED = tuple(row for row in REQUESTS if not row.recomputes)

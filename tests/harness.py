@@ -85,7 +85,7 @@ def warm_servers() -> str:
     if kept := os.environ.get(WARM_ENV):
         return kept
     path = os.path.join(tempfile.mkdtemp(prefix="warm-"), "socket")
-    env = {"SGLANG_PLATFORM": "pascal_cpu", "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "4"}
+    env = {"SGLANG_PLATFORM": "pascal_cpu"}
     warm = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("warm_servers.py")), path],
         stdin=subprocess.PIPE,

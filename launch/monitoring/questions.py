@@ -118,7 +118,7 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel(
             "How many run, how many wait?",
-            "SGLang's own counts. Paused requests are in neither; the row on starving has them.",
+            "SGLang's own counts. Paused requests wait; the row on starving tells them apart.",
             {"running": stock("num_running_reqs"), "waiting": stock("num_queue_reqs")},
         ),
     ],
@@ -155,6 +155,20 @@ ROWS: dict[str, list[Panel]] = {
             "How much is computed twice?",
             "Tokens per second that will be prefilled again.",
             {"tokens dropped": rate("paused_tokens_total", where='tier="recompute"')},
+        ),
+        Panel(
+            "Who is never paused?",
+            "Requests per second that arrived and are not paused, by the feature of theirs or of "
+            "the server that keeps them from it.",
+            {"{{reason}}": rate("unpausable_requests_total", "reason")},
+            "ops",
+            stack=True,
+        ),
+        Panel(
+            "At which level do instances run?",
+            "0 observe, 1 order, 2 recompute, 3 pause, 4 move; and the features that keep them "
+            "from the next level.",
+            {"{{reason}}": f"min by (reason) (pascal:support_level{{{ONLY}}})"},
         ),
         Panel(
             "Who comes back, and from where?",

@@ -45,8 +45,9 @@ from pascal_sglang.cluster.scheduler_processes import SchedulerProcesses
 from pascal_sglang.cluster.status_file import StatusFile
 from pascal_sglang.cluster.watched_controller import WatchedController
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.handshake import handed_on, instances_by_pid, require_same_config
+from pascal_sglang.handshake import handed_on, instances_by_pid, require_same_config, support_of
 from pascal_sglang.policy.placement import Instance, Placement, PlacementRule
+from pascal_sglang.support import EVERYTHING, Support
 
 # How often to look which instances have fallen silent, in seconds.
 LOOK_S = 0.2
@@ -55,15 +56,16 @@ LOOK_S = 0.2
 class PascalController(WatchedController):
     """`DataParallelController` under the configuration in `PASCAL_SGLANG_CONFIG`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        config = PascalConfig.from_env()
-        assert config is not None
-        self.pascal_config = config
+    def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
+        asked = PascalConfig.from_env()
+        assert asked is not None
+        config = self.pascal_config = asked.effective(server_args)
+        self._support = EVERYTHING
         remove_ownerless()
-        self._folder = PrivateFolder()
+        self._folder = PrivateFolder(os.environ.get(CONTROL_ENV))
         os.environ[CONTROL_ENV] = self._folder.path
         self._instance_of_pid: dict[int, int] = {}
-        super().__init__(*args, **kwargs)
+        super().__init__(server_args, *args, **kwargs)
         instances = len(self.workers)
         self.control_receiver = ControlReceiver(self._folder.path, CONTROLLER, instances)
         self.control_sender = ControlSender(self._folder.path)
@@ -100,8 +102,9 @@ class PascalController(WatchedController):
         reports = get_observability().enable_metrics
         model = str(self.server_args.served_model_name)
         self.metrics = ControllerMetrics(model) if reports else None
-        if config.places:
+        if self.others_go_on:
             self.processes.outlive_schedulers()
+        if config.places:
             self.dispatching: Callable[[Any], None] = self.place
 
     def schedulers(self, pids: list[int]) -> list[Any]:
@@ -122,13 +125,13 @@ class PascalController(WatchedController):
     def _record_scheduler_init_infos(self, infos: list[dict[str, Any]]) -> None:
         require_same_config(infos)
         self._instance_of_pid.update(instances_by_pid(infos))
+        self._support = Support.least([self._support, support_of(infos)])
         super()._record_scheduler_init_infos(infos)
 
     def get_init_info(self) -> dict[str, Any]:
         """The controller vouches for its instances towards the launcher."""
         self.status_file.show(clock.now(), self.describe)
-        info: dict[str, Any] = handed_on(super().get_init_info(), self.status_file.path)
-        return info
+        return handed_on(super().get_init_info(), self.status_file.path, self._support)
 
     def silent(self) -> list[int]:
         now = clock.now()

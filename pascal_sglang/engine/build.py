@@ -1,13 +1,15 @@
-"""Decides whether a scheduler is governed, and with which budget."""
+"""Decides whether a scheduler is governed, at which level, and with which budget."""
 
 from __future__ import annotations
 
 import logging
+import os
 
 import psutil
-from sglang.srt.runtime_context import get_parallel, get_schedule
+from sglang.srt.managers import schedule_policy
+from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 
-from pascal_sglang import support
+from pascal_sglang import scheduling_flags
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv import host_cache
 from pascal_sglang.engine.kv.host_copies import HostCopies
@@ -17,36 +19,44 @@ from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.priorities import take_over
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import agree
+from pascal_sglang.instances import instance_count
 from pascal_sglang.policy.kv_tier import Costs
+from pascal_sglang.support import POOLS, UNKNOWN_POOL, Level, Support
 
 logger = logging.getLogger(__name__)
 
+CLIP_ENV = "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"
+# Tokens that SGLang's prefill adder keeps for what a request may still write, where a plan decides.
+PLANNED_TOKENS = 4
 
-def build_executor(scheduler: SchedulerProtocol, config: PascalConfig) -> PlanExecutor | None:
-    """The executor of a scheduler whose pools exist; None under `fcfs` and for embedding models.
 
-    Raises: RuntimeError for KV pools that the engine does not carry.
+def build_executor(
+    scheduler: SchedulerProtocol, config: PascalConfig, support: Support
+) -> tuple[PlanExecutor | None, Support]:
+    """The executor of a scheduler whose pools exist, None at the level OBSERVE; and the level.
+
+    support: what the server's arguments leave.
     """
-    if not config.record.schedules or not scheduler.is_generation:
-        return None
-    refused = support.at_most(support.Level.OBSERVE, support.POOLS)
-    if (pool := support.first(refused, scheduler)) is not None:
-        raise RuntimeError(
-            f"policy {config.policy} does not work with {pool} yet; use --pascal-policy fcfs"
-        )
-    if get_schedule().prefill_decode_interval is None:
+    support = support.under(POOLS, scheduler)
+    if support.level is Level.OBSERVE:
+        return None, support
+    asked = scheduler.server_args.prefill_decode_interval
+    # What is in effect is never None: where nothing is asked for, SGLang and some models say it.
+    if asked is None and not get_schedule().prefill_decode_interval:
         # SGLang prefills first: without this, endless new prompts would keep requests from
         # decoding. A prefill and a decode step take turns.
         scheduler.prefill_decode_interval = 1
-    if get_parallel().attn_tp_rank == 0 and (
-        flag := support.first(support.REPLACED, scheduler.server_args)
-    ):
-        logger.warning(
-            "pascal_sglang: %s has no effect under policy %s, which has an order of its own",
-            flag,
-            config.policy,
-        )
-    copies = host_copies_of(scheduler)
+    if get_parallel().attn_tp_rank == 0:
+        for name, instead in scheduling_flags.overridden(scheduler.server_args, support.level):
+            logger.warning(
+                "pascal_sglang: %s has no effect under policy %s: %s", name, config.policy, instead
+            )
+    copies = host_copies_of(scheduler, kept=support.level >= Level.PAUSE)
+    if support.level >= Level.PAUSE:
+        support = support.under((UNKNOWN_POOL,), copies)
+    if support.level >= Level.RECOMPUTE and CLIP_ENV not in os.environ:
+        # The plan says what fits; the adder is not to reserve more than it.
+        schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_TOKENS
     tokens, states, windows = agree(scheduler, *host_budget(copies, scheduler, config))
     copies.reserve(int(tokens))
     if copies.states is not None:
@@ -64,18 +74,17 @@ def build_executor(scheduler: SchedulerProtocol, config: PascalConfig) -> PlanEx
     costs = Costs(*agree(scheduler, measured.copy_s, measured.copy_token_s))
     if measured.launch_s is not None:
         costs.launch_s = agree(scheduler, measured.launch_s)
-    if not copies.copies:
-        pool = type(scheduler.token_to_kv_pool_allocator.get_kvcache()).__name__
-        logger.warning("pascal_sglang: KV in this %s is not copied; pauses recompute it", pool)
     policy = take_over(scheduler, config.record)
-    return PlanExecutor(scheduler, config, policy, copies, costs)
+    executor = PlanExecutor(scheduler, config, policy, copies, costs, support)
+    executor.request_states.strips_thinking = get_serving().strip_thinking_cache
+    return executor, support
 
 
-def host_copies_of(scheduler: SchedulerProtocol) -> HostCopies:
+def host_copies_of(scheduler: SchedulerProtocol, *, kept: bool) -> HostCopies:
     """The host memory for a scheduler's KV: in our own form, or in the pool's where that is all we
-    know of it."""
-    copies = HostCopies(scheduler)
-    return copies if copies.copies else PoolCopies(scheduler)
+    know of it. kept: whether pauses keep KV."""
+    copies = HostCopies(scheduler, kept=kept)
+    return copies if copies.copies or not kept else PoolCopies(scheduler)
 
 
 def host_budget(
@@ -86,7 +95,6 @@ def host_budget(
     parallel = get_parallel()
     if not copies.copies:
         return 0.0, 0.0, 0.0
-    tp_size: int = parallel.tp_size
     tokens: int = scheduler.max_total_num_tokens
     states: int = 0
     windows: int = 0
@@ -98,9 +106,9 @@ def host_budget(
         windows = scheduler.token_to_kv_pool_allocator.size_swa
         device += windows * copies.windows.bytes_per_entry
     if config.host_kv_gb is not None:
-        factor = config.host_kv_gb * 2**30 / tp_size / device
+        factor = config.host_kv_gb * 2**30 / parallel.attn_tp_size / device
     else:
-        ranks: int = parallel.dp_size * tp_size
+        ranks: int = instance_count() * parallel.attn_tp_size
         available: int = psutil.virtual_memory().available
         factor = min(2.0, available / 4 / ranks / device)
     return factor * tokens, factor * states, factor * windows

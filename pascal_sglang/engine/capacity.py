@@ -8,6 +8,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
+from pascal_sglang.engine.lora_slots import LoraSlots
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.plan import GROWTH, UNLIMITED, Capacity
 from pascal_sglang.policy.request import RequestState, RequestStatus
@@ -20,29 +21,38 @@ class CapacityView:
     scheduler: SchedulerProtocol
     paused_requests: PausedRequests
     pool: Pool
+    lora_slots: LoraSlots
+    # False: a plan says in which order requests start, and SGLang which of them fit.
+    counts_kv: bool = True
     # The last match of a waiting request, and what it was for.
     _matched: tuple[tuple[RequestState, int, int], CachedPrefix] | None = None
 
     def available(self, running: ScheduleBatch) -> Capacity:
-        scheduler, states = self.scheduler, self.pool.states
+        scheduler = self.scheduler
+        free = self.pool.free_tokens - self.promised_tokens() if self.counts_kv else UNLIMITED
         return Capacity(
-            free_tokens=self.pool.free_tokens - self.promised_tokens(),
+            free_tokens=free,
             releasing_tokens=self.paused_requests.releasing_tokens,
             slots=min(
                 scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running),
                 scheduler.max_running_requests - len(running.reqs),
             )
             + self.paused_requests.count(PauseStatus.LEAVING),
-            states=UNLIMITED
-            if states is None
-            else states.free + self.paused_requests.releasing_states,
+            states=self.free_states() + self.paused_requests.releasing_states,
             windows=self.free_windows() + self.paused_requests.releasing_windows,
         )
+
+    def free_states(self) -> int:
+        """Recurrent states that may be given now."""
+        states = self.pool.states
+        if states is None or not self.counts_kv:
+            return UNLIMITED
+        return states.free
 
     def free_windows(self) -> int:
         """Entries of sliding windows that may be given now."""
         windows = self.pool.windows
-        if windows is None:
+        if windows is None or not self.counts_kv:
             return UNLIMITED
         chunk = self.scheduler.chunked_prefill_size or UNLIMITED
         return windows.free - min(self.promised_tokens(), chunk)
@@ -74,7 +84,11 @@ class CapacityView:
 
     def required(self, state: RequestState) -> int:
         """KV a start takes: a prefix the device holds for others is paid already."""
+        if not self.counts_kv:
+            return 0
         req: Req = state.handle
+        if not self.lora_slots.fits(req):
+            return UNLIMITED
         if state.status is not RequestStatus.WAITING:
             return self.paused_requests.needs(req)
         prefix = self._prefix_of(state)
@@ -126,4 +140,5 @@ class CapacityView:
 
     def reclaimable(self, state: RequestState) -> int:
         """KV that is free or evictable once the request has left the device."""
-        return self.pool.given_back(state.handle)
+        req: Req = state.handle
+        return self.pool.given_back(req) if self.paused_requests.leaves_device(req) else 0

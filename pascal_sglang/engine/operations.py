@@ -19,11 +19,16 @@ from pascal_sglang import clock
 from pascal_sglang.engine.load_reporter import LoadReporter
 from pascal_sglang.engine.migration.manager import Migrations
 from pascal_sglang.engine.observability.phases import PhaseTracker
-from pascal_sglang.engine.stock_load_figures import ReportingScheduler
+from pascal_sglang.engine.stock_load_figures import ReportingScheduler, held_back
 
 
 class OperationsScheduler(ReportingScheduler):
     """SGLang's scheduler, whose operations reach the requests that we hold."""
+
+    # SGLang's.
+    waiting_queue: list[Req]
+    max_queued_requests: int | None
+    enable_priority_scheduling: bool
 
     load_reporter: LoadReporter | None = None
     migrations: Migrations | None = None
@@ -103,6 +108,27 @@ class OperationsScheduler(ReportingScheduler):
         if self.load_reporter is not None:
             self.load_reporter.gone(req)
         super().send_abort_output(abort_req, req)
+
+    def _abort_on_queued_limit(self, recv_req: Req) -> bool:
+        """Whether `--max-queued-requests` refuses the request. Paused requests count as queued, and
+        none that has begun is refused or makes room: its tokens are with its client."""
+        if self.plan_executor is None or self.max_queued_requests is None:
+            return bool(super()._abort_on_queued_limit(recv_req))
+        if recv_req.output_ids:
+            return False
+        waiting, limit = self.waiting_queue, self.max_queued_requests
+        by_priority = self.enable_priority_scheduling
+        fresh = [req for req in waiting if not req.output_ids]
+        begun = len(waiting) - len(fresh) + len(held_back(self.plan_executor.paused_requests))
+        self.waiting_queue, self.max_queued_requests = fresh, limit - begun
+        # By priority, SGLang looks for the worst of the queue, which must not be empty.
+        self.enable_priority_scheduling = by_priority and bool(fresh)
+        try:
+            return bool(super()._abort_on_queued_limit(recv_req))
+        finally:
+            left = set(self.waiting_queue)
+            self.waiting_queue = [req for req in waiting if req.output_ids or req in left]
+            self.max_queued_requests, self.enable_priority_scheduling = limit, by_priority
 
     def end_early(self, req: Req, problem: str | None) -> None:
         """End a request that holds no KV any more: aborted by its client, or for a problem, after

@@ -16,6 +16,7 @@ from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.chaos import Chaos
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
+from pascal_sglang.engine.lora_slots import LoraSlots
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.phases import PhaseTracker
 from pascal_sglang.engine.req_attributes import state_of
@@ -29,6 +30,7 @@ from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.relief import giving_way
 from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.running_mean import LONGEST_PASS_S, running_mean
+from pascal_sglang.support import EVERYTHING, Level, Support
 
 if TYPE_CHECKING:
     from pascal_sglang.engine.migration.manager import Migrations
@@ -53,12 +55,20 @@ class PlanExecutor:
         policy: Policy,
         copies: HostCopies,
         costs: Costs,
+        support: Support = EVERYTHING,
     ) -> None:
         self.scheduler = scheduler
+        # What features leave of pauses; whether requests move is the business of `Migrations`.
+        self.support = support
         self.paused_requests = PausedRequests(scheduler, copies, costs)
         self.pool = self.paused_requests.pool
+        self.lora_slots = LoraSlots(scheduler=scheduler, paused_requests=self.paused_requests)
         self.capacity = CapacityView(
-            scheduler=scheduler, paused_requests=self.paused_requests, pool=self.pool
+            scheduler=scheduler,
+            paused_requests=self.paused_requests,
+            pool=self.pool,
+            counts_kv=support.level >= Level.RECOMPUTE,
+            lora_slots=self.lora_slots,
         )
         tuning = Tuning(
             quantum=config.quantum_tokens,
@@ -83,7 +93,7 @@ class PlanExecutor:
         )
         self.decision_log = DecisionLog(policy, tuning, log=config.log_decisions)
         self.request_states = RequestStates(
-            scheduler, config, self.paused_requests, self.planner.queue, self.decision_log
+            scheduler, config, self.paused_requests, self.planner.queue, self.decision_log, support
         )
         # Mean number of running requests over the passes of `pass_info.pass_s`.
         self.batch = 0.0
@@ -170,6 +180,7 @@ class PlanExecutor:
         states = [state_of(r) for r in going_on if r.to_finish is None]
         joining = self.capacity.joining(last) + len(going_on) - len(states)
         self.pool.changed()  # SGLang's steps since the last pass.
+        self.lora_slots.read(running, last)
         plan = self.planner.plan(states, self.capacity.available(running), pass_info, joining)
         self.decision_log.blocked(plan.blocked, plan.shortage, pass_info)
         self._pause(plan, running)
@@ -183,6 +194,8 @@ class PlanExecutor:
                 continue
             if state.status is RequestStatus.WAITING:
                 self.admission.plan.append(state.handle)
+                continue
+            if not self.lora_slots.take(state.handle):
                 continue
             resumed = self._resume(state.handle, running, joining)
             if resumed is None:
@@ -205,7 +218,12 @@ class PlanExecutor:
     ) -> None:
         struck = [m for m in staying if m.pausable and chaos.strikes()]
         if struck:
-            self._take_out(struck, running, "chaos", lambda _: chaos.tier())
+            self._take_out(
+                struck,
+                running,
+                "chaos",
+                lambda req: chaos.tier(recomputes=state_of(req).recomputes),
+            )
 
     def _take_out(
         self,
@@ -214,12 +232,19 @@ class PlanExecutor:
         why: str,
         tier: Callable[[Req], KVTier | None],
     ) -> None:
+        """Pause `states`. `tier` says where the KV goes of those that keep it."""
         for state in states:
             self.request_states.paused(state.handle, why)
-        self.paused_requests.leave([m.handle for m in states], running, tier)
+        self.paused_requests.leave(
+            [m.handle for m in states],
+            running,
+            lambda req: tier(req) if state_of(req).keeps_kv else KVTier.RECOMPUTE,
+        )
 
-    def _spill(self, state: RequestState) -> None:
-        self.request_states.spilled(state.handle, self.paused_requests.spill(state.handle))
+    def _spill(self, state: RequestState, *, at_any_price: bool = False) -> None:
+        tier = self.paused_requests.spill(state.handle, at_any_price=at_any_price)
+        if tier is not KVTier.RESIDENT:
+            self.request_states.spilled(state.handle, tier)
 
     def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> ScheduleBatch | None:
         """Bring a paused request back into the running batch; None if it does not fit now."""
@@ -243,7 +268,10 @@ class PlanExecutor:
         self.request_states.finish_pauses()
         self.pool.changed()
         running = self._running = self.paused_requests.arrive(self._running)
+        self.lora_slots.read(running, self.scheduler.last_batch)
         for req in sorted(self.paused_requests.paused(), key=_by_arrival):
+            if not self.lora_slots.take(req):
+                continue
             resumed = self._resume(req, running, joining=len(running.reqs))
             if resumed is None:
                 break
@@ -271,7 +299,14 @@ class PlanExecutor:
                 break
             if running.is_empty() or self._fits(running):
                 return False
-        return self.paused_requests.releasing_tokens > 0
+        if self.paused_requests.releasing_tokens > 0:
+            return True
+        # SGLang would drop the KV of a running request next.
+        for state in self.planner.queue.resident_worst_first(self.request_states.pass_info):
+            self._spill(state, at_any_price=True)
+            if self._fits(running):
+                break
+        return False
 
     def _fits(self, running: ScheduleBatch) -> bool:
         pages = len(running.reqs) * self.scheduler.page_size

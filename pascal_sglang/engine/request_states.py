@@ -12,9 +12,9 @@ from collections.abc import Iterable
 
 from sglang.srt.managers.schedule_batch import Req
 
-from pascal_sglang import support
 from pascal_sglang.cluster.internal_requests import is_internal
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.kv.owned import keep_what_is_cached
 from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.queue_times import entered_queue, left_queue
@@ -27,6 +27,7 @@ from pascal_sglang.policy.queue import WaitQueue
 from pascal_sglang.policy.ranking import PREFIX_HEAD_START, PassInfo, fastest_pace
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline
+from pascal_sglang.support import EVERYTHING, NOT_RECOMPUTED, Level, Support, first, of_request
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class RequestStates:
     pass_info: PassInfo
     # Requests that arrived and cannot be paused, by reason.
     unpausable: Counter[str]
+    # Whether `--strip-thinking-cache` is given.
+    strips_thinking: bool = False
 
     def __init__(
         self,
@@ -59,12 +62,14 @@ class RequestStates:
         paused_requests: PausedRequests,
         queue: WaitQueue,
         decision_log: DecisionLog,
+        support: Support = EVERYTHING,
     ) -> None:
         self.scheduler = scheduler
         self.config = config
         self.paused_requests = paused_requests
         self.queue = queue
         self.decision_log = decision_log
+        self.support = support
         self.pass_info = PassInfo(0, 0.0, 0.0)
         self.unpausable = Counter()
         self._arrivals = 0
@@ -83,20 +88,33 @@ class RequestStates:
             internal=is_internal(req),
             handle=req,
         )
-        reason = support.first(support.UNPAUSABLE, req)
-        if reason:
-            state.pausable = False
-            if not self.unpausable[reason]:
-                logger.warning("pascal_sglang does not pause requests with %s", reason)
-            self.unpausable[reason] += 1
+        own = of_request(req)
+        level = min(own.level, self.support.level)
+        state.keeps_kv = level >= Level.PAUSE
+        state.recomputes = first(NOT_RECOMPUTED, req) is None
+        state.pausable = state.keeps_kv or (level >= Level.RECOMPUTE and state.recomputes)
+        if not state.pausable:
+            self._count_unpausable(state, own if own.level < Level.RECOMPUTE else self.support)
+        if self.strips_thinking:
+            keep_what_is_cached(req)
         req.pascal_state = state
         return state
 
+    def _count_unpausable(self, state: RequestState, because: Support) -> None:
+        if state.internal:
+            return
+        reason = because.lowered_by[0]
+        if because is not self.support and not self.unpausable[reason]:
+            logger.warning("pascal_sglang does not pause requests with %s", reason)
+        self.unpausable[reason] += 1
+        self.decision_log.unpausable(reason)
+
     def queued(self, req: Req) -> None:
         """The request entered SGLang's waiting queue, for the first time or after a retraction."""
-        whole = len(req.origin_input_ids) + len(req.output_ids)
-        cached = self.paused_requests.pool.cached_prefix(req, whole - 1)
-        state_of(req).head_start = PREFIX_HEAD_START * cached.tokens // whole
+        if self.support.level >= Level.RECOMPUTE:
+            whole = len(req.origin_input_ids) + len(req.output_ids)
+            cached = self.paused_requests.pool.cached_prefix(req, whole - 1)
+            state_of(req).head_start = PREFIX_HEAD_START * cached.tokens // whole
         self.stopped(req, RequestStatus.WAITING)
 
     def wait_again(self, req: Req) -> None:

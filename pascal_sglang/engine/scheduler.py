@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import zmq
@@ -36,14 +37,20 @@ from pascal_sglang.engine.migration.control_receiver import ControlBatch, Pascal
 from pascal_sglang.engine.migration.location_replies import LocationReplies
 from pascal_sglang.engine.migration.manager import Migrations
 from pascal_sglang.engine.migration.revoked import Revoked
-from pascal_sglang.engine.observability.metrics import DecisionMetrics, PhaseMetrics
+from pascal_sglang.engine.observability.metrics import (
+    DecisionMetrics,
+    PhaseMetrics,
+    SupportMetrics,
+)
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
 from pascal_sglang.engine.observability.phases import PhaseTracker, by_class, count_phases, describe
 from pascal_sglang.engine.operations import OperationsScheduler
+from pascal_sglang.engine.penalties import count_inputs, count_prefilled, counting_inputs
 from pascal_sglang.engine.rendezvous import meet_on_loopback
 from pascal_sglang.engine.thinking_budget import with_default_budget
-from pascal_sglang.entrypoints.preflight import check_policy
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
+from pascal_sglang.instances import instance_count, own_instance, step_together
+from pascal_sglang.support import Support
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +99,18 @@ class PascalScheduler(OperationsScheduler):
 
     invariant_checker: Any
     request_receiver: Any
+    # The level that this instance runs at.
+    support: Support
     location_replies: LocationReplies | None = None
 
     def __init__(self, server_args: Any, port_args: Any) -> None:
         config = PascalConfig.from_env()
         if config is None:
             raise RuntimeError("PascalScheduler started without PASCAL_SGLANG_CONFIG")
+        self.support = config.support(server_args)
         # Our launcher has said this in one line; SGLang's own entry points come here.
-        check_policy(config, server_args)
-        self.pascal_config = config
+        config.require_level(self.support)
+        self.pascal_config = config.effective(server_args)
         self._meeting = meet_on_loopback(port_args.nccl_port)
         super().__init__(server_args, port_args)
 
@@ -110,6 +120,8 @@ class PascalScheduler(OperationsScheduler):
         if self.metrics_reporter.enable_metrics:
             survive_a_full_disk()
         metrics = PhaseMetrics(labels, self.pascal_config.qoe_slo) if reports else None
+        if reports:
+            SupportMetrics(labels, self.support)
         if reports and self.plan_executor is not None:
             per_token = self.plan_executor.paused_requests.copies.bytes_per_token
             self.plan_executor.decision_log.metrics = DecisionMetrics(labels, per_token)
@@ -142,8 +154,7 @@ class PascalScheduler(OperationsScheduler):
         self._request_dispatcher += TypeBasedDispatcher([(ControlBatch, self.take_control_batch)])
         if self.recv_from_tokenizer is None:
             return
-        parallel = get_parallel()
-        control_receiver = ControlReceiver(folder, parallel.dp_rank or 0, parallel.dp_size)
+        control_receiver = ControlReceiver(folder, own_instance(), instance_count())
         stock: Any = self.request_receiver
         fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
         self.request_receiver = PascalRequestReceiver(**fields, control_receiver=control_receiver)
@@ -163,16 +174,18 @@ class PascalScheduler(OperationsScheduler):
         try:
             super().run_event_loop()
         except Exception:
-            if not (self.pascal_config.places and os.environ.get(CONTROL_ENV)):
+            others_go_on = self.pascal_config.places and not step_together()
+            if not (others_go_on and os.environ.get(CONTROL_ENV)):
                 raise
             # SGLang's way out takes the controller along, and with it every instance. Ours sees
             # that this process has ended, whatever would keep it from ending in order.
-            logger.exception("pascal_sglang: instance %s failed", get_parallel().dp_rank)
+            logger.exception("pascal_sglang: instance %s failed", own_instance())
             os._exit(1)
 
     def get_init_info(self) -> dict[str, Any]:
         """Tell the launcher which configuration really runs here (`frontend.require_handshake`)."""
-        return introduced(super().get_init_info(), get_parallel().dp_rank or 0)
+        info = super().get_init_info()
+        return introduced(info, own_instance(), self.support)
 
     def _create_generation_req(
         self, recv_req: TokenizedGenerateReqInput, *args: Any, **kwargs: Any
@@ -203,14 +216,16 @@ class PascalScheduler(OperationsScheduler):
         """The pools exist by now: build the executor, and let SGLang's leak checks count the KV of
         requests on their way out."""
         super().init_invariant_checker()
-        self.plan_executor = build_executor(self, self.pascal_config)
+        self.plan_executor, self.support = build_executor(self, self.pascal_config, self.support)
         self.load_reporter = build_load_reporter(self, self.plan_executor)
         if self.plan_executor is not None:
             stock: Any = self.invariant_checker
             fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
             self.invariant_checker = PascalInvariantChecker(**fields)
             self.invariant_checker.paused_requests = self.plan_executor.paused_requests
-            self.migrations = build_migrations(self, self.plan_executor, self.pascal_config)
+            self.migrations, self.support = build_migrations(
+                self, self.plan_executor, self.pascal_config, self.support
+            )
             self.plan_executor.migrations = self.invariant_checker.migrations = self.migrations
             if self.load_reporter is not None:
                 self.location_replies = LocationReplies(
@@ -238,16 +253,18 @@ class PascalScheduler(OperationsScheduler):
         return super().handle_generate_request(recv_req, **kwargs)
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
-        if self.plan_executor is not None:
-            if self.plan_executor.relieve(batch):
-                batch.batch_is_full = False
-                return (
-                    None  # As SGLang does where finishing requests are about to give memory back.
-                )
-            # Read by `retract_decode`, which now strikes only what cannot be paused.
-            batch._get_decode_retraction_order = self.plan_executor.retraction_order
+        updated: ScheduleBatch | None
+        if self.plan_executor is None:
+            updated = super().update_running_batch(batch)
+            return updated
+        if self.plan_executor.relieve(batch):
+            batch.batch_is_full = False
+            return None  # As SGLang does where finishing requests are about to give memory back.
+        # Read by `retract_decode`, which now strikes only what cannot be paused.
+        batch._get_decode_retraction_order = self.plan_executor.retraction_order
         try:
-            updated: ScheduleBatch | None = super().update_running_batch(batch)
+            with counting_inputs(batch, self):
+                updated = super().update_running_batch(batch)
         finally:
             batch.__dict__.pop("_get_decode_retraction_order", None)
         return updated
@@ -258,8 +275,26 @@ class PascalScheduler(OperationsScheduler):
         # The plan says in every pass what fits. SGLang would remember that something did not until
         # a request ends, also where memory is about to come back from a pause.
         running_batch.batch_is_full = False
-        with self.plan_executor.admission.only_planned(self.plan_executor.request_states.started):
-            return super().get_new_batch_prefill(running_batch)
+        started = self.plan_executor.request_states.started
+        only_planned = self.plan_executor.admission.only_planned(started)
+        with only_planned, counting_inputs(running_batch, self):
+            plan = super().get_new_batch_prefill(running_batch)
+        if plan.batch_to_run is not None:
+            count_prefilled(plan.batch_to_run)
+        return plan
+
+    def can_schedule_lora_req(self, req: Req, running_loras: set[str | None]) -> bool:
+        if self.plan_executor is not None:
+            running_loras = running_loras | self.plan_executor.lora_slots.arriving()
+        fits: bool = super().can_schedule_lora_req(req, running_loras)
+        return fits
+
+    @contextmanager
+    def _forward_isolation(self, batch: ScheduleBatch, *, overlap: bool) -> Iterator[None]:
+        if overlap and self.plan_executor is not None:
+            count_inputs(batch)
+        with super()._forward_isolation(batch, overlap=overlap):
+            yield
 
     def _should_defer_prefill(self, running_batch: ScheduleBatch) -> bool:
         deferred: bool = super()._should_defer_prefill(running_batch)
@@ -307,9 +342,10 @@ class PascalScheduler(OperationsScheduler):
         capacity = self.max_total_num_tokens
         free = self.token_to_kv_pool_allocator.available_size()
         return {
-            "dp_rank": get_parallel().dp_rank or 0,
+            "dp_rank": own_instance(),
             "pid": os.getpid(),
             "policy": self.pascal_config.policy,
+            "support": self.support.describe(),
             "waiting": len(self.waiting_queue),
             "running": count_phases(live),
             "ended": dict(self.phase_tracker.outcomes),

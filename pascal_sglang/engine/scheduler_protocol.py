@@ -14,6 +14,7 @@ class SchedulerProtocol(Protocol):
     # Requests.
     waiting_queue: list[Req]
     running_batch: ScheduleBatch
+    last_batch: ScheduleBatch | None
     chunked_req: Req | None
     grammar_manager: Any
 
@@ -36,6 +37,11 @@ class SchedulerProtocol(Protocol):
     schedule_low_priority_values_first: bool
     priority_scheduling_preemption_threshold: int
 
+    # LoRA adapters.
+    enable_lora: bool
+    lora_drainer: Any
+    tp_worker: Any
+
     # How steps run.
     device: Any
     enable_overlap: bool
@@ -44,7 +50,7 @@ class SchedulerProtocol(Protocol):
     forward_stream: Any
     forward_stream_ctx: AbstractContextManager[Any]
     future_map: Any
-    tp_cpu_group: Any
+    attn_tp_cpu_group: Any
 
     # The model and the server.
     model_config: Any
@@ -53,7 +59,6 @@ class SchedulerProtocol(Protocol):
     is_generation: bool
     tokenizer: Any
     server_args: Any
-    rust_server: Any
     metrics_collector: Any
     metrics_reporter: Any
     _engine_paused: bool
@@ -63,6 +68,9 @@ class SchedulerProtocol(Protocol):
 
     def get_num_allocatable_reqs(self, running_bs: int, *, running_batch: ScheduleBatch) -> int:
         """Requests that may join a running batch of that many."""
+
+    def can_schedule_lora_req(self, req: Req, running_loras: set[str | None]) -> bool:
+        """Whether the request's adapter fits beside others, and is loaded."""
 
     def collect_inflight_reqs(self) -> set[Req]:
         """Every request that has begun and is not in the waiting queue."""

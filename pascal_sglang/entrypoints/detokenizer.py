@@ -14,6 +14,7 @@ from pascal_sglang import clock
 from pascal_sglang.cluster.instance_failures import MESSAGE
 from pascal_sglang.cluster.output_order import OutputOrder, Row
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.support import Level
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +24,10 @@ LOOK_MS = 200
 def event_loop(original: Callable[[Any], None], manager: Any) -> None:
     """Around `DetokenizerManager.event_loop`: the same, in order, where requests move."""
     from sglang.srt.managers.io_struct import BatchTokenIDOutput, sock_recv
-    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.runtime_context import get_server_args
 
     config = PascalConfig.from_env()
-    if config is None or not config.can_migrate or get_parallel().dp_size == 1:
+    if config is None or config.support(get_server_args()).level < Level.MOVE:
         original(manager)
         return
     order: OutputOrder[Any] = OutputOrder()

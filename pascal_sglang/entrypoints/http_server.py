@@ -5,17 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
 from pascal_sglang.cluster import status_file
+from pascal_sglang.cluster.control_channel import CONTROL_ENV
 from pascal_sglang.cluster.metric_files import survive_a_full_disk
-from pascal_sglang.cluster.private_folder import remove_all
-from pascal_sglang.config import PascalConfig
+from pascal_sglang.cluster.private_folder import remove_all, reserve
+from pascal_sglang.config import LaunchError, PascalConfig
 from pascal_sglang.entrypoints.crash import CrashShutdown, ProcessWatch, end_children
 from pascal_sglang.entrypoints.preflight import check_frontend
-from pascal_sglang.handshake import INIT_INFO_KEY, STATUS_FILE_KEY, require_same_config
+from pascal_sglang.handshake import (
+    INIT_INFO_KEY,
+    STATUS_FILE_KEY,
+    require_same_config,
+    support_of,
+)
+from pascal_sglang.support import Support
 
 STATUS_PATH = "/pascal/status"
 HEALTH_PATH = "/health"
@@ -39,11 +47,20 @@ def require_handshake(original: Callable[..., list[dict[str, Any]]], *args: Any)
 
 
 def shake_hands(infos: list[dict[str, Any]]) -> None:
-    """Take note of what schedulers, or their controller, say of themselves at start.
+    """Take note of what schedulers, or their controller, say of themselves at start, and say at
+    which level they serve.
 
-    Raises: RuntimeError for one without our configuration.
+    Raises: RuntimeError for one without our configuration, or for less than `--pascal-require`.
     """
     require_same_config(infos)
+    config = PascalConfig.from_env()
+    assert config is not None
+    support = support_of(infos)
+    print(f"pascal_sglang: level {support}", file=sys.stderr, flush=True)
+    try:
+        config.require_level(support)
+    except LaunchError as error:
+        raise RuntimeError(f"pascal_sglang refuses to serve: {error}") from None
     _status_files.extend(info[STATUS_FILE_KEY] for info in infos if STATUS_FILE_KEY in info)
 
 
@@ -53,6 +70,17 @@ def keep_created_time(original: Callable[[Any], dict[str, Any]], stats: Any) -> 
     SGLang rebases every key that ends in "time" onto the receiver's clock.
     """
     return {**original(stats), "created_time": stats.created_time}
+
+
+def name_control_folder(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around `Engine._launch_scheduler_processes`. With DP attention it starts the schedulers, and
+    not the controller, whose folder they have to know: it is made here then."""
+    from pascal_sglang.instances import instance_count, step_together
+
+    os.environ.pop(CONTROL_ENV, None)
+    if step_together() and instance_count() > 1:
+        os.environ[CONTROL_ENV] = reserve()
+    return original(*args, **kwargs)
 
 
 def run_http_server(
@@ -144,7 +172,12 @@ def add_routes(crash: CrashShutdown) -> None:
                 shown: dict[str, Any] = {"controller": controller()} if _status_files else {}
                 if server_id := os.environ.get(SERVER_ID_ENV):
                     shown["server_id"] = server_id
-                return {"instances": [instances[rank] for rank in sorted(instances)], **shown}
+                said = [instances[rank] for rank in sorted(instances)]
+                # The controller's answer for an instance that is dead or silent has no level.
+                levels = [Support.described(i["support"]) for i in said if "support" in i]
+                if levels:
+                    shown["support"] = Support.least(levels).describe()
+                return {"instances": said, **shown}
         raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer")
 
     async def health(request: Request) -> Any:

@@ -41,6 +41,8 @@ def check_machine(argv: list[str]) -> None:
     peek.add_argument("--device", default=None)
     peek.add_argument("--dp-size", "--data-parallel-size", "--dp", type=int, default=1)
     peek.add_argument("--tp-size", "--tensor-parallel-size", "--tp", type=int, default=1)
+    peek.add_argument("--pp-size", "--pipeline-parallel-size", "--pp", type=int, default=1)
+    peek.add_argument("--enable-dp-attention", action="store_true")
     try:
         seen, _ = peek.parse_known_args(argv)
     except SystemExit:
@@ -48,7 +50,9 @@ def check_machine(argv: list[str]) -> None:
     if seen.device != "cpu" or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         return
     os.environ.setdefault("SGLANG_PLATFORM", CPU_PLATFORM)
-    ranks = max(1, seen.dp_size) * max(1, seen.tp_size)
+    ranks = max(1, seen.tp_size) * max(1, seen.pp_size)
+    if not seen.enable_dp_attention:  # With it, instances share the ranks of one.
+        ranks *= max(1, seen.dp_size)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores) // ranks)))
     if ranks > 1:
@@ -92,21 +96,9 @@ def check_arguments(argv: list[str]) -> Any:
     return server_args
 
 
-def check_policy(config: PascalConfig, server_args: Any) -> None:
-    """Refuse engine features that pauses do not carry; `fcfs` serves them all."""
-    if not config.record.schedules:
-        return
-    refused = support.at_most(support.Level.OBSERVE, support.SERVER)
-    feature = support.first(refused, server_args)
-    if feature is not None:
-        raise LaunchError(
-            f"policy {config.policy} does not work with {feature} yet; use --pascal-policy fcfs"
-        )
-
-
 def check_migrations(config: PascalConfig, server_args: Any) -> None:
     """Refuse a KV transport that was asked for and is not there, and an address of another host."""
-    if not config.can_migrate or server_args.dp_size <= 1:
+    if not config.can_migrate or support.instances_of(server_args) == 1:
         return
     problem = problem_with(config.kv_transport)
     if problem is not None:
@@ -139,7 +131,7 @@ def check_temporary_folder(server_args: Any) -> None:
         folder = tempfile.gettempdir()
     except FileNotFoundError as error:
         raise LaunchError(f"no temporary folder can be written to: {error.strerror}") from None
-    name = LONGEST_NAME if server_args.dp_size > 1 else SGLANG_SOCKET
+    name = LONGEST_NAME if support.instances_of(server_args) > 1 else SGLANG_SOCKET
     allowed = SOCKET_ADDRESS - len(name) - 1
     if (length := len(os.fsencode(folder))) > allowed:
         raise LaunchError(
@@ -151,16 +143,12 @@ def check_temporary_folder(server_args: Any) -> None:
 def check_frontend(config: PascalConfig, server_args: Any) -> None:
     """Refuse what would silently not happen: SGLang loads no plugin in extra tokenizer workers, and
     its other front ends do without the Python code we hook into."""
-    from sglang.srt.environ import envs
-
     wanted = {
         "--pascal-pace-stream": config.pace_stream,
         "--pascal-assume-reasoning": config.assume_reasoning,
     }
     asked = [name for name, given in wanted.items() if given]
     served = support.first(support.FRONT_ENDS, server_args)
-    if served is None and envs.SGLANG_RUST_SERVER.get():
-        served = "SGLANG_RUST_SERVER"
     if asked and served:
         raise LaunchError(f"{asked[0]} does not work with {served}")
 

@@ -33,8 +33,9 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-        from pascal_sglang.platforms import host_cache, recurrent
+        from pascal_sglang.platforms import dp_attention, host_cache, recurrent
 
+        dp_attention.install()
         # What SGLang compiles on its own would take a C++ compiler and half a minute.
         torch._dynamo.config.disable = True
         for name in ("torch_native", "triton"):

@@ -371,7 +371,7 @@ class PlanBuilder:
     def park_what_fits(self) -> None:
         """Keep KV on the device whose memory is not needed after all, best rank first."""
         for victim in reversed(self.paused):
-            if self._keeps(victim, self._gave[victim]):
+            if victim.keeps_kv and self._keeps(victim, self._gave[victim]):
                 self.parked.append(victim)
         for request in reversed(list(self.spilled)):
             if self._keeps(request, self.spilled[request]):
@@ -401,8 +401,9 @@ class PlanBuilder:
                 break
             if request is besides or request in self.starting or request in self.spilled:
                 continue
-            chosen.append(request)
-            lacks = self._less(lacks, request)
+            if self.planner.accounting.reclaimable(request):
+                chosen.append(request)
+                lacks = self._less(lacks, request)
         return chosen
 
     def _displaced(self, rank: Rank, lacks: Sequence[int], slots: int) -> list[RequestState] | None:
@@ -425,6 +426,8 @@ class PlanBuilder:
                     break
                 if not planner.policy.displaces(rank, victims_rank):
                     self.shortage = "rank"
+                    continue
+                if lacking <= 0 and not planner.accounting.reclaimable(victim):
                     continue
                 taken.append(victim)
                 left = self._less(left, victim, growth=1)

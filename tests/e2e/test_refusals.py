@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
+from pascal_sglang.seams import installed
 from tests.harness import PASCAL, STOCK, TINY_FLAGS, environment
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +114,7 @@ def altered_copy(tmp_path_factory):
     seams = copy / "patches" / "seams.toml"
     before, symbol, after = seams.read_text().partition(f'"{SYMBOL}"')
     assert symbol
-    head, quote, tail = after.partition('"0.5.23" = "')
+    head, quote, tail = after.partition(f'"{installed().version}" = "')
     seams.write_text(before + symbol + head + quote + "f" * 16 + tail[16:])
     return copy
 
@@ -158,7 +159,8 @@ def broken_model(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        (["--pp-size", "2"], "--pp-size"),
+        (["--pascal-require", "order", "--pp-size", "2"], "--pp-size above 1"),
+        (["--pascal-require", "move"], "the level here is pause, because of one instance"),
         (["--pascal-pace-stream", "--tokenizer-worker-num", "2"], "--tokenizer-worker-num"),
     ],
 )
@@ -239,11 +241,15 @@ def test_an_unwritable_cache_ends_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("config", "flags", "says"),
     [
-        (PascalConfig(), ["--enable-lmcache"], "--enable-lmcache"),
+        (
+            PascalConfig(require="move"),
+            [],
+            "--pascal-require move: the level here is pause, because of one instance",
+        ),
         (
             PascalConfig(pace_stream=True),
             ["--tokenizer-worker-num", "2"],
-            "--tokenizer-worker-num above 1",
+            "does not work with --tokenizer-worker-num above 1",
         ),
     ],
 )
@@ -252,4 +258,4 @@ def test_sglangs_own_entry_point_refuses_the_same(tiny_model, config, flags, say
     env = {**ASKED, CONFIG_ENV: config.to_json()}
     code, output = run(SERVE, ["--model-path", str(tiny_model), *TINY_FLAGS, *flags], env)
     assert code != 0
-    assert f"does not work with {says}" in output
+    assert says in output

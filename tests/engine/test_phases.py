@@ -223,6 +223,25 @@ def test_metrics_carry_the_series(pascal_server):
     assert value("pascal:answer_qoe_count") == before["answer_qoe"] + 1
 
 
+def test_the_level_is_said_at_start_in_the_status_and_as_a_metric(pascal_server):
+    expected = {"level": "pause", "lowered_by": ["one instance"]}
+    status = pascal_server.get("/pascal/status")
+    assert status["support"] == expected
+    assert [instance["support"] for instance in status["instances"]] == [expected]
+    (series,) = [
+        line
+        for line in pascal_server.get("/metrics").splitlines()
+        if line.startswith("pascal:support_level{")
+    ]
+    assert 'reason="one instance"' in series
+    assert series.endswith(" 3.0")
+    lines = pascal_server.output.splitlines()
+    assert [line for line in lines if line.startswith("pascal_sglang: level")] == [
+        "pascal_sglang: level pause (one instance) by the arguments",
+        "pascal_sglang: level pause (one instance)",
+    ]
+
+
 def test_health_checks_are_not_requests(pascal_server):
     def counted():
         (instance,) = pascal_server.instances()

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from pascal_sglang.config import CONFIG_ENV, ConfigError, LaunchError, PascalConfig, from_flags
-from pascal_sglang.entrypoints.preflight import open_to_others
+from pascal_sglang.entrypoints.preflight import check_machine, open_to_others
 from pascal_sglang.launch_server import main, parse
 
 
@@ -125,6 +125,27 @@ def test_a_umask_that_opens_sglangs_sockets_is_named(umask, warns):
     finally:
         os.umask(before)
     assert (f"umask {umask:04o} lets other users" in (warning or "")) == warns
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ("", 1),
+        ("--tp 2", 2),
+        ("--tp-size 2 --dp-size 2", 4),
+        ("--pp-size 2", 2),
+        ("--pipeline-parallel-size 2 --tp 2 --dp 2", 8),
+        ("--tp 4 --dp 4 --enable-dp-attention", 4),
+    ],
+)
+def test_all_ranks_share_the_cores(monkeypatch, flags, ranks):
+    made: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", made)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    check_machine(["--device", "cpu", *flags.split()])
+    assert made["OMP_NUM_THREADS"] == str(8 // ranks)
+    binding = "|".join(str(core) for core in range(ranks)) if ranks > 1 else None
+    assert made.get("SGLANG_CPU_OMP_THREADS_BIND") == binding
 
 
 def test_a_stream_that_a_program_reads_is_not_paced():

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler import Scheduler
@@ -81,6 +83,69 @@ def test_who_has_not_begun_ends_as_in_sglang(governed):
         req.output_ids = array("q")
     scheduler.end(req)
     assert (scheduler.alone, scheduler.outputs) == ([req], [])
+
+
+class Full(OperationsScheduler):
+    """A scheduler that takes requests in, with SGLang's own look at `--max-queued-requests`."""
+
+    def __init__(self, *, waiting, held, limit, by_priority):
+        table = SimpleNamespace(in_status=lambda *_: held)
+        self.plan_executor = SimpleNamespace(paused_requests=table)
+        self.waiting_queue, self.max_queued_requests = [*waiting], limit
+        self.enable_priority_scheduling = by_priority
+        self.schedule_low_priority_values_first = False
+        self.beam_coordinator = SimpleNamespace(retire_group=lambda req: None)
+        self.ended = []
+
+    def _release_aborted_request(self, req):
+        pass
+
+    def send_abort_output(self, abort_req, req):
+        self.ended.append(req)
+
+
+def queued(rid, *, begun=False, priority=0):
+    req = request()
+    req.rid, req.priority = rid, priority
+    if not begun:
+        req.output_ids = array("q")
+    req.time_stats.wait_queue_entry_time = 1.0
+    return req
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(-2, 2)), max_size=5),
+    st.integers(0, 3),
+    st.integers(0, 6),
+    st.booleans(),
+    st.tuples(st.booleans(), st.integers(-2, 2)),
+)
+def test_a_full_queue_counts_the_paused_and_ends_none_that_has_begun(
+    waiting, held, limit, by_priority, comes
+):
+    reqs = [queued(f"w{i}", begun=b, priority=p) for i, (b, p) in enumerate(waiting)]
+    paused = [queued(f"p{i}", begun=True, priority=-9) for i in range(held)]
+    newcomer = queued("new", begun=comes[0], priority=comes[1])
+    scheduler = Full(waiting=reqs, held=paused, limit=limit, by_priority=by_priority)
+    with pytest.MonkeyPatch.context() as patch:
+        version = SimpleNamespace(weight_version="1")
+        patch.setattr("sglang.srt.managers.scheduler.get_serving", lambda: version)
+        refused = scheduler._abort_on_queued_limit(newcomer)
+    fresh = [req for req in reqs if not req.output_ids]
+    full = len(reqs) + held + 1 > limit and not newcomer.output_ids
+    worse = [r for r in fresh if r.priority < newcomer.priority] if by_priority else []
+    assert all(not req.output_ids for req in scheduler.ended)
+    assert refused == (full and not worse)
+    assert scheduler.ended == ([newcomer] if refused else scheduler.ended[:1])
+    if full and worse:
+        (ended,) = scheduler.ended
+        assert ended.priority == min(r.priority for r in fresh)
+    assert scheduler.waiting_queue == [req for req in reqs if req not in scheduler.ended]
+    assert (scheduler.max_queued_requests, scheduler.enable_priority_scheduling) == (
+        limit,
+        by_priority,
+    )
 
 
 def test_every_update_of_weights_ends_in_the_same_flush():

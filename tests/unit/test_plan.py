@@ -246,6 +246,35 @@ def test_nobody_is_paused_for_nothing(policy, case):
 
 @given(policies, situation())
 @settings(max_examples=200, deadline=None)
+def test_at_the_level_order_no_plan_pauses(policy, case):
+    """None can be paused there, so that none is paused, and SGLang says what fits."""
+    running, others, capacity = case
+    waiting = [m for m in others if m.status is RequestStatus.WAITING]
+    for m in (*running, *waiting):
+        m.pausable = m.keeps_kv = False
+    capacity = dataclasses.replace(capacity, free_tokens=1 << 60)
+    planner = planner_with(policy, waiting)
+    planner.accounting = KVAccounting(required=lambda _: 0)
+    plan = planner.plan(running, capacity, MOMENT)
+    assert (plan.pause, plan.park, plan.spill) == ((), frozenset(), ())
+    best = sorted(waiting, key=place_in(planner))
+    starts = min(len(best), max(capacity.slots, 0)) or (1 if best and not running else 0)
+    assert list(plan.start) == best[:starts]
+
+
+@given(policies, situation())
+@settings(max_examples=200, deadline=None)
+def test_at_the_level_recompute_no_kv_is_kept(policy, case):
+    running, others, capacity = case
+    waiting = [m for m in others if m.status is RequestStatus.WAITING]
+    for m in (*running, *waiting):
+        m.keeps_kv = False
+    _, plan = decide(policy, running, waiting, capacity)
+    assert (plan.park, plan.spill) == (frozenset(), ())
+
+
+@given(policies, situation())
+@settings(max_examples=200, deadline=None)
 def test_only_a_strictly_better_rank_displaces(policy, case):
     running, others, capacity = case
     short = capacity.free_tokens + capacity.releasing_tokens < GROWTH * len(running)

@@ -2,10 +2,12 @@
 
 import dataclasses
 from array import array
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
@@ -23,6 +25,7 @@ from pascal_sglang.policy.ranking import PassInfo, Tuning
 from pascal_sglang.policy.registry import POLICIES
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
+from pascal_sglang.support import Level
 
 
 class Rows:
@@ -116,9 +119,11 @@ def scheduler(rows=1, entries=0):
         token_to_kv_pool_allocator=Allocator(entries),
         tree_cache=Tree(),
         page_size=1,
-        tp_cpu_group=SimpleNamespace(size=lambda: 1),
+        attn_tp_cpu_group=SimpleNamespace(size=lambda: 1),
         enable_overlap=True,
         device="cpu",
+        enable_lora=False,
+        last_batch=None,
     )
 
 
@@ -247,17 +252,29 @@ def test_a_copy_that_fails_turns_into_recompute(executor):
     assert paused_requests.counts["copy_failed"] == 1
 
 
+def test_kv_that_no_prefill_would_make_again_stays_where_host_memory_has_no_room(executor):
+    """Until SGLang would have to end a request for want of memory."""
+    paused_requests, request, released = executor.paused_requests, paused(), []
+    request.reset_for_retract = lambda: released.append("reset")
+    request.lock, request.pascal_state.recomputes = None, False
+    request.kv = SimpleNamespace(
+        cache_protected_len=0,
+        kv_committed_len=101,
+        mark_kv_released=lambda: released.append("kv"),
+    )
+    paused_requests._enter(request, PauseStatus.RESIDENT, locations=torch.arange(0))
+    assert not paused_requests.leaves_device(request)
+    assert executor.capacity.reclaimable(SimpleNamespace(handle=request)) == 0
+    paused_requests.copies.room = -1
+    assert paused_requests.spill(request) is KVTier.RESIDENT
+    assert paused_requests.in_status(PauseStatus.RESIDENT) == [request]
+    assert released == []
+    assert paused_requests.spill(request, at_any_price=True) is KVTier.RECOMPUTE
+    assert paused_requests.status_of(request) is None
+    assert released == ["kv", "reset"]
+
+
 def request(**changes):
-    params = {
-        "json_schema": None,
-        "regex": None,
-        "ebnf": None,
-        "structural_tag": None,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-        "repetition_penalty": 1.0,
-        "min_new_tokens": 0,
-    }
     fields = {
         "beam_group": None,
         "session": None,
@@ -266,30 +283,98 @@ def request(**changes):
         "input_embeds": None,
         "lora_id": None,
         "return_hidden_states": False,
+        "grammar": None,
     }
-    params |= {k: v for k, v in changes.items() if k in params}
-    fields |= {k: v for k, v in changes.items() if k in fields}
-    return SimpleNamespace(sampling_params=SimpleNamespace(**params), **fields)
+    params = SimpleNamespace(watermark=changes.pop("watermark", None))
+    return SimpleNamespace(sampling_params=params, **{**fields, **changes})
 
 
-def test_a_plain_request_can_be_paused():
-    assert support.first(support.UNPAUSABLE, request()) is None
+def test_a_plain_request_gets_everything():
+    assert support.of_request(request()) == support.EVERYTHING
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "reason", "recomputes"),
     [
-        ({"beam_group": object()}, "beam"),
-        ({"session_id": "s"}, "session"),
-        ({"lora_id": "l"}, "LoRA"),
-        ({"regex": "a+"}, "grammar"),
-        ({"min_new_tokens": 3}, "penalties"),
-        ({"repetition_penalty": 1.2}, "penalties"),
-        ({"return_hidden_states": True}, "hidden"),
+        ({}, None, True),
+        ({"beam_group": object()}, "beam search", True),
+        ({"session": SimpleNamespace(streaming=True)}, "a streaming session", True),
+        ({"session": SimpleNamespace(streaming=False)}, None, True),
+        ({"multimodal_inputs": object()}, "multimodal inputs", True),
+        ({"lora_id": "l"}, None, True),
+        ({"return_hidden_states": True}, None, False),
+        ({"input_embeds": [[0.5]]}, None, False),
     ],
 )
-def test_what_cannot_be_paused_says_why(change, reason):
-    assert reason in support.first(support.UNPAUSABLE, request(**change))
+def test_which_requests_are_paused_and_recomputed(change, reason, recomputes):
+    found = support.of_request(request(**change))
+    assert (found.level < Level.RECOMPUTE) == (reason is not None)
+    assert reason is None or found.lowered_by[0] == reason
+    assert (support.first(support.NOT_RECOMPUTED, request(**change)) is None) == recomputes
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [({"session_id": "s"}, "session"), ({"watermark": 1}, "water")]
+)
+def test_what_is_paused_and_does_not_move_says_why(change, reason):
+    found = support.of_request(request(**change))
+    assert found.level is support.Level.PAUSE
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize("level", [level for level in Level if level > Level.OBSERVE])
+def test_a_request_gets_the_lower_level_of_its_own_and_its_servers(level):
+    server = support.Support(level, ("--some-flag",))
+    config = PascalConfig()
+    made = PlanExecutor(scheduler(), config, config.record, FailingCopies(), Costs(), server)
+    told = []
+    made.decision_log.metrics = SimpleNamespace(unpausable=told.append)
+    made.scheduler.enable_priority_scheduling = False
+    for change in ({}, {"session_id": "s"}, {"multimodal_inputs": object()}):
+        req = arriving(**change)
+        state = made.request_states.arrived(req)
+        own = Level.ORDER if "multimodal_inputs" in change else Level.MOVE
+        assert state.pausable == (min(level, own) >= Level.RECOMPUTE)
+        assert state.keeps_kv == (min(level, own) >= Level.PAUSE)
+    made.request_states.arrived(
+        arriving(rid=f"{HEALTH_CHECK_RID_PREFIX}_1", multimodal_inputs=object())
+    )
+    expected = ["--some-flag"] * 2 if level < Level.RECOMPUTE else []
+    assert told == [*expected, "multimodal inputs"]
+    assert made.request_states.unpausable == Counter(told)
+
+
+def arriving(**changes):
+    made = Paused(**vars(request(**changes)))
+    made.rid, made.stream, made.priority = changes.get("rid", "r"), True, None
+    made.sampling_params.custom_params, made.sampling_params.max_new_tokens = None, 9
+    return made
+
+
+def test_at_the_level_order_sglang_retracts_and_nothing_is_counted():
+    config, order = PascalConfig(), support.Support(Level.ORDER, ("--some-flag",))
+    made = PlanExecutor(scheduler(), config, config.record, FailingCopies(), Costs(), order)
+    batch = Running(reqs=[running(pausable=False), running(pausable=False)])
+    assert not made.relieve(batch)
+    assert len(batch.reqs) == 2
+    made.scheduler.get_num_allocatable_reqs = lambda *_, **__: 7
+    made.scheduler.max_running_requests = 64
+    there = made.capacity.available(batch)
+    assert there.slots == 7
+    assert there.free_tokens > 1 << 40, "SGLang says what fits"
+    assert made.capacity.required(paused().pascal_state) == 0
+
+
+def test_at_the_level_recompute_a_pause_drops_the_kv():
+    config, recompute = PascalConfig(), support.Support(Level.RECOMPUTE, ("--some-flag",))
+    made = PlanExecutor(scheduler(), config, config.record, FailingCopies(), Costs(), recompute)
+    leaves, stays = running(pausable=True), running(pausable=True)
+    leaves.pascal_state.keeps_kv = False
+    batch = Running(reqs=[leaves, stays])
+    states = [leaves.pascal_state, stays.pascal_state]
+    made._take_out(states, batch, "displaced", lambda _: KVTier.RESIDENT)
+    table = made.paused_requests._table
+    assert [table[req].tier for req in (leaves, stays)] == [KVTier.RECOMPUTE, KVTier.RESIDENT]
 
 
 def test_what_may_still_come_is_known_by_phase():

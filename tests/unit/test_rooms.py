@@ -13,19 +13,19 @@ FILES = {
     for package in ("pascal_sglang", "evals")
     for path in (ROOT / package).rglob("*.py")
 }
-ENTRY = {"clock", "config", "handshake"}
+ENTRY = {"clock", "config", "handshake", "instances"}
 # Rooms by their folder, or the name of a file on the top floor: the rooms of this package that each
 # may import, and the libraries.
 PACKAGE = {
     "policy": (set(), set()),
     "sim": ({"policy"}, {"numpy"}),
     "cluster": (
-        {"policy", *ENTRY},
+        {"policy", "support", *ENTRY},
         {"mooncake", "msgspec", "orjson", "prometheus_client", "psutil", "sglang", "zmq"},
     ),
-    "engine.kv": ({"clock", "engine", "policy"}, {"sglang", "torch"}),
+    "engine.kv": ({"clock", "engine", "instances", "policy"}, {"sglang", "torch"}),
     "engine.observability": (
-        {"clock", "cluster", "engine", "policy"},
+        {"clock", "cluster", "engine", "policy", "support"},
         {"prometheus_client", "sglang"},
     ),
     "engine.migration": (
@@ -38,7 +38,7 @@ PACKAGE = {
     "engine": (
         {
             *{"cluster", "demo", "engine.kv", "engine.migration", "engine.observability"},
-            *{"entrypoints", "policy", "support", *ENTRY},
+            *{"entrypoints", "policy", "scheduling_flags", "support", *ENTRY},
         },
         {"msgspec", "psutil", "sglang", "torch", "zmq"},
     ),
@@ -47,7 +47,8 @@ PACKAGE = {
         {"fastapi", "psutil", "ray", "sglang", "starlette"},
     ),
     "streaming": ({"clock", "config", "entrypoints"}, {"sglang"}),
-    "platforms": (set(), {"sglang", "torch"}),
+    "older_sglang": ({"seams"}, {"msgspec", "sglang"}),
+    "platforms": ({"older_sglang"}, {"sglang", "torch"}),
     "demo": (
         {"config"},
         {"filelock", "safetensors", "sglang", "tokenizers", "torch", "transformers"},

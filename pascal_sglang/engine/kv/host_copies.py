@@ -222,6 +222,7 @@ class EntryCopies:
 class HostCopies(EntryCopies):
     """The copies of KV entries, and with them those of recurrent states.
 
+    kept: whether KV is copied at all.
     buffers: None also if KV is useless without a state or a window that is not copied. states: the
     copies of states; None for models without recurrent layers. windows: the copies of entries in
     the pool of layers with sliding windows; None for models without one.
@@ -232,10 +233,10 @@ class HostCopies(EntryCopies):
     # Whether the pool holds a part of a request by its row: without a row it would be lost.
     by_row = False
 
-    def __init__(self, scheduler: SchedulerProtocol) -> None:
+    def __init__(self, scheduler: SchedulerProtocol, *, kept: bool = True) -> None:
         self._scheduler = scheduler
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-        buffers = _buffers_of(pool)
+        buffers = _buffers_of(pool) if kept else None
         slots = recurrent_states_of(scheduler)
         if slots is not None and slots.buffers is None:
             buffers = None

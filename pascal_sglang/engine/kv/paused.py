@@ -23,6 +23,7 @@ from pascal_sglang.engine.kv.host_cache import HeldPrefix
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy, HostKV
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
 from pascal_sglang.engine.kv.windows import set_before
+from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.kv_tier import Costs, KVTier
@@ -44,7 +45,8 @@ class PauseStatus(Enum):
     | DROPPED | migrates, and its KV here is gone | `end_migration` | none |
 
     From LEAVING, RESIDENT and HOST a request becomes "none" when its KV is to be recomputed: it
-    waits in SGLang's queue then.
+    waits in SGLang's queue then. One whose KV is not recomputed (`RequestState.recomputes`) becomes
+    or stays RESIDENT instead.
     """
 
     LEAVING = "leaving"
@@ -175,6 +177,7 @@ class PausedRequests:
             req.kv.kv_committed_len
             for req in self._by_status[PauseStatus.LEAVING]
             if self._table[req].tier is not KVTier.RESIDENT
+            and (self._table[req].copy is not None or self.leaves_device(req))
         )
 
     @property
@@ -246,33 +249,44 @@ class PausedRequests:
             tier = self._table[req].tier
             if tier is KVTier.RESIDENT and self.copies.by_row:
                 tier = None
-            if tier is KVTier.RESIDENT:
-                self._enter(req, PauseStatus.RESIDENT, locations=self.pool.locations(req))
-                self.pool.rows.free(req)
-                self._count(tier, req.kv.kv_committed_len)
-            else:
+            if tier is not KVTier.RESIDENT:
                 tokens = req.kv.kv_committed_len
                 started = self._table[req].copy is not None
                 begun = not started and self._begin_copy(req, self.pool.locations(req), tier)
                 if begun and self.copies.deferred:
                     continue
                 tier = self._off_device(req, tokens, self.pool.release)
+            if tier is KVTier.RESIDENT:
+                self._enter(req, PauseStatus.RESIDENT, locations=self.pool.locations(req))
+                self.pool.rows.free(req)
+                self._count(tier, req.kv.kv_committed_len)
             yield req, tier
 
-    def spill(self, req: Req) -> KVTier:
-        """Take the KV of a resident request off the device; returns the tier it went to."""
+    def spill(self, req: Req, *, at_any_price: bool = False) -> KVTier:
+        """Take the KV of a resident request off the device; returns the tier it went to, which is
+        RESIDENT if the KV can neither go to host memory nor, but `at_any_price`, be recomputed."""
         locations = self.locations_of(req)
         self._begin_copy(req, locations, None)
         tier = self._off_device(
-            req, len(locations), lambda r: self.pool.release_rowless(r, locations)
+            req,
+            len(locations),
+            lambda r: self.pool.release_rowless(r, locations),
+            recomputes=at_any_price,
         )
-        self.counts["spilled"] += 1
+        self.counts["spilled"] += tier is not KVTier.RESIDENT
         return tier
+
+    def leaves_device(self, req: Req) -> bool:
+        """Whether a pause of the running request, or a spill of the resident one, can free its
+        memory."""
+        return state_of(req).recomputes or req.kv.kv_committed_len <= self.copies.room
 
     def _begin_copy(self, req: Req, locations: torch.Tensor, tier: KVTier | None) -> bool:
         """Copy the KV to the host if that is the tier and there is room; False where it is to be
         recomputed."""
         tokens, room = len(locations), self.copies.room
+        if tier is None and not state_of(req).recomputes:
+            tier = KVTier.HOST
         shared = min(req.kv.cache_protected_len, tokens)
         held = self._hold_prefix(req, shared, tier)
         copied = tokens if held is None else tokens - shared
@@ -298,9 +312,16 @@ class PausedRequests:
             host_cache.release(held)
         return None
 
-    def _off_device(self, req: Req, tokens: int, release: Callable[[Req], None]) -> KVTier:
-        """Give back the device KV of a request, whose copy has begun if there is one."""
+    def _off_device(
+        self, req: Req, tokens: int, release: Callable[[Req], None], *, recomputes: bool = False
+    ) -> KVTier:
+        """Give back the device KV of a request, whose copy has begun if there is one. RESIDENT if
+        there is none and the KV is not recomputed: nothing has changed then."""
         copied = self._await_copy(req)
+        # A part that the pool holds by the row is lost with it.
+        recomputes = recomputes or state_of(req).recomputes or self.copies.by_row
+        if not copied and not recomputes:
+            return KVTier.RESIDENT
         release(req)
         if not copied:
             req.reset_for_retract()

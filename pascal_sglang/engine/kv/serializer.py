@@ -29,7 +29,7 @@ class KVSerializer:
         self.copies, self._buffers = copies, buffers
         self.per_token: int = sum(b[0].nbytes for b in buffers)
         shapes = sorted({f"{b.dtype}{tuple(b.shape[1:])}" for b in buffers})
-        ranks = get_parallel().tp_size
+        ranks = get_parallel().attn_tp_size
         self._weights = weights
         self._layout = f"{len(buffers)}x{'+'.join(shapes)} tp{ranks} {model}"
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from types import SimpleNamespace
 
-from sglang.srt.runtime_context import get_parallel, get_serving
+from sglang.srt.runtime_context import get_parallel
 
-from pascal_sglang import support
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.control_channel import CONTROL_ENV, ControlSender
 from pascal_sglang.cluster.migration_source import Terms
@@ -28,6 +26,8 @@ from pascal_sglang.engine.migration.receive_buffer import (
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree, from_every_rank
+from pascal_sglang.instances import instance_count, own_instance
+from pascal_sglang.support import Level, Support
 
 logger = logging.getLogger(__name__)
 
@@ -35,34 +35,29 @@ logger = logging.getLogger(__name__)
 def control_folder(config: PascalConfig) -> str | None:
     """The folder of the control sockets where the controller places this process's requests; None
     otherwise."""
-    return os.environ.get(CONTROL_ENV) if config.places and get_parallel().dp_size > 1 else None
+    return os.environ.get(CONTROL_ENV) if config.places and instance_count() > 1 else None
 
 
 def migration_folder(config: PascalConfig) -> str | None:
     """The folder of the control sockets where this process's requests may move; None otherwise."""
-    return (
-        os.environ.get(CONTROL_ENV) if config.can_migrate and get_parallel().dp_size > 1 else None
-    )
+    return os.environ.get(CONTROL_ENV) if config.can_migrate and instance_count() > 1 else None
 
 
 def build_migrations(
-    scheduler: SchedulerProtocol, executor: PlanExecutor | None, config: PascalConfig
-) -> Migrations | None:
-    """The moves of a scheduler with an executor; None, and logged, where requests cannot move."""
+    scheduler: SchedulerProtocol,
+    executor: PlanExecutor | None,
+    config: PascalConfig,
+    support: Support,
+) -> tuple[Migrations | None, Support]:
+    """The moves of a scheduler with an executor; None, and logged, where requests cannot move. And
+    the level; `support` is what the server and its pools leave."""
     folder = migration_folder(config)
     if folder is None or executor is None:
-        return None
-    serving = get_serving()
-    instances = SimpleNamespace(
-        nnodes=get_parallel().nnodes,
-        tokenizer_worker_num=serving.tokenizer_worker_num,
-        detokenizer_worker_num=serving.detokenizer_worker_num,
-        skip_tokenizer_init=serving.skip_tokenizer_init,
-        rust_server=scheduler.rust_server,
-    )
+        return None, support
     kv = kv_bytes_of(scheduler, executor.paused_requests.copies)
-    feature = support.first(support.INSTANCES, instances)
-    problem = kv if isinstance(kv, str) else feature and f"with {feature}"
+    problem = kv if isinstance(kv, str) else None
+    if support.level < Level.MOVE:
+        problem = f"with {support.reason}"
     transport = None
     if problem is None and not isinstance(kv, str):
         try:
@@ -74,19 +69,18 @@ def build_migrations(
                 raise RuntimeError(f"KV transport {config.kv_transport}: {error}") from error
             problem = str(error)
     if not all_agree(scheduler, problem is None):
-        logger.warning("pascal_sglang: requests do not move here: %s", problem or "on another rank")
-        return None
+        problem = problem or "another rank"
+        logger.warning("pascal_sglang: requests do not move here: %s", problem)
+        return None, support.lowered(Level.PAUSE, problem)
     assert transport is not None
     assert not isinstance(kv, str)
     leads = get_parallel().attn_tp_rank == 0
-    control_sender = Rank0Sender(
-        ControlSender(folder, get_parallel().dp_rank or 0) if leads else None
-    )
+    control_sender = Rank0Sender(ControlSender(folder, own_instance()) if leads else None)
     terms = Terms(live=config.live_migration)
     receive_buffer = ReceiveBuffer(executor.pool, kv, transport.receive_buffer)
     receive_buffers = from_every_rank(scheduler, transport.address)
-    for other in range(get_parallel().dp_size):
-        if other != (get_parallel().dp_rank or 0):
+    for other in range(instance_count()):
+        if other != own_instance():
             control_sender.send(other, [messages.ReceiveBuffers(receive_buffers)])
     prefill_gate = PrefillGate()
     outgoing_migrations = OutgoingMigrations(
@@ -109,10 +103,11 @@ def build_migrations(
         control_sender=control_sender,
         prefill_gate=prefill_gate,
     )
-    return Migrations(
+    migrations = Migrations(
         states=executor.request_states,
         outgoing_migrations=outgoing_migrations,
         incoming_migrations=incoming_migrations,
         control_sender=control_sender,
         force_migration=config.force_migration,
     )
+    return migrations, support

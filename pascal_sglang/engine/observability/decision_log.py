@@ -54,6 +54,11 @@ class DecisionLog:
             self.metrics.paused(name, why)
         self._write("pause", state, pass_info, name, why=why)
 
+    def unpausable(self, reason: str) -> None:
+        """A user's request arrived that is not paused, and why."""
+        if self.metrics is not None:
+            self.metrics.unpausable(reason)
+
     def left_device(self, state: RequestState, tier: KVTier, pass_info: PassInfo) -> None:
         """The KV of a paused request is now on `tier`."""
         if state.internal:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.plan import SHORTAGES
 from pascal_sglang.policy.timeline import PhaseTimeline
+from pascal_sglang.support import Support
 
 _LATENCY = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480)
 _QOE = (0.1, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99, 0.999, 1.0)
@@ -75,6 +76,21 @@ class PhaseMetrics:
                 series.observe(value)
 
 
+class SupportMetrics:
+    """The level that this instance runs at."""
+
+    def __init__(self, labels: Mapping[str, str], support: Support) -> None:
+        from prometheus_client import Gauge
+
+        Gauge(
+            "pascal:support_level",
+            "What features of this instance leave: 0 observe, 1 order, 2 recompute, 3 pause, "
+            "4 move (compatibility.md). reason: the features that keep it from the next level.",
+            [*labels, "reason"],
+            multiprocess_mode="mostrecent",
+        ).labels(**labels, reason=support.reason).set(support.level)
+
+
 class DecisionMetrics:
     """What the policy decided and why: pauses, resumes, waits, queues, what the passes cost."""
 
@@ -118,6 +134,12 @@ class DecisionMetrics:
             "memory, slots, states, windows, or rank (no request of worse rank to displace).",
             "shortage",
         )
+        self._unpausable = counter(
+            "unpausable_requests",
+            "Requests that arrived and are not paused, by the feature of theirs or of the server "
+            "that keeps them from it.",
+            "reason",
+        )
         self._totals = {
             "errors": counter("policy_errors", "Passes in which SGLang's order stood in."),
             "passes": counter("policy_passes", "Scheduler passes."),
@@ -141,6 +163,9 @@ class DecisionMetrics:
 
     def paused(self, name: str, why: str) -> None:
         self._paused.labels(**self._labels, **{"class": name}, why=why).inc()
+
+    def unpausable(self, reason: str) -> None:
+        self._unpausable.labels(**self._labels, reason=reason).inc()
 
     def left_device(self, tier: KVTier, tokens: int) -> None:
         for series, amount in (

@@ -27,7 +27,7 @@ class MigrationMetrics:
             names,
             buckets=_SECONDS,
         )
-        self._stayed = Counter(
+        self._unmovable = Counter(
             "pascal:unmovable_requests",
             "Requests that ended their thinking and cannot move, by reason.",
             [*names, "reason"],
@@ -47,8 +47,8 @@ class MigrationMetrics:
     def blocked(self, seconds: float) -> None:
         self._blocked.labels(**self._labels).observe(seconds)
 
-    def stayed(self, reason: str) -> None:
-        self._stayed.labels(**self._labels, reason=reason).inc()
+    def unmovable(self, reason: str) -> None:
+        self._unmovable.labels(**self._labels, reason=reason).inc()
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(**self._labels, reason=reason).inc()

@@ -66,12 +66,14 @@ def run(
     settings: Mapping[str, Any] | None = None,
     flags: Sequence[str] = (),
     *,
+    prepare: str | None = None,
     each_pass: str | None = None,
     limit_s: float = RUN_LIMIT_S,
     **env: str,
 ) -> Outcome:
     """Serve `requests` by a scheduler under `settings`, those of `PascalConfig`; stock without.
 
+    prepare: `module:function`, called before the scheduler is built.
     each_pass: `module:function`, called with the scheduler, its requests by id (`r0`, `r1`, ...)
     and the number of the pass.
     Raises: AssertionError with the process's output if a request did not end in time, or if the
@@ -83,6 +85,7 @@ def run(
         asked = {
             "flags": ["--model-path", str(model), *FLAGS, *flags],
             "requests": [asdict(request) for request in requests],
+            "prepare": prepare,
             "each_pass": each_pass,
             "limit_s": limit_s,
         }

@@ -125,11 +125,26 @@ def _qwen3_next() -> Any:
     return config
 
 
+def _qwen3() -> Any:
+    """A plain dense model; SGLang's takes part in DP attention, and that of Qwen2 does not."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        **COMMON,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        tie_word_embeddings=False,
+    )
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt_oss": _gpt_oss,
     "deepseek_v3": _deepseek_v3,
     "gemma2": _gemma2,
     "qwen3_next": _qwen3_next,
+    "qwen3": _qwen3,
 }
 # What SGLang needs to be told, by family.
 FLAGS: dict[str, Sequence[str]] = {
@@ -137,6 +152,7 @@ FLAGS: dict[str, Sequence[str]] = {
     "deepseek_v3": (),
     "gemma2": (),
     "qwen3_next": (),
+    "qwen3": (),
 }
 
 

@@ -13,16 +13,20 @@ from array import array
 
 from sglang.srt.plugins import load_plugins
 
+from pascal_sglang import older_sglang
+
 AT_A_TIME, EVERY = 4, 3
 
 
 def build(flags):
     """A scheduler from SGLang's flags."""
+    from sglang.srt.arg_groups.lora_hook import check_lora_server_args
     from sglang.srt.managers import scheduler
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
     server_args = prepare_server_args(flags)
+    check_lora_server_args(server_args)
     port_args = PortArgs.init_new(server_args)
     # It has no parent that serves.
     scheduler.kill_itself_when_parent_died = lambda: None
@@ -38,7 +42,7 @@ def build(flags):
 
 def message(scheduler, index, asked):
     """What the tokenizer process would send."""
-    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.managers.io_struct import SessionParams, TokenizedGenerateReqInput
     from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
     from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -61,6 +65,8 @@ def message(scheduler, index, asked):
         "stream": False,
         **asked["options"],
     }
+    if fields.get("session_params") is not None:
+        fields["session_params"] = SessionParams(**fields["session_params"])
     request = TokenizedGenerateReqInput(**fields)
     request.time_stats = APIServerReqTimeStats()
     return request
@@ -152,6 +158,9 @@ def main(job, out):
     with open(job) as file:
         asked = json.load(file)
     load_plugins()
+    older_sglang.install(everywhere=True)  # For the extension point that the feeder uses.
+    if asked["prepare"] is not None:
+        _named(asked["prepare"])()
     feeder = Feeder(build(asked["flags"]), asked)
     feeder.scheduler.run_event_loop()
     with open(out, "w") as file:

@@ -1,0 +1,40 @@
+"""Called in every pass of a scheduler of `bed.run`: writes what ran, as one line of JSON each."""
+
+import json
+
+MARK = "WATCH "
+
+
+def batches(scheduler, reqs, passes):
+    """The batch of the pass before."""
+    from sglang.srt.managers import schedule_policy
+
+    batch = scheduler.last_batch
+    if batch is None:
+        return
+    mode = batch.forward_mode
+    line = {
+        "pass": passes,
+        "prefill": mode.is_extend(),
+        "rids": sorted(req.rid for req in batch.reqs),
+        "tokens": int(batch.extend_num_tokens or 0) if mode.is_extend() else 0,
+        "running": len(scheduler.running_batch.reqs),
+        "waiting": [req.rid for req in scheduler.waiting_queue],
+        # Tokens that a prefill keeps for what a request may still write.
+        "reserved": schedule_policy.CLIP_MAX_NEW_TOKENS,
+    }
+    print(MARK + json.dumps(line))
+
+
+def retracting(scheduler, reqs, passes):
+    """SGLang's own test of retractions; it reads the variable on import, which is long past."""
+    from sglang.srt.managers import scheduler as module
+
+    module.TEST_RETRACT = True
+    batches(scheduler, reqs, passes)
+
+
+def lines(outcome):
+    """What was written, in order."""
+    found = [line for line in outcome.log.splitlines() if line.startswith(MARK)]
+    return [json.loads(line.removeprefix(MARK)) for line in found]
