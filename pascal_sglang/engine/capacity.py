@@ -32,7 +32,7 @@ class CapacityView:
     _matched: tuple[tuple[RequestState, int, int], CachedPrefix] | None = None
 
     def available(self, running: ScheduleBatch) -> Capacity:
-        scheduler, states = self.scheduler, self.pool.states
+        scheduler = self.scheduler
         free = self.pool.free_tokens - self.promised_tokens() if self.counts_kv else UNLIMITED
         return Capacity(
             free_tokens=free,
@@ -42,11 +42,16 @@ class CapacityView:
                 scheduler.max_running_requests - len(running.reqs),
             )
             + self.paused_requests.count(PauseStatus.LEAVING),
-            states=UNLIMITED
-            if states is None
-            else states.free + self.paused_requests.releasing_states,
+            states=self.free_states() + self.paused_requests.releasing_states,
             windows=self.free_windows() + self.paused_requests.releasing_windows,
         )
+
+    def free_states(self) -> int:
+        """Recurrent states that may be given now."""
+        states = self.pool.states
+        if states is None or not self.counts_kv:
+            return UNLIMITED
+        return states.free
 
     def free_windows(self) -> int:
         """Entries of sliding windows that may be given now."""

@@ -318,11 +318,17 @@ class PausedRequests:
         return True
 
     def _hold_prefix(self, req: Req, shared: int, tier: KVTier | None) -> HeldPrefix | None:
-        """Have the hierarchical cache hold the request's prefix of `shared` tokens, if it can."""
+        """Have the hierarchical cache hold the request's prefix of `shared` tokens, if it can on
+        every rank."""
         host_cache = self.pool.host_cache
         if host_cache is None or not shared or tier is KVTier.RECOMPUTE:
             return None
-        return host_cache.hold(req.lock.node) if req.lock is not None else None
+        held = host_cache.hold(req.lock.node) if req.lock is not None else None
+        if all_agree(self.scheduler, held is not None):
+            return held
+        if held is not None:
+            host_cache.release(held)
+        return None
 
     def _off_device(
         self, req: Req, tokens: int, release: Callable[[Req], None], *, recomputes: bool = False
@@ -455,7 +461,7 @@ class PausedRequests:
             self.counts["resumed"] += 1
             return joined(running, decoding(req, self.scheduler, drafted))
         copy = self.copy_of(req)
-        if copy.held is not None and not self.pool.caches(req, copy.shared):
+        if copy.held is not None and not self._has_held_prefix(req, copy):
             self.counts["lost_prefixes"] += 1
             self._recompute(req, copy)
             return None
@@ -481,6 +487,9 @@ class PausedRequests:
     def holds(self, req: Req) -> bool:
         """Whether the request is paused and has KV."""
         return self.status_of(req) in (PauseStatus.RESIDENT, PauseStatus.HOST)
+
+    def _has_held_prefix(self, req: Req, copy: HostCopy) -> bool:
+        return all_agree(self.scheduler, self.pool.caches(req, copy.shared))
 
     def _give_up(self, req: Req, copy: HostCopy) -> None:
         """Give back all that a request holds whose copy did not reach the device on every rank."""
