@@ -20,8 +20,8 @@ class WaitQueue:
     Within a class, requests are ordered by priority, then by the policy's key. A class whose
     requests turn urgent, which goes before priorities, is held apart by priority. Adding and
     removing cost O(log n); walking the first k costs O(k log n) and a comparison per class. The
-    entry of a removed request stays behind with an outdated ticket until it surfaces. What a
-    request is and what remains of it must not change while it is in the queue.
+    entry of a removed request stays behind with an outdated ticket until it surfaces. Neither
+    the status of a request nor its `remaining` may change while it is in the queue.
     """
 
     # Requests by (class, status), without internal ones.

@@ -631,6 +631,23 @@ def test_backfill_counts_among_the_starts_of_a_pass():
     assert (plan.blocked, plan.start) == (big, (*queue, behind[0]))
 
 
+def test_less_than_a_quantum_of_room_is_for_those_that_end_within_it():
+    big = RequestState(0, Pacer(TPOT), kv_tokens=10**6)
+    unknown = RequestState(1, Pacer(TPOT), kv_tokens=10)
+    ending = RequestState(2, Pacer(TPOT), kv_tokens=10, remaining=15)
+    planner = planner_with("pascal", [big, unknown, ending])
+    runs = [RequestState(999, Pacer(TPOT), RequestStatus.RUNNING, pausable=False)]
+
+    def started(room):
+        capacity = Capacity(room + GROWTH, 0, 9)
+        return planner.plan(runs, capacity, PassInfo(1, NOW, 0.01)).start
+
+    assert started(TUNING.quantum - 1) == (ending,)
+    planner.queue.remove(ending)
+    assert started(TUNING.quantum - 1) == ()
+    assert started(TUNING.quantum + 10) == (unknown,)
+
+
 def test_a_recount_counts_anew():
     """Also where a status has changed in the queue, as in a pass that failed."""
     request = RequestState(0, Pacer(TPOT), RequestStatus.HOST, kv_tokens=10)
