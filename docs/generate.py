@@ -97,7 +97,9 @@ def support() -> str:
     found: list[tuple[str, ...]] = []
     server = (*table.CONFIG, *table.SERVER, *table.POOLS, table.UNKNOWN_POOL, *table.INSTANCES)
     for what, rows in (("a server with", server), ("a request with", table.REQUESTS)):
-        found += [(f"{what} {_named(row.name)}", f"`{row.level}`", row.why) for row in rows]
+        for row in rows:
+            level = f"`{row.level}`" if row.recomputes else f"`{row.level}`, without recomputing"
+            found.append((f"{what} {_named(row.name)}", level, row.why))
     return _table(("", "level", "why no higher one"), found)
 
 

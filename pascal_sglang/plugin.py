@@ -4,11 +4,13 @@ Entry point `pascal` in the group `sglang.srt.plugins`. Does nothing unless `PAS
 is set. SGLang's loader logs a plugin's errors and serves on without it, so whatever goes wrong
 here leaves as `SystemExit`, which that loader does not catch.
 
-`python -m pascal_sglang.plugin check` prints the table of seams and exits 1 if one has moved.
+`python -m pascal_sglang.plugin check` prints the table of seams and exits 1 if one has moved;
+`--against VERSION` compares another release, and `--record` says that one was read.
 """
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import sys
@@ -16,8 +18,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pascal_sglang import older_sglang
 from pascal_sglang.config import ACTOR_ENV, CONFIG_ENV, ConfigError, PascalConfig
-from pascal_sglang.seams import SeamError, check_seams, sglang_version, verify_seams
+from pascal_sglang.seams import (
+    SeamError,
+    check_seams,
+    installed,
+    load_seams,
+    seams_path,
+    verify_seams,
+)
 
 _installed = False
 
@@ -122,6 +132,12 @@ HOOKS = (
         only_main=True,
     ),
     Hook(
+        "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
+        "around",
+        _frontend("name_control_folder"),
+        only_main=True,
+    ),
+    Hook(
         "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
         "around",
         _frontend("run_http_server"),
@@ -191,7 +207,8 @@ def activate() -> None:
         return
     try:
         PascalConfig.from_env()
-        verify_seams()
+        if (warning := verify_seams()) is not None and multiprocessing.parent_process() is None:
+            print(f"pascal_sglang: warning: {warning}", file=sys.stderr, flush=True)
         _install()
     except (ConfigError, SeamError) as error:
         raise Refusal(str(error)) from None
@@ -212,6 +229,7 @@ def _install() -> None:
     # scheduler would cost seconds and memory. The launching process gets everything.
     is_main = multiprocessing.parent_process() is None and ACTOR_ENV not in os.environ
     with_ray = "sglang.srt.ray.engine" in sys.modules or "--use-ray" in sys.argv
+    older_sglang.install(everywhere=is_main, with_ray=with_ray)
     hooks = [
         hook
         for hook in HOOKS
@@ -240,22 +258,63 @@ def _require_taken(hook: Hook, implementation: Any, patched: set[str]) -> None:
 
 def check() -> int:
     """Print every seam with its verdict; 0 if all hold, 1 otherwise."""
-    findings = check_seams()
+    tree = installed()
+    findings = check_seams(tree=tree)
     width = max(len(f.seam.symbol) for f in findings)
-    print(f"sglang {sglang_version()}, {len(findings)} seams")
+    print(f"sglang {tree.version}, {len(findings)} seams")
     for f in findings:
-        found = f.found or "-"
-        print(f"{f.verdict:<10} {f.seam.how:<9} {f.seam.symbol:<{width}} {found:<17} {f.seam.why}")
+        print(
+            f"{f.verdict:<12} {f.seam.how:<9} {f.seam.symbol:<{width}} {f.found:<17} {f.seam.why}"
+        )
     return 0 if all(f.ok for f in findings) else 1
 
 
+def check_against(version: str, diff: bool) -> int:
+    """Print what became of every seam in another release; 0 if nothing has to be read, else 1."""
+    from pascal_sglang.sglang_releases import compare, release, report
+
+    old, new = installed(), release(version)
+    changes = compare(load_seams(), old, new)
+    for line in report(changes, old.version, new.version, diff):
+        print(line)
+    return 1 if any(change.to_reread for change in changes) else 0
+
+
+def record(version: str | None) -> int:
+    """Write the digests of a release into the seam list, once its seams were read."""
+    from pascal_sglang.sglang_releases import record, release
+
+    tree = installed() if version is None else release(version)
+    count = record(seams_path(), tree)
+    print(f"recorded {count} seams of sglang {tree.version} in {seams_path()}")
+    return 0
+
+
 def main(argv: list[str]) -> int:
-    if argv != ["check"]:
-        asked = argv in (["-h"], ["--help"])
-        usage = "usage: python -m pascal_sglang.plugin check"
-        print(usage, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+    parser = argparse.ArgumentParser(prog="python -m pascal_sglang.plugin", allow_abbrev=False)
+    command = parser.add_subparsers(required=True).add_parser(
+        "check", help="compare the seams with the installed SGLang", allow_abbrev=False
+    )
+    command.add_argument(
+        "--against",
+        metavar="VERSION",
+        help="compare another release with the installed one; downloads its wheel alone",
+    )
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--diff", action="store_true", help="with --against: the sources' differences")
+    how.add_argument(
+        "--record",
+        action="store_true",
+        help="write the digests of the installed release, or of --against, into seams.toml",
+    )
+    options = parser.parse_args(argv)
+    if options.diff and options.against is None:
+        parser.error("--diff needs --against")
     try:
+        if options.record:
+            return record(options.against)
+        if options.against is not None:
+            return check_against(options.against, options.diff)
         return check()
     except SeamError as error:
         print(f"pascal_sglang: error: {error}", file=sys.stderr)

@@ -189,9 +189,8 @@ SETTINGS = (
     Setting(
         ("--enable-strict-thinking", "SGLANG_MAX_THINK_TOKENS"),
         HONOURED,
-        "requests are paused, and do not migrate: the object that follows their thinking does not "
-        "travel",
-        "test_what_is_paused_and_does_not_move_says_why",
+        "requests are paused and migrate: the object that follows their thinking is made anew",
+        "test_a_grammar_goes_on_after_pauses_and_elsewhere",
     ),
     Setting(
         ("--strip-thinking-cache",),
@@ -203,15 +202,14 @@ SETTINGS = (
     Setting(
         ("--enable-session-radix-cache",),
         HONOURED,
-        "requests with a session are not paused",
-        "test_what_cannot_be_paused_says_why",
+        "requests with a session are paused, and stay where it was opened",
+        "test_every_kind_survives_pauses_on_every_tier",
     ),
     Setting(
         ("--max-loras-per-batch", "--lora-drain-wait-threshold", "--enable-lora-overlap-loading"),
         HONOURED,
-        "requests with an adapter are not paused; the prefill applies these to those that the plan "
-        "admits",
-        "test_what_cannot_be_paused_says_why",
+        "a paused request comes back when its adapter fits beside those of the batch",
+        "test_a_request_comes_back_when_its_adapter_fits",
     ),
     Setting(
         ("--load-balance-method",),

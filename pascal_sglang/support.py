@@ -39,6 +39,8 @@ class Row:
     holds: Callable[[Any], bool]
     # Why no higher level, for docs/compatibility.md.
     why: str = ""
+    # Of a request. False: a pause keeps its KV, which a second prefill would not make again.
+    recomputes: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +100,28 @@ def first(rows: Iterable[Row], subject: Any) -> str | None:
     return next((row.name for row in rows if row.holds(subject)), None)
 
 
+def instances_of(server_args: Any) -> int:
+    """Instances of a server: replicas, or the ranks of DP attention."""
+    # SGLang 0.5.21 counts both by `dp_size`.
+    count: int = server_args.dp_size * getattr(server_args, "attn_dp_size", 1)
+    return count
+
+
 def _rust_server(_: Any) -> bool:
     from sglang.srt.environ import envs
 
     return bool(envs.SGLANG_RUST_SERVER.get())
+
+
+def _odd_windows(scheduler: Any) -> bool:
+    """A pool of windows that is not beside one of whole KV, or whose entries are a row's, not a
+    token's; or windows that a prompt never leaves."""
+    if not scheduler.is_hybrid_swa:
+        return False
+    allocator = scheduler.token_to_kv_pool_allocator
+    plain = type(allocator).__name__ == "SWATokenToKVPoolAllocator" and not allocator.swa_req_ring
+    kept = scheduler.tp_worker.model_runner.prefill_aware_swa
+    return not plain or kept
 
 
 # Of our own configuration.
@@ -149,13 +169,6 @@ SERVER = (
         "every stage plans for itself, by a clock of its own",
     ),
     Row(
-        "--enable-dp-attention",
-        Level.OBSERVE,
-        # SGLang 0.5.21 knows the first of these alone.
-        lambda a: a.enable_dp_attention or getattr(a, "attn_dp_size", 1) > 1,
-        "ranks with different requests would agree on one plan",
-    ),
-    Row(
         "--disaggregation-mode",
         Level.OBSERVE,
         lambda a: a.disaggregation_mode != "null",
@@ -163,9 +176,9 @@ SERVER = (
     ),
     Row(
         "--enable-hierarchical-cache",
-        Level.RECOMPUTE,
+        Level.PAUSE,
         lambda a: a.enable_hierarchical_cache,
-        "KV that its host pool holds would be kept twice",
+        "a prefix that its host pool holds does not travel",
     ),
     Row(
         "--hicache-storage-backend",
@@ -240,34 +253,34 @@ POOLS = (
         "nothing decodes",
     ),
     Row(
-        "DP attention",
-        Level.OBSERVE,
-        lambda s: s.attn_dp_enabled,
-        "ranks with different requests would agree on one plan",
+        "a pool with sliding windows",
+        Level.PAUSE,
+        lambda s: s.is_hybrid_swa,
+        "entries of windows do not travel",
     ),
     Row(
-        "a pool with sliding windows",
+        "a pool of sliding windows alone, or rings",
         Level.ORDER,
-        lambda s: s.is_hybrid_swa,
-        "its capacity is two figures, and a plan knows one",
+        _odd_windows,
+        "what of it a request holds is not known here",
     ),
     Row(
         "a pool of recurrent states (Mamba)",
-        Level.ORDER,
+        Level.PAUSE,
         lambda s: s.is_hybrid_ssm,
-        "its slots are a capacity that a plan does not know",
+        "a state does not travel",
     ),
 )
 # Of a pool whose KV is more than rows of tensors that we know.
 UNKNOWN_POOL = Row(
     "KV that is not copied",
     Level.RECOMPUTE,
-    lambda copies: copies.buffers is None,
+    lambda copies: not copies.copies,
     "a copy would leave scales or index keys behind",
 )
 # Of SGLang's server arguments: where one holds, no request migrates.
 INSTANCES = (
-    Row("one instance", Level.PAUSE, lambda a: a.dp_size <= 1, "there is no other one"),
+    Row("one instance", Level.PAUSE, lambda a: instances_of(a) == 1, "there is no other one"),
     Row(
         "more than one node",
         Level.PAUSE,
@@ -308,10 +321,10 @@ REQUESTS = (
         "its members hold rows of their own",
     ),
     Row(
-        "a session",
+        "a streaming session",
         Level.ORDER,
-        lambda r: r.session is not None or r.session_id is not None,
-        "the session keeps its KV",
+        lambda r: getattr(r.session, "streaming", False),
+        "the session takes the KV of a request that lets go of it, though it will go on",
     ),
     Row(
         "multimodal inputs",
@@ -320,34 +333,30 @@ REQUESTS = (
         "its features are dropped after the prefill",
     ),
     Row(
+        "a session",
+        Level.PAUSE,
+        lambda r: r.session is not None or r.session_id is not None,
+        "the session is where it was opened",
+    ),
+    Row(
         "input embeddings",
-        Level.ORDER,
+        Level.PAUSE,
         lambda r: r.input_embeds is not None,
         "a second prefill would lose its output",
+        recomputes=False,
     ),
     Row(
         "a LoRA adapter",
-        Level.ORDER,
+        Level.PAUSE,
         lambda r: r.lora_id is not None,
-        "its adapter may not fit the batch that it comes back to",
+        "its adapter may not be loaded elsewhere",
     ),
     Row(
         "hidden states returned",
-        Level.ORDER,
-        lambda r: bool(r.return_hidden_states),
-        "a second prefill returns others",
-    ),
-    Row(
-        "a grammar",
         Level.PAUSE,
-        lambda r: r.grammar is not None or _has_grammar(r.sampling_params),
-        "the object that follows it does not travel",
-    ),
-    Row(
-        "penalties",
-        Level.ORDER,
-        lambda r: _has_penalties(r.sampling_params),
-        "SGLang counts tokens anew in every batch that a request joins",
+        lambda r: bool(r.return_hidden_states),
+        "a prefill returns one block of them, and a decode step one each",
+        recomputes=False,
     ),
     Row(
         "a watermark",
@@ -413,17 +422,5 @@ def at_most(level: Level, rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(row for row in rows if row.level <= level)
 
 
-def _has_grammar(params: Any) -> bool:
-    return any((params.json_schema, params.regex, params.ebnf, params.structural_tag))
-
-
-def _has_penalties(params: Any) -> bool:
-    return bool(
-        params.frequency_penalty
-        or params.presence_penalty
-        or params.repetition_penalty != 1.0
-        or params.min_new_tokens
-    )
-
-
 UNMOVABLE = at_most(Level.PAUSE, REQUESTS)
+NOT_RECOMPUTED = tuple(row for row in REQUESTS if not row.recomputes)

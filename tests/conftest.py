@@ -9,11 +9,21 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from pascal_sglang import older_sglang
+from pascal_sglang.seams import installed
 from tests.harness import PASCAL, STOCK, TINY_FLAGS, Server
 
 # A busy machine is no fault.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+# Tests of single classes of ours have no plugin that does it.
+older_sglang.install(everywhere=True)
+
+
+def pytest_report_header() -> str:
+    return f"sglang {installed().version} from {installed().folder}"
 
 
 @pytest.fixture(scope="session")

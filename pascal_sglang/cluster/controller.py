@@ -62,7 +62,7 @@ class PascalController(WatchedController):
         config = self.pascal_config = asked.effective(server_args)
         self._support = EVERYTHING
         remove_ownerless()
-        self._folder = PrivateFolder()
+        self._folder = PrivateFolder(os.environ.get(CONTROL_ENV))
         os.environ[CONTROL_ENV] = self._folder.path
         self._instance_of_pid: dict[int, int] = {}
         super().__init__(server_args, *args, **kwargs)
@@ -102,8 +102,9 @@ class PascalController(WatchedController):
         reports = get_observability().enable_metrics
         model = str(self.server_args.served_model_name)
         self.metrics = ControllerMetrics(model) if reports else None
-        if config.places:
+        if self.others_go_on:
             self.processes.outlive_schedulers()
+        if config.places:
             self.dispatching: Callable[[Any], None] = self.place
 
     def schedulers(self, pids: list[int]) -> list[Any]:

@@ -25,10 +25,11 @@ LONGEST_NAME = f"{PREFIX}12345678/controller"
 
 
 class PrivateFolder:
-    """A new folder in the temporary one, for this user alone. Raises: OSError."""
+    """A folder in the temporary one, for this user alone. Raises: OSError."""
 
-    def __init__(self) -> None:
-        self.path = tempfile.mkdtemp(prefix=PREFIX)
+    def __init__(self, path: str | None = None) -> None:
+        """path: of one that `reserve` has made; a new one otherwise."""
+        self.path = path or tempfile.mkdtemp(prefix=PREFIX)
         # Renamed once it is held: a sweep must not find it free.
         fresh = os.path.join(self.path, f"{LOCK}.new")
         self._lock = open(fresh, "w")  # noqa: SIM115 - held for the life of the process.
@@ -43,6 +44,15 @@ class PrivateFolder:
 
 # This process's folders.
 _own: list[PrivateFolder] = []
+# Those that it has made for another one.
+_reserved: list[str] = []
+
+
+def reserve() -> str:
+    """The path of a new folder whose owner is yet to come; until then, no sweep removes it.
+    Raises: OSError."""
+    _reserved.append(tempfile.mkdtemp(prefix=PREFIX))
+    return _reserved[-1]
 
 
 # After `Engine.shutdown`, which SGLang registers later, and which kills the owners.
@@ -51,6 +61,8 @@ def remove_all() -> None:
     """This process ends: remove its folders, and those of the processes that it has ended."""
     while _own:
         _own.pop().remove()
+    while _reserved:
+        shutil.rmtree(_reserved.pop(), ignore_errors=True)
     remove_ownerless()
 
 

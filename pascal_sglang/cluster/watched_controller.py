@@ -32,6 +32,7 @@ from pascal_sglang.cluster.request_locations import RequestLocations
 from pascal_sglang.cluster.scheduler_processes import SchedulerProcesses
 from pascal_sglang.cluster.worker_sender import WorkerSender
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.instances import step_together
 
 # The watchdog wants to be fed now and then.
 WAKE_MS = 1000
@@ -50,8 +51,9 @@ class DeadInstance(RuntimeError):
 class WatchedController(DataParallelController):
     """SGLang's controller with bounded sends, its schedulers watched, errors kept to their message.
 
-    `PascalConfig.places` decides what a death means: where requests are placed by phase, the others
-    go on; under SGLang's own balancing, which cannot leave an instance out, the server ends.
+    `others_go_on` says what a death means. Where requests are placed by phase, the others go on.
+    Under SGLang's own balancing, which cannot leave an instance out, the server ends, and so it
+    does where instances take their steps together.
     """
 
     pascal_config: PascalConfig
@@ -77,6 +79,11 @@ class WatchedController(DataParallelController):
         self.to_tokenizer = get_zmq_socket(
             self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False
         )
+
+    @property
+    def others_go_on(self) -> bool:
+        """Whether instances serve on when one of them has died."""
+        return self.pascal_config.places and not step_together()
 
     def silent(self) -> list[int]:
         """Live instances that have stopped to say how they are."""
@@ -148,11 +155,11 @@ class WatchedController(DataParallelController):
             assert isinstance(sentinel, int)
             self._poller.unregister(sentinel)
             instance, in_order = self.processes.ended(sentinel)
-            if self.pascal_config.places:
+            if self.others_go_on:
                 self.on_instance_down(instance)
             if in_order or self._stopping:
                 continue
-            if not self.pascal_config.places:
+            if not self.others_go_on:
                 self._over = f"a scheduler of instance {instance} has ended"
             elif not self._active_workers:
                 self._over = "every instance has died"

@@ -45,7 +45,7 @@ class Admission:
         scheduler = self.scheduler
         waiting = scheduler.waiting_queue
         present = set(waiting) if self.plan else set()
-        shown = [req for req in self.plan if req in present]
+        shown = self._with_states([req for req in self.plan if req in present])
         taken = set(shown)
         self._withheld = [req for req in waiting if req not in taken] if taken else waiting
         scheduler.waiting_queue = list(shown)
@@ -59,6 +59,17 @@ class Admission:
                 # A request that was aborted meanwhile has left the policy's queue already.
                 if req not in left and self.queue.holds(state_of(req)):
                     started(req)
+
+    def _with_states(self, reqs: list[Req]) -> list[Req]:
+        """The first of `reqs` for which there are recurrent states now. SGLang takes these for
+        granted, and the plan counts with those that pauses will free."""
+        states = self.paused_requests.pool.states
+        if states is None:
+            return reqs
+        free = states.free - (self.scheduler.chunked_req is not None)
+        # SGLang takes care that there are enough for one request.
+        least = int(free == states.size)
+        return reqs[: max(least, free // states.for_prefill)]
 
     @contextmanager
     def everybody(self) -> Iterator[None]:

@@ -11,12 +11,15 @@ from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 
 from pascal_sglang import scheduling_flags
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.kv import host_cache
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
+from pascal_sglang.engine.kv.pool_copies import PoolCopies
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.priorities import take_over
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import agree
+from pascal_sglang.instances import instance_count
 from pascal_sglang.policy.kv_tier import Costs
 from pascal_sglang.support import POOLS, UNKNOWN_POOL, Level, Support
 
@@ -48,14 +51,25 @@ def build_executor(
             logger.warning(
                 "pascal_sglang: %s has no effect under policy %s: %s", name, config.policy, instead
             )
-    copies = HostCopies(scheduler, kept=support.level >= Level.PAUSE)
+    copies = host_copies_of(scheduler, kept=support.level >= Level.PAUSE)
     if support.level >= Level.PAUSE:
         support = support.under((UNKNOWN_POOL,), copies)
     if support.level >= Level.RECOMPUTE and CLIP_ENV not in os.environ:
         # The plan says what fits; the adder is not to reserve more than it.
         schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_TOKENS
-    budget = int(agree(scheduler, host_budget_tokens(copies, scheduler, config)))
-    copies.reserve(budget)
+    tokens, states, windows = agree(scheduler, *host_budget(copies, scheduler, config))
+    copies.reserve(int(tokens))
+    if copies.states is not None:
+        copies.states.reserve(int(states))
+    if copies.windows is not None:
+        copies.windows.reserve(int(windows))
+    if cache := host_cache.size_bytes(scheduler):
+        logger.info(
+            "pascal_sglang: each rank takes %.2f GiB of host memory for paused KV, "
+            "besides %.2f GiB of the hierarchical cache",
+            copies.reserved_bytes / 2**30,
+            cache / 2**30,
+        )
     measured = measure_costs(scheduler, copies)
     costs = Costs(*agree(scheduler, measured.copy_s, measured.copy_token_s))
     if measured.launch_s is not None:
@@ -66,18 +80,35 @@ def build_executor(
     return executor, support
 
 
-def host_budget_tokens(
+def host_copies_of(scheduler: SchedulerProtocol, *, kept: bool) -> HostCopies:
+    """The host memory for a scheduler's KV: in our own form, or in the pool's where that is all we
+    know of it. kept: whether pauses keep KV."""
+    copies = HostCopies(scheduler, kept=kept)
+    return copies if copies.copies or not kept else PoolCopies(scheduler)
+
+
+def host_budget(
     copies: HostCopies, scheduler: SchedulerProtocol, config: PascalConfig
-) -> float:
-    """Tokens of paused KV that this rank may hold in host memory."""
+) -> tuple[float, float, float]:
+    """Tokens of paused KV that this rank may hold in host memory, recurrent states, and entries of
+    sliding windows: as many of each as the device has, times the same factor."""
     parallel = get_parallel()
-    if copies.buffers is None:
-        return 0.0
-    per_token: int = copies.bytes_per_token
-    tp_size: int = parallel.tp_size
-    if config.host_kv_gb is not None:
-        return config.host_kv_gb * 2**30 / tp_size / per_token
-    ranks: int = parallel.dp_size * tp_size
-    available: int = psutil.virtual_memory().available
+    if not copies.copies:
+        return 0.0, 0.0, 0.0
     tokens: int = scheduler.max_total_num_tokens
-    return min(2.0 * tokens, available / 4 / ranks / per_token)
+    states: int = 0
+    windows: int = 0
+    device: int = tokens * copies.bytes_per_token
+    if copies.states is not None:
+        states = scheduler.req_to_token_pool.mamba_allocator.size
+        device += states * copies.states.bytes_per_entry
+    if copies.windows is not None:
+        windows = scheduler.token_to_kv_pool_allocator.size_swa
+        device += windows * copies.windows.bytes_per_entry
+    if config.host_kv_gb is not None:
+        factor = config.host_kv_gb * 2**30 / parallel.attn_tp_size / device
+    else:
+        ranks: int = instance_count() * parallel.attn_tp_size
+        available: int = psutil.virtual_memory().available
+        factor = min(2.0, available / 4 / ranks / device)
+    return factor * tokens, factor * states, factor * windows

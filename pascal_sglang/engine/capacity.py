@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
-from pascal_sglang.engine.kv.pool import Pool
+from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
+from pascal_sglang.engine.lora_slots import LoraSlots
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
-from pascal_sglang.policy.plan import GROWTH, Capacity
+from pascal_sglang.policy.plan import GROWTH, UNLIMITED, Capacity
 from pascal_sglang.policy.request import RequestState, RequestStatus
-
-UNLIMITED = 1 << 60
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -22,8 +21,11 @@ class CapacityView:
     scheduler: SchedulerProtocol
     paused_requests: PausedRequests
     pool: Pool
+    lora_slots: LoraSlots
     # False: a plan says in which order requests start, and SGLang which of them fit.
     counts_kv: bool = True
+    # The last match of a waiting request, and what it was for.
+    _matched: tuple[tuple[RequestState, int, int], CachedPrefix] | None = None
 
     def available(self, running: ScheduleBatch) -> Capacity:
         scheduler = self.scheduler
@@ -36,7 +38,25 @@ class CapacityView:
                 scheduler.max_running_requests - len(running.reqs),
             )
             + self.paused_requests.count(PauseStatus.LEAVING),
+            states=self.free_states() + self.paused_requests.releasing_states,
+            windows=self.free_windows() + self.paused_requests.releasing_windows,
         )
+
+    def free_states(self) -> int:
+        """Recurrent states that may be given now."""
+        states = self.pool.states
+        if states is None or not self.counts_kv:
+            return UNLIMITED
+        # SGLang goes on with a chunked prefill unasked, whose chunks take a state at their end.
+        return states.free - (self.scheduler.chunked_req is not None)
+
+    def free_windows(self) -> int:
+        """Entries of sliding windows that may be given now."""
+        windows = self.pool.windows
+        if windows is None or not self.counts_kv:
+            return UNLIMITED
+        chunk = self.scheduler.chunked_prefill_size or UNLIMITED
+        return windows.free - min(self.promised_tokens(), chunk)
 
     def spare_tokens(self, running: ScheduleBatch, last: ScheduleBatch | None) -> int:
         """At least how much KV is left after the next steps of all who run or come out of a
@@ -68,11 +88,58 @@ class CapacityView:
         if not self.counts_kv:
             return 0
         req: Req = state.handle
+        if not self.lora_slots.fits(req):
+            return UNLIMITED
         if state.status is not RequestStatus.WAITING:
             return self.paused_requests.needs(req)
-        prefix = self.pool.cached_prefix(req, state.kv_tokens - 1)
+        prefix = self._prefix_of(state)
         return self.pool.in_pages(state.kv_tokens - prefix.tokens) + prefix.evictable
+
+    def describe_states(self) -> dict[str, int] | None:
+        """For `GET /pascal/status`; None for models without recurrent layers."""
+        states = self.pool.states
+        if states is None:
+            return None
+        host = self.paused_requests.count(PauseStatus.HOST)
+        return {"capacity": states.size, "free": states.free, "host": host}
+
+    def _prefix_of(self, state: RequestState) -> CachedPrefix:
+        """What the device has of a waiting request. A plan asks for it once per pool."""
+        key = (state, state.kv_tokens, self.pool.changes)
+        if self._matched is None or self._matched[0] != key:
+            prefix = self.pool.cached_prefix(state.handle, state.kv_tokens - 1)
+            self._matched = (key, prefix)
+        return self._matched[1]
+
+    def windows_required(self, state: RequestState) -> int:
+        """Entries of sliding windows that a start takes."""
+        windows = self.pool.windows
+        if windows is None:
+            return 0
+        if state.status is not RequestStatus.WAITING:
+            return self.paused_requests.needs_windows(state.handle)
+        prefix = self._prefix_of(state)
+        new = state.kv_tokens - prefix.tokens
+        return windows.for_prefill(new, state.remaining) + prefix.evictable_windows
+
+    def windows_reclaimable(self, state: RequestState) -> int:
+        """At least how many entries of sliding windows are free once the request has left."""
+        return 0 if self.pool.windows is None else self.pool.windows.held(state.handle)
+
+    def states_required(self, state: RequestState) -> int:
+        """Recurrent states that a start takes."""
+        states = self.pool.states
+        if states is None:
+            return 0
+        if state.status is not RequestStatus.WAITING:
+            return self.paused_requests.needs_states(state.handle)
+        return states.for_prefill
+
+    def states_reclaimable(self, state: RequestState) -> int:
+        """Recurrent states that are free or evictable once the request has left the device."""
+        return self.pool.states_given_back(state.handle)
 
     def reclaimable(self, state: RequestState) -> int:
         """KV that is free or evictable once the request has left the device."""
-        return self.pool.given_back(state.handle)
+        req: Req = state.handle
+        return self.pool.given_back(req) if self.paused_requests.leaves_device(req) else 0

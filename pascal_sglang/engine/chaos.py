@@ -21,5 +21,5 @@ class Chaos:
         """Whether copies begun in this pass are waited for in the next one."""
         return self._dice.random() < 0.5
 
-    def tier(self) -> KVTier:
-        return self._dice.choice(list(KVTier))
+    def tier(self, *, recomputes: bool) -> KVTier:
+        return self._dice.choice([t for t in KVTier if recomputes or t is not KVTier.RECOMPUTE])

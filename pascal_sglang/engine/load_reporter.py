@@ -24,6 +24,7 @@ from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
+from pascal_sglang.instances import own_instance
 from pascal_sglang.policy.ranking import is_demoted
 from pascal_sglang.policy.timeline import Phase
 
@@ -41,7 +42,7 @@ class LoadReporter:
     control_sender: ControlSender
     # Requests taken in since the start.
     received: int = 0
-    _dp_rank: int = field(default_factory=lambda: get_parallel().dp_rank or 0)
+    _dp_rank: int = field(default_factory=own_instance)
     _last: LoadReport | None = None
     _sent_at: float = 0.0
 
@@ -134,5 +135,5 @@ def build_load_reporter(
     return LoadReporter(
         scheduler=scheduler,
         executor=executor,
-        control_sender=ControlSender(folder, get_parallel().dp_rank or 0),
+        control_sender=ControlSender(folder, own_instance()),
     )

@@ -16,6 +16,7 @@ from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.chaos import Chaos
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
+from pascal_sglang.engine.lora_slots import LoraSlots
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.phases import PhaseTracker
 from pascal_sglang.engine.req_attributes import state_of
@@ -61,11 +62,13 @@ class PlanExecutor:
         self.support = support
         self.paused_requests = PausedRequests(scheduler, copies, costs)
         self.pool = self.paused_requests.pool
+        self.lora_slots = LoraSlots(scheduler=scheduler, paused_requests=self.paused_requests)
         self.capacity = CapacityView(
             scheduler=scheduler,
             paused_requests=self.paused_requests,
             pool=self.pool,
             counts_kv=support.level >= Level.RECOMPUTE,
+            lora_slots=self.lora_slots,
         )
         tuning = Tuning(
             quantum=config.quantum_tokens,
@@ -76,9 +79,15 @@ class PlanExecutor:
         stall_s = costs.stall_s(TYPICAL_QUANTA * config.quantum_tokens)
         if stall_s is not None:
             tuning = dataclasses.replace(tuning, stall_s=stall_s)
-        self.planner = Planner(
-            policy, tuning, KVAccounting(self.capacity.required, self.capacity.reclaimable)
+        accounting = KVAccounting(
+            self.capacity.required,
+            self.capacity.reclaimable,
+            self.capacity.states_required,
+            self.capacity.states_reclaimable,
+            self.capacity.windows_required,
+            self.capacity.windows_reclaimable,
         )
+        self.planner = Planner(policy, tuning, accounting)
         self.admission = Admission(
             scheduler=scheduler, paused_requests=self.paused_requests, queue=self.planner.queue
         )
@@ -171,6 +180,7 @@ class PlanExecutor:
         states = [state_of(r) for r in going_on if r.to_finish is None]
         joining = self.capacity.joining(last) + len(going_on) - len(states)
         self.pool.changed()  # SGLang's steps since the last pass.
+        self.lora_slots.read(running, last)
         plan = self.planner.plan(states, self.capacity.available(running), pass_info, joining)
         self.decision_log.blocked(plan.blocked, plan.shortage, pass_info)
         self._pause(plan, running)
@@ -184,6 +194,8 @@ class PlanExecutor:
                 continue
             if state.status is RequestStatus.WAITING:
                 self.admission.plan.append(state.handle)
+                continue
+            if not self.lora_slots.take(state.handle):
                 continue
             resumed = self._resume(state.handle, running, joining)
             if resumed is None:
@@ -206,7 +218,12 @@ class PlanExecutor:
     ) -> None:
         struck = [m for m in staying if m.pausable and chaos.strikes()]
         if struck:
-            self._take_out(struck, running, "chaos", lambda _: chaos.tier())
+            self._take_out(
+                struck,
+                running,
+                "chaos",
+                lambda req: chaos.tier(recomputes=state_of(req).recomputes),
+            )
 
     def _take_out(
         self,
@@ -224,8 +241,10 @@ class PlanExecutor:
             lambda req: tier(req) if state_of(req).keeps_kv else KVTier.RECOMPUTE,
         )
 
-    def _spill(self, state: RequestState) -> None:
-        self.request_states.spilled(state.handle, self.paused_requests.spill(state.handle))
+    def _spill(self, state: RequestState, *, at_any_price: bool = False) -> None:
+        tier = self.paused_requests.spill(state.handle, at_any_price=at_any_price)
+        if tier is not KVTier.RESIDENT:
+            self.request_states.spilled(state.handle, tier)
 
     def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> ScheduleBatch | None:
         """Bring a paused request back into the running batch; None if it does not fit now."""
@@ -249,7 +268,10 @@ class PlanExecutor:
         self.request_states.finish_pauses()
         self.pool.changed()
         running = self._running = self.paused_requests.arrive(self._running)
+        self.lora_slots.read(running, self.scheduler.last_batch)
         for req in sorted(self.paused_requests.paused(), key=_by_arrival):
+            if not self.lora_slots.take(req):
+                continue
             resumed = self._resume(req, running, joining=len(running.reqs))
             if resumed is None:
                 break
@@ -277,7 +299,14 @@ class PlanExecutor:
                 break
             if running.is_empty() or self._fits(running):
                 return False
-        return self.paused_requests.releasing_tokens > 0
+        if self.paused_requests.releasing_tokens > 0:
+            return True
+        # SGLang would drop the KV of a running request next.
+        for state in self.planner.queue.resident_worst_first(self.request_states.pass_info):
+            self._spill(state, at_any_price=True)
+            if self._fits(running):
+                break
+        return False
 
     def _fits(self, running: ScheduleBatch) -> bool:
         pages = len(running.reqs) * self.scheduler.page_size

@@ -27,7 +27,7 @@ from pascal_sglang.policy.queue import WaitQueue
 from pascal_sglang.policy.ranking import PREFIX_HEAD_START, PassInfo, fastest_pace
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline
-from pascal_sglang.support import EVERYTHING, Level, Support, of_request
+from pascal_sglang.support import EVERYTHING, NOT_RECOMPUTED, Level, Support, first, of_request
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,9 @@ class RequestStates:
         )
         own = of_request(req)
         level = min(own.level, self.support.level)
-        state.pausable = level >= Level.RECOMPUTE
         state.keeps_kv = level >= Level.PAUSE
+        state.recomputes = first(NOT_RECOMPUTED, req) is None
+        state.pausable = state.keeps_kv or (level >= Level.RECOMPUTE and state.recomputes)
         if not state.pausable:
             self._count_unpausable(state, own if own.level < Level.RECOMPUTE else self.support)
         if self.strips_thinking:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import zmq
@@ -16,7 +17,10 @@ from sglang.srt.managers.scheduler_components.invariant_checker import (
     SchedulerInvariantChecker,
 )
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
-from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
+from sglang.srt.managers.scheduler_components.pool_stats_observer import (
+    kv_private_swa_tokens,
+    kv_private_tokens,
+)
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
@@ -41,9 +45,11 @@ from pascal_sglang.engine.observability.metrics import (
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
 from pascal_sglang.engine.observability.phases import PhaseTracker, by_class, count_phases, describe
 from pascal_sglang.engine.operations import OperationsScheduler
+from pascal_sglang.engine.penalties import count_inputs, count_prefilled, counting_inputs
 from pascal_sglang.engine.rendezvous import meet_on_loopback
 from pascal_sglang.engine.thinking_budget import with_default_budget
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
+from pascal_sglang.instances import instance_count, own_instance, step_together
 from pascal_sglang.support import Support
 
 logger = logging.getLogger(__name__)
@@ -80,12 +86,12 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
 
     def _get_total_uncached_sizes(self) -> tuple[int, int]:
         full, swa = SchedulerInvariantChecker._get_total_uncached_sizes(self)
-        rowless = sum(
-            kv_private_tokens(r.kv, self.page_size)
-            for r in self.paused_requests.in_status(PauseStatus.RESIDENT)
-        )
+        rowless = [r.kv for r in self.paused_requests.in_status(PauseStatus.RESIDENT)]
+        full += sum(kv_private_tokens(kv, self.page_size) for kv in rowless)
+        if self.is_hybrid_swa:
+            swa += sum(kv_private_swa_tokens(kv, self.page_size) for kv in rowless)
         reserved = 0 if self.migrations is None else self.migrations.reserved_tokens
-        return full + rowless + reserved, swa
+        return full + reserved, swa
 
 
 class PascalScheduler(OperationsScheduler):
@@ -148,8 +154,7 @@ class PascalScheduler(OperationsScheduler):
         self._request_dispatcher += TypeBasedDispatcher([(ControlBatch, self.take_control_batch)])
         if self.recv_from_tokenizer is None:
             return
-        parallel = get_parallel()
-        control_receiver = ControlReceiver(folder, parallel.dp_rank or 0, parallel.dp_size)
+        control_receiver = ControlReceiver(folder, own_instance(), instance_count())
         stock: Any = self.request_receiver
         fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
         self.request_receiver = PascalRequestReceiver(**fields, control_receiver=control_receiver)
@@ -169,17 +174,18 @@ class PascalScheduler(OperationsScheduler):
         try:
             super().run_event_loop()
         except Exception:
-            if not (self.pascal_config.places and os.environ.get(CONTROL_ENV)):
+            others_go_on = self.pascal_config.places and not step_together()
+            if not (others_go_on and os.environ.get(CONTROL_ENV)):
                 raise
             # SGLang's way out takes the controller along, and with it every instance. Ours sees
             # that this process has ended, whatever would keep it from ending in order.
-            logger.exception("pascal_sglang: instance %s failed", get_parallel().dp_rank)
+            logger.exception("pascal_sglang: instance %s failed", own_instance())
             os._exit(1)
 
     def get_init_info(self) -> dict[str, Any]:
         """Tell the launcher which configuration really runs here (`frontend.require_handshake`)."""
         info = super().get_init_info()
-        return introduced(info, get_parallel().dp_rank or 0, self.support)
+        return introduced(info, own_instance(), self.support)
 
     def _create_generation_req(
         self, recv_req: TokenizedGenerateReqInput, *args: Any, **kwargs: Any
@@ -247,16 +253,18 @@ class PascalScheduler(OperationsScheduler):
         return super().handle_generate_request(recv_req, **kwargs)
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
-        if self.plan_executor is not None:
-            if self.plan_executor.relieve(batch):
-                batch.batch_is_full = False
-                return (
-                    None  # As SGLang does where finishing requests are about to give memory back.
-                )
-            # Read by `retract_decode`, which now strikes only what cannot be paused.
-            batch._get_decode_retraction_order = self.plan_executor.retraction_order
+        updated: ScheduleBatch | None
+        if self.plan_executor is None:
+            updated = super().update_running_batch(batch)
+            return updated
+        if self.plan_executor.relieve(batch):
+            batch.batch_is_full = False
+            return None  # As SGLang does where finishing requests are about to give memory back.
+        # Read by `retract_decode`, which now strikes only what cannot be paused.
+        batch._get_decode_retraction_order = self.plan_executor.retraction_order
         try:
-            updated: ScheduleBatch | None = super().update_running_batch(batch)
+            with counting_inputs(batch, self):
+                updated = super().update_running_batch(batch)
         finally:
             batch.__dict__.pop("_get_decode_retraction_order", None)
         return updated
@@ -267,8 +275,26 @@ class PascalScheduler(OperationsScheduler):
         # The plan says in every pass what fits. SGLang would remember that something did not until
         # a request ends, also where memory is about to come back from a pause.
         running_batch.batch_is_full = False
-        with self.plan_executor.admission.only_planned(self.plan_executor.request_states.started):
-            return super().get_new_batch_prefill(running_batch)
+        started = self.plan_executor.request_states.started
+        only_planned = self.plan_executor.admission.only_planned(started)
+        with only_planned, counting_inputs(running_batch, self):
+            plan = super().get_new_batch_prefill(running_batch)
+        if plan.batch_to_run is not None:
+            count_prefilled(plan.batch_to_run)
+        return plan
+
+    def can_schedule_lora_req(self, req: Req, running_loras: set[str | None]) -> bool:
+        if self.plan_executor is not None:
+            running_loras = running_loras | self.plan_executor.lora_slots.arriving()
+        fits: bool = super().can_schedule_lora_req(req, running_loras)
+        return fits
+
+    @contextmanager
+    def _forward_isolation(self, batch: ScheduleBatch, *, overlap: bool) -> Iterator[None]:
+        if overlap and self.plan_executor is not None:
+            count_inputs(batch)
+        with super()._forward_isolation(batch, overlap=overlap):
+            yield
 
     def _should_defer_prefill(self, running_batch: ScheduleBatch) -> bool:
         deferred: bool = super()._should_defer_prefill(running_batch)
@@ -316,7 +342,7 @@ class PascalScheduler(OperationsScheduler):
         capacity = self.max_total_num_tokens
         free = self.token_to_kv_pool_allocator.available_size()
         return {
-            "dp_rank": get_parallel().dp_rank or 0,
+            "dp_rank": own_instance(),
             "pid": os.getpid(),
             "policy": self.pascal_config.policy,
             "support": self.support.describe(),
@@ -329,6 +355,7 @@ class PascalScheduler(OperationsScheduler):
                 "evictable": self.tree_cache.evictable_size(),
                 "host": 0 if paused_requests is None else paused_requests.host_tokens,
             },
+            "recurrent_states": None if executor is None else executor.capacity.describe_states(),
             "load": {} if executor is None else load_figures(self, executor, self.last_batch),
             "paused": len(paused),
             "pauses": {} if paused_requests is None else dict(paused_requests.counts),

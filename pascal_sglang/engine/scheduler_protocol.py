@@ -14,6 +14,7 @@ class SchedulerProtocol(Protocol):
     # Requests.
     waiting_queue: list[Req]
     running_batch: ScheduleBatch
+    last_batch: ScheduleBatch | None
     chunked_req: Req | None
     grammar_manager: Any
 
@@ -22,6 +23,7 @@ class SchedulerProtocol(Protocol):
     token_to_kv_pool_allocator: Any
     tree_cache: Any
     page_size: int
+    chunked_prefill_size: int | None
     max_total_num_tokens: int
 
     # Limits of requests.
@@ -35,6 +37,11 @@ class SchedulerProtocol(Protocol):
     schedule_low_priority_values_first: bool
     priority_scheduling_preemption_threshold: int
 
+    # LoRA adapters.
+    enable_lora: bool
+    lora_drainer: Any
+    tp_worker: Any
+
     # How steps run.
     device: Any
     enable_overlap: bool
@@ -43,7 +50,7 @@ class SchedulerProtocol(Protocol):
     forward_stream: Any
     forward_stream_ctx: AbstractContextManager[Any]
     future_map: Any
-    tp_cpu_group: Any
+    attn_tp_cpu_group: Any
 
     # The model and the server.
     model_config: Any
@@ -61,6 +68,9 @@ class SchedulerProtocol(Protocol):
 
     def get_num_allocatable_reqs(self, running_bs: int, *, running_batch: ScheduleBatch) -> int:
         """Requests that may join a running batch of that many."""
+
+    def can_schedule_lora_req(self, req: Req, running_loras: set[str | None]) -> bool:
+        """Whether the request's adapter fits beside others, and is loaded."""
 
     def collect_inflight_reqs(self) -> set[Req]:
         """Every request that has begun and is not in the waiting queue."""

@@ -42,7 +42,7 @@ class RankState:
 
 def is_alone(scheduler: SchedulerProtocol) -> bool:
     """Whether the instance has one rank, which agrees with itself."""
-    size: int = scheduler.tp_cpu_group.size()
+    size: int = scheduler.attn_tp_cpu_group.size()
     return size == 1
 
 
@@ -50,7 +50,7 @@ def agree(scheduler: SchedulerProtocol, *values: float) -> Any:
     """TP rank 0's value on every rank; a list if several are given. Raises: RanksDiverged."""
     if is_alone(scheduler):
         return list(values) if len(values) > 1 else values[0]
-    leads = torch.distributed.get_rank(scheduler.tp_cpu_group) == 0
+    leads = torch.distributed.get_rank(scheduler.attn_tp_cpu_group) == 0
     shared = [_least(scheduler, "value", value if leads else math.inf) for value in values]
     return shared if len(values) > 1 else shared[0]
 
@@ -107,7 +107,7 @@ def _least(scheduler: SchedulerProtocol, what: str, value: float) -> float:
     checksum = zlib.crc32(f"{state.agreements} {what}".encode(), state.failures)
     tensor = torch.tensor([value, checksum, -checksum], dtype=torch.float64)
     op = torch.distributed.ReduceOp.MIN
-    torch.distributed.all_reduce(tensor, op=op, group=scheduler.tp_cpu_group)
+    torch.distributed.all_reduce(tensor, op=op, group=scheduler.attn_tp_cpu_group)
     least, low, high = tensor.tolist()
     if low != -high:
         here = f"here: {state.failed}" if state.failed else "not here"
@@ -121,7 +121,7 @@ def _least(scheduler: SchedulerProtocol, what: str, value: float) -> float:
 
 def from_every_rank(scheduler: SchedulerProtocol, value: str) -> list[str]:
     """Every TP rank's value, in the order of ranks."""
-    group = scheduler.tp_cpu_group
+    group = scheduler.attn_tp_cpu_group
     size = torch.distributed.get_world_size(group)
     if size == 1:
         return [value]

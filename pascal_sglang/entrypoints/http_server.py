@@ -11,8 +11,9 @@ from http import HTTPStatus
 from typing import Any
 
 from pascal_sglang.cluster import status_file
+from pascal_sglang.cluster.control_channel import CONTROL_ENV
 from pascal_sglang.cluster.metric_files import survive_a_full_disk
-from pascal_sglang.cluster.private_folder import remove_all
+from pascal_sglang.cluster.private_folder import remove_all, reserve
 from pascal_sglang.config import LaunchError, PascalConfig
 from pascal_sglang.entrypoints.crash import CrashShutdown, ProcessWatch, end_children
 from pascal_sglang.entrypoints.preflight import check_frontend
@@ -69,6 +70,17 @@ def keep_created_time(original: Callable[[Any], dict[str, Any]], stats: Any) -> 
     SGLang rebases every key that ends in "time" onto the receiver's clock.
     """
     return {**original(stats), "created_time": stats.created_time}
+
+
+def name_control_folder(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around `Engine._launch_scheduler_processes`. With DP attention it starts the schedulers, and
+    not the controller, whose folder they have to know: it is made here then."""
+    from pascal_sglang.instances import instance_count, step_together
+
+    os.environ.pop(CONTROL_ENV, None)
+    if step_together() and instance_count() > 1:
+        os.environ[CONTROL_ENV] = reserve()
+    return original(*args, **kwargs)
 
 
 def run_http_server(

@@ -98,7 +98,7 @@ def check_arguments(argv: list[str]) -> Any:
 
 def check_migrations(config: PascalConfig, server_args: Any) -> None:
     """Refuse a KV transport that was asked for and is not there, and an address of another host."""
-    if not config.can_migrate or server_args.dp_size <= 1:
+    if not config.can_migrate or support.instances_of(server_args) == 1:
         return
     problem = problem_with(config.kv_transport)
     if problem is not None:
@@ -131,7 +131,7 @@ def check_temporary_folder(server_args: Any) -> None:
         folder = tempfile.gettempdir()
     except FileNotFoundError as error:
         raise LaunchError(f"no temporary folder can be written to: {error.strerror}") from None
-    name = LONGEST_NAME if server_args.dp_size > 1 else SGLANG_SOCKET
+    name = LONGEST_NAME if support.instances_of(server_args) > 1 else SGLANG_SOCKET
     allowed = SOCKET_ADDRESS - len(name) - 1
     if (length := len(os.fsencode(folder))) > allowed:
         raise LaunchError(

@@ -2,6 +2,8 @@
 
 import os
 
+from pascal_sglang.older_sglang import install
+
 CPU_PLATFORM = "pascal_cpu"
 
 
@@ -11,5 +13,6 @@ def activate() -> str | None:
     Returns None otherwise, so that SGLang's own detection is untouched by installing the package.
     """
     if os.environ.get("SGLANG_PLATFORM") == CPU_PLATFORM:
+        install()  # The platform's own imports come before any other plugin.
         return "pascal_sglang.platforms.cpu.ReferenceCpuPlatform"
     return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch._dynamo
+from sglang.srt.environ import envs
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
@@ -23,6 +25,27 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def init_backend(self) -> None:
+        """Attention is ours by the names that models ask for: SGLang's PyTorch backend leaves out
+        what they need, and Triton's kernels do not run here.
+
+        SGLang calls this before it imports its models, which bind the kernels of recurrent layers.
+        """
+        from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+        from pascal_sglang.platforms import dp_attention, host_cache, recurrent
+
+        dp_attention.install()
+        # What SGLang compiles on its own would take a C++ compiler and half a minute.
+        torch._dynamo.config.disable = True
+        for name in ("torch_native", "triton"):
+            ATTENTION_BACKENDS[name] = _reference_attention
+        recurrent.install()
+        host_cache.install()
+
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        return True
+
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
 
@@ -33,6 +56,17 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """
         if server_args.dtype == "auto":
             server_args.dtype = "float32"
+        if server_args.dtype == "float32" and not envs.SGLANG_MAMBA_CONV_DTYPE.is_set():
+            # SGLang keeps the last inputs of a convolution as bfloat16 otherwise: a decode step
+            # would not give what a prefill of the same tokens gives.
+            envs.SGLANG_MAMBA_CONV_DTYPE.set("float32")
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         server_args.sleep_on_idle = True
+
+
+def _reference_attention(runner: Any) -> Any:
+    # SGLang's model runner asks for the platform while it is imported.
+    from pascal_sglang.platforms.attention import create
+
+    return create(runner)

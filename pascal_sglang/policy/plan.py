@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -23,6 +23,8 @@ PATIENCE = 16
 MOST_STARTS = 64
 # Requests behind a blocked first in line that a pass looks at.
 BACKFILL_DEPTH = 32
+# Recurrent states, or entries of sliding windows, where a model has none.
+UNLIMITED = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +37,34 @@ class Capacity:
     releasing_tokens: int
     # Request slots.
     slots: int
+    # Recurrent states that are free or can be evicted, or that pauses under way will free.
+    states: int = UNLIMITED
+    # The same of entries in the pool of layers with sliding windows.
+    windows: int = UNLIMITED
 
 
 @dataclass(frozen=True, slots=True)
 class KVAccounting:
-    """KV entries that a start takes and a pause gives back. The engine knows shared prefixes."""
+    """KV entries that a start takes and a pause gives back, and the same of what some models have
+    beside them: recurrent states, and entries of sliding windows. The engine knows shared prefixes.
+    """
 
     required: Callable[[RequestState], int] = lambda r: (
         0 if r.status is RequestStatus.RESIDENT else r.kv_tokens
     )
     reclaimable: Callable[[RequestState], int] = lambda r: r.kv_tokens
+    states_required: Callable[[RequestState], int] = lambda r: 0
+    states_reclaimable: Callable[[RequestState], int] = lambda r: 0
+    windows_required: Callable[[RequestState], int] = lambda r: 0
+    windows_reclaimable: Callable[[RequestState], int] = lambda r: 0
+
+    def required_beside(self, request: RequestState) -> tuple[int, int]:
+        """In the order of `BESIDE`."""
+        return self.states_required(request), self.windows_required(request)
+
+    def reclaimable_beside(self, request: RequestState) -> tuple[int, int]:
+        """In the order of `BESIDE`."""
+        return self.states_reclaimable(request), self.windows_reclaimable(request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +81,17 @@ class Plan:
     spill: tuple[RequestState, ...] = ()
     # The best request that could not start.
     blocked: RequestState | None = None
-    # What that request lacked: `memory`, `slots`, or `rank` where the requests that could give way
+    # What that request lacked, one of `SHORTAGES`: `rank` where the requests that could give way
     # are not of worse rank.
     shortage: str = ""
 
 
 NOTHING = Plan()
-SHORTAGES = ("memory", "slots", "rank")
+# What a request may take beside KV entries and a slot.
+BESIDE = ("states", "windows")
+# By how much each running request's share of them grows until the next plan can react.
+GROWTH_BESIDE = (0, GROWTH)
+SHORTAGES = ("memory", "slots", *BESIDE, "rank")
 
 
 class Planner:
@@ -108,12 +132,13 @@ class Planner:
         what the pause gives back. No request starts beyond memory and slots. The queue is served in
         order, but for `backfill`.
         """
-        budget = (
-            capacity.free_tokens + capacity.releasing_tokens - GROWTH * (len(running) + joining)
-        )
-        if self.is_content(budget):
+        growing = len(running) + joining
+        budget = capacity.free_tokens + capacity.releasing_tokens - GROWTH * growing
+        windows = capacity.windows - GROWTH * growing
+        if self.is_content(min(budget, windows)):
             return NOTHING
-        builder = PlanBuilder(self, running, pass_info, budget, capacity.slots)
+        beside = (capacity.states, windows)
+        builder = PlanBuilder(self, running, pass_info, budget, capacity.slots, beside)
         builder.free_for_decode()
         start: list[RequestState] = []
         blocked: RequestState | None = None
@@ -125,11 +150,14 @@ class Planner:
                     blocked = request  # It has just given way; no request behind it goes first.
                     break
                 need = self.accounting.required(request) + self._headroom(request)
-                if (need > builder.budget or builder.slots < 1) and not builder.make_room_for(
+                if not builder.has_room_for(request, need) and not builder.make_room_for(
                     request, need
                 ):
                     if not running and not joining and not start:
-                        start.append(request)  # An idle instance: let the engine try, or refuse it.
+                        # An idle instance: let the engine try, or refuse it, with all there is.
+                        builder.spill_all(besides=request)
+                        builder.start(request, need)
+                        start.append(request)
                     blocked = request
                     break
                 builder.start(request, need)
@@ -185,7 +213,7 @@ class Planner:
             need = max(self._headroom(request), min(self.tuning.quantum, request.remaining))
             if need <= builder.budget:
                 need += self.accounting.required(request)
-            if need > builder.budget:
+            if not builder.has_room_for(request, need):
                 least = min(least, need)
                 continue
             builder.start(request, need)
@@ -225,12 +253,15 @@ class PlanBuilder:
         pass_info: PassInfo,
         budget: int,
         slots: int,
+        beside: Iterable[int],
     ) -> None:
         self.planner = planner
+        self.accounting = planner.accounting
         self.running = running
         self.pass_info = pass_info
         self.budget = budget
         self.slots = slots
+        self.beside = list(beside)
         self.paused: list[RequestState] = []
         self.parked: list[RequestState] = []
         self.spilled: dict[RequestState, int] = {}
@@ -246,7 +277,26 @@ class PlanBuilder:
         """`request` starts, and `need` KV entries are kept for it."""
         self.budget -= need
         self.slots -= 1
+        self._take(self.accounting.required_beside(request))
         self.starting.add(request)
+
+    def _take(self, beside: Iterable[int]) -> None:
+        for i, amount in enumerate(beside):
+            self.beside[i] -= amount
+
+    def has_room_for(self, request: RequestState, need: int) -> bool:
+        """Whether `request` fits, with `need` KV entries."""
+        fits = need <= self.budget and self.slots >= 1
+        return fits and not any(self._lacking(self.accounting.required_beside(request)))
+
+    def _lacking(self, beside: Iterable[int]) -> list[bool]:
+        return [need > have for need, have in zip(beside, self.beside, strict=True)]
+
+    @property
+    def _is_short(self) -> bool:
+        """Whether the next decode steps do not fit."""
+        grow = zip(self.beside, GROWTH_BESIDE, strict=True)
+        return self.budget < 0 or any(grows and have < 0 for have, grows in grow)
 
     def free_for_decode(self, *, allow_better: bool = False) -> None:
         """Free KV for the next decode steps.
@@ -255,7 +305,7 @@ class PlanBuilder:
         pause the last running request. Until the queue has been served, do not pause a request that
         ranks above it, unless `allow_better`.
         """
-        if self.budget >= 0:
+        if not self._is_short:
             return
         planner, pass_info = self.planner, self.pass_info
         parked = [
@@ -269,7 +319,7 @@ class PlanBuilder:
         def rank(request: RequestState) -> Rank:
             return planner.policy.rank(request, pass_info, planner.tuning)
 
-        while self.budget < 0:
+        while self._is_short:
             runs_worse = bool(parked and running) and rank(running[-1]) > rank(parked[-1])
             if running and len(self.running) - len(self.paused) > 1 and (runs_worse or not parked):
                 self._pause(running.pop())
@@ -282,16 +332,21 @@ class PlanBuilder:
         """Make room for a request that starts, by requests of strictly worse rank alone. If they
         do not suffice, none gives way."""
         planner = self.planner
-        tokens, slots = need - self.budget, 1 - self.slots
-        self.shortage = "slots" if slots > 0 else "memory"
-        spills = self._spills(tokens, besides=request)
-        tokens -= sum(planner.accounting.reclaimable(r) for r in spills)
-        if tokens > 0 or slots > 0:
+        required = self.accounting.required_beside(request)
+        have = (self.budget, *self.beside)
+        lacks = [n - h for n, h in zip((need, *required), have, strict=True)]
+        slots = 1 - self.slots
+        short = [name for name, n in zip(("memory", *BESIDE), lacks, strict=True) if n > 0]
+        self.shortage = "slots" if slots > 0 else short[0]
+        spills = self._spills(lacks, besides=request)
+        for spill in spills:
+            lacks = self._less(lacks, spill)
+        if slots > 0 or max(lacks) > 0:
             rank = planner.policy.rank(request, self.pass_info, planner.tuning)
             if planner.stays_blocked(request, rank, self.pass_info.pass_no):
                 self.shortage = planner.lacked
                 return False
-            victims = self._displaced(rank, tokens, slots)
+            victims = self._displaced(rank, lacks, slots)
             if victims is None:
                 planner.gave_up_on(request, rank, self.pass_info.pass_no, self.shortage)
                 return False
@@ -301,35 +356,59 @@ class PlanBuilder:
             self._spill(spill)
         return True
 
+    def spill_all(self, besides: RequestState) -> None:
+        """All resident requests give way: what they share is counted for none of them."""
+        for request in self._spills((UNLIMITED,) * (1 + len(BESIDE)), besides=besides):
+            self._spill(request)
+
+    def _less(self, lacks: Sequence[int], giving: RequestState, growth: int = 0) -> list[int]:
+        """What is lacking of KV entries and `BESIDE` once `giving` has given way; one that runs
+        does not grow any more either."""
+        given = (self.accounting.reclaimable(giving), *self.accounting.reclaimable_beside(giving))
+        grows = (GROWTH, *GROWTH_BESIDE)
+        return [n - g - growth * more for n, g, more in zip(lacks, given, grows, strict=True)]
+
     def park_what_fits(self) -> None:
         """Keep KV on the device whose memory is not needed after all, best rank first."""
         for victim in reversed(self.paused):
-            if victim.keeps_kv and self._gave[victim] <= self.budget:
-                self.budget -= self._gave[victim]
+            if victim.keeps_kv and self._keeps(victim, self._gave[victim]):
                 self.parked.append(victim)
         for request in reversed(list(self.spilled)):
-            if self.spilled[request] <= self.budget:
-                self.budget -= self.spilled.pop(request)
+            if self._keeps(request, self.spilled[request]):
+                del self.spilled[request]
 
-    def _spills(self, tokens: int, besides: RequestState | None = None) -> list[RequestState]:
-        """The fewest resident requests, worst first, that give back `tokens`, or all of them."""
-        if tokens <= 0 or not self.planner.queue.resident:
+    def _keeps(self, request: RequestState, given: int) -> bool:
+        """Take back what `request` would have given, if nothing needs it."""
+        beside = self.accounting.reclaimable_beside(request)
+        if given > self.budget or any(self._lacking(beside)):
+            return False
+        self.budget -= given
+        self._take(beside)
+        return True
+
+    def _spills(
+        self, lacks: Sequence[int], besides: RequestState | None = None
+    ) -> list[RequestState]:
+        """The fewest resident requests, worst first, that give back what `lacks`, of KV entries and
+        `BESIDE`, or all of them."""
+        if max(lacks) <= 0 or not self.planner.queue.resident:
             return []
         if self._parked is None:
             self._parked = self.planner.queue.resident_worst_first(self.pass_info)
         chosen: list[RequestState] = []
         for request in self._parked:
-            if tokens <= 0:
+            if max(lacks) <= 0:
                 break
             if request is besides or request in self.starting or request in self.spilled:
                 continue
-            chosen.append(request)
-            tokens -= self.planner.accounting.reclaimable(request)
+            if self.planner.accounting.reclaimable(request):
+                chosen.append(request)
+                lacks = self._less(lacks, request)
         return chosen
 
-    def _displaced(self, rank: Rank, tokens: int, slots: int) -> list[RequestState] | None:
-        """The requests that give way to `rank`: as many as give back `tokens` and `slots`. None if
-        those of strictly worse rank do not suffice."""
+    def _displaced(self, rank: Rank, lacks: Sequence[int], slots: int) -> list[RequestState] | None:
+        """The requests that give way to `rank`: as many as give back what `lacks`, of KV entries
+        and `BESIDE`, and `slots`. None if those of strictly worse rank do not suffice."""
         planner = self.planner
         if planner.policy.worst is not None and rank >= planner.policy.worst:
             if any(request.pausable for request in self.running):
@@ -339,7 +418,7 @@ class PlanBuilder:
             if fresh and planner.victims.is_fresh(self.pass_info):
                 break
             taken: list[RequestState] = []
-            left, lacking = tokens, slots
+            left, lacking = lacks, slots
             for victim in self._worst_left(fresh=fresh):
                 victims_rank = planner.policy.rank(victim, self.pass_info, planner.tuning)
                 if victims_rank <= rank:
@@ -348,10 +427,12 @@ class PlanBuilder:
                 if not planner.policy.displaces(rank, victims_rank):
                     self.shortage = "rank"
                     continue
+                if lacking <= 0 and not planner.accounting.reclaimable(victim):
+                    continue
                 taken.append(victim)
-                left -= planner.accounting.reclaimable(victim) + GROWTH
+                left = self._less(left, victim, growth=1)
                 lacking -= 1
-                if left <= 0 and lacking <= 0:
+                if max(left) <= 0 and lacking <= 0:
                     return taken
         return None
 
@@ -370,13 +451,16 @@ class PlanBuilder:
             yield request
 
     def _pause(self, victim: RequestState) -> None:
-        given = self.planner.accounting.reclaimable(victim)
+        given = self.accounting.reclaimable(victim)
         self._gave[victim] = given
         self.paused.append(victim)
         self.budget += given + GROWTH
         self.slots += 1
+        self._take(-n for n in self.accounting.reclaimable_beside(victim))
+        self._take(-n for n in GROWTH_BESIDE)
 
     def _spill(self, request: RequestState) -> None:
-        given = self.planner.accounting.reclaimable(request)
+        given = self.accounting.reclaimable(request)
         self.spilled[request] = given
         self.budget += given
+        self._take(-n for n in self.accounting.reclaimable_beside(request))

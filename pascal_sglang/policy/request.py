@@ -47,6 +47,9 @@ class RequestState:
     pausable: bool = True
     # False: a pause drops its KV, and a prefill makes it again.
     keeps_kv: bool = True
+    # False: a pause keeps its KV, on the device where host memory has no room. It is dropped and
+    # prefilled again only where SGLang would have to do that with a running request.
+    recomputes: bool = True
     # The pass, and its time in seconds, in which the request entered its current status.
     since_pass: int = 0
     since: float = 0.0

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
+from pascal_sglang.seams import installed
 from tests.harness import PASCAL, STOCK, TINY_FLAGS, environment
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +114,7 @@ def altered_copy(tmp_path_factory):
     seams = copy / "patches" / "seams.toml"
     before, symbol, after = seams.read_text().partition(f'"{SYMBOL}"')
     assert symbol
-    head, quote, tail = after.partition('"0.5.23" = "')
+    head, quote, tail = after.partition(f'"{installed().version}" = "')
     seams.write_text(before + symbol + head + quote + "f" * 16 + tail[16:])
     return copy
 

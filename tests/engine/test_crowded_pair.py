@@ -30,7 +30,7 @@ from tests.engine.test_migration import FLOOD, at_rest, flood, nothing_left
 from tests.promql import parsed, queries
 from tests.requests import generate
 
-CROWDED = {"live_migration": False, "chaos": 0.02, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
+CROWDED = {"live_migration": False, "chaos": 0.05, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
 TIGHT = ["--max-total-tokens", "2500", "--chunked-prefill-size", "64", "--dp-size", "2"]
 # Prometheus adds these to what it scrapes.
 TARGET = {"instance", "job"}
@@ -78,10 +78,8 @@ def exported(text):
 
 
 def test_every_query_names_what_is_exported(crowded):
-    """After a flood of those who pause and move, and one request that can do neither."""
-    fixed = generate("Stay", think=5, total=20)
-    fixed["sampling_params"]["frequency_penalty"] = 0.5
-    crowded.post("/generate", fixed)
+    """After a flood of those who pause and move, and one request that does not move."""
+    crowded.post("/generate", generate("Stay", think=5, total=20, session_id="s"))
     found = exported(crowded.get("/metrics"))
     names = {name for name in found if name.startswith("pascal:")}
     assert len(names) > 30

@@ -16,7 +16,7 @@ from pascal_sglang.engine.migration.receive_buffer import SLOTS
 from pascal_sglang.request_ids import MAX_ID
 from tests.doors import check
 from tests.engine.conftest import LATE, SERVE
-from tests.engine.load import run
+from tests.engine.load import LETTERS, run
 from tests.engine.odds import assert_same, odds
 from tests.requests import generate
 
@@ -213,12 +213,38 @@ def test_who_hangs_up_at_any_point_of_a_move_leaves_nothing(flooded):
 
 
 def test_what_cannot_travel_stays_and_says_why(flooded):
-    body = generate("stay", think=6, total=40)
-    body["sampling_params"]["frequency_penalty"] = 0.5
-    flooded.post("/generate", body)
+    flooded.post("/generate", generate("stay", think=6, total=40, session_id="s"))
     unmovable = [i["migrations"]["unmovable"] for i in at_rest(flooded)]
-    assert {reason for counts in unmovable for reason in counts} >= {"penalties"}
+    assert {reason for counts in unmovable for reason in counts} >= {"a session"}
     assert flooded.get("/pascal/status")["support"] == {"level": "move", "lowered_by": []}
+
+
+def test_penalties_and_grammars_travel(flooded):
+    """One body has one answer, wherever and however often it goes on: each instance counts what
+    the others have written, and follows it with a grammar of its own."""
+    kinds = (
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.6},
+        {"repetition_penalty": 1.3},
+        {"min_new_tokens": 100, "stop_token_ids": [*LETTERS], "ignore_eos": False},
+        {"regex": "[a-f]{150}"},
+    )
+    before = total(at_rest(flooded), "outgoing", "moved")
+
+    def answer(job):
+        i, params = job
+        body = generate(f"kind {i}", think=6, total=120, rid=uuid.uuid4().hex)
+        body["sampling_params"] |= params
+        return i, tuple(flooded.post("/generate", body)["output_ids"])
+
+    with ThreadPoolExecutor(15) as pool:
+        answers = set(pool.map(answer, [*enumerate(kinds)] * 6))
+    assert sorted(i for i, _ in answers) == [*range(len(kinds))]
+    instances = at_rest(flooded)
+    assert total(instances, "outgoing", "moved") > before + 10
+    unmovable = {reason for i in instances for reason in i["migrations"]["unmovable"]}
+    assert unmovable <= {"a session"}
+    nothing_left(instances)
 
 
 def test_an_id_of_any_allowed_length_travels(flooded):

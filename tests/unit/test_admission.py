@@ -25,7 +25,8 @@ class World:
     """Four requests in both queues, of which the plan admits the second and the first."""
 
     def __init__(self):
-        self.scheduler = SimpleNamespace(waiting_queue=[])
+        pools = dict.fromkeys(("req_to_token_pool", "token_to_kv_pool_allocator", "tree_cache"))
+        self.scheduler = SimpleNamespace(waiting_queue=[], **pools)
         self.paused_requests = PausedRequests(self.scheduler, None, Costs())
         self.planner = Planner(POLICIES["pascal"], Tuning())
         self.admission = Admission(

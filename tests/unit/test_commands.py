@@ -9,7 +9,6 @@ import pytest
 from evals import compare, page, workload
 from evals.bench import agreement, pair, simulated
 from evals.gpu import check
-from pascal_sglang import plugin
 from pascal_sglang.sim import __main__ as sim
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +54,6 @@ def test_help_of_every_command():
         (agreement.main, ["gone.toml"]),
         (compare.main, ["gone.toml"]),
         (page.main, ["gone.json"]),
-        (plugin.main, ["gone"]),
         (sim.main, ["run", "gone"]),
         (sim.main, ["run", "tiny-live", "--cost", "gone.json"]),
         (simulated.main, ["gone.toml"]),

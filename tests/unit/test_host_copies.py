@@ -5,7 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.allocator.mamba import MambaSlotAllocator
+from sglang.srt.mem_cache.memory_pool import (
+    HybridLinearKVPool,
+    HybridReqToTokenPool,
+    MambaPool,
+    MHATokenToKVPool,
+    MLATokenToKVPool,
+)
 
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
@@ -45,10 +52,30 @@ class Broken:
         raise RuntimeError("the device is gone")
 
 
-def copies_of(pool, room=ENTRIES):
+LAYERS, SLOTS = 3, 6
+
+
+def rows_of(**more):
+    """Request rows with recurrent states, of real classes around buffers of our own."""
+    rows, pool = object.__new__(HybridReqToTokenPool), object.__new__(MambaPool)
+    pool.mamba_cache = MambaPool.State(
+        conv=[torch.rand(LAYERS, SLOTS + 1, 8, 3)], temporal=torch.rand(LAYERS, SLOTS + 1, 2, 4, 4)
+    )
+    pool.replayssm_write_pos = None
+    rows.mamba_pool, rows.mamba_ckpt_pool = pool, None
+    rows.mamba_allocator = MambaSlotAllocator(SLOTS, "cpu")
+    for name, value in more.items():
+        setattr(pool, name, value)
+    return rows
+
+
+def copies_of(pool, room=ENTRIES, rows=None):
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
     scheduler = SimpleNamespace(
-        token_to_kv_pool_allocator=allocator, device="cpu", max_total_num_tokens=ENTRIES - 1
+        token_to_kv_pool_allocator=allocator,
+        req_to_token_pool=rows,
+        device="cpu",
+        max_total_num_tokens=ENTRIES - 1,
     )
     copies = HostCopies(scheduler)
     copies.reserve(room)
@@ -72,6 +99,46 @@ def test_there_and_back_elsewhere(kind, dtype):
     copies.free(kv)
     assert copies.room == ENTRIES
     assert copies.bytes_per_token == sum(b[0].nbytes for b in copies.buffers)
+
+
+def hybrid(pool):
+    """The pool of a model some of whose layers are recurrent."""
+    whole = object.__new__(HybridLinearKVPool)
+    whole.full_kv_pool, whole.mem_usage = pool, pool.mem_usage
+    return whole
+
+
+def test_a_recurrent_state_goes_with_its_kv():
+    rows = rows_of()
+    copies, scheduler = copies_of(hybrid(pool_of(MHATokenToKVPool)), rows=rows)
+    assert copies.room == 0, "no memory for states yet"
+    copies.states.reserve(1)
+    cache = rows.mamba_pool.mamba_cache
+    before = [state.clone() for state in (*cache.conv, cache.temporal)]
+    kept = copies.states.to_host(torch.tensor([4]))
+    assert copies.room == 0, "nothing is copied whose state cannot be"
+    for state in (*cache.conv, cache.temporal):
+        state[:, 4] = 0
+    copies.states.to_device(kept, torch.tensor([2]))
+    assert copies.states.wait(kept)
+    for state, was in zip((*cache.conv, cache.temporal), before, strict=True):
+        assert torch.equal(state[:, 2], was[:, 4])
+        assert torch.equal(state[:, 3], was[:, 3])
+    copies.states.free(kept)
+    assert copies.states.bytes_per_entry == 4 * LAYERS * (8 * 3 + 2 * 4 * 4)
+    before = [state.clone() for state in (*cache.conv, cache.temporal)]
+    assert measure_costs(scheduler, copies).copy_s > 0
+    assert all(map(torch.equal, before, (*cache.conv, cache.temporal)))
+    assert copies.room == ENTRIES
+
+
+@pytest.mark.parametrize(
+    "more", [{"replayssm_write_pos": torch.zeros(1)}, {"_slot_siblings": [object()]}]
+)
+def test_kv_whose_state_is_more_than_we_know_is_not_copied(more):
+    copies, _ = copies_of(hybrid(pool_of(MHATokenToKVPool)), rows=rows_of(**more))
+    assert copies.buffers is None
+    assert copies.room == 0
 
 
 def test_copies_do_not_share_memory():

@@ -87,10 +87,12 @@ class Instance:
         pool, self.said = pool_of(MHATokenToKVPool), []
         self.scheduler = SimpleNamespace(
             token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
+            req_to_token_pool=None,
+            tree_cache=None,
             device="cpu",
             running_batch=SimpleNamespace(reqs=[Request()]),
             enable_overlap=False,
-            tp_cpu_group=SimpleNamespace(size=lambda: 1),
+            attn_tp_cpu_group=SimpleNamespace(size=lambda: 1),
             max_req_len=500,
             _engine_paused=False,
         )
@@ -157,15 +159,15 @@ class Instance:
 def sides(monkeypatch):
     """A source whose request has been granted a move, and the target of it."""
     there = "pascal_sglang.engine"
-    parallel = SimpleNamespace(tp_size=1, dp_rank=0, tp_rank=0)
-    for module in ("migration.outgoing", "migration.incoming", "kv.serializer"):
-        monkeypatch.setattr(f"{there}.{module}.get_parallel", lambda: parallel)
+    parallel = SimpleNamespace(attn_tp_size=1, dp_rank=0, attn_tp_rank=0)
+    for module in ("engine.migration.outgoing", "engine.kv.serializer", "instances"):
+        monkeypatch.setattr(f"pascal_sglang.{module}.get_parallel", lambda: parallel)
     monkeypatch.setattr(f"{there}.migration.outgoing.why_not_migratable", lambda req: None)
     monkeypatch.setattr(f"{there}.migration.outgoing.state_of", lambda req: None)
     monkeypatch.setattr(f"{there}.migration.outgoing.remaining_of", lambda req, member: 20)
     timeline = SimpleNamespace(stopped=lambda why, now: None, last_answer=1.0)
     monkeypatch.setattr(f"{there}.migration.outgoing.timeline_of", lambda req: timeline)
-    snapshot = SimpleNamespace(blocked_since=1.0)
+    snapshot = SimpleNamespace(blocked_since=1.0, grammar=False)
     monkeypatch.setattr(f"{there}.migration.outgoing.export_state", lambda req, since: b"")
     monkeypatch.setattr(f"{there}.migration.incoming.read_snapshot", lambda *_: snapshot)
     monkeypatch.setattr(f"{there}.migration.incoming.import_state", lambda *_: Request())

@@ -110,6 +110,97 @@ def needs(m):
     return 0 if m.status is RequestStatus.RESIDENT else m.kv_tokens
 
 
+# Of a model with recurrent states: a prefill takes three, a request from host memory one.
+STATES = KVAccounting(
+    states_required=lambda m: {RequestStatus.WAITING: 3, RequestStatus.HOST: 1}.get(m.status, 0),
+    states_reclaimable=lambda m: m.status in (RequestStatus.RUNNING, RequestStatus.RESIDENT),
+)
+
+
+@given(policies, situation(), st.integers(0, 9))
+@settings(max_examples=200, deadline=None)
+def test_never_beyond_recurrent_states(policy, case, states):
+    running, others, capacity = case
+    planner = Planner(POLICIES[policy], TUNING, STATES)
+    planner.queue.recount(others)
+    plan = planner.plan(running, dataclasses.replace(capacity, states=states), MOMENT)
+    if not running and len(plan.start) == 1:
+        return
+    gone = [m for m in plan.pause if m not in plan.park] + list(plan.spill)
+    left = states + len(gone) - sum(map(STATES.states_required, plan.start))
+    assert left >= 0
+    assert plan.start or not gone or capacity.free_tokens < GROWTH * len(running)
+
+
+def test_a_state_on_the_device_gives_way_to_one_that_starts():
+    """Memory and slots suffice; of three states that a prefill takes two are free."""
+    pacer = Pacer(TPOT, delivered=50, last_shown=NOW + 9)
+    answer = RequestState(0, pacer, RequestStatus.RESIDENT, Phase.ANSWERING, 50, 100, kv_tokens=100)
+    thinker = RequestState(1, Pacer(TPOT), kv_tokens=30)
+    runs = RequestState(2, Pacer(TPOT), RequestStatus.RUNNING, kv_tokens=30)
+    planner = Planner(POLICIES["pascal"], TUNING, STATES)
+    planner.queue.recount([answer, thinker])
+    plan = planner.plan([runs], Capacity(500, 0, 4, states=2), MOMENT)
+    assert plan.spill == (answer,)
+    assert plan.start == (thinker,)
+    blocked = planner.plan([runs], Capacity(500, 0, 4, states=0), MOMENT)
+    assert (blocked.start, blocked.spill, blocked.shortage) == ((), (), "states")
+
+
+def test_an_idle_instance_gives_all_it_has_to_the_first_in_line():
+    """What two residents share is counted for neither, and is free once both have given way."""
+    pacer = Pacer(TPOT, delivered=50, last_shown=NOW + 9)
+    residents = [
+        RequestState(i, pacer, RequestStatus.RESIDENT, Phase.ANSWERING, 50, 100, kv_tokens=100)
+        for i in range(2)
+    ]
+    thinker = RequestState(2, Pacer(TPOT), kv_tokens=300)
+    planner = Planner(POLICIES["pascal"], TUNING, KVAccounting(reclaimable=lambda _: 100))
+    planner.queue.recount([*residents, thinker])
+    plan = planner.plan([], Capacity(50, 0, 4), MOMENT)
+    assert plan.start == (thinker,)
+    assert set(plan.spill) == set(residents)
+
+
+# Of a model with sliding windows of ten tokens.
+WINDOWS = KVAccounting(
+    windows_required=lambda m: 0 if m.status is RequestStatus.RESIDENT else min(m.kv_tokens, 10),
+    windows_reclaimable=lambda m: min(m.kv_tokens, 10),
+)
+
+
+@given(policies, situation(), st.integers(0, 60))
+@settings(max_examples=200, deadline=None)
+def test_never_beyond_sliding_windows(policy, case, windows):
+    running, others, capacity = case
+    planner = Planner(POLICIES[policy], TUNING, WINDOWS)
+    planner.queue.recount(others)
+    plan = planner.plan(running, dataclasses.replace(capacity, windows=windows), MOMENT)
+    if not plan.start or (not running and len(plan.start) == 1):
+        return
+    gone = [m for m in plan.pause if m not in plan.park] + list(plan.spill)
+    left = windows + sum(map(WINDOWS.windows_reclaimable, gone))
+    growing = len(running) - len(plan.pause)
+    assert sum(map(WINDOWS.windows_required, plan.start)) + GROWTH * growing <= left
+
+
+def test_windows_that_grow_take_from_the_worst():
+    """There is KV enough, but not for the windows of two who decode."""
+    best, worst = (
+        RequestState(i, Pacer(TPOT), RequestStatus.RUNNING, total_tokens=tokens, kv_tokens=30)
+        for i, tokens in enumerate((5, 500))
+    )
+    planner = Planner(POLICIES["pascal"], TUNING, WINDOWS)
+    plan = planner.plan([best, worst], Capacity(500, 0, 4, windows=7), MOMENT)
+    assert (plan.pause, plan.park) == ((worst,), frozenset({worst}))
+    starts = RequestState(2, Pacer(TPOT), kv_tokens=30)
+    planner = Planner(POLICIES["pascal"], TUNING, WINDOWS)
+    planner.queue.recount([starts])
+    best.pausable = False
+    blocked = planner.plan([best], Capacity(500, 0, 4, windows=9), MOMENT)
+    assert (blocked.start, blocked.shortage) == ((), "windows")
+
+
 @given(policies, situation())
 @settings(max_examples=200, deadline=None)
 def test_kv_leaves_the_device_only_for_memory(policy, case):

@@ -33,16 +33,16 @@ class Rows:
 
     def __init__(self, rows):
         self.rows = rows
-        self.freed = []
+        self.given = []
 
     def available_size(self):
         return self.rows
 
     def alloc(self, reqs):
-        return list(range(len(reqs))) if self.rows else None
-
-    def free(self, req):
-        self.freed.append(req)
+        if not self.rows:
+            return None
+        self.given += reqs
+        return list(range(len(reqs)))
 
 
 class Tree:
@@ -68,29 +68,39 @@ class Tree:
 
 
 class Allocator:
-    """KV memory that gives nothing and cannot be copied."""
+    """KV memory of that many entries, which cannot be copied."""
 
     device = "cpu"
+
+    def __init__(self, entries=0):
+        self.entries = entries
 
     def evict_to_free_tokens(self, tree, tokens):
         pass
 
-    def alloc(self, _):
-        return None
+    def alloc(self, entries):
+        if entries > self.entries:
+            return None
+        self.entries -= entries
+        return torch.arange(entries)
+
+    def free_segments(self, segments):
+        self.entries += sum(len(locations) for locations, _ in segments)
 
     def available_size(self):
-        return 0
+        return self.entries
 
 
 class FailingCopies:
     """Host memory for 100 tokens, and a device that copies none."""
 
-    deferred = False
+    deferred = by_row = False
+    states = None
     room = 100
 
-    def to_host(self, locations):
+    def save(self, _, locations, held):
         self.room -= len(locations)
-        return len(locations)
+        return HostCopy(len(locations), 0, None, len(locations))
 
     def wait(self, _):
         return False
@@ -98,17 +108,22 @@ class FailingCopies:
     def free(self, tokens):
         self.room += tokens
 
+    def parts_of(self, copy):
+        return [(self, copy.own)]
 
-def scheduler(rows=1):
+
+def scheduler(rows=1, entries=0):
     return SimpleNamespace(
         waiting_queue=[],
         req_to_token_pool=Rows(rows),
-        token_to_kv_pool_allocator=Allocator(),
+        token_to_kv_pool_allocator=Allocator(entries),
         tree_cache=Tree(),
         page_size=1,
-        tp_cpu_group=SimpleNamespace(size=lambda: 1),
+        attn_tp_cpu_group=SimpleNamespace(size=lambda: 1),
         enable_overlap=True,
         device="cpu",
+        enable_lora=False,
+        last_batch=None,
     )
 
 
@@ -198,16 +213,28 @@ def test_idle_passes_do_not_say_how_long_a_step_takes(executor, monkeypatch):
     assert seen[1] == seen[2] == seen[3] < seen[4]
 
 
-@pytest.mark.parametrize("rows", [0, 1])
-def test_a_resume_the_pool_refuses_leaves_the_request_paused(executor, rows):
-    paused_requests, pool = executor.paused_requests, scheduler(rows)
+@pytest.mark.parametrize(("rows", "entries"), [(0, 10), (1, 0)])
+def test_a_resume_the_pool_refuses_leaves_the_request_paused(executor, rows, entries):
+    paused_requests, pool = executor.paused_requests, scheduler(rows, entries)
     paused_requests.scheduler = paused_requests.pool.scheduler = pool
     request, copy = paused(), HostCopy(tokens=10, shared=0, prefix=None, own=object())
     paused_requests._enter(request, PauseStatus.HOST, copy=copy)
     assert paused_requests.resume(request, SimpleNamespace(reqs=[])) is None
     assert paused_requests.in_status(*PauseStatus) == [request]
     assert paused_requests.copy_of(request) is copy
-    assert pool.req_to_token_pool.freed == ([request] if rows else [])
+    assert pool.req_to_token_pool.given == []
+    assert pool.token_to_kv_pool_allocator.entries == entries
+
+
+def test_what_a_pool_has_by_row_does_not_stay_without_one(executor, monkeypatch):
+    paused_requests, request = executor.paused_requests, paused()
+    request.finished, request.reset_for_retract = lambda: False, lambda: None
+    request.kv = SimpleNamespace(cache_protected_len=0, holds_kv=True, kv_committed_len=10)
+    monkeypatch.setattr(paused_requests.pool, "locations", lambda _: torch.arange(10))
+    monkeypatch.setattr(paused_requests.pool, "release", lambda _: None)
+    paused_requests.copies.by_row = True
+    paused_requests._enter(request, PauseStatus.LEAVING, tier=KVTier.RESIDENT)
+    assert list(paused_requests.finish_pauses()) == [(request, KVTier.RECOMPUTE)]
 
 
 def test_a_copy_that_fails_turns_into_recompute(executor):
@@ -225,18 +252,29 @@ def test_a_copy_that_fails_turns_into_recompute(executor):
     assert paused_requests.counts["copy_failed"] == 1
 
 
+def test_kv_that_no_prefill_would_make_again_stays_where_host_memory_has_no_room(executor):
+    """Until SGLang would have to end a request for want of memory."""
+    paused_requests, request, released = executor.paused_requests, paused(), []
+    request.reset_for_retract = lambda: released.append("reset")
+    request.lock, request.pascal_state.recomputes = None, False
+    request.kv = SimpleNamespace(
+        cache_protected_len=0,
+        kv_committed_len=101,
+        mark_kv_released=lambda: released.append("kv"),
+    )
+    paused_requests._enter(request, PauseStatus.RESIDENT, locations=torch.arange(0))
+    assert not paused_requests.leaves_device(request)
+    assert executor.capacity.reclaimable(SimpleNamespace(handle=request)) == 0
+    paused_requests.copies.room = -1
+    assert paused_requests.spill(request) is KVTier.RESIDENT
+    assert paused_requests.in_status(PauseStatus.RESIDENT) == [request]
+    assert released == []
+    assert paused_requests.spill(request, at_any_price=True) is KVTier.RECOMPUTE
+    assert paused_requests.status_of(request) is None
+    assert released == ["kv", "reset"]
+
+
 def request(**changes):
-    params = {
-        "json_schema": None,
-        "regex": None,
-        "ebnf": None,
-        "structural_tag": None,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-        "repetition_penalty": 1.0,
-        "min_new_tokens": 0,
-        "watermark": None,
-    }
     fields = {
         "beam_group": None,
         "session": None,
@@ -247,9 +285,8 @@ def request(**changes):
         "return_hidden_states": False,
         "grammar": None,
     }
-    params |= {k: v for k, v in changes.items() if k in params}
-    fields |= {k: v for k, v in changes.items() if k in fields}
-    return SimpleNamespace(sampling_params=SimpleNamespace(**params), **fields)
+    params = SimpleNamespace(watermark=changes.pop("watermark", None))
+    return SimpleNamespace(sampling_params=params, **{**fields, **changes})
 
 
 def test_a_plain_request_gets_everything():
@@ -257,28 +294,29 @@ def test_a_plain_request_gets_everything():
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "reason", "recomputes"),
     [
-        ({"beam_group": object()}, "beam"),
-        ({"session_id": "s"}, "session"),
-        ({"lora_id": "l"}, "LoRA"),
-        ({"min_new_tokens": 3}, "penalties"),
-        ({"repetition_penalty": 1.2}, "penalties"),
-        ({"return_hidden_states": True}, "hidden"),
+        ({}, None, True),
+        ({"beam_group": object()}, "beam search", True),
+        ({"session": SimpleNamespace(streaming=True)}, "a streaming session", True),
+        ({"session": SimpleNamespace(streaming=False)}, None, True),
+        ({"multimodal_inputs": object()}, "multimodal inputs", True),
+        ({"lora_id": "l"}, None, True),
+        ({"return_hidden_states": True}, None, False),
+        ({"input_embeds": [[0.5]]}, None, False),
     ],
 )
-def test_what_cannot_be_paused_says_why(change, reason):
+def test_which_requests_are_paused_and_recomputed(change, reason, recomputes):
     found = support.of_request(request(**change))
-    assert found.level < support.Level.RECOMPUTE
-    assert reason in found.reason
+    assert (found.level < Level.RECOMPUTE) == (reason is not None)
+    assert reason is None or found.lowered_by[0] == reason
+    assert (support.first(support.NOT_RECOMPUTED, request(**change)) is None) == recomputes
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
-    [({"regex": "a+"}, "grammar"), ({"grammar": object()}, "grammar"), ({"watermark": 1}, "water")],
+    ("change", "reason"), [({"session_id": "s"}, "session"), ({"watermark": 1}, "water")]
 )
 def test_what_is_paused_and_does_not_move_says_why(change, reason):
-    """Strict thinking gives a grammar to requests that did not ask for one."""
     found = support.of_request(request(**change))
     assert found.level is support.Level.PAUSE
     assert reason in found.reason
@@ -292,15 +330,17 @@ def test_a_request_gets_the_lower_level_of_its_own_and_its_servers(level):
     told = []
     made.decision_log.metrics = SimpleNamespace(unpausable=told.append)
     made.scheduler.enable_priority_scheduling = False
-    for change in ({}, {"regex": "a+"}, {"lora_id": "l"}):
+    for change in ({}, {"session_id": "s"}, {"multimodal_inputs": object()}):
         req = arriving(**change)
         state = made.request_states.arrived(req)
-        own = Level.ORDER if "lora_id" in change else Level.MOVE
+        own = Level.ORDER if "multimodal_inputs" in change else Level.MOVE
         assert state.pausable == (min(level, own) >= Level.RECOMPUTE)
         assert state.keeps_kv == (min(level, own) >= Level.PAUSE)
-    made.request_states.arrived(arriving(rid=f"{HEALTH_CHECK_RID_PREFIX}_1", lora_id="l"))
+    made.request_states.arrived(
+        arriving(rid=f"{HEALTH_CHECK_RID_PREFIX}_1", multimodal_inputs=object())
+    )
     expected = ["--some-flag"] * 2 if level < Level.RECOMPUTE else []
-    assert told == [*expected, "a LoRA adapter"]
+    assert told == [*expected, "multimodal inputs"]
     assert made.request_states.unpausable == Counter(told)
 
 

@@ -109,7 +109,7 @@ def test_a_full_disk_is_counted_and_got_over(tmp_path):
 def test_a_temporary_folder_with_too_long_a_name_is_refused_in_one_line(
     instances, name, monkeypatch
 ):
-    arguments = SimpleNamespace(dp_size=instances)
+    arguments = SimpleNamespace(dp_size=instances, attn_dp_size=1)
     longest = "/" + "x" * (SOCKET_ADDRESS - len(name) - 1)
     monkeypatch.setattr(tempfile, "tempdir", longest)
     check_temporary_folder(arguments)

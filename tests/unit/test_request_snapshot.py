@@ -219,7 +219,6 @@ def test_what_is_not_listed_stays():
     assert why_not_migratable(request()) is None
     for change, why in (
         ({"customized_info": {"a": []}}, "customized output"),
-        ({"grammar": object()}, "a grammar"),
         ({"to_finish": object()}, "its end"),
         ({"session_id": "s"}, "a session"),
         ({"weight_version_events": [1]}, "a change of weights"),

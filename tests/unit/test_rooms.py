@@ -13,7 +13,7 @@ FILES = {
     for package in ("pascal_sglang", "evals")
     for path in (ROOT / package).rglob("*.py")
 }
-ENTRY = {"clock", "config", "handshake"}
+ENTRY = {"clock", "config", "handshake", "instances"}
 # Rooms by their folder, or the name of a file on the top floor: the rooms of this package that each
 # may import, and the libraries.
 PACKAGE = {
@@ -23,7 +23,7 @@ PACKAGE = {
         {"policy", "support", *ENTRY},
         {"mooncake", "msgspec", "orjson", "prometheus_client", "psutil", "sglang", "zmq"},
     ),
-    "engine.kv": ({"clock", "engine", "policy"}, {"sglang", "torch"}),
+    "engine.kv": ({"clock", "engine", "instances", "policy"}, {"sglang", "torch"}),
     "engine.observability": (
         {"clock", "cluster", "engine", "policy", "support"},
         {"prometheus_client", "sglang"},
@@ -47,7 +47,8 @@ PACKAGE = {
         {"fastapi", "psutil", "ray", "sglang", "starlette"},
     ),
     "streaming": ({"clock", "config", "entrypoints"}, {"sglang"}),
-    "platforms": (set(), {"sglang"}),
+    "older_sglang": ({"seams"}, {"msgspec", "sglang"}),
+    "platforms": ({"older_sglang"}, {"sglang", "torch"}),
     "demo": (
         {"config"},
         {"filelock", "safetensors", "sglang", "tokenizers", "torch", "transformers"},

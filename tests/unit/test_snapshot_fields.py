@@ -15,6 +15,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from pascal_sglang.engine.migration import snapshot_fields as fields
 from pascal_sglang.engine.migration.request_snapshot import why_not_migratable
 from pascal_sglang.policy.request import RequestState
+from pascal_sglang.seams import installed, load_seams, supported_versions
 
 
 def in_all(table):
@@ -42,10 +43,24 @@ def request():
     return Req("r", None, array("q", [1]), SamplingParams(max_new_tokens=5), vocab_size=9)
 
 
+# Of older releases: what `older_sglang` gives the name that the newest has for it.
+RENAMED = {
+    "prefix_indices",
+    "extend_range",
+    "lock_receipt",
+    "swa_prefix_lock_released",
+    "mamba_lazy_is_insert",
+}
+IS_NEWEST = installed().version == supported_versions(load_seams())[-1]
+
+
 def assert_decided(found, *decided):
     names = [name for some in decided for name in some]
     assert sorted(names) == sorted(set(names)), "decided on twice"
-    assert set(names) - found == set(), "not in this SGLang"
+    if IS_NEWEST:
+        assert set(names) - found == set(), "not in this SGLang"
+    else:
+        found = found - RENAMED
     assert found - set(names) == set(), "neither carried, rebuilt nor refused: decide on it"
 
 
@@ -71,7 +86,10 @@ def test_every_field_of_its_parts_is_decided_on():
 def test_every_field_of_our_own_is_decided_on():
     """`PhaseTimeline` and `Pacer` travel whole."""
     carried = ("pacer", "phase", "phase_tokens", "total_tokens", "credit")
-    made_here = ("seq", "handle", "pausable", "keeps_kv", "internal", "reader", "priority")
+    made_here = (
+        *("seq", "handle", "pausable", "keeps_kv", "recomputes"),
+        *("internal", "reader", "priority"),
+    )
     of_its_place = ("status", "since", "since_pass", "kv_tokens", "remaining", "head_start")
     of_its_place += ("ran_from", "ticket", "priority_class")
     assert_decided(of(RequestState), carried, made_here, of_its_place)
@@ -96,6 +114,8 @@ def test_a_request_in_which_a_refused_field_is_set_stays():
     ):
         for name in in_all(refused):
             req = request()
+            if not IS_NEWEST and part(req) is req.kv and name not in of(ReqKvInfo):
+                continue
             setattr(part(req), name, [object()])
             assert why_not_migratable(req) is not None, name
     req = request()

@@ -22,7 +22,6 @@ FEATURES = {
     "--speculative-algorithm": "--speculative-algorithm EAGLE",
     "another --speculative-algorithm": "--speculative-algorithm NGRAM",
     "--pp-size above 1": "--pp-size 2",
-    "--enable-dp-attention": "--attn-dp-size 2",
     "--disaggregation-mode": "--disaggregation-mode prefill",
     "--enable-hierarchical-cache": "--enable-hierarchical-cache",
     "--hicache-storage-backend": "--hicache-storage-backend file",
@@ -77,6 +76,7 @@ def test_a_front_end_in_rust_keeps_requests_where_they_are(arguments, monkeypatc
         "",
         "--page-size 64 --kv-cache-dtype fp8_e4m3 --attention-backend flashinfer",
         "--tp-size 2 --chunked-prefill-size 64 --use-ray",
+        "--tp-size 2 --attn-dp-size 2",
     ],
 )
 def test_the_rest_leaves_everything(arguments, flags):
@@ -161,14 +161,22 @@ def test_several_features_leave_what_the_lowest_leaves(some, more):
     ("has", "name"),
     [
         ({"is_generation": False}, "a model that generates nothing"),
-        ({"attn_dp_enabled": True}, "DP attention"),
         ({"is_hybrid_swa": True}, "a pool with sliding windows"),
         ({"is_hybrid_ssm": True}, "a pool of recurrent states (Mamba)"),
     ],
 )
 def test_a_pool_leaves_its_level(has, name):
-    plain = {"is_hybrid_swa": False, "is_hybrid_ssm": False, "attn_dp_enabled": False}
-    scheduler = SimpleNamespace(**{"is_generation": True, **plain, **has})
+    class SWATokenToKVPoolAllocator:
+        swa_req_ring = False
+
+    plain = {
+        "is_generation": True,
+        "is_hybrid_swa": False,
+        "is_hybrid_ssm": False,
+        "token_to_kv_pool_allocator": SWATokenToKVPoolAllocator(),
+        "tp_worker": SimpleNamespace(model_runner=SimpleNamespace(prefill_aware_swa=False)),
+    }
+    scheduler = SimpleNamespace(**{**plain, **has})
     (row,) = [row for row in support.POOLS if row.name == name]
     assert EVERYTHING.under(support.POOLS, scheduler) == Support(row.level, (name,))
 

@@ -32,7 +32,7 @@ def both(monkeypatch):
         def rank(number):
             here.rank = number
             scheduler = SimpleNamespace(
-                tp_cpu_group=SimpleNamespace(size=lambda: 2),
+                attn_tp_cpu_group=SimpleNamespace(size=lambda: 2),
                 token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 7),
             )
             try:
@@ -99,7 +99,7 @@ def test_an_error_in_the_same_place_for_another_request_is_another_one(both):
 
 
 def test_alone_an_error_is_returned_and_nobody_is_met():
-    scheduler = SimpleNamespace(tp_cpu_group=SimpleNamespace(size=lambda: 1))
+    scheduler = SimpleNamespace(attn_tp_cpu_group=SimpleNamespace(size=lambda: 1))
     assert isinstance(catch_on_all_ranks(scheduler, lambda: broken(0)), torch.OutOfMemoryError)
     assert catch_on_all_ranks(scheduler, lambda: None) is None
     assert agree(scheduler, 4.0) == 4.0
@@ -107,8 +107,8 @@ def test_alone_an_error_is_returned_and_nobody_is_met():
 
 def test_a_message_that_fails_on_one_rank_only_ends_the_instance(both, monkeypatch):
     module = "pascal_sglang.engine.migration.manager"
-    parallel = SimpleNamespace(dp_rank=0, dp_size=2)
-    monkeypatch.setattr(f"{module}.get_parallel", lambda: parallel)
+    parallel = SimpleNamespace(dp_rank=0, num_dp_ranks=2)
+    monkeypatch.setattr("pascal_sglang.instances.get_parallel", lambda: parallel)
     monkeypatch.setattr(f"{module}.unpack", lambda data, instances: (1, data))
 
     def work(rank, scheduler):

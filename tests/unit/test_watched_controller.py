@@ -43,13 +43,15 @@ class Process:
 class Scene:
     """A controller in a thread, its tokenizer manager, and two instances."""
 
-    def __init__(self, folder, monkeypatch, **settings):
+    def __init__(self, folder, monkeypatch, *, together=False, **settings):
         monkeypatch.setenv(CONFIG_ENV, PascalConfig(**settings).to_json())
         monkeypatch.setenv(CONTROL_ENV, "")  # Put back afterwards: the controller sets it.
         monkeypatch.setattr(
             controller_module, "get_observability", lambda: SimpleNamespace(enable_metrics=False)
         )
         monkeypatch.setattr(DataParallelController, "__init__", lambda c, _: self.launch(c))
+        watched = "pascal_sglang.cluster.watched_controller"
+        monkeypatch.setattr(f"{watched}.step_together", lambda: together)
         self.context = zmq.Context()
         self.folder = folder
         self.processes = [Process(pid) for pid in (101, 102)]

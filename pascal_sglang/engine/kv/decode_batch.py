@@ -8,6 +8,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.utils.common import async_h2d
 
+from pascal_sglang.engine.penalties import count_outputs
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 
 
@@ -34,6 +35,8 @@ def decoding(req: Req, scheduler: SchedulerProtocol) -> ScheduleBatch:
     )
     batch.prepare_for_prebuilt()
     batch.forward_mode = ForwardMode.DECODE
+    # The next step counts the last one, which goes into it.
+    count_outputs(batch, [req.output_ids[:-1]])
     # Not a blocking copy: the scheduler would wait here for the step in flight.
     last = async_h2d([req.output_ids[-1]], dtype=torch.int64, device=batch.device)
     _relay(batch.req_pool_indices, last, scheduler)

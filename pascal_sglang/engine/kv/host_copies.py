@@ -1,4 +1,5 @@
-"""KV between the device pool and host memory: beside the decoding on CUDA, at once elsewhere."""
+"""KV, windows and recurrent states between the device's pools and host memory: beside the decoding
+on CUDA, at once elsewhere."""
 
 from __future__ import annotations
 
@@ -8,11 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.memory_pool import (
+    HybridLinearKVPool,
+    MHATokenToKVPool,
+    MLATokenToKVPool,
+)
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from pascal_sglang.engine.kv.copy_stream import CopyStream, copy_stream_of
+from pascal_sglang.engine.kv.host_cache import HeldPrefix
 from pascal_sglang.engine.kv.pinning import pin
 from pascal_sglang.engine.kv.range_allocator import RangeAllocator
+from pascal_sglang.engine.kv.recurrent_states import RecurrentStates, recurrent_states_of
+from pascal_sglang.engine.kv.windows import windows_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED
 
@@ -24,10 +34,10 @@ CHUNK = 8192
 
 @dataclass(slots=True)
 class HostKV:
-    """KV of some tokens in host memory, in the pool's own format.
+    """Entries of a pool (KV of some tokens, or one state) in host memory, in the pool's own format.
 
-    parts: one tensor per buffer of the pool, shape (tokens, ...). done: the event after which they
-    are complete; None if they are. start: where they are in the memory of `HostCopies`; None
+    parts: one tensor per buffer of the pool, shape (entries, ...). done: the event after which they
+    are complete; None if they are. start: where they are in the memory of `EntryCopies`; None
     elsewhere. failed: the device did not copy them.
     """
 
@@ -46,12 +56,26 @@ class HostCopy:
     """A paused request's KV in host memory, in the pool's own format.
 
     shared: leading tokens that stood in the prefix cache; `prefix` holds these, `own` the rest.
+    held: the prefix, where the hierarchical cache has it in host memory; `prefix` is None then.
+    state: its recurrent state, for models that have them. before: leading tokens that no layer with
+    a sliding window sees any more; `window_prefix` holds the rest of the shared ones in the pool of
+    such layers, `window` that of the others.
     """
 
     tokens: int
     shared: int
     prefix: HostKV | None
     own: HostKV | None
+    held: HeldPrefix | None = None
+    state: HostKV | None = None
+    before: int = 0
+    window_prefix: HostKV | None = None
+    window: HostKV | None = None
+
+    @property
+    def copied(self) -> int:
+        """Tokens whose KV was copied."""
+        return self.tokens if self.held is None else self.tokens - self.shared
 
     def halves(self) -> list[HostKV]:
         return [half for half in (self.prefix, self.own) if half is not None]
@@ -59,11 +83,12 @@ class HostCopy:
     @property
     def failed(self) -> bool:
         """Whether the device did not copy all of it."""
-        return any(half.failed for half in self.halves())
+        beside = (self.state, self.window_prefix, self.window)
+        return any(p.failed for p in (*self.halves(), *beside) if p is not None)
 
 
-class HostCopies:
-    """Host memory for KV entries of one device pool, and the copies there and back.
+class EntryCopies:
+    """Host memory for entries of one device pool, and the copies there and back.
 
     All of the memory is taken at the start, and on CUDA pinned: pinning costs seconds for tens of
     GB, holds the device up, and fails, if it does, before anybody is served. On CUDA a copy runs on
@@ -72,77 +97,62 @@ class HostCopies:
     whatever its event says, so that ranks go on alike. The stream keeps copies in order, so memory
     that has been given back may be written by the next one at once.
 
-    kept: whether KV is copied at all. buffers: the pool's, each of shape (entries, ...); None for
-    pools whose KV is not copied but recomputed.
+    buffers: the pool's, each of shape (entries, ...); None if its entries are not copied.
     """
 
-    def __init__(self, scheduler: SchedulerProtocol, *, kept: bool = True) -> None:
-        self._scheduler = scheduler
-        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-        self.buffers = _buffers_of(pool) if kept else None
+    def __init__(
+        self, buffers: list[torch.Tensor] | None, stream: CopyStream, *, pins: bool
+    ) -> None:
+        """pins: whether the device reads and writes pinned memory by itself."""
+        self.buffers = buffers
         self._memory: list[torch.Tensor] = []
         self._pieces = RangeAllocator(0)
-        self._stream = copy_stream_of(scheduler) if self.buffers else CopyStream()
-        self.deferred = self._stream.deferred
-        self._pins = str(scheduler.device).startswith("cuda")
-        self._unpinned = False
+        self._stream = stream
+        self.deferred = stream.deferred
+        self._pins = pins
         self._failures = 0
 
     @property
-    def bytes_per_token(self) -> int:
-        """What one KV entry takes in this rank's device pool."""
-        scheduler = self._scheduler
-        if self.buffers is None:
-            pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-            return int(pool.mem_usage * 2**30 / max(1, scheduler.max_total_num_tokens))
+    def bytes_per_entry(self) -> int:
+        """What one entry takes on the device; 0 if entries are not copied."""
         # Not by the pool's own figure: until CUDA graphs are captured that is an upper bound.
-        return sum(buffer[0].nbytes for buffer in self.buffers)
+        return sum(buffer[0].nbytes for buffer in self.buffers or ())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Host memory that has been taken."""
+        return sum(block.nbytes for block in self._memory)
 
     @property
     def room(self) -> int:
-        """Tokens of the largest copy that the memory has room for."""
+        """Entries of the largest copy that the memory has room for."""
         return self._pieces.largest
 
-    def reserve(self, tokens: int) -> None:
-        """Take host memory for `tokens` KV entries. Raises: RuntimeError if there is not enough."""
+    def reserve(self, entries: int) -> None:
+        """Take host memory for that many. Raises: RuntimeError if there is not enough."""
         if self.buffers is None:
             return
         for buffer in self.buffers:
-            block = torch.empty((tokens, *buffer.shape[1:]), dtype=buffer.dtype)
+            block = torch.empty((entries, *buffer.shape[1:]), dtype=buffer.dtype)
             # Not pin_memory=True: that rounds up to a power of two.
             if self._pins and block.nbytes and (failed := pin(block.data_ptr(), block.nbytes)):
-                size = tokens * self.bytes_per_token / 2**30
+                size = entries * self.bytes_per_entry / 2**30
                 raise RuntimeError(
                     f"cannot pin {size:.1f} GiB of host memory for paused KV "
                     f"(CUDA error {failed}); lower --pascal-host-kv-gb"
                 )
             self._memory.append(block)
-        self._pieces = RangeAllocator(tokens)
-
-    def pin(self, memory: memoryview) -> None:
-        """Have the device read and write `memory` by itself; if it cannot be pinned, which is
-        logged once, copies from and to there are waited for."""
-        if not self._pins:
-            return
-        block = torch.frombuffer(memory, dtype=torch.uint8)
-        failed = pin(block.data_ptr(), block.nbytes)
-        if failed and not self._unpinned:
-            self._unpinned = True
-            logger.warning(
-                "pascal_sglang: cannot pin %d bytes for moves (CUDA error %d), which are slower so",
-                memory.nbytes,
-                failed,
-            )
+        self._pieces = RangeAllocator(entries)
 
     def to_host(self, locations: torch.Tensor) -> HostKV:
-        """Begin to copy the entries at `locations`, shape (tokens,), at most `room` of them, which
+        """Begin to copy the entries at `locations`, shape (entries,), at most `room` of them, which
         no step in flight writes. If the device fails, `wait` says so; until the copy is freed its
         memory is taken, as it is on ranks that did not fail."""
-        tokens = len(locations)
-        start = self._pieces.take(tokens)
+        count = len(locations)
+        start = self._pieces.take(count)
         if start is None or self.buffers is None:
-            raise RuntimeError(f"no host memory for {tokens} KV entries")
-        kv = HostKV([block[start : start + tokens] for block in self._memory], start=start)
+            raise RuntimeError(f"no host memory for {count} entries")
+        kv = HostKV([block[start : start + count] for block in self._memory], start=start)
         return self.read(locations, kv)
 
     def read(self, locations: torch.Tensor, kv: HostKV) -> HostKV:
@@ -209,6 +219,141 @@ class HostCopies:
         self._pieces.give(kv.start, kv.tokens)
 
 
+class HostCopies(EntryCopies):
+    """The copies of KV entries, and with them those of recurrent states.
+
+    kept: whether KV is copied at all.
+    buffers: None also if KV is useless without a state or a window that is not copied. states: the
+    copies of states; None for models without recurrent layers. windows: the copies of entries in
+    the pool of layers with sliding windows; None for models without one.
+    """
+
+    states: EntryCopies | None
+    windows: EntryCopies | None
+    # Whether the pool holds a part of a request by its row: without a row it would be lost.
+    by_row = False
+
+    def __init__(self, scheduler: SchedulerProtocol, *, kept: bool = True) -> None:
+        self._scheduler = scheduler
+        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        buffers = _buffers_of(pool) if kept else None
+        slots = recurrent_states_of(scheduler)
+        if slots is not None and slots.buffers is None:
+            buffers = None
+        self._window_pool = windows_of(scheduler)
+        window_buffers = None
+        if self._window_pool is not None and type(pool) is SWAKVPool:
+            window_buffers = _buffers_of(pool.swa_kv_pool)
+            buffers = window_buffers and _buffers_of(pool.full_kv_pool)
+        stream = copy_stream_of(scheduler) if buffers else CopyStream()
+        pins = str(scheduler.device).startswith("cuda")
+        super().__init__(buffers, stream, pins=pins)
+        self.states = self.windows = None
+        if buffers is not None and window_buffers is not None:
+            self.windows = EntryCopies(window_buffers, stream, pins=pins)
+        if buffers is not None and slots is not None:
+            self.states = EntryCopies(slots.buffers, stream, pins=pins)
+        self._unpinned = False
+
+    @property
+    def copies(self) -> bool:
+        """Whether KV is copied at all, or recomputed."""
+        return self.buffers is not None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one KV entry takes in this rank's device pool."""
+        if self.buffers is not None:
+            return self.bytes_per_entry
+        scheduler = self._scheduler
+        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        return int(pool.mem_usage * 2**30 / max(1, scheduler.max_total_num_tokens))
+
+    @property
+    def room(self) -> int:
+        """Tokens of the largest copy that the memory has room for."""
+        if self.states is not None and not self.states.room:
+            return 0
+        if self.windows is not None and self.windows.room < self.window_tokens:
+            return 0
+        return self._pieces.largest
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Host memory that has been taken."""
+        beside = (self.states, self.windows)
+        return super().reserved_bytes + sum(c.reserved_bytes for c in beside if c is not None)
+
+    @property
+    def window_tokens(self) -> int:
+        """Entries of sliding windows that a paused request has at most."""
+        return 0 if self._window_pool is None else self._window_pool.most
+
+    def save(self, req: Req, locations: torch.Tensor, held: HeldPrefix | None = None) -> HostCopy:
+        """Begin to copy what a request has, its KV at `locations`, as `to_host` does, but for a
+        prefix that the hierarchical cache holds."""
+        tokens = len(locations)
+        shared = min(req.kv.cache_protected_len, tokens)
+        prefix = self.to_host(locations[:shared]) if shared and held is None else None
+        own = self.to_host(locations[shared:]) if shared < tokens else None
+        copy = HostCopy(tokens, shared, prefix, own, held)
+        if self.states is not None:
+            copy.state = self.states.to_host(RecurrentStates.location(req))
+        if self.windows is not None and self._window_pool is not None:
+            before = copy.before = self._window_pool.before(tokens)
+            peers = self._window_pool.peers(locations[before:])
+            split = max(0, shared - before)
+            if split:
+                copy.window_prefix = self.windows.to_host(peers[:split])
+            if split < len(peers):
+                copy.window = self.windows.to_host(peers[split:])
+        return copy
+
+    def load(self, req: Req, copy: HostCopy, locations: torch.Tensor, shared: int) -> None:
+        """Begin to write what a request has, its KV to `locations`, as `to_device` does. The first
+        `shared` tokens are there."""
+        if copy.prefix is not None and not shared:
+            self.to_device(copy.prefix, locations[: copy.shared])
+        if copy.own is not None:
+            self.to_device(copy.own, locations[copy.shared :])
+        if copy.state is not None and self.states is not None:
+            # A new slot is cleared in the next step otherwise.
+            req.kv.mamba_needs_clear = False
+            self.states.to_device(copy.state, RecurrentStates.location(req))
+        if self.windows is not None and self._window_pool is not None:
+            peers = self._window_pool.peers(locations[copy.before :])
+            split = max(0, copy.shared - copy.before)
+            if copy.window_prefix is not None and not shared:
+                self.windows.to_device(copy.window_prefix, peers[:split])
+            if copy.window is not None:
+                self.windows.to_device(copy.window, peers[split:])
+
+    def parts_of(self, copy: HostCopy) -> list[tuple[EntryCopies, HostKV]]:
+        """The parts of a request's copy, each with whose memory it is in."""
+        parts: list[tuple[EntryCopies, HostKV]] = [(self, half) for half in copy.halves()]
+        if self.states is not None and copy.state is not None:
+            parts.append((self.states, copy.state))
+        if self.windows is not None:
+            windows = (copy.window_prefix, copy.window)
+            parts += [(self.windows, part) for part in windows if part is not None]
+        return parts
+
+    def pin(self, memory: memoryview) -> None:
+        """Have the device read and write `memory` by itself; if it cannot be pinned, which is
+        logged once, copies from and to there are waited for."""
+        if not self._pins:
+            return
+        block = torch.frombuffer(memory, dtype=torch.uint8)
+        failed = pin(block.data_ptr(), block.nbytes)
+        if failed and not self._unpinned:
+            self._unpinned = True
+            logger.warning(
+                "pascal_sglang: cannot pin %d bytes for moves (CUDA error %d), which are slower so",
+                memory.nbytes,
+                failed,
+            )
+
+
 def _chunks(tokens: int) -> Iterator[slice]:
     for start in range(0, tokens, CHUNK):
         yield slice(start, min(start + CHUNK, tokens))
@@ -221,6 +366,8 @@ def _buffers_of(pool: Any) -> list[torch.Tensor] | None:
     if type(pool) is MHATokenToKVPool:
         plain = pool.kv_cache_layout == "nhd" and not pool.is_quantized_kv_cache
         return [*pool.k_buffer, *pool.v_buffer] if plain else None
+    if type(pool) is HybridLinearKVPool:  # Its other layers have states.
+        return _buffers_of(pool.full_kv_pool)
     if type(pool) is MLATokenToKVPool:
         plain = pool._write_loc_dcp_span == 1 and pool.kv_scale_buffer is None
         return [buffer for buffer in pool.kv_buffer if buffer.shape[0]] if plain else None

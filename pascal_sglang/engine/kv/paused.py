@@ -19,8 +19,11 @@ import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.engine.kv.decode_batch import decoding, joined
-from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
+from pascal_sglang.engine.kv.host_cache import HeldPrefix
+from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy, HostKV
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
+from pascal_sglang.engine.kv.windows import set_before
+from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.kv_tier import Costs, KVTier
@@ -42,7 +45,8 @@ class PauseStatus(Enum):
     | DROPPED | migrates, and its KV here is gone | `end_migration` | none |
 
     From LEAVING, RESIDENT and HOST a request becomes "none" when its KV is to be recomputed: it
-    waits in SGLang's queue then.
+    waits in SGLang's queue then. One whose KV is not recomputed (`RequestState.recomputes`) becomes
+    or stays RESIDENT instead.
     """
 
     LEAVING = "leaving"
@@ -173,6 +177,31 @@ class PausedRequests:
             req.kv.kv_committed_len
             for req in self._by_status[PauseStatus.LEAVING]
             if self._table[req].tier is not KVTier.RESIDENT
+            and (self._table[req].copy is not None or self.leaves_device(req))
+        )
+
+    @property
+    def releasing_states(self) -> int:
+        """Recurrent states that requests on their way out will give back."""
+        states = self.pool.states
+        if states is None:
+            return 0
+        return sum(
+            states.held(req)
+            for req in self._by_status[PauseStatus.LEAVING]
+            if self._table[req].tier is not KVTier.RESIDENT
+        )
+
+    @property
+    def releasing_windows(self) -> int:
+        """Entries of sliding windows that requests on their way out will give back."""
+        windows = self.pool.windows
+        if windows is None:
+            return 0
+        return sum(
+            windows.held(req)
+            for req in self._by_status[PauseStatus.LEAVING]
+            if self._table[req].tier is not KVTier.RESIDENT
         )
 
     def paused(self) -> Iterator[Req]:
@@ -218,45 +247,75 @@ class PausedRequests:
                 self._remove_kv(req)
                 continue
             tier = self._table[req].tier
-            if tier is KVTier.RESIDENT:
-                self._enter(req, PauseStatus.RESIDENT, locations=self.pool.locations(req))
-                self.pool.rows.free(req)
-                self._count(tier, req.kv.kv_committed_len)
-            else:
+            if tier is KVTier.RESIDENT and self.copies.by_row:
+                tier = None
+            if tier is not KVTier.RESIDENT:
                 tokens = req.kv.kv_committed_len
                 started = self._table[req].copy is not None
                 begun = not started and self._begin_copy(req, self.pool.locations(req), tier)
                 if begun and self.copies.deferred:
                     continue
                 tier = self._off_device(req, tokens, self.pool.release)
+            if tier is KVTier.RESIDENT:
+                self._enter(req, PauseStatus.RESIDENT, locations=self.pool.locations(req))
+                self.pool.rows.free(req)
+                self._count(tier, req.kv.kv_committed_len)
             yield req, tier
 
-    def spill(self, req: Req) -> KVTier:
-        """Take the KV of a resident request off the device; returns the tier it went to."""
+    def spill(self, req: Req, *, at_any_price: bool = False) -> KVTier:
+        """Take the KV of a resident request off the device; returns the tier it went to, which is
+        RESIDENT if the KV can neither go to host memory nor, but `at_any_price`, be recomputed."""
         locations = self.locations_of(req)
         self._begin_copy(req, locations, None)
         tier = self._off_device(
-            req, len(locations), lambda r: self.pool.release_rowless(r, locations)
+            req,
+            len(locations),
+            lambda r: self.pool.release_rowless(r, locations),
+            recomputes=at_any_price,
         )
-        self.counts["spilled"] += 1
+        self.counts["spilled"] += tier is not KVTier.RESIDENT
         return tier
+
+    def leaves_device(self, req: Req) -> bool:
+        """Whether a pause of the running request, or a spill of the resident one, can free its
+        memory."""
+        return state_of(req).recomputes or req.kv.kv_committed_len <= self.copies.room
 
     def _begin_copy(self, req: Req, locations: torch.Tensor, tier: KVTier | None) -> bool:
         """Copy the KV to the host if that is the tier and there is room; False where it is to be
         recomputed."""
         tokens, room = len(locations), self.copies.room
-        if (tier or self.costs.cheapest(tokens, room)) is not KVTier.HOST or tokens > room:
-            return False
+        if tier is None and not state_of(req).recomputes:
+            tier = KVTier.HOST
         shared = min(req.kv.cache_protected_len, tokens)
-        prefix = self.copies.to_host(locations[:shared]) if shared else None
-        own = self.copies.to_host(locations[shared:]) if shared < tokens else None
-        self._table[req].copy = HostCopy(tokens, shared, prefix, own)
-        self.host_tokens += tokens
+        held = self._hold_prefix(req, shared, tier)
+        copied = tokens if held is None else tokens - shared
+        if (tier or self.costs.cheapest(copied, room)) is not KVTier.HOST or copied > room:
+            if held is not None and self.pool.host_cache is not None:
+                self.pool.host_cache.release(held)
+            return False
+        self._table[req].copy = self.copies.save(req, locations, held)
+        self.host_tokens += copied
+        self.counts["held_tokens"] += tokens - copied
         return True
 
-    def _off_device(self, req: Req, tokens: int, release: Callable[[Req], None]) -> KVTier:
-        """Give back the device KV of a request, whose copy has begun if there is one."""
+    def _hold_prefix(self, req: Req, shared: int, tier: KVTier | None) -> HeldPrefix | None:
+        """Have the hierarchical cache hold the request's prefix of `shared` tokens, if it can."""
+        host_cache = self.pool.host_cache
+        if host_cache is None or not shared or tier is KVTier.RECOMPUTE:
+            return None
+        return host_cache.hold(req.lock.node) if req.lock is not None else None
+
+    def _off_device(
+        self, req: Req, tokens: int, release: Callable[[Req], None], *, recomputes: bool = False
+    ) -> KVTier:
+        """Give back the device KV of a request, whose copy has begun if there is one. RESIDENT if
+        there is none and the KV is not recomputed: nothing has changed then."""
         copied = self._await_copy(req)
+        # A part that the pool holds by the row is lost with it.
+        recomputes = recomputes or state_of(req).recomputes or self.copies.by_row
+        if not copied and not recomputes:
+            return KVTier.RESIDENT
         release(req)
         if not copied:
             req.reset_for_retract()
@@ -280,7 +339,7 @@ class PausedRequests:
         copy = self._table[req].copy
         if copy is None:
             return False
-        complete = [self.copies.wait(half) for half in copy.halves()]
+        complete = [copies.wait(part) for copies, part in self.copies.parts_of(copy)]
         if all_agree(self.scheduler, all(complete)):
             return True
         self.counts["copy_failed"] += 1
@@ -292,9 +351,11 @@ class PausedRequests:
         paused = self._table[req]
         copy, paused.copy = paused.copy, None
         if copy is not None:
-            self.host_tokens -= copy.tokens
-            for half in copy.halves():
-                self.copies.free(half)
+            self.host_tokens -= copy.copied
+            if copy.held is not None and self.pool.host_cache is not None:
+                self.pool.host_cache.release(copy.held)
+            for copies, part in self.copies.parts_of(copy):
+                copies.free(part)
 
     def _count(self, tier: KVTier, tokens: int) -> None:
         self.counts[tier.value] += 1
@@ -309,7 +370,32 @@ class PausedRequests:
         """Whether a row and the KV entries are to be had now, with `keep_tokens` left over."""
         if not self.pool.rows.available_size():
             return False
+        states = self.pool.states
+        if states is not None and states.free < self.needs_states(req):
+            return False
+        windows = self.pool.windows
+        if windows is not None and windows.free - keep_tokens < self.needs_windows(req):
+            return False
         return self.pool.free_tokens - keep_tokens >= self.needs(req)
+
+    def needs_states(self, req: Req) -> int:
+        """Slots of recurrent states that bringing a paused request back takes."""
+        states = self.pool.states
+        if states is None or self.status_of(req) is not PauseStatus.HOST:
+            return 0
+        return states.for_resume(shares_prefix=self.copy_of(req).shared > 0)
+
+    def needs_windows(self, req: Req) -> int:
+        """Entries of sliding windows that bringing a paused request back takes."""
+        if self.pool.windows is None or self.status_of(req) is not PauseStatus.HOST:
+            return 0
+        copy = self.copy_of(req)
+        whole = self.pool.in_pages(copy.tokens)
+        if copy.shared:
+            prefix = self._shared_prefix(req, copy)
+            if prefix.tokens == copy.shared:
+                return whole - max(copy.before, copy.shared) + prefix.evictable_windows
+        return whole - copy.before
 
     def needs(self, req: Req) -> int:
         """KV entries that bringing a paused request back takes from what is free or evictable."""
@@ -320,7 +406,9 @@ class PausedRequests:
         if not copy.shared:
             return whole
         prefix = self._shared_prefix(req, copy)
-        return whole if prefix.tokens < copy.shared else whole - prefix.tokens + prefix.evictable
+        if copy.held is None and prefix.tokens < copy.shared:
+            return whole
+        return whole - prefix.tokens + prefix.evictable
 
     def _shared_prefix(self, req: Req, copy: HostCopy) -> CachedPrefix:
         """What the device still has of the prefix that the request shared. The plan's match is
@@ -336,7 +424,8 @@ class PausedRequests:
         the next step, or in the one after that if it is `arriving` while others decode.
 
         None if the pool does not give what `can_resume` counted on, and the request stays paused,
-        or if a rank's device fails, and the request is to be recomputed: nothing `holds` it.
+        or if a rank's device fails or the hierarchical cache has lost a prefix, and the request is
+        to be recomputed: nothing `holds` it.
         """
         if self.status_of(req) is PauseStatus.RESIDENT:
             if self.pool.rows.alloc([req]) is None:
@@ -347,6 +436,10 @@ class PausedRequests:
             self.counts["resumed"] += 1
             return joined(running, decoding(req, self.scheduler))
         copy = self.copy_of(req)
+        if copy.held is not None and not self.pool.caches(req, copy.shared):
+            self.counts["lost_prefixes"] += 1
+            self._recompute(req, copy)
+            return None
         if not self._to_device(req, copy):
             return None
         if not all_agree(self.scheduler, not copy.failed):
@@ -371,35 +464,48 @@ class PausedRequests:
 
     def _give_up(self, req: Req, copy: HostCopy) -> None:
         """Give back all that a request holds whose copy did not reach the device on every rank."""
-        for half in copy.halves():
-            self.copies.wait(half)  # Nothing may write there once it is given back.
+        for copies, part in self.copies.parts_of(copy):
+            copies.wait(part)  # Nothing may write there once it is given back.
         self.pool.release(req)
         self.counts["copy_failed"] += 1
+        self._recompute(req, copy)
+
+    def _recompute(self, req: Req, copy: HostCopy) -> None:
+        """Give up a copy that does not bring its request back."""
         self._drop_copy(req)
         self._remove(req)
         req.reset_for_retract()
         self._count(KVTier.RECOMPUTE, copy.tokens)
 
     def _hold_steps(self, copy: HostCopy) -> None:
-        for half in copy.halves():
-            self.copies.hold_steps(half)
+        for copies, part in self.copies.parts_of(copy):
+            copies.hold_steps(part)
 
     def _to_device(self, req: Req, copy: HostCopy) -> bool:
         pool, tokens = self.pool, copy.tokens
         node, shared = pool.tree.root_node_handle(req.extra_key), 0
-        if copy.shared:
+        if copy.held is not None:
+            found = pool.load_prefix(req, copy.shared)
+            if found is None:
+                return False
+            node, loaded = found
+            shared = copy.shared
+            # Also those of others who share it, before this request joins them.
+            self.copies.hold_steps(HostKV([], loaded))
+            self.counts["loaded_prefixes"] += loaded is not None
+        elif copy.shared:
             prefix = self._shared_prefix(req, copy)
             # All of the shared prefix or none: the copy comes in two parts.
             if prefix.tokens == copy.shared:
                 node, shared = prefix.node, copy.shared
-        if pool.rows.alloc([req]) is None:
-            return False
         lock = pool.lock(node) if shared else None  # Before anything is evicted.
-        own = pool.take(tokens - shared)
-        if own is None:
+        before = max(0, copy.before - shared)
+        own = pool.take(tokens - shared, before)
+        if own is None or not pool.take_row(req):
+            if own is not None:
+                pool.give(own, before)
             if lock is not None:
                 pool.unlock(lock)
-            pool.rows.free(req)
             return False
         locations = own
         if shared:
@@ -407,10 +513,9 @@ class PausedRequests:
             locations = torch.cat([path.to(own.dtype), own])
         pool.rows.write((req.kv.req_pool_idx, slice(0, tokens)), locations)
         self._bind_kv(req, tokens, shared, node, lock)
-        if copy.prefix is not None and not shared:
-            self.copies.to_device(copy.prefix, locations[: copy.shared])
-        if copy.own is not None:
-            self.copies.to_device(copy.own, locations[copy.shared :])
+        if before:
+            set_before(req, copy.before)
+        self.copies.load(req, copy, locations, shared)
         return True
 
     def _bind_kv(self, req: Req, tokens: int, shared: int, node: Any, lock: Any) -> None:

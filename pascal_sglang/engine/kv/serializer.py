@@ -29,7 +29,7 @@ class KVSerializer:
         self.copies, self._buffers = copies, buffers
         self.per_token: int = sum(b[0].nbytes for b in buffers)
         shapes = sorted({f"{b.dtype}{tuple(b.shape[1:])}" for b in buffers})
-        ranks = get_parallel().tp_size
+        ranks = get_parallel().attn_tp_size
         self._weights = weights
         self._layout = f"{len(buffers)}x{'+'.join(shapes)} tp{ranks} {model}"
 
@@ -74,5 +74,11 @@ def kv_bytes_of(scheduler: SchedulerProtocol, copies: HostCopies) -> KVSerialize
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     if copies.buffers is None:
         return f"KV in a {type(pool).__name__} of this layout does not travel yet"
+    if copies.states is not None:
+        return "recurrent states do not travel yet"
+    if copies.windows is not None:
+        return "entries of sliding windows do not travel yet"
+    if scheduler.server_args.enable_hierarchical_cache:
+        return "a prefix in the host pool of the hierarchical cache does not travel yet"
     model = str(scheduler.server_args.model_path)
     return KVSerializer(copies, copies.buffers, model, lambda: str(get_serving().weight_version))

@@ -26,6 +26,7 @@ from pascal_sglang.engine.migration.receive_buffer import (
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree, from_every_rank
+from pascal_sglang.instances import instance_count, own_instance
 from pascal_sglang.support import Level, Support
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,12 @@ logger = logging.getLogger(__name__)
 def control_folder(config: PascalConfig) -> str | None:
     """The folder of the control sockets where the controller places this process's requests; None
     otherwise."""
-    return os.environ.get(CONTROL_ENV) if config.places and get_parallel().dp_size > 1 else None
+    return os.environ.get(CONTROL_ENV) if config.places and instance_count() > 1 else None
 
 
 def migration_folder(config: PascalConfig) -> str | None:
     """The folder of the control sockets where this process's requests may move; None otherwise."""
-    return (
-        os.environ.get(CONTROL_ENV) if config.can_migrate and get_parallel().dp_size > 1 else None
-    )
+    return os.environ.get(CONTROL_ENV) if config.can_migrate and instance_count() > 1 else None
 
 
 def build_migrations(
@@ -76,14 +75,12 @@ def build_migrations(
     assert transport is not None
     assert not isinstance(kv, str)
     leads = get_parallel().attn_tp_rank == 0
-    control_sender = Rank0Sender(
-        ControlSender(folder, get_parallel().dp_rank or 0) if leads else None
-    )
+    control_sender = Rank0Sender(ControlSender(folder, own_instance()) if leads else None)
     terms = Terms(live=config.live_migration)
     receive_buffer = ReceiveBuffer(executor.pool, kv, transport.receive_buffer)
     receive_buffers = from_every_rank(scheduler, transport.address)
-    for other in range(get_parallel().dp_size):
-        if other != (get_parallel().dp_rank or 0):
+    for other in range(instance_count()):
+        if other != own_instance():
             control_sender.send(other, [messages.ReceiveBuffers(receive_buffers)])
     prefill_gate = PrefillGate()
     outgoing_migrations = OutgoingMigrations(

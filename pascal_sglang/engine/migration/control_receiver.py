@@ -34,6 +34,13 @@ class PascalRequestReceiver(SchedulerRequestReceiver):
             requests.insert(0, ControlBatch(clock.now(), control_batch))
         return requests
 
+    def _split_work_and_control_reqs(self, recv_reqs: list[Any]) -> tuple[list[Any], list[Any]]:
+        """With DP attention, what is not work goes from the first instance to all of them; a
+        control batch is for its own instance alone."""
+        work, control = SchedulerRequestReceiver._split_work_and_control_reqs(self, recv_reqs)
+        ours = [r for r in control if isinstance(r, ControlBatch)]
+        return [*ours, *work], [r for r in control if not isinstance(r, ControlBatch)]
+
 
 class Rank0Sender:
     """Writes messages on rank 0; on the other ranks it is silent."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.control_channel import CONTROLLER
@@ -19,6 +18,7 @@ from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
 from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
+from pascal_sglang.engine.migration.grammar import restore_grammar
 from pascal_sglang.engine.migration.prefill_gate import HANDOVER_PASSES, PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import ReceiveBuffer, Reservation
 from pascal_sglang.engine.migration.recent_aborts import RecentAborts
@@ -34,6 +34,7 @@ from pascal_sglang.engine.observability.migration_metrics import MigrationMetric
 from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
+from pascal_sglang.instances import own_instance
 from pascal_sglang.policy.request import RequestStatus
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,10 @@ class IncomingMigration(MigrationTarget):
         except (TypeError, ValueError, KeyError, AttributeError):
             logger.exception("pascal_sglang: a request cannot be continued here")
             return "state that cannot be continued"
+        if self.snapshot.grammar:
+            restored = restore_grammar(self.req, scheduler.grammar_manager)
+            if not all_agree(scheduler, restored):
+                return "a grammar that is not ready here"
         return None
 
     def take(self, state: bytes, tokens: int) -> None:
@@ -127,7 +132,7 @@ class IncomingMigrations:
     revoked: Revoked = field(init=False)
     _past: OrderedDict[str, IncomingMigration] = field(default_factory=OrderedDict)
     _recent_aborts: RecentAborts = field(default_factory=RecentAborts)
-    _dp_rank: int = field(default_factory=lambda: get_parallel().dp_rank or 0)
+    _dp_rank: int = field(default_factory=own_instance)
 
     def __post_init__(self) -> None:
         self.revoked = Revoked(scheduler=self.scheduler, states=self.states)

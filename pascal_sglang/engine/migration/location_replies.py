@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from sglang.srt.runtime_context import get_parallel
-
 from pascal_sglang.cluster.codec import BadMessage, unpack
 from pascal_sglang.cluster.messages import LocationQuery
 from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.load_reporter import LoadReporter
 from pascal_sglang.engine.migration.control_receiver import ControlBatch
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
+from pascal_sglang.instances import instance_count
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ class LocationReplies:
         """Answer the controller where no requests move; nothing else is for such an instance."""
         for data in control_batch.messages:
             try:
-                _, message = unpack(data, get_parallel().dp_size)
+                _, message = unpack(data, instance_count())
             except BadMessage as error:
                 logger.warning("pascal_sglang: a control message was none: %s", error)
                 continue

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.codec import BadMessage, unpack
@@ -29,6 +28,7 @@ from pascal_sglang.engine.observability.migration_metrics import MigrationMetric
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, catch_on_all_ranks
+from pascal_sglang.instances import instance_count, own_instance
 from pascal_sglang.policy.running_mean import running_mean
 from pascal_sglang.policy.timeline import Phase
 
@@ -68,8 +68,8 @@ class Migrations:
     # Answers the controller which requests live here.
     locate: Callable[[messages.LocationQuery], None] = lambda query: None
     _dice: random.Random = field(default_factory=lambda: random.Random(0))
-    _dp_rank: int = field(default_factory=lambda: get_parallel().dp_rank or 0)
-    _instances: int = field(default_factory=lambda: get_parallel().dp_size)
+    _dp_rank: int = field(default_factory=own_instance)
+    _instances: int = field(default_factory=instance_count)
 
     def __post_init__(self) -> None:
         self.outgoing_migrations.left = self.gone

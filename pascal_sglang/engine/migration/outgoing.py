@@ -26,6 +26,7 @@ from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
+from pascal_sglang.instances import own_instance
 from pascal_sglang.policy.request import RequestStatus
 
 logger = logging.getLogger(__name__)
@@ -119,8 +120,8 @@ class OutgoingMigrations:
     left: Callable[[Req], None] = lambda req: None
     # The running batch of this pass.
     running: ScheduleBatch | None = None
-    _dp_rank: int = field(default_factory=lambda: get_parallel().dp_rank or 0)
-    _tp_rank: int = field(default_factory=lambda: get_parallel().tp_rank)
+    _dp_rank: int = field(default_factory=own_instance)
+    _tp_rank: int = field(default_factory=lambda: get_parallel().attn_tp_rank)
 
     def open_peer(self, receive_buffers: Sequence[str]) -> None:
         """Open and pin another instance's receive buffer; `receive_buffers` are addresses, by TP

@@ -33,7 +33,7 @@ from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Break, Phase, PhaseTimeline
 
 # Goes up with every change to what the snapshot says.
-VERSION = 3
+VERSION = 4
 
 TokenIds = Annotated[list[Count], msgspec.Meta(min_length=1)]
 
@@ -62,6 +62,8 @@ class RequestSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeline: dict[str, Any]
     pacer: dict[str, Any]
     policy: PolicyState
+    # Whether a grammar follows its output.
+    grammar: bool
     # Seconds; the reader has been kept waiting since then.
     blocked_since: float
     version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
@@ -103,6 +105,7 @@ def export_state(req: Req, blocked_since: float) -> bytes:
             timeline=dataclasses.asdict(timeline_of(req)),
             pacer=dataclasses.asdict(mine.pacer),
             policy=PolicyState(mine.phase, mine.phase_tokens, mine.total_tokens, mine.credit),
+            grammar=req.grammar is not None,
             blocked_since=blocked_since,
             version=VERSION,
         )

@@ -141,7 +141,11 @@ REBUILT: dict[str, tuple[str, ...]] = {
         "mamba_lazy_checkpoint",
     ),
     "was read when the request was sent to its first instance": ("routed_dp_rank",),
-    "counts polls of a grammar, with which a request stays": ("grammar_wait_ct",),
+    "made anew, and given the output so far (`grammar`)": (
+        "grammar",
+        "grammar_key",
+        "grammar_wait_ct",
+    ),
     "follows from `return_hidden_states`, with which a request stays": (
         "return_hidden_states_mode",
     ),
@@ -160,7 +164,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "finished_output",
         "discard_output_reason",
     ),
-    "a grammar": ("grammar", "grammar_key"),
     "beam search": ("beam_group",),
     "a session": ("session", "session_id", "session_generation", "_session_mm_items"),
     "multimodal inputs": (

@@ -131,7 +131,7 @@ class DecisionMetrics:
         self._blocked = counter(
             "blocked_passes",
             "Passes in which the best request in the queue could not start, by what it lacked: "
-            "memory, slots, or rank (no request of worse rank to displace).",
+            "memory, slots, states, windows, or rank (no request of worse rank to displace).",
             "shortage",
         )
         self._unpausable = counter(

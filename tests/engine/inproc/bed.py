@@ -36,8 +36,10 @@ class Outcome:
     finish: SGLang's finish reasons. logprobs: of the output tokens. hidden_states: the number of
     rows of each entry. status: what `GET /pascal/status` says of the instance at the end; empty
     without a configuration. kinds: names of the classes that the scheduler was built of.
-    spec_steps: verification passes; 0 without speculative decoding. free, capacity: KV tokens, the
-    prefix cache's counted as free. log: what the process printed.
+    cached: tokens of the prompt that were not prefilled. loaded: those of them that the
+    hierarchical cache had in host memory. spec_steps: verification passes; 0 without speculative
+    decoding. free, capacity: KV tokens, the prefix cache's counted as free. log: what the process
+    printed.
     """
 
     outputs: list[list[int]]
@@ -46,6 +48,8 @@ class Outcome:
     hidden_states: list[list[int]]
     status: dict[str, Any]
     kinds: dict[str, Any]
+    cached: list[int]
+    loaded: list[int]
     spec_steps: list[int]
     free: int
     capacity: int
@@ -62,12 +66,14 @@ def run(
     settings: Mapping[str, Any] | None = None,
     flags: Sequence[str] = (),
     *,
+    prepare: str | None = None,
     each_pass: str | None = None,
     limit_s: float = RUN_LIMIT_S,
     **env: str,
 ) -> Outcome:
     """Serve `requests` by a scheduler under `settings`, those of `PascalConfig`; stock without.
 
+    prepare: `module:function`, called before the scheduler is built.
     each_pass: `module:function`, called with the scheduler, its requests by id (`r0`, `r1`, ...)
     and the number of the pass.
     Raises: AssertionError with the process's output if a request did not end in time, or if the
@@ -79,6 +85,7 @@ def run(
         asked = {
             "flags": ["--model-path", str(model), *FLAGS, *flags],
             "requests": [asdict(request) for request in requests],
+            "prepare": prepare,
             "each_pass": each_pass,
             "limit_s": limit_s,
         }

@@ -13,16 +13,20 @@ from array import array
 
 from sglang.srt.plugins import load_plugins
 
+from pascal_sglang import older_sglang
+
 AT_A_TIME, EVERY = 4, 3
 
 
 def build(flags):
     """A scheduler from SGLang's flags."""
+    from sglang.srt.arg_groups.lora_hook import check_lora_server_args
     from sglang.srt.managers import scheduler
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
     server_args = prepare_server_args(flags)
+    check_lora_server_args(server_args)
     port_args = PortArgs.init_new(server_args)
     # It has no parent that serves.
     scheduler.kill_itself_when_parent_died = lambda: None
@@ -38,7 +42,7 @@ def build(flags):
 
 def message(scheduler, index, asked):
     """What the tokenizer process would send."""
-    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.managers.io_struct import SessionParams, TokenizedGenerateReqInput
     from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
     from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -61,6 +65,8 @@ def message(scheduler, index, asked):
         "stream": False,
         **asked["options"],
     }
+    if fields.get("session_params") is not None:
+        fields["session_params"] = SessionParams(**fields["session_params"])
     request = TokenizedGenerateReqInput(**fields)
     request.time_stats = APIServerReqTimeStats()
     return request
@@ -107,6 +113,8 @@ class Feeder:
         reqs = [self.reqs[f"r{i}"] for i in range(self.wanted)]
         allocator, tree = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
         status = getattr(scheduler, "pascal_status", dict)()
+        # Of a pool beside one of sliding windows, which the checks on idle count.
+        whole = getattr(allocator, "full_attn_allocator", allocator)
         return {
             "outputs": [list(req.output_ids_through_stop) for req in reqs],
             "finish": [req.finished_reason.to_json() for req in reqs],
@@ -121,9 +129,11 @@ class Feeder:
                 "overlap": bool(scheduler.enable_overlap),
                 "attention": type(scheduler.tp_worker.model_runner.attn_backend).__name__,
             },
+            "cached": [int(req.cached_tokens) for req in reqs],
+            "loaded": [int(req.cached_tokens_host) for req in reqs],
             "spec_steps": [int(getattr(req, "spec_verify_ct", 0) or 0) for req in reqs],
-            "free": int(allocator.available_size() + tree.evictable_size()),
-            "capacity": int(scheduler.max_total_num_tokens),
+            "free": int(whole.available_size() + tree.full_evictable_size()),
+            "capacity": int(whole.size),
         }
 
 
@@ -148,6 +158,9 @@ def main(job, out):
     with open(job) as file:
         asked = json.load(file)
     load_plugins()
+    older_sglang.install(everywhere=True)  # For the extension point that the feeder uses.
+    if asked["prepare"] is not None:
+        _named(asked["prepare"])()
     feeder = Feeder(build(asked["flags"]), asked)
     feeder.scheduler.run_event_loop()
     with open(out, "w") as file:

@@ -1,0 +1,27 @@
+"""Which instance this process belongs to, and of how many.
+
+An instance has requests and KV of its own: a replica (`--dp-size`), or a rank of DP attention
+(`--attn-dp-size`), whose steps the instances take together.
+"""
+
+from __future__ import annotations
+
+from sglang.srt.runtime_context import get_parallel
+
+
+def instance_count() -> int:
+    """Instances of this server."""
+    count: int = get_parallel().num_dp_ranks
+    return count
+
+
+def own_instance() -> int:
+    """The index of this scheduler's instance."""
+    index: int = get_parallel().dp_rank or 0
+    return index
+
+
+def step_together() -> bool:
+    """Whether no instance can go on without the others."""
+    together: bool = get_parallel().attn_dp_enabled
+    return together

@@ -1,0 +1,74 @@
+"""A pool with sliding windows (gpt-oss): pauses on every tier change no token."""
+
+import pytest
+
+from tests.engine.inproc import models
+from tests.engine.inproc.bed import Request, differing, run
+
+CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
+# Entries leave a window while a request runs: SGLang frees them by 128 otherwise.
+INTERVAL = {"SGLANG_SWA_EVICTION_INTERVAL": "8"}
+
+
+def requests(count):
+    """Prompts shorter and longer than a window, half of them with a common beginning."""
+    shared = [97 + i % 26 for i in range(2 * models.WINDOW)]
+    return [
+        Request(
+            ids=[*shared[: 48 * (i % 2)], *(97 + (7 * i + j) % 26 for j in range(8 + 9 * (i % 5)))],
+            params={"max_new_tokens": 25 + 10 * (i % 4)},
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return models.build("gpt_oss", tmp_path_factory.mktemp("gpt_oss"))
+
+
+@pytest.fixture(scope="module")
+def stock(model):
+    flags = [*models.FLAGS["gpt_oss"], "--max-total-tokens", "8192"]
+    return run(model, requests(24), flags=flags, **INTERVAL)
+
+
+def chaos(model, stock, *flags, each_pass=None):
+    flags = (*models.FLAGS["gpt_oss"], "--max-total-tokens", "1280", *flags)
+    paused = run(model, requests(24), CHAOS, flags, each_pass=each_pass, **INTERVAL)
+    assert paused.kinds["allocator"] == "SWATokenToKVPoolAllocator"
+    assert differing(paused, stock) == []
+    assert min(paused.pauses[tier] for tier in ("resident", "host", "recompute")) > 5
+    assert (paused.status["policy_errors"], paused.status["queue_errors"]) == (0, 0)
+    assert paused.free == paused.capacity
+    return paused
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--page-size", "16"),
+        ("--disable-overlap-schedule", "--chunked-prefill-size", "32"),
+        # The windows are the scarce pool.
+        ("--max-total-tokens", "2048", "--swa-full-tokens-ratio", "0.25"),
+    ],
+    ids=["overlap", "pages", "chunks", "few"],
+)
+def test_pauses_change_no_token(model, stock, flags):
+    chaos(model, stock, *flags)
+
+
+def copies_of_the_pool(scheduler, reqs, passes):
+    """SGLang's own copies, to which ours are compared."""
+    from pascal_sglang.engine.kv.pool_copies import PoolCopies
+
+    if passes == 1:
+        copies = scheduler.plan_executor.paused_requests.copies = PoolCopies(scheduler)
+        copies.reserve(4096)
+
+
+def test_copies_by_the_pools_own_code_change_no_token(model, stock):
+    each_pass = "tests.engine.inproc.test_windows:copies_of_the_pool"
+    paused = chaos(model, stock, "--page-size", "16", each_pass=each_pass)
+    assert paused.status["kv_tokens"]["host"] == 0
