@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sglang.srt.arg_groups.fields.schedule import Schedule
 from sglang.srt.environ import envs
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang import scheduling_flags, support
 from pascal_sglang.config import ConfigError, LaunchError, PascalConfig
@@ -19,8 +20,12 @@ from pascal_sglang.support import EVERYTHING, LEVELS, Level, Row, Support
 
 ROOT = Path(__file__).parents[2]
 FEATURES = {
-    "--speculative-algorithm": "--speculative-algorithm EAGLE",
-    "another --speculative-algorithm": "--speculative-algorithm NGRAM",
+    "--speculative-algorithm other than EAGLE, EAGLE3 and STANDALONE": (
+        "--speculative-algorithm NGRAM"
+    ),
+    "--speculative-eagle-topk above 1": "--speculative-eagle-topk 2",
+    "--enable-multi-layer-eagle": "--enable-multi-layer-eagle",
+    "--speculative-use-rejection-sampling": "--speculative-use-rejection-sampling",
     "--pp-size above 1": "--pp-size 2",
     "--disaggregation-mode": "--disaggregation-mode prefill",
     "--enable-hierarchical-cache": "--enable-hierarchical-cache",
@@ -163,6 +168,10 @@ def test_several_features_leave_what_the_lowest_leaves(some, more):
         ({"is_generation": False}, "a model that generates nothing"),
         ({"is_hybrid_swa": True}, "a pool with sliding windows"),
         ({"is_hybrid_ssm": True}, "a pool of recurrent states (Mamba)"),
+        (
+            {"is_hybrid_ssm": True, "spec_algorithm": SpeculativeAlgorithm.EAGLE},
+            "speculative decoding beside windows or recurrent states",
+        ),
     ],
 )
 def test_a_pool_leaves_its_level(has, name):
@@ -173,6 +182,7 @@ def test_a_pool_leaves_its_level(has, name):
         "is_generation": True,
         "is_hybrid_swa": False,
         "is_hybrid_ssm": False,
+        "spec_algorithm": SpeculativeAlgorithm.NONE,
         "token_to_kv_pool_allocator": SWATokenToKVPoolAllocator(),
         "tp_worker": SimpleNamespace(model_runner=SimpleNamespace(prefill_aware_swa=False)),
     }
