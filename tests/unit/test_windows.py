@@ -7,6 +7,7 @@ import torch
 from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import Pool
@@ -44,6 +45,7 @@ def scheduler_of(page):
         device="cpu",
         max_total_num_tokens=size,
         chunked_prefill_size=None,
+        spec_algorithm=SpeculativeAlgorithm.NONE,
     )
 
 
