@@ -222,10 +222,10 @@ class EntryCopies:
 class HostCopies(EntryCopies):
     """The copies of KV entries, and with them those of recurrent states.
 
-    kept: whether KV is copied at all.
-    buffers: None also if KV is useless without a state or a window that is not copied. states: the
-    copies of states; None for models without recurrent layers. windows: the copies of entries in
-    the pool of layers with sliding windows; None for models without one.
+    kept: whether KV is copied at all. buffers: None also if KV is useless without a state or a
+    window that is not copied. states: the copies of states; None for models without recurrent
+    layers. windows: the copies of entries in the pool of layers with sliding windows; None for
+    models without one.
     """
 
     states: EntryCopies | None
@@ -242,7 +242,7 @@ class HostCopies(EntryCopies):
             buffers = None
         self._window_pool = windows_of(scheduler)
         window_buffers = None
-        if self._window_pool is not None and type(pool) is SWAKVPool:
+        if kept and self._window_pool is not None and type(pool) is SWAKVPool:
             window_buffers = _buffers_of(pool.swa_kv_pool)
             buffers = window_buffers and _buffers_of(pool.full_kv_pool)
         stream = copy_stream_of(scheduler) if buffers else CopyStream()
