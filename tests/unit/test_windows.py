@@ -134,3 +134,8 @@ def test_host_memory_for_a_window_is_room_for_a_request():
     copies.reserve(64)
     copies.windows.reserve(copies.window_tokens - 1)
     assert copies.room == 0
+
+
+def test_where_pauses_keep_no_kv_there_is_no_copy():
+    copies = HostCopies(scheduler_of(8), kept=False)
+    assert (copies.copies, copies.windows) == (False, None)
