@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -180,4 +181,17 @@ def test_sampled_requests_run_beside_greedy_ones(servers, references):
     greedy = [i for i in range(24) if i % 3]
     assert [paused.outputs[i] for i in greedy] == [unpaused.outputs[i] for i in greedy]
     assert [len(ids) for ids in paused.outputs] == [len(ids) for ids in unpaused.outputs]
+    assert paused.free == paused.capacity
+
+
+def test_grammars_and_log_probabilities_go_along(servers):
+    model, flags = servers["standalone"]
+    asked = requests(24, regex="[a-h]{15,30}x[a-h]{5,9}", ignore_eos=False)
+    asked[::2] = [replace(each, options={"return_logprob": True}) for each in asked[::2]]
+    alone = run(model, asked, flags=AMPLE)
+    paused = run(model, asked, CHAOS, ["--max-total-tokens", "1800", *flags])
+    assert differing(paused, alone) == []
+    for found, expected in zip(paused.logprobs, alone.logprobs, strict=True):
+        assert found == pytest.approx(expected, abs=1e-3)
+    assert min(paused.pauses[tier] for tier in ("resident", "host", "recompute")) > 5
     assert paused.free == paused.capacity
