@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch._dynamo
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -228,6 +229,9 @@ def create(runner: Any) -> ReferenceAttention:
         _dispatch_mla_subtype,
     )
 
+    # What SGLang compiles on its own would take a C++ compiler and half a minute. Torch keeps this
+    # for each thread: it is said in the one that runs the model.
+    torch._dynamo.config.disable = True
     # Else a prefill of MLA hands keys over that the pool does not hold, without its prefix.
     for name in ("torch_native", "triton"):
         AttentionBackendRegistry.register(name, _dispatch_mla_subtype)

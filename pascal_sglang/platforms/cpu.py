@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import torch._dynamo
 from sglang.srt.environ import envs
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -42,8 +41,6 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         importlib.import_module("sglang.kernels.ops.attention.linear")
         install()  # For what was imported since the platform was chosen.
         dp_attention.install()
-        # What SGLang compiles on its own would take a C++ compiler and half a minute.
-        torch._dynamo.config.disable = True
         for name in ("torch_native", "triton"):
             ATTENTION_BACKENDS[name] = _reference_attention
         recurrent.install()

@@ -1,11 +1,13 @@
 """What stock SGLang answers, once for all engine tests."""
 
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
+from tests.engine.inproc.models import build
 from tests.engine.load import run
 from tests.harness import TINY_FLAGS, Server
 
@@ -23,9 +25,9 @@ def reference(stock_server):
 def serve(tiny_model):
     """Starts the tiny model under a configuration, with SGLang's strict memory checks on.
 
-    warm: by a fork, unless what SGLang reads on import has to be set for it."""
+    warm: by a fork, unless what SGLang reads on import has to be set for it. model: another one."""
 
-    def start(settings, flags, command=SERVE, *, warm=True, **more):
+    def start(settings, flags, command=SERVE, *, warm=True, model=tiny_model, **more):
         env = {
             CONFIG_ENV: PascalConfig(**settings).to_json(),
             "SGLANG_PLATFORM": "pascal_cpu",
@@ -34,7 +36,18 @@ def serve(tiny_model):
             "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
             **more,
         }
-        model = ["--model-path", str(tiny_model)]
-        return Server(command, [*model, *TINY_FLAGS, *flags], env, warm=warm)
+        whole = ["--model-path", str(model), *TINY_FLAGS, *flags]
+        return Server(command, whole, env, warm=warm)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """The folder of a tiny model of a family, made once."""
+
+    @functools.cache
+    def made(name):
+        return build(name, tmp_path_factory.mktemp(name) / "model")
+
+    return made

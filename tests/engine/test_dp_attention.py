@@ -9,13 +9,10 @@ import time
 import psutil
 import pytest
 
-from pascal_sglang.config import CONFIG_ENV, PascalConfig
-from tests.engine.conftest import SERVE
-from tests.engine.inproc.models import FLAGS, build
+from tests.engine.inproc.models import FLAGS
 from tests.engine.load import run
 from tests.engine.stage import Reader
 from tests.engine.test_migration import FLOOD, at_rest, flood
-from tests.harness import TINY_FLAGS, Server
 from tests.requests import generate
 
 FAMILY = "deepseek_v3"
@@ -26,33 +23,16 @@ TIGHT = ["--max-total-tokens", "2500", "--chunked-prefill-size", "64"]
 
 
 @pytest.fixture(scope="module")
-def serve_family(tmp_path_factory):
-    model = build(FAMILY, tmp_path_factory.mktemp(FAMILY) / "model")
-
-    def start(settings, flags):
-        env = {
-            CONFIG_ENV: PascalConfig(**settings).to_json(),
-            "SGLANG_PLATFORM": "pascal_cpu",
-            "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
-            "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
-            "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
-        }
-        whole = ["--model-path", str(model), *TINY_FLAGS, *FLAGS[FAMILY], *flags]
-        return Server(SERVE, whole, env, warm=True)
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def alone(serve_family):
+def alone(serve, family):
     """What one instance without pauses and without DP attention answers."""
-    with serve_family({"policy": "fcfs"}, []) as server:
+    with serve({"policy": "fcfs"}, FLAGS[FAMILY], model=family(FAMILY)) as server:
         return run(server, COUNT)[0]
 
 
 @pytest.fixture(scope="module")
-def together(serve_family):
-    with serve_family({**FLOOD, **CROWDED}, [*TOGETHER, *TIGHT]) as server:
+def together(serve, family):
+    flags = [*FLAGS[FAMILY], *TOGETHER, *TIGHT]
+    with serve({**FLOOD, **CROWDED}, flags, model=family(FAMILY)) as server:
         yield server
 
 

@@ -53,7 +53,7 @@ def at_rest(server):
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         instances = alive(server)
-        moving = [i["migrations"]["out"] + i["migrations"]["in"] for i in instances]
+        moving = [m["out"] + m["in"] for i in instances if (m := i["migrations"]) is not None]
         if not any([*moving, *(i["requests"] or i["paused"] for i in instances)]):
             return instances
         time.sleep(0.2)

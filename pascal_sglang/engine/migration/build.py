@@ -54,10 +54,11 @@ def build_migrations(
     folder = migration_folder(config)
     if folder is None or executor is None:
         return None, support
+    if support.level < Level.MOVE:
+        logger.warning("pascal_sglang: requests do not move here, because of %s", support.reason)
+        return None, support
     kv = kv_bytes_of(scheduler, executor.paused_requests.copies)
     problem = kv if isinstance(kv, str) else None
-    if support.level < Level.MOVE:
-        problem = f"with {support.reason}"
     transport = None
     if problem is None and not isinstance(kv, str):
         try:
