@@ -360,12 +360,20 @@ INSTANCES = (
         "requests reach an instance past the controller",
     ),
 )
+# SGLang hands them to a request that it has made.
+MULTIMODAL = Row(
+    "multimodal inputs",
+    Level.ORDER,
+    lambda r: r.multimodal_inputs is not None,
+    "its features are dropped after the prefill",
+)
 # Of a request (SGLang's `Req`).
 REQUESTS = (
     Row(
         "beam search",
         Level.ORDER,
-        lambda r: r.beam_group is not None,
+        # SGLang makes the group when the request begins.
+        lambda r: (getattr(r.sampling_params, "beam_width", None) or 1) > 1,
         "its members hold rows of their own",
     ),
     Row(
@@ -374,12 +382,7 @@ REQUESTS = (
         lambda r: getattr(r.session, "streaming", False),
         "the session takes the KV of a request that lets go of it, though it will go on",
     ),
-    Row(
-        "multimodal inputs",
-        Level.ORDER,
-        lambda r: r.multimodal_inputs is not None,
-        "its features are dropped after the prefill",
-    ),
+    MULTIMODAL,
     Row(
         "a session",
         Level.PAUSE,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 
@@ -31,7 +32,15 @@ from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.running_mean import running_mean
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline
 from pascal_sglang.request_checks import reader_of
-from pascal_sglang.support import EVERYTHING, NOT_RECOMPUTED, Level, Support, first, of_request
+from pascal_sglang.support import (
+    EVERYTHING,
+    MULTIMODAL,
+    NOT_RECOMPUTED,
+    Level,
+    Support,
+    first,
+    of_request,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +91,11 @@ class RequestStates:
         self._drafts = drafts(scheduler)
         self._arrivals = 0
 
-    def arrived(self, req: Req) -> RequestState:
-        """Make the request's state. Its reader's pace and its priority may come with it."""
+    def arrived(self, req: Req, asked: Any = None) -> RequestState:
+        """Make the request's state. Its reader's pace and its priority may come with it.
+
+        asked: SGLang's message that it was made of, which has inputs that the request gets later.
+        """
         tpot_ms = self.config.answer_tpot_ms_of(req.sampling_params.custom_params)
         self._arrivals += 1
         pacer = Pacer(tpot_ms / 1000)
@@ -97,6 +109,8 @@ class RequestStates:
             handle=req,
         )
         own = of_request(req)
+        if asked is not None and asked.mm_inputs is not None:
+            own = own.lowered(MULTIMODAL.level, MULTIMODAL.name)
         if self._drafts and has_penalties(req.sampling_params):
             # SGLang counts one token of each step there, whichever are accepted.
             own = own.lowered(Level.ORDER, "penalties under speculative decoding")

@@ -194,7 +194,7 @@ class PascalScheduler(OperationsScheduler):
         req = super()._create_generation_req(recv_req, *args, **kwargs)
         self.phase_tracker.arrived(req, getattr(recv_req.time_stats, "created_time", 0.0))
         if self.plan_executor is not None:
-            self.plan_executor.request_states.arrived(req)
+            self.plan_executor.request_states.arrived(req, recv_req)
         return req
 
     def send_control_output(self, output: Any, recv_req: Any) -> None:

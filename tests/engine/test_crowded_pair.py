@@ -78,8 +78,12 @@ def exported(text):
 
 
 def test_every_query_names_what_is_exported(crowded):
-    """After a flood of those who pause and move, and one request that does not move."""
+    """After a flood of those who pause and move, one request that does not move, and one that is
+    not paused either."""
     crowded.post("/generate", generate("Stay", think=5, total=20, session_id="s"))
+    beams = generate("Beams", think=None, total=20)
+    beams["sampling_params"]["beam_width"] = 2
+    crowded.post("/generate", beams)
     found = exported(crowded.get("/metrics"))
     names = {name for name in found if name.startswith("pascal:")}
     assert len(names) > 30

@@ -26,7 +26,7 @@ from pascal_sglang.policy.ranking import PassInfo, Tuning
 from pascal_sglang.policy.registry import POLICIES
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
-from pascal_sglang.support import Level
+from pascal_sglang.support import MULTIMODAL, Level
 
 
 class Rows:
@@ -278,7 +278,6 @@ def test_kv_that_no_prefill_would_make_again_stays_where_host_memory_has_no_room
 
 def request(**changes):
     fields = {
-        "beam_group": None,
         "session": None,
         "session_id": None,
         "multimodal_inputs": None,
@@ -287,7 +286,8 @@ def request(**changes):
         "return_hidden_states": False,
         "grammar": None,
     }
-    params = SimpleNamespace(watermark=changes.pop("watermark", None))
+    names = ("watermark", "beam_width")
+    params = SimpleNamespace(**{name: changes.pop(name, None) for name in names})
     return SimpleNamespace(sampling_params=params, **{**fields, **changes})
 
 
@@ -299,7 +299,7 @@ def test_a_plain_request_gets_everything():
     ("change", "reason", "recomputes"),
     [
         ({}, None, True),
-        ({"beam_group": object()}, "beam search", True),
+        ({"beam_width": 2}, "beam search", True),
         ({"session": SimpleNamespace(streaming=True)}, "a streaming session", True),
         ({"session": SimpleNamespace(streaming=False)}, None, True),
         ({"multimodal_inputs": object()}, "multimodal inputs", True),
@@ -479,3 +479,12 @@ def test_a_resume_matches_its_prefix_once_and_again_only_after_a_change(executor
     executor.pool.changed()
     assert paused_requests.needs(request) == 4
     assert len(matches) == 5
+
+
+@pytest.mark.parametrize("inputs", [None, object()])
+def test_inputs_that_a_request_gets_later_count_when_it_arrives(executor, inputs):
+    executor.scheduler.enable_priority_scheduling = False
+    executor.decision_log.metrics = None
+    state = executor.request_states.arrived(arriving(), SimpleNamespace(mm_inputs=inputs))
+    assert state.pausable == (inputs is None)
+    assert executor.request_states.unpausable == Counter([MULTIMODAL.name] if inputs else [])
