@@ -70,7 +70,8 @@ class Plan:
     """A whole comparison, as its TOML gives it.
 
     model: `tiny`, or one of `pascal_sglang.demo.dummy`, which has no weights: its flags say
-    `--load-format dummy`. pascal_flags: for arms of command `pascal`. targets: ratios to the best
+    `--load-format dummy`. sampling: SGLang's sampling parameters of every request, beside what the
+    workload needs. pascal_flags: for arms of command `pascal`. targets: ratios to the best
     stock arm that the verdict asks for, by the names of `TARGETS`; `violations` is a share of
     requests. sustained_per_s: requests per second that the first arm sustained where the rates were
     chosen; elsewhere they are scaled to what it sustains there. 0: they stand as they are.
@@ -84,6 +85,7 @@ class Plan:
     flags: tuple[str, ...]
     arms: tuple[Arm, ...]
     rates: tuple[Rate, ...]
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     model: str = TINY
     pascal_flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
@@ -121,6 +123,7 @@ class Plan:
             f"{capacity}; {self.preset} x{self.scale:g}, {self.requests} requests a run, "
             f"{self.seeds} {'seed' if self.seeds == 1 else 'seeds'}, reader's pace "
             f"{self.target_tpot_ms:g} ms a token",
+            *([f"sampling: {dict(self.sampling)}"] if self.sampling else []),
             self.loads(),
         ]
 

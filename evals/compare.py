@@ -44,6 +44,7 @@ def target_of(plan: Plan, server: Server, processor: str) -> Target:
         logit_processor=processor,
         request_timeout_s=plan.request_timeout_s,
         run_timeout_s=plan.run_timeout_s,
+        sampling=plan.sampling,
     )
 
 

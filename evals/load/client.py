@@ -10,7 +10,7 @@ import resource
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -39,6 +39,7 @@ class Target:
     max_concurrency: the most requests at one time, None for no bound. One that is held back is due
         when its turn comes, as in `sglang.benchmark.serving`.
     end_of_thinking: the marker as text, to leave thinking out of the next turn of a text prompt.
+    sampling: more of SGLang's sampling parameters, of every request.
     """
 
     base_url: str
@@ -47,6 +48,7 @@ class Target:
     run_timeout_s: float = 600.0
     max_concurrency: int | None = None
     end_of_thinking: str = "</think>"
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,9 @@ class _Talk:
         place, item, _ = self._turns[turn]
         processor = self._target.logit_processor
         rid = self._rids.get(place)
-        return orjson.dumps(request_body(item, place, self._seed, processor, self._said, rid))
+        body = request_body(item, place, self._seed, processor, self._said, rid)
+        body["sampling_params"] |= self._target.sampling
+        return orjson.dumps(body)
 
     async def run(self, body: bytes, start: float) -> None:
         """Send the first turn now and every other its pause after the one before it ended."""

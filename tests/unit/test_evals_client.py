@@ -87,6 +87,18 @@ def test_many_streams_at_once_lose_nothing():
         assert record.arrival_s <= record.sent_s <= record.token_s[0]
 
 
+def test_every_request_has_the_sampling_parameters_that_were_asked_for():
+    seen = []
+
+    async def note(request):
+        seen.append((await request.json())["sampling_params"])
+        return await generate(request)
+
+    send([Item(0.0, 8, 3, 4), Item(0.0, 8, 3, 5)], answers=note, sampling={"presence_penalty": 1.5})
+    assert [params["presence_penalty"] for params in seen] == [1.5, 1.5]
+    assert sorted(params["max_new_tokens"] for params in seen) == [8, 9]
+
+
 def test_what_a_server_tells_of_the_sampled_requests_is_kept():
     items = [Item(0.0, 8, thinking, 4) for thinking in range(1, 21)]
     back = send(items, status)
