@@ -123,9 +123,7 @@ async def open_loop(
                 asked = [(i, items[i], records[i]) for i in turns]
                 talk = _Talk(session, target, gate, seed, asked, rids)
                 body = talk.body(0)
-                await asyncio.sleep(
-                    max(0.0, start + items[turns[0]].arrival_s - time.perf_counter())
-                )
+                await _until(start + items[turns[0]].arrival_s)
                 streams.append(asyncio.create_task(talk.run(body, start)))
                 tasks.append(streams[-1])
             await asyncio.gather(*streams)
@@ -220,7 +218,13 @@ class _Talk:
             later.arrival_s = max(record.token_s, default=record.arrival_s) + item.pause_s
             self._said.answered(reply, record.reasoning_tokens)
             body = self.body(turn + 1)
-            await asyncio.sleep(max(0.0, start + later.arrival_s - time.perf_counter()))
+            await _until(start + later.arrival_s)
+
+
+async def _until(due: float) -> None:
+    """Sleep until then, and not a moment less: the event loop has a clock of its own."""
+    while (left := due - time.perf_counter()) > 0:
+        await asyncio.sleep(left)
 
 
 async def _stream(
