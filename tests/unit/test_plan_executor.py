@@ -276,6 +276,20 @@ def test_kv_that_no_prefill_would_make_again_stays_where_host_memory_has_no_room
     assert released == ["kv", "reset"]
 
 
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_who_stays_on_the_device_gives_nothing_back(executor, recomputes):
+    """No tokens, no recurrent states, no entries of sliding windows."""
+    paused_requests, request = executor.paused_requests, paused()
+    request.pascal_state.recomputes = recomputes
+    request.kv = SimpleNamespace(kv_committed_len=101, kv_allocated_len=101)
+    one = SimpleNamespace(held=lambda req: 1)
+    paused_requests.pool.states = paused_requests.pool.windows = one
+    paused_requests.copies.room = 100
+    paused_requests._enter(request, PauseStatus.LEAVING)
+    assert paused_requests.releasing_tokens == (101 if recomputes else 0)
+    assert paused_requests.releasing_states == paused_requests.releasing_windows == recomputes
+
+
 def request(**changes):
     fields = {
         "session": None,

@@ -183,36 +183,28 @@ class PausedRequests:
     @property
     def releasing_tokens(self) -> int:
         """Device KV that requests on their way out will give back."""
-        return sum(
-            req.kv.kv_allocated_len
-            for req in self._by_status[PauseStatus.LEAVING]
-            if self._table[req].tier is not KVTier.RESIDENT
-            and (self._table[req].copy is not None or self.leaves_device(req))
-        )
+        return sum(req.kv.kv_allocated_len for req in self._giving_back())
 
     @property
     def releasing_states(self) -> int:
         """Recurrent states that requests on their way out will give back."""
         states = self.pool.states
-        if states is None:
-            return 0
-        return sum(
-            states.held(req)
-            for req in self._by_status[PauseStatus.LEAVING]
-            if self._table[req].tier is not KVTier.RESIDENT
-        )
+        return 0 if states is None else sum(map(states.held, self._giving_back()))
 
     @property
     def releasing_windows(self) -> int:
         """Entries of sliding windows that requests on their way out will give back."""
         windows = self.pool.windows
-        if windows is None:
-            return 0
-        return sum(
-            windows.held(req)
-            for req in self._by_status[PauseStatus.LEAVING]
-            if self._table[req].tier is not KVTier.RESIDENT
-        )
+        return 0 if windows is None else sum(map(windows.held, self._giving_back()))
+
+    def _giving_back(self) -> Iterator[Req]:
+        """The requests on their way out that will not stay on the device."""
+        for req in self._by_status[PauseStatus.LEAVING]:
+            paused = self._table[req]
+            if paused.tier is not KVTier.RESIDENT and (
+                paused.copy is not None or self.leaves_device(req)
+            ):
+                yield req
 
     def paused(self) -> Iterator[Req]:
         """The paused requests whose KV can be brought back."""
@@ -297,7 +289,12 @@ class PausedRequests:
     def leaves_device(self, req: Req) -> bool:
         """Whether a pause of the running request, or a spill of the resident one, can free its
         memory."""
-        return state_of(req).recomputes or req.kv.kv_committed_len <= self.copies.room
+        return self._recomputes(req) or req.kv.kv_committed_len <= self.copies.room
+
+    def _recomputes(self, req: Req) -> bool:
+        """Whether the request's KV may be dropped. A part that the pool holds by the row is lost
+        with the row in any case."""
+        return state_of(req).recomputes or self.copies.by_row
 
     def _begin_copy(self, req: Req, locations: torch.Tensor, tier: KVTier | None) -> bool:
         """Copy the KV to the host if that is the tier and there is room; False where it is to be
@@ -336,9 +333,7 @@ class PausedRequests:
         """Give back the device KV of a request, whose copy has begun if there is one. RESIDENT if
         there is none and the KV is not recomputed: nothing has changed then."""
         copied = self._await_copy(req)
-        # A part that the pool holds by the row is lost with it.
-        recomputes = recomputes or state_of(req).recomputes or self.copies.by_row
-        if not copied and not recomputes:
+        if not copied and not (recomputes or self._recomputes(req)):
             return KVTier.RESIDENT
         release(req)
         if not copied:
