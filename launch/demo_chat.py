@@ -14,11 +14,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from openai import APIError, AsyncOpenAI
 
 EXIT_BAD_INPUT = 2
+LAST_WORDS = 15
+OURS = "pascal_sglang: "
 QUESTIONS = (
     "What is the capital of France?",
     "Give me three tips for sleeping well.",
@@ -96,11 +99,18 @@ def get_json(url: str) -> dict[str, Any]:
     return told
 
 
-def wait_until_healthy(base_url: str, server_pid: int | None, timeout: float) -> None:
-    """Poll `/health` until the server answers. Raises ChatError when it dies or is late."""
+def wait_until_healthy(
+    base_url: str, server_pid: int | None, timeout: float, log: Path | None
+) -> None:
+    """Poll `/health` until the server answers. Raises ChatError when it dies or is late.
+
+    log: the server's messages, the last of which are shown when it dies.
+    """
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if server_pid is not None and not alive(server_pid):
+            if log is not None:
+                print("\n".join(messages(log)[-LAST_WORDS:]), file=sys.stderr)
             raise ChatError("the server ended before it was ready; its messages are above")
         try:
             with urllib.request.urlopen(f"{base_url}/health", timeout=5):
@@ -108,6 +118,10 @@ def wait_until_healthy(base_url: str, server_pid: int | None, timeout: float) ->
         except (OSError, http.client.HTTPException):
             time.sleep(1)
     raise ChatError(f"the server was not ready within {timeout:.0f} s")
+
+
+def messages(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()
 
 
 def require_server(base_url: str, server_id: str) -> None:
@@ -160,14 +174,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--api-key", help="the server's key; OPENAI_API_KEY by default")
     parser.add_argument("--server-pid", type=int, help="give up as soon as this process is gone")
     parser.add_argument("--server-id", help="refuse a server that was not started with this id")
+    parser.add_argument("--log", type=Path, help="where that server's messages go")
     parser.add_argument("--timeout", type=float, default=600, help="seconds to wait for the server")
     options = parser.parse_args(argv)
     if options.api_key:
         os.environ["OPENAI_API_KEY"] = options.api_key
     try:
-        wait_until_healthy(options.base_url, options.server_pid, options.timeout)
+        wait_until_healthy(options.base_url, options.server_pid, options.timeout, options.log)
         if options.server_id:
             require_server(options.base_url, options.server_id)
+        if options.log is not None:
+            print("\n".join(line for line in messages(options.log) if line.startswith(OURS)))
         models = get_json(f"{options.base_url}/v1/models")
         asyncio.run(chat_all(options.base_url, models["data"][0]["id"]))
         show_status(options.base_url)

@@ -17,4 +17,4 @@ esac
 cd "$pascal_root"
 exec "$PASCAL_PYTHON" -m pascal_sglang.launch_server \
     --model-path deepseek-ai/DeepSeek-R1-Distill-Qwen-32B --reasoning-parser deepseek-r1 \
-    --dp-size 8 --port 30000 --enable-metrics "$@"
+    --dp-size 8 --port 30000 --enable-metrics --sleep-on-idle "$@"

@@ -25,19 +25,40 @@ pascal_find_python() {
     pascal_die "no Python 3.11 to 3.13 found"
 }
 
+# What pip is doing, from its log: the package it fetches, or how many of all it has unpacked.
+pascal_pip_progress() {
+    local line packages size
+    line="$(grep -aE '^ *(Downloading|Processing|Building wheel|Installing collected)' "$1" | tail -n 1 || true)"
+    case "$line" in
+    *"Installing collected"*)
+        packages="$(find "$pascal_venv"/lib/python*/site-packages -maxdepth 1 -name '*.dist-info' | wc -l)"
+        size="$(du -sh "$pascal_venv" 2>/dev/null | cut -f1)"
+        echo "unpacking: $packages of $(tr ',' '\n' <<<"$line" | wc -l) packages, $size" ;;
+    *Building*) echo "building ${line##*wheel for }" ;;
+    *[![:space:]]*)
+        line="${line#"${line%%[![:space:]]*}"}"
+        size="$(sed -n 's/.*(\([0-9.]* [kMG]B\))$/, \1/p' <<<"$line")"
+        line="${line#* }"
+        line="${line%% *}"
+        echo "fetching $(basename "$line" | cut -d- -f1,2)$size" ;;
+    *) echo "asking the package index" ;;
+    esac
+}
+
 # Runs a pip command with its output in a log and a line of progress every ten seconds, because pip
 # says nothing for minutes while it unpacks torch.
 pascal_pip() {
-    local log="$pascal_venv/install.log" started=$SECONDS
+    local log="$pascal_venv/install.log" started=$SECONDS tick
     at_exit stop_supervised
     supervised "$PASCAL_PYTHON" -m pip --disable-pip-version-check "$@" >"$log" 2>&1
     while kill -0 "$supervised" 2>/dev/null; do
-        local tick=0
+        tick=0
         while [ "$tick" -lt 10 ] && kill -0 "$supervised" 2>/dev/null; do
             sleep 1
             tick=$((tick + 1))
         done
-        kill -0 "$supervised" 2>/dev/null && pascal_say "  $((SECONDS - started)) s, $(du -sh "$pascal_venv" 2>/dev/null | cut -f1) installed: $(tail -n 1 "$log" | cut -c1-70)"
+        kill -0 "$supervised" 2>/dev/null &&
+            pascal_say "  $((SECONDS - started)) s, $(pascal_pip_progress "$log")"
     done
     trap - EXIT HUP INT PIPE TERM
     if ! wait "$supervised"; then

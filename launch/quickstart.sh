@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Serves the demo model on this machine's CPU, sends a few chats, and shows what their user feels.
+# Then the same burst of a dozen requests on little memory, in SGLang's order and in ours.
 #
 #   bash launch/quickstart.sh [--once] [--port N] [any launch_server flag]
 #
-# Leaves the server up until Ctrl-C; with --once it stops after the chats.
+# Leaves the server up until Ctrl-C; with --once it stops after the burst.
 set -euo pipefail
 
 once=false
 port=30000
-flags=()
+# Memory for about half of what the burst needs, so that the order matters. Both may be given anew.
+flags=(--max-total-tokens 640 --context-length 640)
 while [ $# -gt 0 ]; do
     case "$1" in
-    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     --once) once=true ;;
     --port) port="${2:?--port wants a number}"; shift ;;
     --port=*) port="${1#--port=}" ;;
@@ -24,34 +26,52 @@ done
 
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-chat=
+client=
 stop_all() {
-    if [ -n "$supervised" ] && kill -0 "$supervised" 2>/dev/null; then
-        pascal_say "stopping the server" || true
-    fi
+    if [ -n "$supervised" ]; then pascal_say "stopping the servers" || true; fi
     # What bash says of a child that was killed is of no interest.
-    if [ -n "$chat" ]; then { kill "$chat"; wait "$chat"; } 2>/dev/null || true; fi
+    if [ -n "$client" ]; then { kill "$client"; wait "$client"; } 2>/dev/null || true; fi
     stop_supervised
 }
 at_exit stop_all
 
-pascal_say "starting the demo server on http://127.0.0.1:$port (about 40 s; the first time it converts the model)"
-cd "$pascal_root"
-# Shown by the server's status, so that the chats are not another server's on the same port.
-server_id="$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"
-PASCAL_SGLANG_SERVER_ID="$server_id" supervised \
-    "$PASCAL_PYTHON" -m pascal_sglang.launch_server --demo --host 127.0.0.1 --port "$port" \
-    ${flags[@]+"${flags[@]}"}
+# Runs a Python program in the background, because bash notices no signal while it waits for a
+# command in the foreground.
+run() {
+    (close_supervised; exec "$PASCAL_PYTHON" "$@") &
+    client=$!
+    wait "$client" || exit $?
+    client=
+}
 
-# In the background, because bash notices no signal while it waits for a command in the foreground.
-"$PASCAL_PYTHON" launch/demo_chat.py --base-url "http://127.0.0.1:$port" \
-    --server-pid "$supervised" --server-id "$server_id" 8>&- &
-chat=$!
-wait "$chat" || exit $?
-chat=
+# serve LOG FLAGS...: a demo server whose messages go to a file.
+serve() {
+    supervised "$PASCAL_PYTHON" -m pascal_sglang.launch_server --demo --host 127.0.0.1 \
+        --sleep-on-idle ${flags[@]+"${flags[@]}"} "${@:2}" >"$1" 2>&1
+}
+
+cd "$pascal_root"
+run -m pascal_sglang.demo.smollm2 >/dev/null
+logs="$(mktemp -d "${TMPDIR:-/tmp}/pascal_sglang-quickstart-XXXXXX")"
+other="$("$PASCAL_PYTHON" -c 'from evals.load.server import free_port; print(free_port())')"
+pascal_say "starting the demo server on http://127.0.0.1:$port and one in SGLang's order beside it"
+pascal_say "  (about a minute; their messages: $logs/*.log)"
+# Shown by a server's status, so that the chats are not another server's on the same port.
+server_id="$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"
+export PASCAL_SGLANG_SERVER_ID="$server_id"
+serve "$logs/pascal.log" --port "$port"
+server=$supervised
+serve "$logs/fcfs.log" --port "$other" --pascal-policy fcfs
+
+run launch/demo_chat.py --base-url "http://127.0.0.1:$port" \
+    --server-pid "$server" --server-id "$server_id" --log "$logs/pascal.log"
+
+pascal_say "the same dozen requests at once, first in SGLang's order (fcfs), then in ours"
+run -m evals.burst --ready-check-timeout-sec 240 \
+    "fcfs=http://127.0.0.1:$other" "pascal=http://127.0.0.1:$port"
 
 if ! $once; then
     pascal_say "the server stays up; try it with any OpenAI client, or: curl http://127.0.0.1:$port/pascal/status"
     pascal_say "Ctrl-C stops it"
-    wait "$supervised"
+    wait "$server"
 fi

@@ -16,4 +16,4 @@ esac
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$pascal_root"
 exec "$PASCAL_PYTHON" -m pascal_sglang.launch_server \
-    --model-path Qwen/Qwen3-8B --reasoning-parser qwen3 --port 30000 --enable-metrics "$@"
+    --model-path Qwen/Qwen3-8B --reasoning-parser qwen3 --port 30000 --enable-metrics --sleep-on-idle "$@"

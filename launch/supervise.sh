@@ -1,22 +1,35 @@
 # Sourced: commands that end with this shell, whatever ends it. Wants $PASCAL_PYTHON.
 
 supervised=
-supervise_py="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/supervise.py"
+supervised_pids=()
+supervised_pipes=()
+supervise_py="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/../evals/load/supervise.py"
 
 # Starts a command in the background; $supervised is the process that watches it and has its exit
-# code. Descriptor 8 is the pipe that keeps it running: close it (8>&-) for whatever may outlive this
-# shell.
+# code.
 supervised() {
-    exec 8> >(exec "$PASCAL_PYTHON" "$supervise_py" "$@")
+    local pipe
+    exec {pipe}> >(close_supervised; exec "$PASCAL_PYTHON" "$supervise_py" "$@")
     supervised=$!
+    supervised_pids+=("$supervised")
+    supervised_pipes+=("$pipe")
 }
 
-# Stops that command and waits until it is gone.
+# Lets go of the pipes that keep those commands running: call it in the subshell of whatever may
+# outlive this shell.
+close_supervised() {
+    local pipe
+    for pipe in ${supervised_pipes[@]+"${supervised_pipes[@]}"}; do exec {pipe}>&-; done
+    supervised_pipes=()
+}
+
+# Stops those commands and waits until they are gone.
 stop_supervised() {
-    [ -n "$supervised" ] || return 0
-    exec 8>&-
-    wait "$supervised" || true
+    local pid
+    close_supervised
+    for pid in ${supervised_pids[@]+"${supervised_pids[@]}"}; do wait "$pid" || true; done
     supervised=
+    supervised_pids=()
 }
 
 # Runs a function whatever ends this shell, SIGKILL excepted. Its output may have no reader any more;

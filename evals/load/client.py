@@ -40,6 +40,8 @@ class Target:
         when its turn comes, as in `sglang.benchmark.serving`.
     end_of_thinking: the marker as text, to leave thinking out of the next turn of a text prompt.
     sampling: more of SGLang's sampling parameters, of every request.
+    answer_tpot_ms: the reader's pace, told to a server that schedules by it; None leaves it to the
+        server.
     """
 
     base_url: str
@@ -49,6 +51,7 @@ class Target:
     max_concurrency: int | None = None
     end_of_thinking: str = "</think>"
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    answer_tpot_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +197,9 @@ class _Talk:
         rid = self._rids.get(place)
         body = request_body(item, place, self._seed, processor, self._said, rid)
         body["sampling_params"] |= self._target.sampling
+        if self._target.answer_tpot_ms is not None:
+            pace = {"answer_tpot_ms": self._target.answer_tpot_ms}
+            body["sampling_params"]["custom_params"]["pascal"] = pace
         return orjson.dumps(body)
 
     async def run(self, body: bytes, start: float) -> None:

@@ -19,7 +19,7 @@ import psutil
 
 from evals.load import auth
 
-SUPERVISE = Path(__file__).parents[2] / "launch" / "supervise.py"
+SUPERVISE = Path(__file__).with_name("supervise.py")
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 40
 IDLE_TIMEOUT_S = 60

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from evals.load.server import SUPERVISE
 from tests.harness import BASH
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -20,26 +21,28 @@ SERVER = """
 import os, signal, subprocess, sys
 child = subprocess.Popen(["sleep", "60"])
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-with open(os.environ["PIDS"] + ".new", "w") as file:
-    file.write(f"{os.getpid()} {child.pid}")
-os.rename(os.environ["PIDS"] + ".new", os.environ["PIDS"])
+with open(os.environ["PIDS"], "a") as file:
+    file.write(f"{os.getpid()} {child.pid}\\n")
 try:
     child.wait()
 except KeyboardInterrupt:
     sys.exit(0)
 """
-# Waits until the server is there, and then as long as the test says.
+# Waits until both servers are there, and then as long as the test says.
 CHAT = """
 import os, time
-while not os.path.exists(os.environ["PIDS"]):
+from pathlib import Path
+pids = Path(os.environ["PIDS"])
+while not pids.exists() or pids.read_text().count(chr(10)) < 2:
     time.sleep(0.01)
 print("chatting", flush=True)
 time.sleep(float(os.environ["CHAT_S"]))
 """
 PYTHON = f"""#!/usr/bin/env bash
-case "$1" in
--m) exec {sys.executable} -c '{SERVER}' ;;
-launch/demo_chat.py) exec {sys.executable} -c '{CHAT}' ;;
+case "$1 $2" in
+"-m pascal_sglang.launch_server" | "-m evals.gpu.check") exec {sys.executable} -c '{SERVER}' ;;
+"-m "*) exit 0 ;;
+"launch/demo_chat.py "*) exec {sys.executable} -c '{CHAT}' ;;
 *) exec {sys.executable} "$@" ;;
 esac
 """
@@ -160,7 +163,7 @@ def test_no_signal_leaves_the_gpu_check_behind(tmp_path, number):
 
 def supervise(*command, **more):
     return subprocess.Popen(
-        [sys.executable, str(LAUNCH / "supervise.py"), *command],
+        [sys.executable, str(SUPERVISE), *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

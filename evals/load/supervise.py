@@ -1,9 +1,9 @@
 """Runs a command for as long as standard input stays open, then stops all of it.
 
-`python launch/supervise.py [--stop-timeout SECONDS] COMMAND...`. The process that starts this one
-holds the other end of the pipe. The kernel closes that end on every way out of its holder, SIGKILL
-included, so the command never outlives it. The exit code is the command's own, 128 and the signal's
-number after a signal. Needs nothing beyond Python's library.
+`python evals/load/supervise.py [--stop-timeout SECONDS] COMMAND...`. The process that starts this
+one holds the other end of the pipe. The kernel closes that end on every way out of its holder,
+SIGKILL included, so the command never outlives it. The exit code is the command's own, 128 and the
+signal's number after a signal. Needs nothing beyond Python's library.
 """
 
 from __future__ import annotations
