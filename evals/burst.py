@@ -2,8 +2,8 @@
 
 `python -m evals.burst fcfs=http://127.0.0.1:30001 pascal=http://127.0.0.1:30000`. On a terminal the
 picture grows while the requests run. It shows what the client sees: a request that has begun and
-gets no token for half a second is paused, whatever the reason. Exit codes: 0, 1 when a request
-failed, 2 for bad input or no server, 130 after Ctrl-C.
+gets no token in the time of a letter is paused, whatever the reason. Exit codes: 0, 1 when a
+request failed, 2 for bad input or no server, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from evals.reporting.metrics import Request, measure
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 CELL_S = 0.5
+NUMBER_COLUMNS = 4
 REFRESH_S = 0.25
 SPREAD_S = 2.0
 PROMPT_TOKENS = 16
-THINKING_TOKENS = (16, 56)
-ANSWER_TOKENS = (32, 56)
+THINKING_TOKENS = (16, 48)
+ANSWER_TOKENS = (24, 48)
 ALONE = Item(arrival_s=0.0, prompt_tokens=PROMPT_TOKENS, thinking_tokens=4, answer_tokens=8)
 # The reader takes a token in the time in which the server, alone with it, decodes this many.
 READER_SLOWER = 4.0
@@ -71,15 +72,15 @@ def burst(requests: int, seed: int) -> list[Item]:
     ]
 
 
-def cells(record: Record, until_s: float) -> Iterator[str]:
-    """What a request was seen to do in each `CELL_S` seconds of the run, up to `until_s`; an empty
+def cells(record: Record, until_s: float, cell_s: float = CELL_S) -> Iterator[str]:
+    """What a request was seen to do in each `cell_s` seconds of the run, up to `until_s`; an empty
     text before it was sent and after its last token."""
     sent = record.sent_s
     ended = record.error is not None or record.finished
     last_s = record.token_s[-1] if record.token_s else 0.0
     place = 0
     for cell in itertools.count():
-        start_s, end_s = cell * CELL_S, (cell + 1) * CELL_S
+        start_s, end_s = cell * cell_s, (cell + 1) * cell_s
         if start_s >= until_s:
             return
         before = place
@@ -93,26 +94,35 @@ def cells(record: Record, until_s: float) -> Iterator[str]:
             yield "paused" if place else "queued"
 
 
-def row(number: int, record: Record, until_s: float) -> Text:
-    line = Text(f"{number:3d} ", style="dim")
-    for kind in cells(record, until_s):
+def cell_length(until_s: float, columns: int) -> float:
+    """Seconds of a letter with which a run fits into a line."""
+    cell_s = CELL_S
+    while until_s / cell_s > columns - NUMBER_COLUMNS:
+        cell_s *= 2
+    return cell_s
+
+
+def row(number: int, record: Record, until_s: float, cell_s: float = CELL_S) -> Text:
+    line = Text(f"{number:3d} ", no_wrap=True)
+    for kind in cells(record, until_s, cell_s):
         line.append(*LOOK.get(kind, (" ", "")))
     if record.error is not None:
         line.append(f" {record.error}", "red")
     return line
 
 
-def picture(arm: Arm, records: Sequence[Record], until_s: float) -> Group:
+def picture(arm: Arm, records: Sequence[Record], until_s: float, columns: int) -> Group:
     """A line a request."""
-    title = Text(f"{arm.name}", "bold")
-    return Group(title, *(row(n, record, until_s) for n, record in enumerate(records, 1)))
+    cell_s = cell_length(until_s, columns)
+    title = Text(arm.name, "bold").append(f"  (a letter is {cell_s:g} s)", "dim")
+    return Group(title, *(row(n, record, until_s, cell_s) for n, record in enumerate(records, 1)))
 
 
 def legend(tpot_s: float) -> Text:
-    line = Text("each letter is half a second: ")
+    line = Text()
     for kind, (letter, style) in LOOK.items():
-        line.append(letter, style).append(f" {kind}  ")
-    return line.append(f"(a reader takes {1 / tpot_s:.1f} tokens a second)", "dim")
+        line.append(letter, style).append(f" {kind}   ")
+    return line.append(f"a reader takes {1 / tpot_s:.1f} tokens a second", "dim")
 
 
 async def send(items: Sequence[Item], arm: Arm, target: Target, console: Console) -> list[Record]:
@@ -124,9 +134,11 @@ async def send(items: Sequence[Item], arm: Arm, target: Target, console: Console
     with Live(console=console, auto_refresh=False) as live:
         while not sending.done():
             await asyncio.wait({sending}, timeout=REFRESH_S)
-            live.update(picture(arm, records, loop.time() - start), refresh=True)
-        seen = [record.token_s[-1] for record in records if record.token_s]
-        live.update(picture(arm, records, max(seen, default=0.0)), refresh=True)
+            shown = picture(arm, records, loop.time() - start, console.width)
+            live.update(shown, refresh=console.is_terminal)
+        last_s = max((record.token_s[-1] for record in records if record.token_s), default=0.0)
+        live.update(picture(arm, records, last_s, console.width), refresh=True)
+    console.print()
     await sending
     return records
 
@@ -169,7 +181,6 @@ def run(asked: argparse.Namespace, console: Console) -> int:
         figures = [measure(r, item, None, tpot_s) for r, item in zip(records, items, strict=True)]
         failed |= any(not figure.ok for figure in figures)
         lines.append(summary(arm, figures))
-    console.print()
     for line in lines:
         console.print(line, highlight=False)
     return EXIT_FAILED if failed else 0

@@ -67,6 +67,7 @@ run launch/demo_chat.py --base-url "http://127.0.0.1:$port" \
     --server-pid "$server" --server-id "$server_id" --log "$logs/pascal.log"
 
 pascal_say "the same dozen requests at once, first in SGLang's order (fcfs), then in ours"
+pascal_say "  (as a page: http://127.0.0.1:$port/pascal/)"
 run -m evals.burst --ready-check-timeout-sec 240 \
     "fcfs=http://127.0.0.1:$other" "pascal=http://127.0.0.1:$port"
 

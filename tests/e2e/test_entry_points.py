@@ -1,7 +1,8 @@
-"""The quickstart as its user has it: a key, chats, and Ctrl-C when nobody reads any more."""
+"""The quickstart as its user has it: a key, chats, a burst, and Ctrl-C when nobody reads."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tests.harness import BASH, environment
 
 QUICKSTART = Path(__file__).parents[2] / "launch" / "quickstart.sh"
 KEY = "s3cret"
-CHATS_TIMEOUT_S = 120
+CHATS_TIMEOUT_S = 300
 
 
 def test_the_demo_thinks_and_answers_and_ctrl_c_ends_it():
@@ -46,6 +47,11 @@ def test_the_demo_thinks_and_answers_and_ctrl_c_ends_it():
         assert "(no answer)" not in said
         assert said.count("thinking + ") == 3
         assert said.count("pascal_sglang: policy=") == 1
+        # The same burst in both orders, whole.
+        assert re.findall(r"^ *(\w+): mean TTFO +[\d.]+ s, \d+ of 12", said, re.M) == [
+            "fcfs",
+            "pascal",
+        ]
         ask(port)
     finally:
         hung.cancel()

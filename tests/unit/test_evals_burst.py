@@ -55,6 +55,13 @@ def test_a_request_that_was_not_sent_yet_has_an_empty_line():
     assert drawn(Record(arrival_s=1.0), 1.0) == "  "
 
 
+@pytest.mark.parametrize(
+    ("until_s", "cell_s"), [(0.0, 0.5), (38.0, 0.5), (38.1, 1.0), (160.0, 4.0)]
+)
+def test_a_long_run_has_longer_letters(until_s, cell_s):
+    assert burst.cell_length(until_s, 80) == cell_s
+
+
 def test_the_same_seed_is_the_same_burst_for_every_server():
     assert burst.burst(12, 1) == burst.burst(12, 1)
     assert burst.burst(12, 1) != burst.burst(12, 2)
