@@ -5,8 +5,8 @@
 #
 # Defaults, each replaced by the same flag: --model-path Qwen/Qwen3-8B --reasoning-parser qwen3
 # --port 30000. Metrics are on; launch/monitoring has a dashboard for them. Paused KV takes host
-# memory of twice the GPU's KV pool, at most a quarter of what is free, pinned at start:
-# --pascal-host-kv-gb says otherwise.
+# memory of twice the GPU's KV pool, pinned at start, at most a quarter of what the host or the
+# container has free: --pascal-host-kv-gb says otherwise.
 set -euo pipefail
 
 case "${1:-}" in

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 
-import psutil
 from sglang.srt.managers import schedule_policy
 from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 
 from pascal_sglang import scheduling_flags
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.host_memory import host_memory
 from pascal_sglang.engine.kv import host_cache
 from pascal_sglang.engine.kv.drafts import drafts
 from pascal_sglang.engine.kv.host_copies import HostCopies
@@ -113,6 +113,13 @@ def host_budget(
         factor = config.host_kv_gb * 2**30 / parallel.attn_tp_size / device
     else:
         ranks: int = instance_count() * parallel.attn_tp_size
-        available: int = psutil.virtual_memory().available
-        factor = min(2.0, available / 4 / ranks / device)
+        memory = host_memory()
+        factor = min(2.0, memory.free / 4 / ranks / device)
+        logger.info(
+            "pascal_sglang: each of %d ranks takes %.2f GiB of host memory for paused KV: twice "
+            "its pool on the device, at most a quarter of the %s (--pascal-host-kv-gb)",
+            ranks,
+            factor * device / 2**30,
+            memory,
+        )
     return factor * tokens, factor * states, factor * windows

@@ -1,0 +1,96 @@
+"""How much host memory this process may still take: the machine's, or that of its control group.
+
+A container's limit is in none of the figures of the machine. Both versions of control groups are
+read (`cgroup-v1/memory.rst` and `cgroup-v2.rst` of Linux's `Documentation/admin-guide`), and every
+group above this one, because each has a limit of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+PROC = Path("/proc/self")
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """free: bytes. limited: whether a control group leaves less than the machine has."""
+
+    free: int
+    limited: bool
+
+    def __str__(self) -> str:
+        whose = "this process's control group" if self.limited else "this machine"
+        return f"{self.free / 2**30:.1f} GiB that {whose} has free"
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Names of one version: limit, use, and the use that the kernel takes back at once."""
+
+    limit: str
+    used: str
+    cached: str
+
+
+VERSION_1 = Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = Files("memory.max", "memory.current", "inactive_file")
+
+
+def host_memory(proc: Path = PROC) -> HostMemory:
+    machine: int = psutil.virtual_memory().available
+    groups = [free for free in _free_of_groups(proc) if free is not None]
+    least = min(groups, default=machine)
+    return HostMemory(min(machine, least), least < machine)
+
+
+def _free_of_groups(proc: Path) -> Iterator[int | None]:
+    """Bytes that each group above the process leaves it; None where there is no limit."""
+    try:
+        paths = dict(_paths((proc / "cgroup").read_text()))
+        mounts = (proc / "mountinfo").read_text()
+    except OSError:
+        return
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _, options = after.split(" ", 2)
+        if kind == "cgroup2":
+            path, files = paths.get(""), VERSION_2
+        elif kind == "cgroup" and "memory" in options.split(","):
+            path, files = paths.get("memory"), VERSION_1
+        else:
+            continue
+        if path is None:
+            continue
+        root, mounted = before.split(" ")[3:5]
+        # Inside a container, the process's path may be seen from outside of what is mounted.
+        inside = path.removeprefix(root.rstrip("/")) if path.startswith(root) else "/"
+        group = Path(mounted, inside.lstrip("/"))
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(mounted):
+                yield _free(folder, files)
+
+
+def _paths(text: str) -> Iterator[tuple[str, str]]:
+    """Path by controller; the unified hierarchy has no name."""
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            yield controller, path
+
+
+def _free(folder: Path, files: Files) -> int | None:
+    try:
+        limit = (folder / files.limit).read_text().strip()
+        if limit == "max":
+            return None
+        used = int((folder / files.used).read_text())
+        rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        cached = next((int(value) for name, value in rows if name == files.cached), 0)
+        return max(0, int(limit) - used + cached)
+    except (OSError, ValueError):
+        return None
