@@ -287,12 +287,6 @@ POOLS = (
         "what of it a request holds was not read there",
     ),
     Row(
-        "a pool with sliding windows",
-        Level.PAUSE,
-        lambda s: s.is_hybrid_swa,
-        "entries of windows do not travel",
-    ),
-    Row(
         "a pool of sliding windows alone, or rings",
         Level.ORDER,
         _odd_windows,
@@ -443,7 +437,6 @@ FAMILIES = (
     Family(
         "gpt-oss, Gemma 4, MiMo, Step-3.5, Llama 4",
         "MHA with sliding windows",
-        ("a pool with sliding windows",),
     ),
     Family(
         "Qwen3-Next, Qwen3.5 and 3.6, Kimi-Linear, Nemotron-H",

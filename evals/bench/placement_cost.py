@@ -72,6 +72,7 @@ class Cluster:
             reasoning=self.dice.randrange(60),
             fresh=self.dice.randrange(20),
             free=free,
+            fits=self.dice.randrange(200),
             waiting=self.dice.randrange(1000),
             capacity=KV_TOKENS,
             load=self.dice.randrange(200),

@@ -54,4 +54,5 @@ class LoadTracker:
             setattr(instance, name, getattr(status, name))
         instance.reasoning += len(waiting)
         instance.load += len(waiting)
+        instance.fits = max(0, instance.fits - len(waiting))
         instance.waiting += sum(tokens for _, tokens in waiting)

@@ -50,10 +50,12 @@ class ReceiveBuffers(ControlMessage, frozen=True):
 
 class ReserveRequest(Message, frozen=True):
     """Source to target: may a request come that will hold `tokens` KV entries at most when it
-    does? `layout` names the format of a KV entry; both sides have to have the same."""
+    does? No sliding window sees the first `before` of them any more. `layout` names the format of
+    a KV entry; both sides have to have the same."""
 
     rid: Text
     tokens: Count
+    before: Count
     layout: Text
 
 
@@ -73,11 +75,13 @@ class ReserveRefused(Message, frozen=True):
 
 
 class KVChunk(Message, frozen=True):
-    """Source to target: KV of the tokens `begin`..`end` is in the slot. last: there is no more
-    yet, and the request stops once the target has this."""
+    """Source to target: KV of the tokens `begin`..`end` is in the slot; behind it, for a model with
+    sliding windows, that of its layers with windows, without the request's first `before` tokens.
+    last: there is no more yet, and the request stops once the target has this."""
 
     begin: Count
     end: Count
+    before: Count
     last: bool
 
 
@@ -89,10 +93,12 @@ class ChunkAck(Message, frozen=True):
 
 class Handover(Message, frozen=True):
     """Source to target: it is yours. The request stopped at `kv_tokens`; their KV from `begin` on
-    is in the slot, and `state` is all else that it needs. Repeated until answered."""
+    is in the slot as in a `KVChunk`, and `state` is all else that it needs. Repeated until
+    answered."""
 
     begin: Count
     kv_tokens: Count
+    before: Count
     state: State
 
 
@@ -195,6 +201,7 @@ class LoadReport(ControlMessage, frozen=True, kw_only=True):
     reasoning: Count
     fresh: Count
     free: Count
+    fits: Count
     waiting: Count
     capacity: Count
     load: Count

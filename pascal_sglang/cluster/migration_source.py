@@ -120,9 +120,10 @@ class MigrationSource(ABC):
     def lose(self) -> None:
         """The request may be the target's, which has died or does not answer: it ends."""
 
-    def begin(self, now: float, layout: str) -> list[Message]:
+    def begin(self, now: float, layout: str, before: int = 0) -> list[Message]:
+        """Ask the target. before: leading tokens that no sliding window sees any more."""
         self.heard = now
-        return [ReserveRequest(self.migration, self.rid, self.reserve, layout)]
+        return [ReserveRequest(self.migration, self.rid, self.reserve, before, layout)]
 
     def hear(self, message: Message, now: float) -> list[Message]:
         """Take in the target's message; one that does not fit the state is ignored."""
@@ -145,9 +146,10 @@ class MigrationSource(ABC):
             self.acked = max(self.acked, message.upto)
         return []
 
-    def copy(self, now: float, kv_tokens: int, *, still: bool) -> list[Message]:
-        """Once per pass: the request holds `kv_tokens`, and `still` says that it has stopped and
-        will hold no more. Send what is new; stop it when little is."""
+    def copy(self, now: float, kv_tokens: int, *, still: bool, before: int = 0) -> list[Message]:
+        """Once per pass: the request holds `kv_tokens`, the first `before` of which no sliding
+        window sees any more, and `still` says that it has stopped and will hold no more. Send what
+        is new; stop it when little is."""
         if self.state not in (SourceState.COPYING, SourceState.STOPPING):
             return []
         if self.acked < self.sent:
@@ -161,8 +163,8 @@ class MigrationSource(ABC):
         elif not still:
             return []
         elif left <= self.slot_tokens:
-            return [self._hand(now, kv_tokens)]
-        return [self._chunk(kv_tokens)]
+            return [self._hand(now, kv_tokens, before)]
+        return [self._chunk(kv_tokens, before)]
 
     def unsent(self, why: str) -> list[Message]:
         """What `copy` has just returned could not be put into the slot: the request stays."""
@@ -236,15 +238,15 @@ class MigrationSource(ABC):
         full = kv_tokens + 2 >= self.reserve
         return not self.terms.live or left <= min(self.terms.tail, self.slot_tokens) or full
 
-    def _chunk(self, kv_tokens: int) -> KVChunk:
+    def _chunk(self, kv_tokens: int, before: int) -> KVChunk:
         end = min(kv_tokens, self.sent + self.slot_tokens)
         last = self.state is SourceState.COPYING and end == kv_tokens
-        chunk = KVChunk(self.migration, self.sent, end, last)
+        chunk = KVChunk(self.migration, self.sent, end, before, last)
         self.sent = end
         return chunk
 
-    def _hand(self, now: float, kv_tokens: int) -> Handover:
-        handover = Handover(self.migration, self.sent, kv_tokens, self.snapshot())
+    def _hand(self, now: float, kv_tokens: int, before: int) -> Handover:
+        handover = Handover(self.migration, self.sent, kv_tokens, before, self.snapshot())
         self.state, self._handover = SourceState.HANDED, handover
         self._say_again(now)
         return handover

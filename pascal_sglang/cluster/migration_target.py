@@ -50,14 +50,18 @@ class MigrationTarget(ABC):
     terms: Terms
     # KV entries reserved.
     tokens: int
+    # Leading tokens without entries of sliding windows: at first those for which none are
+    # reserved, then those that the source has left out.
+    before: int = 0
     state: TargetState = TargetState.RECEIVING
     why: str = ""
     upto: int = 0
     heard: float = 0.0
 
     @abstractmethod
-    def fetch(self, begin: int, end: int) -> bool:
-        """Take KV of the tokens `begin`..`end` out of the slot; whether that worked."""
+    def fetch(self, begin: int, end: int, before: int) -> bool:
+        """Take KV of the tokens `begin`..`end` out of the slot, the first `before` of the request's
+        without entries of sliding windows; whether that worked."""
 
     @abstractmethod
     def problem(self, state: bytes, tokens: int) -> str | None:
@@ -65,7 +69,7 @@ class MigrationTarget(ABC):
 
     @abstractmethod
     def take(self, state: bytes, tokens: int) -> None:
-        """Everything is here and the request is ours."""
+        """Everything is here and the request is ours; `before` says what the windows lack."""
 
     @abstractmethod
     def drop(self) -> None:
@@ -113,29 +117,35 @@ class MigrationTarget(ABC):
         self.heard = now
         # Only the next piece is in the slot. An earlier one said again is there already, and a
         # later one cannot be: the source waits for our word before it writes.
-        if chunk.begin == self.upto and not self._fetched(chunk.begin, chunk.end):
-            return self.give_up("transport")
+        if chunk.begin == self.upto:
+            if chunk.before < self.before:
+                return self.give_up("a hole in the KV")
+            if not self._fetched(chunk.begin, chunk.end, chunk.before):
+                return self.give_up("transport")
         return [ChunkAck(self.migration, self.upto)]
 
     def _handover(self, handover: Handover, now: float) -> list[Message]:
         if self.state is not TargetState.RECEIVING:
             return [ReserveRefused(self.migration, self.why)]
         self.heard = now
-        if handover.begin != self.upto:
+        # A window only slides on: what earlier pieces left out, a later one cannot see.
+        slid = self.before <= handover.before <= handover.kv_tokens
+        if handover.begin != self.upto or not slid:
             return self.give_up("a hole in the KV")
         if handover.kv_tokens > self.tokens:
             return self.give_up("outgrew its reservation")
         problem = self.problem(handover.state, handover.kv_tokens)
         if problem is not None:
             return self.give_up(problem)
-        if not self._fetched(handover.begin, handover.kv_tokens):
+        if not self._fetched(handover.begin, handover.kv_tokens, handover.before):
             return self.give_up("transport")
         self.state = TargetState.OWNED
         self.take(handover.state, handover.kv_tokens)
         return [CommitAck(self.migration)]
 
-    def _fetched(self, begin: int, end: int) -> bool:
-        if not begin <= end <= self.tokens or not self.fetch(begin, end):
+    def _fetched(self, begin: int, end: int, before: int) -> bool:
+        within = begin <= end <= self.tokens and before <= self.tokens
+        if not within or not self.fetch(begin, end, before):
             return False
-        self.upto = end
+        self.upto, self.before = end, before
         return True

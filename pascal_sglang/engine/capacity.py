@@ -60,6 +60,24 @@ class CapacityView:
             return UNLIMITED
         return windows.free - self.promised_windows()
 
+    def used_share(self) -> float:
+        """How much of the scarcest is in use: KV, recurrent states, or entries of sliding windows.
+        What can be evicted is not."""
+        whole = self.scheduler.max_total_num_tokens
+        shares = [1 - self.pool.free_tokens / max(1, whole)]
+        for beside in (self.pool.states, self.pool.windows):
+            if beside is not None:
+                shares.append(1 - beside.free / max(1, beside.size))
+        return min(1.0, max(0.0, *shares))
+
+    def requests_beside(self) -> int:
+        """For how many more requests there are recurrent states and sliding windows."""
+        states, windows = self.pool.states, self.pool.windows
+        return min(
+            UNLIMITED if states is None else states.free // states.for_prefill,
+            UNLIMITED if windows is None else self.free_windows() // windows.most,
+        )
+
     def promised_windows(self) -> int:
         """Entries of sliding windows the next chunk of a chunked prefill will take."""
         if self.pool.windows is None:

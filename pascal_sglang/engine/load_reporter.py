@@ -25,6 +25,7 @@ from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.instances import own_instance
+from pascal_sglang.policy.placement import NO_LIMIT
 from pascal_sglang.policy.ranking import is_demoted
 from pascal_sglang.policy.timeline import Phase
 
@@ -109,13 +110,16 @@ def load_figures(
         # Nobody is starving now; a reader who once waited does not mark it for good.
         now = executor.request_states.pass_info.now
         on_pace = all(m.pacer.slack(now) >= 0 for m in answering if m.pacer.delivered)
-    free = executor.pool.free_tokens
+    capacity = executor.capacity
+    used = round(scheduler.max_total_num_tokens * capacity.used_share())
+    fits = capacity.requests_beside() - len(scheduler.waiting_queue)
     return {
         "on_pace": on_pace,
-        "footprint": scheduler.max_total_num_tokens - free + executor.paused_requests.host_tokens,
+        "footprint": used + executor.paused_requests.host_tokens,
         "reasoning": reasoning + queued,
         "fresh": sum(m.phase_tokens < planner.tuning.quantum for m in answering),
-        "free": free,
+        "free": executor.pool.free_tokens,
+        "fits": min(max(0, fits), NO_LIMIT),
         "waiting": sum(state_of(r).kv_tokens for r in scheduler.waiting_queue),
         "capacity": scheduler.max_total_num_tokens,
         "load": len(running) + len(paused) + len(scheduler.waiting_queue),

@@ -90,8 +90,10 @@ class PascalInvariantChecker(SchedulerInvariantChecker):
         full += sum(kv_private_tokens(kv, self.page_size) for kv in rowless)
         if self.is_hybrid_swa:
             swa += sum(kv_private_swa_tokens(kv, self.page_size) for kv in rowless)
-        reserved = 0 if self.migrations is None else self.migrations.reserved_tokens
-        return full + reserved, swa
+        if self.migrations is not None:
+            full += self.migrations.reserved_tokens
+            swa += self.migrations.reserved_windows
+        return full, swa
 
 
 class PascalScheduler(OperationsScheduler):

@@ -19,6 +19,8 @@ GROWING_SHARE = 0.25
 # What a whole pool of KV, held or paused in host memory, adds to the time until an answer: it will
 # be wanted. Without it long prompts pile up where passes are still short; found by simulation.
 HELD_SHARE = 0.25
+# More requests than an instance takes: for models that have nothing but KV.
+NO_LIMIT = 1 << 30
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,7 +29,8 @@ class LoadFigures:
 
     # `t_i`: its answers meet their SLO now.
     on_pace: bool = True
-    # `m_i`: KV on the device and in host memory.
+    # `m_i`: KV on the device and in host memory. Where recurrent states or entries of sliding
+    # windows are scarcer than KV, their share of their pool counts instead.
     footprint: int = 0
     # `r_i`: requests that reason in the high class.
     reasoning: int = 0
@@ -35,6 +38,8 @@ class LoadFigures:
     fresh: int = 0
     # KV free or evictable.
     free: int = 0
+    # More requests for which there are recurrent states and sliding windows.
+    fits: int = NO_LIMIT
     # Prompt tokens not yet started.
     waiting: int = 0
     # KV tokens of the device.
@@ -170,6 +175,7 @@ class Placement:
         self._turn += 1
         chosen.reasoning += 1
         chosen.load += 1
+        chosen.fits = max(0, chosen.fits - 1)
         chosen.waiting += max(0, prompt - hits.get(chosen.index, 0))
         return chosen.index
 
@@ -197,6 +203,7 @@ class Placement:
             here.migrations += 1
             target.migrations += 1
             target.arriving += answer.kv_tokens
+            target.fits = max(0, target.fits - 1)
             target.footprint += answer.kv_tokens
         return decision
 
@@ -206,13 +213,17 @@ class Placement:
         target.migrations = max(0, target.migrations - 1)
         target.arriving = max(0, target.arriving - kv_tokens)
         if not done:
+            target.fits += 1
             target.footprint = max(0, target.footprint - kv_tokens)
             target.fresh = max(0, target.fresh - 1)
             source.fresh += 1
 
     def enough(self, instance: Instance, answer: Answer) -> bool:
         """Room for the answer and a quantum of growth. On its own instance its KV is paid."""
-        own = answer.kv_tokens if instance.index != answer.current else 0
+        comes = instance.index != answer.current
+        if comes and not instance.fits:
+            return False
+        own = answer.kv_tokens if comes else 0
         return instance.left >= own + min(self.quantum, answer.remaining)
 
     def _by_counts(self, instances: Sequence[Instance], here: Instance, answer: Answer) -> Decision:

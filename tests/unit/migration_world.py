@@ -8,6 +8,8 @@ from pascal_sglang.cluster.migration_source import MigrationSource, Terms
 from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
 
 SLOT_TOKENS = 40
+# Tokens that a sliding window sees.
+WINDOW = 25
 
 
 def terms(**more):
@@ -55,11 +57,12 @@ class Target(MigrationTarget):
     wrong: str | None = None
     unreadable: bool = False
 
-    def fetch(self, begin, end):
+    def fetch(self, begin, end, before):
         if self.unreadable:
             return False
-        assert (begin, end) == self.world.slot, "the slot holds something else"
+        assert (begin, end, before) == self.world.slot, "the slot holds something else"
         self.world.received = end
+        self.world.windows |= set(range(max(begin, before), end))
         return True
 
     def problem(self, state, tokens):
@@ -67,6 +70,9 @@ class Target(MigrationTarget):
 
     def take(self, state, tokens):
         assert self.world.received == tokens == int(state), "a hole in the KV"
+        seen = set(range(self.before, tokens))
+        assert seen <= self.world.windows, "a hole in the windows"
+        assert self.before == before_of(tokens), "windows that nobody sees, or too few"
         self.world.taken = state
         self.world.events.append("take")
 
@@ -75,6 +81,11 @@ class Target(MigrationTarget):
 
     def revoke(self):
         self.world.events.append("revoke")
+
+
+def before_of(kv_tokens):
+    """How many of so many tokens have left the window of the next one."""
+    return max(0, kv_tokens - WINDOW)
 
 
 class World:
@@ -87,14 +98,18 @@ class World:
     def __init__(self, terms=TERMS, kv=100, limit=160):
         self.now, self.kv, self.limit = 0.0, kv, limit
         self.running, self.events, self.taken = True, [], None
-        self.slot, self.received = (0, 0), 0
+        # Tokens whose KV has come, and those of them with entries of windows.
+        self.slot, self.received, self.windows = (0, 0, 0), 0, set()
         self.source = Source(migration="m1", rid="r", terms=terms, reserve=limit, world=self)
-        self.target = Target(migration="m1", rid="r", terms=terms, tokens=limit, world=self)
+        before = before_of(kv)
+        self.target = Target(
+            migration="m1", rid="r", terms=terms, tokens=limit, before=before, world=self
+        )
         self.asked = False
         # Sides that do nothing until they are continued, and what has come for them meanwhile.
         self.stopped, self.inbox = set(), {"source": [], "target": []}
         self.to_target, self.to_source = [], []
-        self.to_target += self.source.begin(self.now, "layout")
+        self.to_target += self.source.begin(self.now, "layout", before)
 
     def deliver_to_target(self, at):
         self.inbox["target"].append(self.to_target[at])
@@ -134,11 +149,13 @@ class World:
     def _step_source(self):
         if self.running:
             self.kv = min(self.limit - 1, self.kv + 1)
-        for message in self.source.copy(self.now, self.kv, still=not self.running):
+        before = before_of(self.kv)
+        still = not self.running
+        for message in self.source.copy(self.now, self.kv, still=still, before=before):
             if isinstance(message, KVChunk):
-                self.slot = (message.begin, message.end)
+                self.slot = (message.begin, message.end, message.before)
             if isinstance(message, Handover):
-                self.slot = (message.begin, message.kv_tokens)
+                self.slot = (message.begin, message.kv_tokens, message.before)
             self.to_target.append(message)
         self.to_target += self.source.tick(self.now)
 

@@ -24,6 +24,7 @@ def status(**more):
         "reasoning": 1,
         "fresh": 2,
         "free": 90,
+        "fits": 12,
         "waiting": 5,
         "capacity": 100,
         "load": 1,
@@ -90,6 +91,7 @@ def test_a_dispatch_counts_until_its_instance_has_taken_it_in():
     monitor.sent(0, 30)
     monitor.hear(status(received=0), 1.0)
     assert (monitor.instances[0].reasoning, monitor.instances[0].waiting) == (3, 55)
+    assert monitor.instances[0].fits == 10
     monitor.hear(status(received=1), 1.1)
     assert (monitor.instances[0].reasoning, monitor.instances[0].waiting) == (2, 35)
     monitor.hear(status(received=2), 1.2)

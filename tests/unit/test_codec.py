@@ -50,6 +50,7 @@ STATUS = LoadReport(
     reasoning=4,
     fresh=5,
     free=6,
+    fits=12,
     waiting=7,
     capacity=8,
     load=9,
@@ -59,11 +60,11 @@ STATUS = LoadReport(
 )
 ALL = [
     ReceiveBuffers(["a", "b"]),
-    ReserveRequest("m", "r", 70, "layout"),
+    ReserveRequest("m", "r", 70, 30, "layout"),
     ReserveGranted("m", ["a", "b"], 4096, 512),
-    KVChunk("m", 0, 40, False),
+    KVChunk("m", 0, 40, 30, False),
     ChunkAck("m", 40),
-    Handover("m", 40, 50, b"\x00\xff" * 200),
+    Handover("m", 40, 50, 30, b"\x00\xff" * 200),
     CommitAck("m"),
     MigrationCancelled("m"),
     WriteQuery("m"),
@@ -88,7 +89,7 @@ def test_a_message_survives_the_wire(message):
 TEXT, NUMBER = "\U0010ffff" * MAX_TEXT, (1 << 53) - 1
 IDS = [TEXT[: MAX_CHARACTERS // MAX_ASKED]] * MAX_ASKED
 LONGEST = [
-    ReserveRequest("m" * 32, TEXT, NUMBER, TEXT),
+    ReserveRequest("m" * 32, TEXT, NUMBER, NUMBER, TEXT),
     ReserveGranted("m" * 32, ["x" * 300] * 64, NUMBER, NUMBER),
     ReasoningEnded(1, TEXT, NUMBER, NUMBER, NUMBER, NUMBER),
     MigrateCommand("m" * 32, TEXT, 1),
@@ -96,7 +97,7 @@ LONGEST = [
     RequestFinished(1, TEXT, [(1 << 48) - 1] * MAX_ITEMS),
     LocationQuery(NUMBER, IDS),
     LocationReply(1, NUMBER, NUMBER, IDS),
-    Handover(TEXT, NUMBER, NUMBER, bytes(MAX_STATE_BYTES)),
+    Handover(TEXT, NUMBER, NUMBER, NUMBER, bytes(MAX_STATE_BYTES)),
 ]
 
 
@@ -168,7 +169,7 @@ DEEP = b"\x91" * 100_000 + b"\x01"
         (altered(STATUS, kind=["LoadReport"]), "unknown kind"),
         (altered(STATUS, fre=1), "LoadReport: malformed"),
         (without(STATUS, "free"), "LoadReport: malformed"),
-        (without(KVChunk("m", 0, 40, False), "last"), "KVChunk: malformed"),
+        (without(KVChunk("m", 0, 40, 30, False), "last"), "KVChunk: malformed"),
         (altered(STATUS, free=-1), "LoadReport: malformed"),
         (altered(STATUS, free=9.5), "LoadReport: malformed"),
         (altered(STATUS, free=9.0), "LoadReport: malformed"),
@@ -183,9 +184,9 @@ DEEP = b"\x91" * 100_000 + b"\x01"
         (altered(ReserveGranted("m", [], 0, 0), receive_buffers="a"), "ReserveGranted: malformed"),
         (pack(RequestFinished(0, "r", [1] * (MAX_ITEMS + 1))), "RequestFinished: malformed"),
         (pack(RequestFinished(0, "r", [2**53])), "RequestFinished: malformed"),
-        (altered(Handover("m", 0, 0, b""), state=[]), "Handover: malformed"),
-        (altered(Handover("m", 0, 0, b""), state="a"), "Handover: malformed"),
-        (pack(Handover("m", 0, 0, bytes(MAX_STATE_BYTES + 1))), "Handover: malformed"),
+        (altered(Handover("m", 0, 0, 0, b""), state=[]), "Handover: malformed"),
+        (altered(Handover("m", 0, 0, 0, b""), state="a"), "Handover: malformed"),
+        (pack(Handover("m", 0, 0, 0, bytes(MAX_STATE_BYTES + 1))), "Handover: malformed"),
         (pack(LocationQuery(0, [TEXT] * MAX_ASKED)), "oversized"),
         (b" " * (MAX_HANDOVER_BYTES + 1), "oversized"),
         (DEEP, "no envelope of this version"),

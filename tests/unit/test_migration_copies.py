@@ -12,7 +12,7 @@ from pascal_sglang.cluster import messages, transport
 from pascal_sglang.cluster.messages import MigrateCommand
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.receive_slots import ASK_S, DEAD_S
-from pascal_sglang.engine.kv.host_copies import HostCopies, HostKV
+from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy, HostKV
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.serializer import KVSerializer
 from pascal_sglang.engine.migration.incoming import IncomingMigrations
@@ -77,7 +77,7 @@ class Resident(PausedRequests):
             running.reqs.remove(req)
             self.adopt(req, self.pool.locations(req))
 
-    def adopt(self, req, locations, drafted=None):
+    def adopt(self, req, locations, before=0, drafted=None):
         self._enter(req, PauseStatus.RESIDENT, locations=locations)
 
 
@@ -99,13 +99,15 @@ class Instance:
             _engine_paused=False,
         )
         self.copies = LateCopies(self.scheduler)
-        self.kv = KVSerializer(self.copies, self.copies.buffers, "model", lambda: "default")
+        self.kv = KVSerializer(self.copies, "model", lambda: "default")
         self.transport = transport.make("shm", receive_buffer_bytes(self.kv), 0)
         self.pool = SimpleNamespace(
             in_pages=lambda tokens: tokens,
-            take=lambda tokens: torch.arange(20, 20 + tokens),
+            take=lambda tokens, before: torch.arange(20, 20 + tokens),
+            give=lambda locations, before: None,
+            give_windows=lambda locations: None,
+            windows=None,
             locations=lambda req: torch.arange(1, 1 + req.kv.kv_committed_len),
-            allocator=SimpleNamespace(free=lambda locations: None),
             release_rowless=lambda req, locations: None,
             free_tokens=90,
         )
@@ -120,7 +122,7 @@ class Instance:
             stopped=lambda req, status: self.said.append(("stopped", status)),
             arrived=lambda req: None,
         )
-        capacity = SimpleNamespace(promised_tokens=lambda: 0)
+        capacity = SimpleNamespace(promised_tokens=lambda: 0, free_windows=lambda: 90)
         control_sender = SimpleNamespace(send=lambda to, said: self.said.extend(said))
         shared = {
             "scheduler": self.scheduler,
@@ -295,7 +297,7 @@ def test_whatever_fails_on_a_rank_is_told_to_the_others_who_wait_for_its_word(si
     target.incoming_migrations.hear(0, *source.take(messages.KVChunk), 1.0)
     assert target.take(messages.ReserveRefused) == [messages.ReserveRefused("m", "transport")]
     kv = source.outgoing_migrations.under_way["m"].kv
-    kv.write(0, 5, None)
+    kv.write(0, 5, 0, None)
     assert "reading KV failed" in kv.written()
 
 
@@ -348,11 +350,12 @@ def test_a_source_that_has_forgotten_the_move_says_that_it_does_not_write(sides)
 def test_a_paused_request_is_read_from_both_halves_of_its_copy(sides):
     source, _ = sides
     whole = source.kv_at(torch.arange(TOKENS))
-    halves = [HostKV([p[:15] for p in whole]), HostKV([p[15:] for p in whole])]
+    prefix, own = HostKV([p[:15] for p in whole]), HostKV([p[15:] for p in whole])
+    copy = HostCopy(TOKENS, 15, prefix, own)
     for begin, stop in ((0, 40), (3, 11), (10, 30), (15, 40)):
-        memory = memoryview(bytearray((stop - begin) * source.kv.per_token))
-        source.kv.copy_host(halves, begin, stop, memory)
-        got = list(source.kv._blocks(memory, stop - begin))
+        memory = memoryview(bytearray(source.kv.size(stop - begin, 0)))
+        source.kv.copy_host(copy, begin, stop, 0, memory)
+        (got,) = source.kv._blocks(memory, stop - begin, 0)
         assert all(map(torch.equal, got, [part[begin:stop] for part in whole]))
 
 

@@ -118,7 +118,7 @@ def test_stop_and_copy_stops_before_the_first_piece():
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     assert world.source.copy(0.1, world.kv, still=False) == []
     assert world.events == ["stop"]
-    assert world.source.copy(0.2, world.kv, still=True) == [KVChunk("m1", 0, SLOT_TOKENS, False)]
+    assert world.source.copy(0.2, world.kv, still=True) == [KVChunk("m1", 0, SLOT_TOKENS, 0, False)]
 
 
 def handed():
@@ -127,7 +127,7 @@ def handed():
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     world.source.copy(0.1, 10, still=False)
     (handover,) = world.source.copy(0.2, 10, still=True)
-    assert handover == Handover("m1", 0, 10, b"10")
+    assert handover == Handover("m1", 0, 10, 0, b"10")
     return world, handover
 
 
@@ -217,7 +217,7 @@ def test_a_source_that_was_stopped_itself_hears_before_it_gives_up():
 def test_a_target_that_took_over_drops_the_request_when_it_hears():
     world = World(terms(live=False), kv=0)
     world.received = 0
-    handover = Handover("m1", 0, 0, b"0")
+    handover = Handover("m1", 0, 0, 0, b"0")
     assert world.target.hear(handover, 0.1) == [CommitAck("m1")]
     for _ in range(2):
         assert world.target.hear(MigrationCancelled("m1"), 60.0) == [
@@ -261,7 +261,7 @@ def test_a_dead_source_leaves_nothing_behind():
     world = World()
     world.target.give_up("source died")
     assert world.events == ["drop"]
-    assert world.target.hear(Handover("m1", 0, 0, b""), 0.2) == [
+    assert world.target.hear(Handover("m1", 0, 0, 0, b""), 0.2) == [
         ReserveRefused("m1", "source died")
     ]
 
@@ -274,30 +274,44 @@ def test_a_request_that_outgrows_its_reservation_stops_in_time():
 
 
 def test_a_target_refuses_what_it_cannot_continue_by_name():
-    world = World()
+    world = World(kv=0)
     world.target.wrong = "state of version 2"
-    assert world.target.hear(Handover("m1", 0, 0, b""), 0.1) == [
+    assert world.target.hear(Handover("m1", 0, 0, 0, b""), 0.1) == [
         ReserveRefused("m1", "state of version 2")
     ]
     assert world.events == ["drop"]
     world = World()
-    assert world.target.hear(Handover("m1", 7, 9, b""), 0.1) == [
+    assert world.target.hear(Handover("m1", 7, 99, 75, b""), 0.1) == [
         ReserveRefused("m1", "a hole in the KV")
     ]
     world = World()
     why = "outgrew its reservation"
-    assert world.target.hear(Handover("m1", 0, 999, b""), 0.1) == [ReserveRefused("m1", why)]
+    assert world.target.hear(Handover("m1", 0, 999, 75, b""), 0.1) == [ReserveRefused("m1", why)]
     world = World()
     world.target.unreadable = True
-    assert world.target.hear(KVChunk("m1", 0, 40, False), 0.1) == [
+    assert world.target.hear(KVChunk("m1", 0, 40, 75, False), 0.1) == [
         ReserveRefused("m1", "transport")
     ]
 
 
+def test_a_window_only_slides_on():
+    """What the target has reserved nothing for, or an earlier piece left out, is seen no more."""
+    hole = [ReserveRefused("m1", "a hole in the KV")]
+    world = World()
+    assert world.target.hear(KVChunk("m1", 0, 40, 74, False), 0.1) == hole
+    world = World()
+    world.slot = (0, 40, 80)
+    world.target.hear(KVChunk("m1", 0, 40, 80, False), 0.1)
+    assert world.target.hear(Handover("m1", 40, 101, 79, b""), 0.2) == hole
+    world = World(kv=0)
+    assert world.target.hear(Handover("m1", 0, 0, 1, b""), 0.1) == hole
+    assert world.events == ["drop"]
+
+
 def test_a_piece_said_again_is_not_read_again():
     world = World()
-    world.slot = (0, 40)
-    assert world.target.hear(KVChunk("m1", 0, 40, False), 0.1) == [ChunkAck("m1", 40)]
-    world.slot = (40, 80)
-    assert world.target.hear(KVChunk("m1", 0, 40, False), 0.2) == [ChunkAck("m1", 40)]
-    assert world.target.hear(KVChunk("m1", 40, 80, False), 0.3) == [ChunkAck("m1", 80)]
+    world.slot = (0, 40, 75)
+    assert world.target.hear(KVChunk("m1", 0, 40, 75, False), 0.1) == [ChunkAck("m1", 40)]
+    world.slot = (40, 80, 76)
+    assert world.target.hear(KVChunk("m1", 0, 40, 75, False), 0.2) == [ChunkAck("m1", 40)]
+    assert world.target.hear(KVChunk("m1", 40, 80, 76, False), 0.3) == [ChunkAck("m1", 80)]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pascal_sglang.policy.placement import Answer, Instance, Placement
+from pascal_sglang.policy.placement import Answer, Decision, Instance, Placement
 
 
 def paper(**more):
@@ -182,3 +182,24 @@ def test_answers_never_move_to_where_they_do_not_fit_unless_nobody_has_room(many
         if decision.target != answer.current:
             assert fitted[decision.target] or (not lazy and not fitted[answer.current])
         assert all(i.migrations <= placement.max_migrations for i in many)
+
+
+def test_an_answer_moves_only_where_there_are_windows_and_states_for_it():
+    """KV alone is not all that a request takes of some models."""
+    here, there = roomy(0, free=10), roomy(1, fits=0)
+    answer = Answer(0, 1000, 500)
+    assert pascal().at_boundary([here, there], answer).why == "room_nowhere"
+    there.fits = 1
+    placement = pascal()
+    assert placement.at_boundary([here, there], answer) == Decision(1, "room_there")
+    assert there.fits == 0, "until the next report"
+    placement.moved(here, there, 1000, done=False)
+    assert there.fits == 1
+    assert pascal().enough(roomy(0, fits=0), answer), "what it has there it keeps"
+
+
+def test_requests_on_their_way_count_against_what_fits():
+    instances = [roomy(0, fits=1)]
+    for _ in range(2):
+        paper().place(instances, 20)
+        assert instances[0].fits == 0

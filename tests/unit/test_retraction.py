@@ -141,7 +141,7 @@ def test_who_is_not_handed_over_stays(sides):
 @pytest.mark.parametrize("paused", [True, False])
 def test_no_move_begins_while_generation_is_paused_or_between_other_weights(paused, sides):
     source, target = sides
-    ask = messages.ReserveRequest("n", "other", 10, target.kv.layout)
+    ask = messages.ReserveRequest("n", "other", 10, 0, target.kv.layout)
     if paused:
         source.scheduler._engine_paused = target.scheduler._engine_paused = True
         source.outgoing_migrations.ordered(MigrateCommand("n", "r", 1), 1.0)

@@ -81,11 +81,15 @@ class HostCopy:
     def halves(self) -> list[HostKV]:
         return [half for half in (self.prefix, self.own) if half is not None]
 
+    def window_halves(self) -> list[HostKV]:
+        """The same of the entries of sliding windows, from the token `before` on."""
+        return [half for half in (self.window_prefix, self.window) if half is not None]
+
     @property
     def failed(self) -> bool:
         """Whether the device did not copy all of it."""
-        beside = (self.state, self.window_prefix, self.window)
-        return any(p.failed for p in (*self.halves(), *beside) if p is not None)
+        parts = (*self.halves(), *self.window_halves())
+        return any(p.failed for p in parts) or (self.state is not None and self.state.failed)
 
 
 class EntryCopies:
@@ -293,6 +297,11 @@ class HostCopies(EntryCopies):
         """Entries of sliding windows that a paused request has at most."""
         return 0 if self._window_pool is None else self._window_pool.most
 
+    def window_peers(self, locations: torch.Tensor) -> torch.Tensor:
+        """Where in the pool for sliding windows the entries of those at `locations` are."""
+        assert self._window_pool is not None
+        return self._window_pool.peers(locations)
+
     def save(self, req: Req, locations: torch.Tensor, held: HeldPrefix | None = None) -> HostCopy:
         """Begin to copy what a request has, its KV at `locations`, as `to_host` does, but for a
         prefix that the hierarchical cache holds."""
@@ -338,8 +347,7 @@ class HostCopies(EntryCopies):
         if self.states is not None and copy.state is not None:
             parts.append((self.states, copy.state))
         if self.windows is not None:
-            windows = (copy.window_prefix, copy.window)
-            parts += [(self.windows, part) for part in windows if part is not None]
+            parts += [(self.windows, part) for part in copy.window_halves()]
         return parts
 
     def pin(self, memory: memoryview) -> None:

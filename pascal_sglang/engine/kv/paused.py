@@ -576,11 +576,20 @@ class PausedRequests:
             self._drop_copy(req)
         self._remove_kv(req)
 
-    def adopt(self, req: Req, locations: torch.Tensor, drafted: DraftState | None = None) -> None:
-        """Take in a paused request from elsewhere, whose KV is at `locations` on the device.
-        drafted: the state of its draft model, if there is one."""
+    def adopt(
+        self,
+        req: Req,
+        locations: torch.Tensor,
+        before: int = 0,
+        drafted: DraftState | None = None,
+    ) -> None:
+        """Take in a paused request from elsewhere, whose KV is at `locations` on the device, the
+        first `before` without entries of sliding windows. drafted: the state of its draft model, if
+        there is one."""
         root = self.pool.tree.root_node_handle(req.extra_key)
         self._bind_kv(req, len(locations), 0, root, None)
+        if before:
+            set_before(req, before)
         self._enter(req, PauseStatus.RESIDENT, locations=locations)
         self._table[req].drafted = drafted
 

@@ -222,6 +222,11 @@ class Pool:
         found = self.allocator.alloc(pages)
         return None if found is None else found[:tokens]
 
+    def give_windows(self, locations: torch.Tensor) -> None:
+        """Give back the entries of sliding windows of whole pages of KV, which stay."""
+        if self.windows is not None and len(locations):
+            self.allocator.free_swa(locations)
+
     def give(self, locations: torch.Tensor, before: int = 0) -> None:
         """Give back what `take` gave."""
         free_kv_row_segments(

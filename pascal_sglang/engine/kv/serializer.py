@@ -1,4 +1,5 @@
-"""KV entries as plain bytes, for the pools whose layout we know: plain MHA and MLA."""
+"""KV entries as plain bytes, for the pools whose layout we know: plain MHA and MLA, and those with
+another pool for sliding windows beside."""
 
 from __future__ import annotations
 
@@ -8,66 +9,132 @@ import torch
 from sglang.srt.runtime_context import get_parallel, get_serving
 
 from pascal_sglang.engine.kv.drafts import layout_name
-from pascal_sglang.engine.kv.host_copies import HostCopies, HostKV
+from pascal_sglang.engine.kv.host_copies import EntryCopies, HostCopies, HostCopy, HostKV
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
+
+# What is under way between a pool and a slot, each with whose copies it is among.
+Parts = list[tuple[EntryCopies, HostKV]]
 
 
 class KVSerializer:
-    """Reads and writes KV entries of one rank's pool.
+    """Reads and writes KV entries of one rank's pool, in pieces of some tokens. Behind them stand
+    the entries of the pool for sliding windows, of those tokens that a window still sees.
 
-    per_token: bytes of one entry.
+    per_token: bytes of a token in both pools.
     """
 
-    def __init__(
-        self,
-        copies: HostCopies,
-        buffers: Sequence[torch.Tensor],
-        model: str,
-        weights: Callable[[], str],
-    ) -> None:
-        """buffers: the pool's, whose first dimension is the KV entry. weights: the version of the
-        model's weights, which may change."""
-        self.copies, self._buffers = copies, buffers
-        self.per_token: int = sum(b[0].nbytes for b in buffers)
-        shapes = sorted({f"{b.dtype}{tuple(b.shape[1:])}" for b in buffers})
+    def __init__(self, copies: HostCopies, model: str, weights: Callable[[], str]) -> None:
+        """weights: the version of the model's weights, which may change."""
+        self.copies = copies
+        self._pools: list[EntryCopies] = [copies]
+        if copies.windows is not None:
+            self._pools.append(copies.windows)
+        self.per_token: int = sum(pool.bytes_per_entry for pool in self._pools)
+        formats = []
+        for pool in self._pools:
+            buffers = pool.buffers or []
+            shapes = sorted({f"{b.dtype}{tuple(b.shape[1:])}" for b in buffers})
+            formats.append(f"{len(buffers)}x{'+'.join(shapes)}")
         ranks = get_parallel().attn_tp_size
         self._weights = weights
-        self._layout = f"{len(buffers)}x{'+'.join(shapes)} tp{ranks} {model}"
+        self._layout = f"{' windows '.join(formats)} tp{ranks} {model}"
 
     @property
     def layout(self) -> str:
         """A name for what the bytes mean now: equal names, equal bytes for equal tokens."""
         return f"{self._layout} weights {self._weights()}"[-1000:]
 
-    def copy_out(self, locations: torch.Tensor, memory: memoryview) -> HostKV:
-        """Begin to write the entries at `locations`, shape (tokens,), to `memory`; they are there
-        when `copies.wait` returns."""
-        return self.copies.read(locations, HostKV(list(self._blocks(memory, len(locations)))))
+    def size(self, tokens: int, before: int) -> int:
+        """Bytes of a piece of `tokens`, the first `before` of which have no entries of windows."""
+        counts = self._counts(tokens, before)
+        both = zip(self._pools, counts, strict=True)
+        return sum(count * pool.bytes_per_entry for pool, count in both)
 
-    def copy_host(self, halves: Sequence[HostKV], begin: int, end: int, memory: memoryview) -> None:
-        """Write the entries `begin`..`end` of a complete copy in host memory, which stands in
-        `halves` one after the other."""
-        blocks, at = list(self._blocks(memory, end - begin)), 0
-        for half in halves:
-            first, last = max(begin - at, 0), min(end - at, half.tokens)
-            if first < last:
-                for part, block in zip(half.parts, blocks, strict=True):
-                    block[at + first - begin : at + last - begin] = part[first:last]
-            at += half.tokens
+    def copy_out(self, locations: torch.Tensor, before: int, memory: memoryview) -> Parts:
+        """Begin to write a piece, whose KV is at `locations`, shape (tokens,), to `memory`; it is
+        there when `wait` returns."""
+        return [
+            (pool, pool.read(where, HostKV(blocks)))
+            for pool, where, blocks in self._entries(locations, before, memory)
+        ]
 
-    def copy_in(self, locations: torch.Tensor, memory: memoryview) -> HostKV:
-        """Begin the reverse of `copy_out`; `memory` is read until `copies.wait` returns."""
-        kv = HostKV(list(self._blocks(memory, len(locations))))
-        self.copies.to_device(kv, locations)
-        return kv
+    def copy_host(
+        self, copy: HostCopy, begin: int, end: int, before: int, memory: memoryview
+    ) -> None:
+        """Write the piece of the tokens `begin`..`end` of a complete copy in host memory."""
+        tokens = end - begin
+        halves = [(copy.halves(), begin, end)]
+        if len(self._pools) > 1:
+            first = min(begin + before, end) - copy.before
+            halves.append((copy.window_halves(), first, end - copy.before))
+        in_slot = self._blocks(memory, tokens, before)
+        for (kept, first, last), blocks in zip(halves, in_slot, strict=True):
+            _gather(kept, first, last, blocks)
 
-    def _blocks(self, memory: memoryview, tokens: int) -> Iterator[torch.Tensor]:
+    def copy_in(self, locations: torch.Tensor, before: int, memory: memoryview) -> Parts:
+        """Begin the reverse of `copy_out`; `memory` is read until `wait` returns."""
+        parts: Parts = []
+        for pool, where, blocks in self._entries(locations, before, memory):
+            kv = HostKV(blocks)
+            pool.to_device(kv, where)
+            parts.append((pool, kv))
+        return parts
+
+    @staticmethod
+    def wait(parts: Parts) -> bool:
+        """Until all of it is complete; False if the device failed."""
+        complete = [pool.wait(kv) for pool, kv in parts]
+        return all(complete)
+
+    @staticmethod
+    def hold_steps(parts: Parts) -> None:
+        """Have steps launched from now on wait for it."""
+        for pool, kv in parts:
+            pool.hold_steps(kv)
+
+    def _counts(self, tokens: int, before: int) -> Iterator[int]:
+        """Entries of a piece in each pool."""
+        yield tokens
+        if len(self._pools) > 1:
+            yield max(0, tokens - before)
+
+    def _entries(
+        self, locations: torch.Tensor, before: int, memory: memoryview
+    ) -> Iterator[tuple[EntryCopies, torch.Tensor, list[torch.Tensor]]]:
+        """The entries of a piece in each pool that has some: where they are there, and in
+        `memory`."""
+        blocks = self._blocks(memory, len(locations), before)
+        yield self.copies, locations, next(blocks)
+        for pool in self._pools[1:]:
+            if before < len(locations):
+                yield pool, self.copies.window_peers(locations[before:]), next(blocks)
+
+    def _blocks(self, memory: memoryview, tokens: int, before: int) -> Iterator[list[torch.Tensor]]:
+        """For each pool, where in `memory` what of each of its buffers is."""
         at = 0
-        for buffer in self._buffers:
-            shape = (tokens, *buffer.shape[1:])
-            count = tokens * buffer[0].numel()
-            yield torch.frombuffer(memory, dtype=buffer.dtype, count=count, offset=at).view(shape)
-            at += count * buffer.element_size()
+        counts = self._counts(tokens, before)
+        for pool, entries in zip(self._pools, counts, strict=True):
+            blocks = []
+            for buffer in pool.buffers or []:
+                shape, count = (entries, *buffer.shape[1:]), entries * buffer[0].numel()
+                if count:
+                    block = torch.frombuffer(memory, dtype=buffer.dtype, count=count, offset=at)
+                else:
+                    block = torch.empty(0, dtype=buffer.dtype)
+                blocks.append(block.view(shape))
+                at += count * buffer.element_size()
+            yield blocks
+
+
+def _gather(halves: Sequence[HostKV], begin: int, end: int, blocks: Sequence[torch.Tensor]) -> None:
+    """Write the entries `begin`..`end` of what stands in `halves` one after the other."""
+    at = 0
+    for half in halves:
+        first, last = max(begin - at, 0), min(end - at, half.tokens)
+        if first < last:
+            for part, block in zip(half.parts, blocks, strict=True):
+                block[at + first - begin : at + last - begin] = part[first:last]
+        at += half.tokens
 
 
 def kv_bytes_of(scheduler: SchedulerProtocol, copies: HostCopies) -> KVSerializer | str:
@@ -77,9 +144,7 @@ def kv_bytes_of(scheduler: SchedulerProtocol, copies: HostCopies) -> KVSerialize
         return f"KV in a {type(pool).__name__} of this layout does not travel yet"
     if copies.states is not None:
         return "recurrent states do not travel yet"
-    if copies.windows is not None:
-        return "entries of sliding windows do not travel yet"
     if scheduler.server_args.enable_hierarchical_cache:
         return "a prefix in the host pool of the hierarchical cache does not travel yet"
     model = str(scheduler.server_args.model_path) + layout_name(scheduler)
-    return KVSerializer(copies, copies.buffers, model, lambda: str(get_serving().weight_version))
+    return KVSerializer(copies, model, lambda: str(get_serving().weight_version))

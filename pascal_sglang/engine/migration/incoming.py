@@ -65,8 +65,8 @@ class IncomingMigration(MigrationTarget):
         """The instance it comes from."""
         return self.reservation.sender
 
-    def fetch(self, begin: int, end: int) -> bool:
-        fetched = self.side.receive_buffer.fetch(self.reservation, begin, end)
+    def fetch(self, begin: int, end: int, before: int) -> bool:
+        fetched = self.side.receive_buffer.fetch(self.reservation, begin, end, before)
         return all_agree(self.side.scheduler, fetched)
 
     def problem(self, state: bytes, tokens: int) -> str | None:
@@ -89,10 +89,12 @@ class IncomingMigration(MigrationTarget):
     def take(self, state: bytes, tokens: int) -> None:
         req, snapshot, states = self.req, self.snapshot, self.side.states
         assert snapshot is not None
-        locations = self.side.receive_buffer.keep(self.reservation, tokens, states.pass_info.now)
+        locations, before = self.side.receive_buffer.keep(
+            self.reservation, tokens, self.before, states.pass_info.now
+        )
         states.arrived(req)
         restore_state(req, snapshot)
-        states.paused_requests.adopt(req, locations, self.drafted)
+        states.paused_requests.adopt(req, locations, before, self.drafted)
         states.stopped(req, RequestStatus.RESIDENT)
         self.side.arrived[req] = snapshot.blocked_since
         self.taken = weakref.ref(req)
@@ -155,7 +157,7 @@ class IncomingMigrations:
         problem = self._why_not(ask, now)
         reservation = None
         if problem is None:
-            reservation = self.receive_buffer.reserve(ask.migration, sender, ask.tokens)
+            reservation = self.receive_buffer.reserve(ask.migration, sender, ask.tokens, ask.before)
         if reservation is None:
             why = problem or "full"
             self.count(why)
@@ -166,6 +168,7 @@ class IncomingMigrations:
             rid=ask.rid,
             terms=self.terms,
             tokens=ask.tokens,
+            before=reservation.before,
             heard=now,
             side=self,
             reservation=reservation,
@@ -184,12 +187,17 @@ class IncomingMigrations:
             return "aborted"
         if not self.receive_buffer.slots.free:
             return "busy"
+        if ask.before > ask.tokens:
+            return "a hole in the KV"
         running = len(self.scheduler.running_batch.reqs) + self.states.paused_requests.count(
             PauseStatus.ARRIVING
         )
         pool = self.receive_buffer.pool
-        room = pool.free_tokens - self.capacity.promised_tokens() - pool.in_pages(running + 1)
-        return None if room >= pool.in_pages(ask.tokens) else "full"
+        tokens, growth = pool.in_pages(ask.tokens), pool.in_pages(running + 1)
+        if pool.free_tokens - self.capacity.promised_tokens() - growth < tokens:
+            return "full"
+        before = self.receive_buffer.in_whole_pages(ask.before)
+        return None if self.capacity.free_windows() - growth >= tokens - before else "no windows"
 
     def _close_if_over(self, migration: str) -> None:
         incoming = self.under_way.get(migration)

@@ -79,6 +79,11 @@ class Migrations:
         """KV entries that no request owns yet."""
         return self.incoming_migrations.receive_buffer.reserved
 
+    @property
+    def reserved_windows(self) -> int:
+        """The same of entries of sliding windows."""
+        return self.incoming_migrations.receive_buffer.reserved_windows
+
     def is_empty(self) -> bool:
         return not self.outgoing_migrations.holds_requests and self.incoming_migrations.is_idle
 

@@ -164,7 +164,10 @@ class OutgoingMigrations:
             target=order.target,
             kv=kv,
         )
-        self.control_sender.send(order.target, out.begin(now, self.kv.layout))
+        # Its last token has no KV yet.
+        windows = self.states.paused_requests.pool.windows
+        before = 0 if windows is None else windows.before(held - 1)
+        self.control_sender.send(order.target, out.begin(now, self.kv.layout, before))
 
     def hear(self, sender: int, message: Message, now: float) -> None:
         out = self.under_way.get(message.migration)
@@ -223,7 +226,7 @@ class OutgoingMigrations:
         still = not runs and self.states.paused_requests.is_migrating(out.req)
         tokens = out.kv.tokens(status, runs and self.scheduler.enable_overlap)
         try:
-            said = out.copy(now, tokens, still=still)
+            said = out.copy(now, tokens, still=still, before=out.kv.before(status, tokens))
         except (TypeError, ValueError, OverflowError):
             logger.exception("pascal_sglang: the state of %s does not travel", out.req.rid)
             said = out.keep("state")
@@ -239,7 +242,7 @@ class OutgoingMigrations:
         waits for it."""
         chunk = message if isinstance(message, messages.KVChunk) else None
         end = message.kv_tokens if chunk is None else chunk.end
-        out.kv.write(message.begin, end, status)
+        out.kv.write(message.begin, end, message.before, status)
         if chunk is not None and self.kv.copies.deferred and self.transport.direct:
             out.unsaid = chunk
             return []

@@ -10,9 +10,8 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.cluster.messages import ReserveGranted
 from pascal_sglang.cluster.transport import Transport, TransportError
-from pascal_sglang.engine.kv.host_copies import HostKV
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
-from pascal_sglang.engine.kv.serializer import KVSerializer
+from pascal_sglang.engine.kv.serializer import KVSerializer, Parts
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.request import RequestStatus
@@ -37,7 +36,7 @@ class OutgoingKV:
     granted: ReserveGranted | None = None
     # By this rank.
     bytes_sent: int = 0
-    _copy: HostKV | None = None
+    _copy: Parts | None = None
     _written: tuple[str, int, int] | None = None
     _problem: str | None = None
 
@@ -58,24 +57,36 @@ class OutgoingKV:
         # A step under way still writes the last one.
         return int(self.req.kv.kv_committed_len) - in_flight
 
-    def write(self, begin: int, end: int, status: RequestStatus) -> None:
-        """Begin to put KV of the tokens `begin`..`end` into the target's slot; `written` says
-        what came of it."""
+    def before(self, status: RequestStatus, tokens: int) -> int:
+        """How many of the request's first `tokens` KV entries have no peers in the pool for sliding
+        windows any more."""
+        windows = self.paused_requests.pool.windows
+        if windows is None:
+            return 0
+        if status is RequestStatus.HOST:
+            return self.paused_requests.copy_of(self.req).before
+        return windows.before(tokens)
+
+    def write(self, begin: int, end: int, before: int, status: RequestStatus) -> None:
+        """Begin to put KV of the tokens `begin`..`end` into the target's slot, the first `before`
+        of the request's without entries of sliding windows; `written` says what came of it."""
         assert self.granted is not None
         self._problem = self._written = self._copy = None
         if begin == end:
             return
-        size = (end - begin) * self.serializer.per_token
+        before = max(0, before - begin)
+        size = self.serializer.size(end - begin, before)
         try:
             if self.tp_rank >= len(self.granted.receive_buffers):
                 raise TransportError("the target has fewer TP ranks")
             there = (self.granted.receive_buffers[self.tp_rank], self.granted.offset, size)
             memory = self.transport.room(*there)
             if status is RequestStatus.HOST:
-                halves = self.paused_requests.copy_of(self.req).halves()
-                self.serializer.copy_host(halves, begin, end, memory)
+                copy = self.paused_requests.copy_of(self.req)
+                self.serializer.copy_host(copy, begin, end, before, memory)
             else:
-                self._copy = self.serializer.copy_out(self._locations(status)[begin:end], memory)
+                where = self._locations(status)[begin:end]
+                self._copy = self.serializer.copy_out(where, before, memory)
             self._written = there
         except TransportError as error:
             self._problem = str(error)
@@ -84,7 +95,7 @@ class OutgoingKV:
 
     def written(self) -> str | None:
         """Wait for what `write` began; None if it is in the slot, else why it is not."""
-        if self._copy is not None and not self.serializer.copies.wait(self._copy):
+        if self._copy is not None and not self.serializer.wait(self._copy):
             self._problem = "reading KV failed"
         if self._problem is None and self._written is not None:
             try:

@@ -10,7 +10,7 @@ import torch
 from pascal_sglang.cluster.receive_slots import ReceiveSlots
 from pascal_sglang.engine.kv.host_copies import HostKV
 from pascal_sglang.engine.kv.pool import Pool
-from pascal_sglang.engine.kv.serializer import KVSerializer
+from pascal_sglang.engine.kv.serializer import KVSerializer, Parts
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +34,12 @@ class Reservation:
     sender: int
     # The KV entries reserved, in whole pages.
     locations: torch.Tensor
+    # How many of the first come without entries of sliding windows, in whole pages.
+    before: int
     # Number of its slot.
     slot: int
     # The slot is being read, since the last pass.
-    reading: HostKV | None = None
+    reading: Parts | None = None
     # The source writes into the slot no more.
     through: bool = False
     # The source has died.
@@ -47,9 +49,9 @@ class Reservation:
 class ReceiveBuffer:
     """Memory for KV on its way in: entries of the pool, and slots.
 
-    reserved: KV entries held. A slot is given to the next move when nothing uses it any more:
-    closing are moves that are over and whose slots are read; `ReceiveSlots` knows which of the
-    others a source may still write into.
+    reserved: KV entries held, and with them `reserved_windows` of sliding windows. A slot is given
+    to the next move when nothing uses it any more: closing are moves that are over and whose slots
+    are read; `ReceiveSlots` knows which of the others a source may still write into.
     """
 
     def __init__(self, pool: Pool, kv: KVSerializer, memory: memoryview) -> None:
@@ -57,45 +59,61 @@ class ReceiveBuffer:
         self.kv = kv
         self.memory = memory
         self.slot_tokens = slot_tokens(kv)
-        self.reserved = 0
+        self.reserved = self.reserved_windows = 0
         self.closing: list[Reservation] = []
         self.slots = ReceiveSlots(SLOTS)
 
-    def reserve(self, migration: str, sender: int, tokens: int) -> Reservation | None:
-        """Memory for `tokens` KV entries and a slot; None if there is none."""
-        locations = self.pool.take(self.pool.in_pages(tokens))
+    def reserve(self, migration: str, sender: int, tokens: int, before: int) -> Reservation | None:
+        """Memory for `tokens` KV entries, the first `before` without those of sliding windows, and
+        a slot; None if there is none."""
+        before = self.in_whole_pages(before)
+        locations = self.pool.take(self.pool.in_pages(tokens), before)
         if locations is None:
             return None
-        self.reserved += len(locations)
-        return Reservation(migration, sender, locations, self.slots.take())
+        reservation = Reservation(migration, sender, locations, before, self.slots.take())
+        self._count(reservation, 1)
+        return reservation
+
+    def _count(self, reservation: Reservation, sign: int) -> None:
+        held = len(reservation.locations)
+        self.reserved += sign * held
+        if self.pool.windows is not None:
+            self.reserved_windows += sign * (held - reservation.before)
+
+    def in_whole_pages(self, before: int) -> int:
+        """Leading tokens whose entries of sliding windows are not needed: pages are had or not."""
+        return before - before % self.pool.in_pages(1)
 
     def offset(self, reservation: Reservation) -> int:
         """Where its slot begins, in bytes."""
         return reservation.slot * self.slot_tokens * self.kv.per_token
 
-    def fetch(self, reservation: Reservation, begin: int, end: int) -> bool:
-        """Take KV of the tokens `begin`..`end` out of the slot; whether that worked. Deferred
-        copies read it until `read` returns."""
-        if end - begin > self.slot_tokens:
+    def fetch(self, reservation: Reservation, begin: int, end: int, before: int) -> bool:
+        """Take KV of the tokens `begin`..`end` out of the slot, the first `before` of the request's
+        without entries of sliding windows; whether that worked. Deferred copies read it until
+        `read` returns."""
+        if end - begin > self.slot_tokens or before < reservation.before:
             return False
-        at, size = self.offset(reservation), (end - begin) * self.kv.per_token
+        before = max(0, before - begin)
+        at, size = self.offset(reservation), self.kv.size(end - begin, before)
         if not size:
             return True
         # Of every rank, whether it fails or not: slots are free again in the same pass.
-        reservation.reading = HostKV([], failed=True)
+        reservation.reading = [(self.kv.copies, HostKV([], failed=True))]
         try:
             memory = self.memory[at : at + size]
-            reservation.reading = self.kv.copy_in(reservation.locations[begin:end], memory)
+            where = reservation.locations[begin:end]
+            reservation.reading = self.kv.copy_in(where, before, memory)
         except Exception:  # Whatever it is: the other ranks are told so, and wait for that.
             logger.exception("pascal_sglang: KV that arrived could not be written")
         if self.kv.copies.deferred:
-            return not reservation.reading.failed
+            return not any(kv.failed for _, kv in reservation.reading)
         return self.read(reservation)
 
     def read(self, reservation: Reservation) -> bool:
         """Wait until nothing reads the slot any more; False if the device failed."""
         reading, reservation.reading = reservation.reading, None
-        return reading is None or self.kv.copies.wait(reading)
+        return reading is None or self.kv.wait(reading)
 
     def close(self, now: float) -> bool:
         """The same for the slots of moves that are over."""
@@ -126,30 +144,39 @@ class ReceiveBuffer:
             migration, sender = reservation.migration, reservation.sender
             self.slots.doubt(reservation.slot, migration, sender, now, dead=reservation.dead)
 
-    def keep(self, reservation: Reservation, tokens: int, now: float) -> torch.Tensor:
-        """The move is done: where its `tokens` KV entries are. The rest is given back. A source
+    def keep(
+        self, reservation: Reservation, tokens: int, before: int, now: float
+    ) -> tuple[torch.Tensor, int]:
+        """The move is done: where its `tokens` KV entries are, and how many of the first have no
+        entries of sliding windows, where the source gave `before`. The rest is given back. A source
         writes nothing after its Handover."""
-        used = self.pool.in_pages(tokens)
+        used, before = self.pool.in_pages(tokens), self.in_whole_pages(before)
         reservation.through = True
-        self._give_back(reservation, reservation.locations[used:], now)
-        return reservation.locations[:tokens]
+        self._leave(reservation, now)
+        self.pool.give_windows(reservation.locations[reservation.before : before])
+        self._give(reservation.locations[used:], 0)
+        return reservation.locations[:tokens], before
 
     def drop(self, reservation: Reservation, why: str, now: float) -> None:
         """The migration has failed: all is given back."""
         reservation.through = why == "cancelled"
         reservation.dead = why == "source died"
-        self._give_back(reservation, reservation.locations, now)
+        self._leave(reservation, now)
+        self._give(reservation.locations, reservation.before)
 
-    def _give_back(self, reservation: Reservation, locations: torch.Tensor, now: float) -> None:
-        self.reserved -= len(reservation.locations)
+    def _leave(self, reservation: Reservation, now: float) -> None:
+        """What is reserved is held by the move no longer."""
+        self._count(reservation, -1)
         if reservation.reading is not None:
             # Steps that read this KV, or write where it is given back, come after the copy.
-            self.kv.copies.hold_steps(reservation.reading)
+            self.kv.hold_steps(reservation.reading)
             self.closing.append(reservation)
         else:
             self._leave_slot(reservation, now)
+
+    def _give(self, locations: torch.Tensor, before: int) -> None:
         if len(locations):
-            self.pool.allocator.free(locations)
+            self.pool.give(locations, before)
 
 
 def receive_buffer_bytes(kv: KVSerializer) -> int:

@@ -139,10 +139,8 @@ REBUILT: dict[str, tuple[str, ...]] = {
         "temp_input_token_ids_logprobs_val",
         "temp_input_token_ids_logprobs_idx",
     ),
-    "counts steps here, for pools that do not travel": (
-        "decode_batch_idx",
-        "mamba_lazy_checkpoint",
-    ),
+    "counts steps since its KV is here": ("decode_batch_idx",),
+    "belongs to a pool that does not travel": ("mamba_lazy_checkpoint",),
     "was read when the request was sent to its first instance": ("routed_dp_rank",),
     "made anew, and given the output so far (`grammar`)": (
         "grammar",
@@ -240,9 +238,11 @@ KV_REBUILT = (
     "cache_inserted_len",
     "kv_committed_len",
     "kv_allocated_len",
+    # How far windows have slid: the target is told with the KV.
+    "component_evicted_seqlens",
 )
 KV_REFUSED: dict[str, tuple[str, ...]] = {
-    "a sliding window": ("swa_evict_floor", "component_evicted_seqlens"),
+    "a window that its prompt does not leave": ("swa_evict_floor",),
     "a backup of its KV": ("retraction_backup",),
     "a Mamba state": (
         "mamba_pool_idx",

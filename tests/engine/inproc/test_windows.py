@@ -87,3 +87,36 @@ def test_copies_by_the_pools_own_code_change_no_token(model, stock):
     each_pass = "tests.engine.inproc.test_windows:copies_of_the_pool"
     paused = chaos(model, stock, "--page-size", "16", each_pass=each_pass)
     assert paused.status["kv_tokens"]["host"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({}, ()),
+        ({"live_migration": False}, ("--disable-overlap-schedule", "--page-size", "16")),
+    ],
+    ids=["live", "stopped"],
+)
+def test_moves_change_no_token(model, stock, settings, flags):
+    """The live tail of a window goes with the KV, and the windows of both sides all come back."""
+    settings = {**CHAOS, "migration": "always", **settings}
+    flags = (*models.FLAGS["gpt_oss"], "--max-total-tokens", "2048", *flags)
+    moved = run(
+        model,
+        requests(24),
+        settings,
+        flags,
+        prepare="tests.engine.inproc.loopback:prepare",
+        each_pass="tests.engine.inproc.loopback:moves",
+        **INTERVAL,
+    )
+    assert moved.status["support"] == {"level": "move", "lowered_by": []}
+    assert differing(moved, stock) == []
+    migrations = moved.status["migrations"]
+    assert migrations["outgoing"]["moved"] == migrations["incoming"]["taken"] > 20, migrations
+    assert migrations["incoming"]["a test"] > 0
+    assert migrations["rejected"] == {}
+    assert min(moved.pauses[tier] for tier in ("resident", "host", "recompute")) > 2
+    windows = moved.status["windows"]
+    assert windows["free"] == windows["capacity"]
+    assert (moved.status["policy_errors"], moved.free) == (0, moved.capacity)

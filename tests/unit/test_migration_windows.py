@@ -1,0 +1,118 @@
+"""KV with sliding windows on its way to another instance: what no window sees any more stays, and
+both pools of the target get all back that is not the request's."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pascal_sglang.engine.kv.host_copies import HostCopies
+from pascal_sglang.engine.kv.pool import Pool
+from pascal_sglang.engine.kv.serializer import KVSerializer
+from pascal_sglang.engine.migration.receive_buffer import ReceiveBuffer, receive_buffer_bytes
+from tests.unit.test_windows import content, request, scheduler_of
+
+# Tokens when the target is asked, at each piece, and at the end.
+ASKED, MOST = 19, 40
+PIECES = ((0, 16, 20), (16, 22, 22), (22, 24, 24))
+
+
+class Side:
+    """The pools of one instance, and its receive buffer."""
+
+    def __init__(self, page):
+        self.scheduler = scheduler_of(page)
+        self.pool, self.copies = Pool(self.scheduler), HostCopies(self.scheduler)
+        self.copies.reserve(64)
+        self.copies.windows.reserve(32)
+        self.kv = KVSerializer(self.copies, "model", lambda: "default")
+        memory = memoryview(bytearray(receive_buffer_bytes(self.kv)))
+        self.receive_buffer = ReceiveBuffer(self.pool, self.kv, memory)
+
+    @property
+    def free(self):
+        return self.pool.windows.free_whole, self.pool.windows.free
+
+    @property
+    def reserved(self):
+        return self.receive_buffer.reserved, self.receive_buffer.reserved_windows
+
+    def slot(self, reservation, size):
+        at = self.receive_buffer.offset(reservation)
+        return self.receive_buffer.memory[at : at + size]
+
+
+@pytest.fixture(params=[1, 8])
+def sides(request, monkeypatch):
+    parallel = SimpleNamespace(attn_tp_size=1)
+    monkeypatch.setattr("pascal_sglang.engine.kv.serializer.get_parallel", lambda: parallel)
+    return Side(request.param), Side(request.param)
+
+
+def send(source, target, where, reservation, kept=None):
+    """Piece by piece; `where` is the source's KV, or in the copy `kept`."""
+    for begin, end, tokens in PIECES:
+        before = source.pool.windows.before(tokens)
+        here = max(0, before - begin)
+        memory = target.slot(reservation, source.kv.size(end - begin, here))
+        if kept is None:
+            assert source.kv.wait(source.kv.copy_out(where[begin:end], here, memory))
+        else:
+            before = max(before, kept.before)
+            here = max(0, before - begin)
+            source.kv.copy_host(kept, begin, end, here, memory)
+        assert target.receive_buffer.fetch(reservation, begin, end, before)
+        memory[:] = bytes(len(memory))
+    return before
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_what_a_window_still_sees_goes_with_the_kv(sides, paused):
+    source, target = sides
+    kv_tokens = PIECES[-1][1]
+    begun, before = target.free, source.pool.windows.before(kv_tokens)
+    where = source.pool.take(kv_tokens, source.pool.windows.before(ASKED))
+    expected = content(source.scheduler, where, before)
+    kept = source.copies.save(request(16), where) if paused else None
+    reservation = target.receive_buffer.reserve("m", 0, MOST, source.pool.windows.before(ASKED))
+    held = target.pool.in_pages(MOST)
+    assert target.reserved == (held, held - reservation.before)
+    assert target.free == (begun[0] - held, begun[1] - held + reservation.before)
+    assert send(source, target, where, reservation, kept) == before
+    got, first = target.receive_buffer.keep(reservation, kv_tokens, before, 1.0)
+    assert (len(got), first, target.reserved) == (kv_tokens, before, (0, 0))
+    for found, was in zip(content(target.scheduler, got, first), expected, strict=True):
+        assert torch.equal(found, was)
+    paged = target.pool.in_pages(kv_tokens)
+    assert target.free == (begun[0] - paged, begun[1] - paged + first)
+    target.pool.give(got, first)
+    assert target.free == begun
+
+
+@pytest.mark.parametrize("pieces", [0, 2])
+def test_a_move_that_fails_gives_both_pools_back(sides, pieces):
+    source, target = sides
+    begun = target.free
+    where = source.pool.take(PIECES[-1][1], 0)
+    reservation = target.receive_buffer.reserve("m", 0, MOST, source.pool.windows.before(ASKED))
+    if pieces:
+        send(source, target, where, reservation)
+    target.receive_buffer.drop(reservation, "timeout", 1.0)
+    assert (target.free, target.reserved) == (begun, (0, 0))
+
+
+def test_nothing_is_reserved_where_windows_are_short(sides):
+    _, target = sides
+    whole, windows = target.free
+    page = target.pool.in_pages(1)
+    assert windows < whole
+    assert target.receive_buffer.reserve("m", 0, windows + page, 0) is None
+    assert (target.free, target.reserved) == ((whole, windows), (0, 0))
+    assert target.receive_buffer.reserve("m", 0, windows + page, page) is not None
+    assert target.free == (whole - windows - page, 0)
+
+
+def test_an_entry_that_was_not_reserved_is_not_read(sides):
+    source, target = sides
+    reservation = target.receive_buffer.reserve("m", 0, MOST, source.pool.windows.before(ASKED))
+    assert not target.receive_buffer.fetch(reservation, 0, 16, reservation.before - 1)
