@@ -298,12 +298,6 @@ POOLS = (
         lambda s: s.spec_algorithm.is_some() and (s.is_hybrid_swa or s.is_hybrid_ssm),
         "what drafts do to them was never seen",
     ),
-    Row(
-        "a pool of recurrent states (Mamba)",
-        Level.PAUSE,
-        lambda s: s.is_hybrid_ssm,
-        "a state does not travel",
-    ),
 )
 # Of a pool whose KV is more than rows of tensors that we know.
 COPIES = (
@@ -441,7 +435,6 @@ FAMILIES = (
     Family(
         "Qwen3-Next, Qwen3.5 and 3.6, Kimi-Linear, Nemotron-H",
         "MHA or MLA with recurrent states",
-        ("a pool of recurrent states (Mamba)",),
     ),
 )
 

@@ -93,8 +93,8 @@ class ChunkAck(Message, frozen=True):
 
 class Handover(Message, frozen=True):
     """Source to target: it is yours. The request stopped at `kv_tokens`; their KV from `begin` on
-    is in the slot as in a `KVChunk`, and `state` is all else that it needs. Repeated until
-    answered."""
+    is in the slot as in a `KVChunk`, behind it the recurrent state of a model that has them, and
+    `state` is all else that it needs. Repeated until answered."""
 
     begin: Count
     kv_tokens: Count

@@ -59,9 +59,10 @@ class MigrationTarget(ABC):
     heard: float = 0.0
 
     @abstractmethod
-    def fetch(self, begin: int, end: int, before: int) -> bool:
+    def fetch(self, begin: int, end: int, before: int, *, stopped: bool) -> bool:
         """Take KV of the tokens `begin`..`end` out of the slot, the first `before` of the request's
-        without entries of sliding windows; whether that worked."""
+        without entries of sliding windows; whether that worked. stopped: what a request has besides
+        KV is there too."""
 
     @abstractmethod
     def problem(self, state: bytes, tokens: int) -> str | None:
@@ -120,7 +121,7 @@ class MigrationTarget(ABC):
         if chunk.begin == self.upto:
             if chunk.before < self.before:
                 return self.give_up("a hole in the KV")
-            if not self._fetched(chunk.begin, chunk.end, chunk.before):
+            if not self._fetched(chunk.begin, chunk.end, chunk.before, stopped=False):
                 return self.give_up("transport")
         return [ChunkAck(self.migration, self.upto)]
 
@@ -137,15 +138,16 @@ class MigrationTarget(ABC):
         problem = self.problem(handover.state, handover.kv_tokens)
         if problem is not None:
             return self.give_up(problem)
-        if not self._fetched(handover.begin, handover.kv_tokens, handover.before):
+        begin, end = handover.begin, handover.kv_tokens
+        if not self._fetched(begin, end, handover.before, stopped=True):
             return self.give_up("transport")
         self.state = TargetState.OWNED
         self.take(handover.state, handover.kv_tokens)
         return [CommitAck(self.migration)]
 
-    def _fetched(self, begin: int, end: int, before: int) -> bool:
+    def _fetched(self, begin: int, end: int, before: int, *, stopped: bool) -> bool:
         within = begin <= end <= self.tokens and before <= self.tokens
-        if not within or not self.fetch(begin, end, before):
+        if not within or not self.fetch(begin, end, before, stopped=stopped):
             return False
         self.upto, self.before = end, before
         return True

@@ -1,10 +1,11 @@
-"""Models whose pools are of their own kind, over HTTP with little memory: no token changes."""
+"""Models whose pools are of their own kind, over HTTP with little memory: pauses and moves change
+no token."""
 
 import pytest
 
 from tests.engine.inproc.models import FLAGS
 from tests.engine.load import run
-from tests.engine.test_migration import at_rest, differences, nothing_left
+from tests.engine.test_migration import at_rest, differences, nothing_left, total
 
 COUNT = 60
 CROWDED = {"chaos": 0.03, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
@@ -14,10 +15,6 @@ STATES = (
     "--mamba-radix-cache-strategy extra_buffer --mamba-track-interval 64 --max-mamba-cache-size 320"
 ).split()
 FAMILY_FLAGS = {"gpt_oss": FLAGS["gpt_oss"], "qwen3_next": STATES}
-WHY = {
-    "gpt_oss": "a pool with sliding windows",
-    "qwen3_next": "a pool of recurrent states (Mamba)",
-}
 
 
 @pytest.fixture(params=FAMILY_FLAGS)
@@ -32,10 +29,9 @@ def alone(name, serve, family):
         return run(server, COUNT)[0]
 
 
-def test_pauses_change_no_token_and_the_level_is_said(name, serve, family, alone):
-    """Two instances where requests could migrate, but for the pool."""
+def test_pauses_and_moves_change_no_token_and_the_level_is_said(name, serve, family, alone):
     flags = [*FAMILY_FLAGS[name], *TIGHT, "--dp-size", "2"]
-    settings = {**CROWDED, "migration": "adaptive"}
+    settings = {**CROWDED, "force_migration": 0.02}
     with serve(settings, flags, model=family(name)) as server:
         whole, _ = run(server, COUNT)
         instances = at_rest(server)
@@ -47,6 +43,12 @@ def test_pauses_change_no_token_and_the_level_is_said(name, serve, family, alone
         assert sum(i["pauses"].get(tier, 0) for i in instances) > 5, [
             i["pauses"] for i in instances
         ]
-    assert support == {"level": "pause", "lowered_by": [WHY[name]]}
+    moved = total(instances, "outgoing", "moved")
+    assert moved == total(instances, "incoming", "taken")
+    assert moved > COUNT / 3
+    for pool in ("windows", "recurrent_states"):
+        pools = [i[pool] for i in instances if i[pool] is not None]
+        assert all(p["free"] == p["capacity"] for p in pools)
+    assert support == {"level": "move", "lowered_by": []}
     assert "pascal:support_level{" in metrics
-    assert f"pause ({WHY[name]})" in output
+    assert "level move" in output

@@ -57,10 +57,10 @@ class Target(MigrationTarget):
     wrong: str | None = None
     unreadable: bool = False
 
-    def fetch(self, begin, end, before):
+    def fetch(self, begin, end, before, *, stopped):
         if self.unreadable:
             return False
-        assert (begin, end, before) == self.world.slot, "the slot holds something else"
+        assert (begin, end, before, stopped) == self.world.slot, "the slot holds something else"
         self.world.received = end
         self.world.windows |= set(range(max(begin, before), end))
         return True
@@ -99,7 +99,7 @@ class World:
         self.now, self.kv, self.limit = 0.0, kv, limit
         self.running, self.events, self.taken = True, [], None
         # Tokens whose KV has come, and those of them with entries of windows.
-        self.slot, self.received, self.windows = (0, 0, 0), 0, set()
+        self.slot, self.received, self.windows = (0, 0, 0, False), 0, set()
         self.source = Source(migration="m1", rid="r", terms=terms, reserve=limit, world=self)
         before = before_of(kv)
         self.target = Target(
@@ -153,9 +153,9 @@ class World:
         still = not self.running
         for message in self.source.copy(self.now, self.kv, still=still, before=before):
             if isinstance(message, KVChunk):
-                self.slot = (message.begin, message.end, message.before)
+                self.slot = (message.begin, message.end, message.before, False)
             if isinstance(message, Handover):
-                self.slot = (message.begin, message.kv_tokens, message.before)
+                self.slot = (message.begin, message.kv_tokens, message.before, True)
             self.to_target.append(message)
         self.to_target += self.source.tick(self.now)
 

@@ -77,7 +77,7 @@ class Resident(PausedRequests):
             running.reqs.remove(req)
             self.adopt(req, self.pool.locations(req))
 
-    def adopt(self, req, locations, before=0, drafted=None):
+    def adopt(self, req, locations, before=0, state=None, drafted=None):
         self._enter(req, PauseStatus.RESIDENT, locations=locations)
 
 
@@ -107,6 +107,7 @@ class Instance:
             give=lambda locations, before: None,
             give_windows=lambda locations: None,
             windows=None,
+            states=None,
             locations=lambda req: torch.arange(1, 1 + req.kv.kv_committed_len),
             release_rowless=lambda req, locations: None,
             free_tokens=90,

@@ -216,7 +216,7 @@ def test_a_source_that_was_stopped_itself_hears_before_it_gives_up():
 
 def test_a_target_that_took_over_drops_the_request_when_it_hears():
     world = World(terms(live=False), kv=0)
-    world.received = 0
+    world.received, world.slot = 0, (0, 0, 0, True)
     handover = Handover("m1", 0, 0, 0, b"0")
     assert world.target.hear(handover, 0.1) == [CommitAck("m1")]
     for _ in range(2):
@@ -300,7 +300,7 @@ def test_a_window_only_slides_on():
     world = World()
     assert world.target.hear(KVChunk("m1", 0, 40, 74, False), 0.1) == hole
     world = World()
-    world.slot = (0, 40, 80)
+    world.slot = (0, 40, 80, False)
     world.target.hear(KVChunk("m1", 0, 40, 80, False), 0.1)
     assert world.target.hear(Handover("m1", 40, 101, 79, b""), 0.2) == hole
     world = World(kv=0)
@@ -310,8 +310,8 @@ def test_a_window_only_slides_on():
 
 def test_a_piece_said_again_is_not_read_again():
     world = World()
-    world.slot = (0, 40, 75)
+    world.slot = (0, 40, 75, False)
     assert world.target.hear(KVChunk("m1", 0, 40, 75, False), 0.1) == [ChunkAck("m1", 40)]
-    world.slot = (40, 80, 76)
+    world.slot = (40, 80, 76, False)
     assert world.target.hear(KVChunk("m1", 0, 40, 75, False), 0.2) == [ChunkAck("m1", 40)]
     assert world.target.hear(KVChunk("m1", 40, 80, 76, False), 0.3) == [ChunkAck("m1", 80)]

@@ -77,7 +77,7 @@ class Target(MigrationTarget):
 
     move: Any
 
-    def fetch(self, begin, end, before):
+    def fetch(self, begin, end, before, *, stopped):
         written = self.move.world.memory[self.move.slot]
         assert begin == end or written == (self.migration, begin, end), "torn KV"
         return True

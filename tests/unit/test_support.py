@@ -170,7 +170,6 @@ def test_several_features_leave_what_the_lowest_leaves(some, more):
     ("has", "name"),
     [
         ({"is_generation": False}, "a model that generates nothing"),
-        ({"is_hybrid_ssm": True}, "a pool of recurrent states (Mamba)"),
         (
             {"is_hybrid_ssm": True, "spec_algorithm": SpeculativeAlgorithm.EAGLE},
             "speculative decoding beside windows or recurrent states",

@@ -9,6 +9,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import Pool
 from pascal_sglang.engine.kv.pool_copies import PoolCopies
@@ -139,3 +140,21 @@ def test_host_memory_for_a_window_is_room_for_a_request():
 def test_where_pauses_keep_no_kv_there_is_no_copy():
     copies = HostCopies(scheduler_of(8), kept=False)
     assert (copies.copies, copies.windows) == (False, None)
+
+
+def test_the_scarcest_of_what_a_request_takes_is_reported():
+    """To the controller: windows are short where KV is not."""
+    scheduler = scheduler_of(8)
+    scheduler.chunked_req = None
+    pool = Pool(scheduler)
+    capacity = CapacityView(scheduler=scheduler, paused_requests=None, pool=pool, lora_slots=None)
+    assert (capacity.used_share(), capacity.requests_beside()) == (0, 1)
+    assert pool.windows.most == 24
+    pool.take(24)
+    assert capacity.used_share() == pytest.approx(24 / pool.windows.size)
+    assert capacity.requests_beside() == 0
+    pool.take(48, 48)
+    assert capacity.used_share() == pytest.approx(72 / scheduler.max_total_num_tokens)
+    pool.windows = None
+    pool.states = SimpleNamespace(free=7, size=70, for_prefill=3)
+    assert (capacity.used_share(), capacity.requests_beside()) == (pytest.approx(0.9), 2)

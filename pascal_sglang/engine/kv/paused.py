@@ -23,6 +23,7 @@ from pascal_sglang.engine.kv.drafts import DraftState, carries, state_in_batch, 
 from pascal_sglang.engine.kv.host_cache import HeldPrefix
 from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy, HostKV
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
+from pascal_sglang.engine.kv.recurrent_states import bind
 from pascal_sglang.engine.kv.windows import set_before
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -400,10 +401,12 @@ class PausedRequests:
 
     def needs_states(self, req: Req) -> int:
         """Slots of recurrent states that bringing a paused request back takes."""
-        states = self.pool.states
-        if states is None or self.status_of(req) is not PauseStatus.HOST:
-            return 0
-        return states.for_resume(shares_prefix=self.copy_of(req).shared > 0)
+        states, status = self.pool.states, self.status_of(req)
+        if states is not None and status is PauseStatus.HOST:
+            return states.for_resume(shares_prefix=self.copy_of(req).shared > 0)
+        if states is not None and status is PauseStatus.RESIDENT:
+            return states.for_return(req)
+        return 0
 
     def needs_windows(self, req: Req) -> int:
         """Entries of sliding windows that bringing a paused request back takes."""
@@ -448,7 +451,7 @@ class PausedRequests:
         to be recomputed: nothing `holds` it.
         """
         if self.status_of(req) is PauseStatus.RESIDENT:
-            if self.pool.rows.alloc([req]) is None:
+            if not self.pool.take_row(req):
                 return None
             locations, drafted = self.locations_of(req), self._table[req].drafted
             self._remove(req)
@@ -581,15 +584,18 @@ class PausedRequests:
         req: Req,
         locations: torch.Tensor,
         before: int = 0,
+        state: torch.Tensor | None = None,
         drafted: DraftState | None = None,
     ) -> None:
         """Take in a paused request from elsewhere, whose KV is at `locations` on the device, the
-        first `before` without entries of sliding windows. drafted: the state of its draft model, if
-        there is one."""
+        first `before` without entries of sliding windows. state: the slot of its recurrent state.
+        drafted: the state of its draft model. Each if there is one."""
         root = self.pool.tree.root_node_handle(req.extra_key)
         self._bind_kv(req, len(locations), 0, root, None)
         if before:
             set_before(req, before)
+        if state is not None:
+            bind(req, state)
         self._enter(req, PauseStatus.RESIDENT, locations=locations)
         self._table[req].drafted = drafted
 

@@ -207,6 +207,12 @@ class Pool:
                 return False
         return self.rows.alloc([req]) is not None
 
+    def take_state(self) -> torch.Tensor | None:
+        """A slot for a recurrent state, evicting cached ones as needed; None if there is none."""
+        assert self.states is not None
+        self.changed()
+        return self.states.take()
+
     def take(self, tokens: int, before: int = 0) -> torch.Tensor | None:
         """`tokens` KV entries, evicting cached prefixes as needed; None if there are not enough.
         The first `before` come without entries of sliding windows."""

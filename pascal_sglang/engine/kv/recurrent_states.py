@@ -12,6 +12,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_mamba_slots
 from sglang.srt.mem_cache.allocation import ensure_mamba_capacity
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool, MambaPool
 
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -68,11 +69,17 @@ class RecurrentStates:
     @property
     def for_prefill(self) -> int:
         """Slots that are needed to begin a prefill."""
-        return self._for_row + (IN_PREFILL if self._caches else 0)
+        return self.for_row + (IN_PREFILL if self._caches else 0)
 
     def for_resume(self, *, shares_prefix: bool) -> int:
         """Slots that are needed to bring a request back whose state is in host memory."""
-        return self._for_row + shares_prefix
+        return self.for_row + shares_prefix
+
+    def for_return(self, req: Req) -> int:
+        """The same of a request whose state is on the device: those that track it, if it came
+        without from elsewhere."""
+        tracked = req.kv.mamba_ping_pong_track_buffer is not None
+        return 0 if tracked else self.for_row - 1
 
     @property
     def _caches(self) -> bool:
@@ -81,7 +88,9 @@ class RecurrentStates:
         return caches
 
     @property
-    def _for_row(self) -> int:
+    def for_row(self) -> int:
+        """Slots of a request that runs: its state, and those that track it for the prefix
+        cache."""
         tracking: int = self._rows.mamba_initial_tracking_slots
         return 1 + tracking
 
@@ -102,6 +111,19 @@ class RecurrentStates:
         enough: bool = ensure_mamba_capacity(self._rows, [req], self._tree)
         return enough
 
+    def take(self) -> torch.Tensor | None:
+        """A slot for a state from elsewhere, shape (1,), evicting cached states as needed; None if
+        there is none."""
+        allocator = self._rows.mamba_allocator
+        if not allocator.schedulable_available_size() and self._caches:
+            self._tree.evict_for_alloc(EvictParams(num_tokens=0, mamba_num=1))
+        slot: torch.Tensor | None = allocator.alloc(1)
+        return slot
+
+    def give(self, slot: torch.Tensor) -> None:
+        """Give back what `take` gave."""
+        self._rows.mamba_allocator.free(slot)
+
     def release(self, req: Req) -> None:
         """Give back the slots of a request that has no row."""
         kv, allocator = req.kv, self._rows.mamba_allocator
@@ -110,6 +132,11 @@ class RecurrentStates:
             taken = [i for i, empty in enumerate(kv.mamba_ping_pong_empty) if not empty]
             allocator.free(kv.mamba_ping_pong_track_buffer[taken])
         forget(req)
+
+
+def bind(req: Req, slot: torch.Tensor) -> None:
+    """The request has its state in the slot, shape (1,)."""
+    req.kv.mamba_pool_idx = slot[0]
 
 
 def forget(req: Req) -> None:

@@ -18,9 +18,10 @@ Parts = list[tuple[EntryCopies, HostKV]]
 
 class KVSerializer:
     """Reads and writes KV entries of one rank's pool, in pieces of some tokens. Behind them stand
-    the entries of the pool for sliding windows, of those tokens that a window still sees.
+    the entries of the pool for sliding windows, of those tokens that a window still sees, and
+    behind the last piece the request's recurrent state.
 
-    per_token: bytes of a token in both pools.
+    per_token: bytes of a token in both pools. state_bytes: those of a state; 0 without.
     """
 
     def __init__(self, copies: HostCopies, model: str, weights: Callable[[], str]) -> None:
@@ -30,25 +31,28 @@ class KVSerializer:
         if copies.windows is not None:
             self._pools.append(copies.windows)
         self.per_token: int = sum(pool.bytes_per_entry for pool in self._pools)
+        self.state_bytes = 0 if copies.states is None else _aligned(copies.states.bytes_per_entry)
         formats = []
-        for pool in self._pools:
-            buffers = pool.buffers or []
+        for pool in (copies, copies.windows, copies.states):
+            buffers = [] if pool is None else pool.buffers or []
             shapes = sorted({f"{b.dtype}{tuple(b.shape[1:])}" for b in buffers})
             formats.append(f"{len(buffers)}x{'+'.join(shapes)}")
         ranks = get_parallel().attn_tp_size
         self._weights = weights
-        self._layout = f"{' windows '.join(formats)} tp{ranks} {model}"
+        self._layout = f"{' '.join(formats)} tp{ranks} {model}"
 
     @property
     def layout(self) -> str:
         """A name for what the bytes mean now: equal names, equal bytes for equal tokens."""
         return f"{self._layout} weights {self._weights()}"[-1000:]
 
-    def size(self, tokens: int, before: int) -> int:
-        """Bytes of a piece of `tokens`, the first `before` of which have no entries of windows."""
+    def size(self, tokens: int, before: int, *, state: bool = False) -> int:
+        """Bytes of a piece of `tokens`, the first `before` of which have no entries of windows.
+        state: with a recurrent state, if there are any."""
         counts = self._counts(tokens, before)
         both = zip(self._pools, counts, strict=True)
-        return sum(count * pool.bytes_per_entry for pool, count in both)
+        size = sum(count * pool.bytes_per_entry for pool, count in both)
+        return _aligned(size) + self.state_bytes if state and self.state_bytes else size
 
     def copy_out(self, locations: torch.Tensor, before: int, memory: memoryview) -> Parts:
         """Begin to write a piece, whose KV is at `locations`, shape (tokens,), to `memory`; it is
@@ -79,6 +83,30 @@ class KVSerializer:
             pool.to_device(kv, where)
             parts.append((pool, kv))
         return parts
+
+    def state_out(self, location: torch.Tensor, memory: memoryview) -> Parts:
+        """Begin to write the recurrent state at `location`, shape (1,), to the end of `memory`, as
+        `copy_out` does."""
+        states = self.copies.states
+        assert states is not None
+        return [(states, states.read(location, HostKV(self._state(memory))))]
+
+    def state_host(self, state: HostKV, memory: memoryview) -> None:
+        """Write a state that is complete in host memory to the end of `memory`."""
+        _gather([state], 0, 1, self._state(memory))
+
+    def state_in(self, location: torch.Tensor, memory: memoryview) -> Parts:
+        """Begin the reverse of `state_out`."""
+        states, kv = self.copies.states, HostKV(self._state(memory))
+        assert states is not None
+        states.to_device(kv, location)
+        return [(states, kv)]
+
+    def _state(self, memory: memoryview) -> list[torch.Tensor]:
+        """Where at the end of `memory` what of each buffer of states is."""
+        assert self.copies.states is not None
+        at = len(memory) - self.state_bytes
+        return _blocks(self.copies.states, memory, 1, at)
 
     @staticmethod
     def wait(parts: Parts) -> bool:
@@ -114,16 +142,26 @@ class KVSerializer:
         at = 0
         counts = self._counts(tokens, before)
         for pool, entries in zip(self._pools, counts, strict=True):
-            blocks = []
-            for buffer in pool.buffers or []:
-                shape, count = (entries, *buffer.shape[1:]), entries * buffer[0].numel()
-                if count:
-                    block = torch.frombuffer(memory, dtype=buffer.dtype, count=count, offset=at)
-                else:
-                    block = torch.empty(0, dtype=buffer.dtype)
-                blocks.append(block.view(shape))
-                at += count * buffer.element_size()
-            yield blocks
+            yield _blocks(pool, memory, entries, at)
+            at += entries * pool.bytes_per_entry
+
+
+def _blocks(pool: EntryCopies, memory: memoryview, entries: int, at: int) -> list[torch.Tensor]:
+    """Where in `memory`, from the byte `at` on, what of each of a pool's buffers is."""
+    blocks = []
+    for buffer in pool.buffers or []:
+        count = entries * buffer[0].numel()
+        if count:
+            block = torch.frombuffer(memory, dtype=buffer.dtype, count=count, offset=at)
+        else:
+            block = torch.empty(0, dtype=buffer.dtype)
+        blocks.append(block.view(entries, *buffer.shape[1:]))
+        at += count * buffer.element_size()
+    return blocks
+
+
+def _aligned(size: int) -> int:
+    return size + -size % 16
 
 
 def _gather(halves: Sequence[HostKV], begin: int, end: int, blocks: Sequence[torch.Tensor]) -> None:
@@ -142,8 +180,6 @@ def kv_bytes_of(scheduler: SchedulerProtocol, copies: HostCopies) -> KVSerialize
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     if copies.buffers is None:
         return f"KV in a {type(pool).__name__} of this layout does not travel yet"
-    if copies.states is not None:
-        return "recurrent states do not travel yet"
     if scheduler.server_args.enable_hierarchical_cache:
         return "a prefix in the host pool of the hierarchical cache does not travel yet"
     model = str(scheduler.server_args.model_path) + layout_name(scheduler)

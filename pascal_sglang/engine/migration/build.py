@@ -21,7 +21,7 @@ from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import (
     ReceiveBuffer,
     receive_buffer_bytes,
-    slot_tokens,
+    slot_bytes,
 )
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -62,8 +62,7 @@ def build_migrations(
     transport = None
     if problem is None and not isinstance(kv, str):
         try:
-            piece = slot_tokens(kv) * kv.per_token
-            size = receive_buffer_bytes(kv)
+            piece, size = slot_bytes(kv), receive_buffer_bytes(kv)
             transport = make(config.kv_transport, size, piece, kv.copies.pin, config.kv_listen)
         except TransportError as error:
             if config.kv_transport != "auto":

@@ -65,8 +65,10 @@ class IncomingMigration(MigrationTarget):
         """The instance it comes from."""
         return self.reservation.sender
 
-    def fetch(self, begin: int, end: int, before: int) -> bool:
-        fetched = self.side.receive_buffer.fetch(self.reservation, begin, end, before)
+    def fetch(self, begin: int, end: int, before: int, *, stopped: bool) -> bool:
+        fetched = self.side.receive_buffer.fetch(
+            self.reservation, begin, end, before, stopped=stopped
+        )
         return all_agree(self.side.scheduler, fetched)
 
     def problem(self, state: bytes, tokens: int) -> str | None:
@@ -94,7 +96,7 @@ class IncomingMigration(MigrationTarget):
         )
         states.arrived(req)
         restore_state(req, snapshot)
-        states.paused_requests.adopt(req, locations, before, self.drafted)
+        states.paused_requests.adopt(req, locations, before, self.reservation.state, self.drafted)
         states.stopped(req, RequestStatus.RESIDENT)
         self.side.arrived[req] = snapshot.blocked_since
         self.taken = weakref.ref(req)
@@ -197,7 +199,10 @@ class IncomingMigrations:
         if pool.free_tokens - self.capacity.promised_tokens() - growth < tokens:
             return "full"
         before = self.receive_buffer.in_whole_pages(ask.before)
-        return None if self.capacity.free_windows() - growth >= tokens - before else "no windows"
+        if self.capacity.free_windows() - growth < tokens - before:
+            return "no windows"
+        lacks_state = pool.states is not None and pool.states.free < pool.states.for_row
+        return "no states" if lacks_state else None
 
     def _close_if_over(self, migration: str) -> None:
         incoming = self.under_way.get(migration)

@@ -242,7 +242,7 @@ class OutgoingMigrations:
         waits for it."""
         chunk = message if isinstance(message, messages.KVChunk) else None
         end = message.kv_tokens if chunk is None else chunk.end
-        out.kv.write(message.begin, end, message.before, status)
+        out.kv.write(message.begin, end, message.before, status, stopped=chunk is None)
         if chunk is not None and self.kv.copies.deferred and self.transport.direct:
             out.unsaid = chunk
             return []

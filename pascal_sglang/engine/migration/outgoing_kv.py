@@ -11,6 +11,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from pascal_sglang.cluster.messages import ReserveGranted
 from pascal_sglang.cluster.transport import Transport, TransportError
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
+from pascal_sglang.engine.kv.recurrent_states import RecurrentStates
 from pascal_sglang.engine.kv.serializer import KVSerializer, Parts
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.kv_tier import KVTier
@@ -67,15 +68,19 @@ class OutgoingKV:
             return self.paused_requests.copy_of(self.req).before
         return windows.before(tokens)
 
-    def write(self, begin: int, end: int, before: int, status: RequestStatus) -> None:
+    def write(
+        self, begin: int, end: int, before: int, status: RequestStatus, *, stopped: bool = False
+    ) -> None:
         """Begin to put KV of the tokens `begin`..`end` into the target's slot, the first `before`
-        of the request's without entries of sliding windows; `written` says what came of it."""
+        of the request's without entries of sliding windows; `written` says what came of it.
+        stopped: its recurrent state too."""
         assert self.granted is not None
         self._problem = self._written = self._copy = None
-        if begin == end:
-            return
         before = max(0, before - begin)
-        size = self.serializer.size(end - begin, before)
+        size = self.serializer.size(end - begin, before, state=stopped)
+        if not size:
+            return
+        with_state = stopped and self.serializer.state_bytes > 0
         try:
             if self.tp_rank >= len(self.granted.receive_buffers):
                 raise TransportError("the target has fewer TP ranks")
@@ -84,9 +89,14 @@ class OutgoingKV:
             if status is RequestStatus.HOST:
                 copy = self.paused_requests.copy_of(self.req)
                 self.serializer.copy_host(copy, begin, end, before, memory)
+                if with_state and copy.state is not None:
+                    self.serializer.state_host(copy.state, memory)
             else:
                 where = self._locations(status)[begin:end]
-                self._copy = self.serializer.copy_out(where, before, memory)
+                self._copy = self.serializer.copy_out(where, before, memory) if len(where) else []
+                if with_state:
+                    state = RecurrentStates.location(self.req)
+                    self._copy += self.serializer.state_out(state, memory)
             self._written = there
         except TransportError as error:
             self._problem = str(error)

@@ -36,6 +36,8 @@ class Reservation:
     locations: torch.Tensor
     # How many of the first come without entries of sliding windows, in whole pages.
     before: int
+    # Where its recurrent state goes; None for models without.
+    state: torch.Tensor | None
     # Number of its slot.
     slot: int
     # The slot is being read, since the last pass.
@@ -59,18 +61,23 @@ class ReceiveBuffer:
         self.kv = kv
         self.memory = memory
         self.slot_tokens = slot_tokens(kv)
+        self.slot_bytes = slot_bytes(kv)
         self.reserved = self.reserved_windows = 0
         self.closing: list[Reservation] = []
         self.slots = ReceiveSlots(SLOTS)
 
     def reserve(self, migration: str, sender: int, tokens: int, before: int) -> Reservation | None:
         """Memory for `tokens` KV entries, the first `before` without those of sliding windows, and
-        a slot; None if there is none."""
+        a recurrent state if there are any, and a slot; None if there is none."""
         before = self.in_whole_pages(before)
         locations = self.pool.take(self.pool.in_pages(tokens), before)
         if locations is None:
             return None
-        reservation = Reservation(migration, sender, locations, before, self.slots.take())
+        state = None if self.pool.states is None else self.pool.take_state()
+        if self.pool.states is not None and state is None:
+            self.pool.give(locations, before)
+            return None
+        reservation = Reservation(migration, sender, locations, before, state, self.slots.take())
         self._count(reservation, 1)
         return reservation
 
@@ -86,16 +93,18 @@ class ReceiveBuffer:
 
     def offset(self, reservation: Reservation) -> int:
         """Where its slot begins, in bytes."""
-        return reservation.slot * self.slot_tokens * self.kv.per_token
+        return reservation.slot * self.slot_bytes
 
-    def fetch(self, reservation: Reservation, begin: int, end: int, before: int) -> bool:
+    def fetch(
+        self, reservation: Reservation, begin: int, end: int, before: int, *, stopped: bool = False
+    ) -> bool:
         """Take KV of the tokens `begin`..`end` out of the slot, the first `before` of the request's
-        without entries of sliding windows; whether that worked. Deferred copies read it until
-        `read` returns."""
+        without entries of sliding windows; whether that worked. stopped: its recurrent state too.
+        Deferred copies read it until `read` returns."""
         if end - begin > self.slot_tokens or before < reservation.before:
             return False
         before = max(0, before - begin)
-        at, size = self.offset(reservation), self.kv.size(end - begin, before)
+        at, size = self.offset(reservation), self.kv.size(end - begin, before, state=stopped)
         if not size:
             return True
         # Of every rank, whether it fails or not: slots are free again in the same pass.
@@ -103,7 +112,10 @@ class ReceiveBuffer:
         try:
             memory = self.memory[at : at + size]
             where = reservation.locations[begin:end]
-            reservation.reading = self.kv.copy_in(where, before, memory)
+            parts = self.kv.copy_in(where, before, memory) if begin < end else []
+            if stopped and reservation.state is not None:
+                parts += self.kv.state_in(reservation.state, memory)
+            reservation.reading = parts
         except Exception:  # Whatever it is: the other ranks are told so, and wait for that.
             logger.exception("pascal_sglang: KV that arrived could not be written")
         if self.kv.copies.deferred:
@@ -163,6 +175,8 @@ class ReceiveBuffer:
         reservation.dead = why == "source died"
         self._leave(reservation, now)
         self._give(reservation.locations, reservation.before)
+        if reservation.state is not None and self.pool.states is not None:
+            self.pool.states.give(reservation.state)
 
     def _leave(self, reservation: Reservation, now: float) -> None:
         """What is reserved is held by the move no longer."""
@@ -179,6 +193,11 @@ class ReceiveBuffer:
             self.pool.give(locations, before)
 
 
+def slot_bytes(kv: KVSerializer) -> int:
+    """Bytes of a slot: of what is copied at once, with a recurrent state at the end."""
+    return kv.size(slot_tokens(kv), 0, state=True)
+
+
 def receive_buffer_bytes(kv: KVSerializer) -> int:
     """Bytes of a rank's receive buffer."""
-    return SLOTS * slot_tokens(kv) * kv.per_token
+    return SLOTS * slot_bytes(kv)

@@ -140,7 +140,7 @@ REBUILT: dict[str, tuple[str, ...]] = {
         "temp_input_token_ids_logprobs_idx",
     ),
     "counts steps since its KV is here": ("decode_batch_idx",),
-    "belongs to a pool that does not travel": ("mamba_lazy_checkpoint",),
+    "says whether its end leaves a state to the prefix cache here": ("mamba_lazy_checkpoint",),
     "was read when the request was sent to its first instance": ("routed_dp_rank",),
     "made anew, and given the output so far (`grammar`)": (
         "grammar",
@@ -240,22 +240,21 @@ KV_REBUILT = (
     "kv_allocated_len",
     # How far windows have slid: the target is told with the KV.
     "component_evicted_seqlens",
+    # The slot of its recurrent state, and those that track it for the prefix cache.
+    "mamba_pool_idx",
+    "mamba_ping_pong_track_buffer",
+    "mamba_ping_pong_empty",
+    "mamba_next_track_idx",
+    "mamba_last_track_idx",
+    "mamba_last_track_seqlen",
+    "mamba_prev_track_seqlen",
+    "mamba_untracked_decode_batch_idx",
+    "mamba_cow_src_index",
+    "mamba_needs_clear",
 )
 KV_REFUSED: dict[str, tuple[str, ...]] = {
     "a window that its prompt does not leave": ("swa_evict_floor",),
     "a backup of its KV": ("retraction_backup",),
-    "a Mamba state": (
-        "mamba_pool_idx",
-        "mamba_ping_pong_track_buffer",
-        "mamba_ping_pong_empty",
-        "mamba_next_track_idx",
-        "mamba_last_track_idx",
-        "mamba_last_track_seqlen",
-        "mamba_prev_track_seqlen",
-        "mamba_untracked_decode_batch_idx",
-        "mamba_cow_src_index",
-        "mamba_needs_clear",
-    ),
 }
 LOGPROB_REFUSED: dict[str, tuple[str, ...]] = {
     "raw prompt log probabilities": (

@@ -10,6 +10,12 @@ MOVES, GIVES_UP = 0.2, 0.03
 # Tokens of a piece: several pieces a move, between which windows slide.
 PIECE = 16
 
+# Of `bed.run`.
+HOOKS = {
+    "prepare": "tests.engine.inproc.loopback:prepare",
+    "each_pass": "tests.engine.inproc.loopback:moves",
+}
+
 _DICE = random.Random(3)
 _MAIL = []
 
@@ -57,3 +63,12 @@ def moves(scheduler, reqs, passes):
     reqs.update({req.rid: req for req in migrations.incoming_migrations.arrived})
     if _DICE.random() < GIVES_UP:
         migrations.incoming_migrations.give_up("a test")
+
+
+def assert_moved(outcome):
+    """Requests moved, some moves failed half way, and both sides know of the same."""
+    migrations = outcome.status["migrations"]
+    assert migrations["outgoing"]["moved"] == migrations["incoming"]["taken"] > 20, migrations
+    assert migrations["incoming"]["a test"] > 0, migrations
+    assert (migrations["rejected"], migrations["awaiting_token"]) == ({}, 0)
+    assert migrations["slots"]["in_doubt"] == 0

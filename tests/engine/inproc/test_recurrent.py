@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.engine.inproc import loopback
 from tests.engine.inproc.bed import Request, run
 from tests.engine.inproc.models import qwen3_next
 
@@ -60,13 +61,13 @@ def test_it_is_hugging_faces_model(model, answers):
         torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=1e-3)
 
 
-def paused_with_the_same_tokens(model, answers, flags):
+def paused_with_the_same_tokens(model, answers, flags, settings=CHAOS, **hooks):
     """First turns, others, and then what follows on the first turns, whose states are cached."""
     turns = [(prompt(i), FIRST) for i in range(TURNS)]
     turns += [(prompt(i), WHOLE) for i in range(TURNS)]
     turns += [(prompt(i) + answers.outputs[i][:FIRST], WHOLE - FIRST) for i in range(TURNS)]
     asked = [Request(ids=ids, params={"max_new_tokens": count}) for ids, count in turns]
-    paused = run(model, asked, CHAOS, flags)
+    paused = run(model, asked, settings, flags, **hooks)
     expected = [output[:FIRST] for output in answers.outputs] + answers.outputs
     expected += [output[FIRST:] for output in answers.outputs]
     assert [i for i in range(len(asked)) if paused.outputs[i] != expected[i]] == []
@@ -84,6 +85,15 @@ def test_pauses_change_no_token(model, answers, flags):
     flags = [*flags, "--max-total-tokens", "2000"]
     paused = paused_with_the_same_tokens(model, answers, flags)
     assert paused.kinds["overlap"] == (flags[1] != "no_buffer")
+
+
+def test_moves_change_no_token(model, answers):
+    """The state goes when the request stops; all slots of both sides come back."""
+    flags = [*TRACKED, "--max-total-tokens", "4096"]
+    settings = {**CHAOS, "migration": "always"}
+    moved = paused_with_the_same_tokens(model, answers, flags, settings, **loopback.HOOKS)
+    assert moved.status["support"] == {"level": "move", "lowered_by": []}
+    loopback.assert_moved(moved)
 
 
 def test_states_are_a_capacity_of_their_own(model, answers):
