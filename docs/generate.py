@@ -97,7 +97,8 @@ def support() -> str:
     found: list[tuple[str, ...]] = []
     ours = (*table.CONFIG, *table.MIGRATION)
     server = (*ours, *table.SERVER, *table.POOLS, *table.COPIES, *table.INSTANCES)
-    for what, rows in (("a server with", server), ("a request with", table.REQUESTS)):
+    requests = (*table.REQUESTS, *table.DRAFTED)
+    for what, rows in (("a server with", server), ("a request with", requests)):
         for row in rows:
             level = f"`{row.level}`" if row.recomputes else f"`{row.level}`, without recomputing"
             found.append((f"{what} {_named(row.name)}", level, row.why))

@@ -67,6 +67,11 @@ class Support:
         return found
 
     @property
+    def because(self) -> str | None:
+        """The first of the features, as metrics name it; None at the highest level."""
+        return next(iter(self.lowered_by), None)
+
+    @property
     def reason(self) -> str:
         """The features in one text; empty at the highest level."""
         return ", ".join(self.lowered_by)
@@ -348,6 +353,18 @@ INSTANCES = (
         "requests reach an instance past the controller",
     ),
 )
+
+
+def has_penalties(params: Any) -> bool:
+    """Whether what a request with these sampling parameters has produced changes what it will."""
+    return bool(
+        params.frequency_penalty
+        or params.presence_penalty
+        or params.repetition_penalty != 1.0
+        or params.min_new_tokens
+    )
+
+
 # SGLang hands them to a request that it has made.
 MULTIMODAL = Row(
     "multimodal inputs",
@@ -404,6 +421,15 @@ REQUESTS = (
         "its state does not travel",
     ),
 )
+# Of a request for which tokens are proposed.
+DRAFTED = (
+    Row(
+        "penalties under speculative decoding",
+        Level.ORDER,
+        lambda r: has_penalties(r.sampling_params),
+        "SGLang counts one token of each step there, and a pause would change which",
+    ),
+)
 # Of SGLang's server arguments: front ends that load no plugin, or run none of the code that we hook
 # into. What is asked of the front end is refused there.
 FRONT_ENDS = (
@@ -452,15 +478,19 @@ def of_server(config: Any, server_args: Any) -> Support:
     return found.under((*SERVER, *INSTANCES), resolved)
 
 
-def of_request(req: Any) -> Support:
-    """What a request leaves on its own."""
-    return EVERYTHING.under(REQUESTS, req)
-
-
-def at_most(level: Level, rows: Iterable[Row]) -> tuple[Row, ...]:
-    """The rows that leave `level` or less."""
-    return tuple(row for row in rows if row.level <= level)
-
-
-UNMOVABLE = at_most(Level.PAUSE, REQUESTS)
 NOT_RECOMPUTED = tuple(row for row in REQUESTS if not row.recomputes)
+
+
+def of_request(
+    req: Any, server: Support = EVERYTHING, *, drafted: bool = False, multimodal: bool = False
+) -> Support:
+    """What a request gets on a server that leaves `server`.
+
+    drafted: tokens are proposed for it. multimodal: SGLang will hand it multimodal inputs.
+    """
+    found = EVERYTHING.under((*REQUESTS, *DRAFTED) if drafted else REQUESTS, req)
+    if multimodal:
+        found = found.lowered(MULTIMODAL.level, MULTIMODAL.name)
+    found = found.lowered(server.level, *server.lowered_by)
+    kept = first(NOT_RECOMPUTED, req) if found.level is Level.RECOMPUTE else None
+    return found if kept is None else found.lowered(Level.ORDER, kept)

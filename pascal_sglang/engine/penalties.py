@@ -24,16 +24,7 @@ from sglang.srt.sampling.penaltylib import (
 from sglang.srt.utils.common import async_h2d
 
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
-
-
-def has_penalties(params: Any) -> bool:
-    """Whether what a request with these sampling parameters has produced changes what it will."""
-    return bool(
-        params.frequency_penalty
-        or params.presence_penalty
-        or params.repetition_penalty != 1.0
-        or params.min_new_tokens
-    )
+from pascal_sglang.support import has_penalties
 
 
 def count_outputs(batch: ScheduleBatch, outputs: Sequence[Sequence[int]]) -> None:

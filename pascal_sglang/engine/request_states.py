@@ -20,7 +20,6 @@ from pascal_sglang.engine.kv.owned import keep_what_is_cached
 from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.queue_times import entered_queue, left_queue
-from pascal_sglang.engine.penalties import has_penalties
 from pascal_sglang.engine.priorities import priority_of
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -34,7 +33,6 @@ from pascal_sglang.policy.timeline import Phase, PhaseTimeline
 from pascal_sglang.request_checks import reader_of
 from pascal_sglang.support import (
     EVERYTHING,
-    MULTIMODAL,
     NOT_RECOMPUTED,
     Level,
     Support,
@@ -108,28 +106,24 @@ class RequestStates:
             internal=is_internal(req),
             handle=req,
         )
-        own = of_request(req)
-        if asked is not None and asked.mm_inputs is not None:
-            own = own.lowered(MULTIMODAL.level, MULTIMODAL.name)
-        if self._drafts and has_penalties(req.sampling_params):
-            # SGLang counts one token of each step there, whichever are accepted.
-            own = own.lowered(Level.ORDER, "penalties under speculative decoding")
-        level = min(own.level, self.support.level)
-        state.keeps_kv = level >= Level.PAUSE
+        support = of_request(
+            req,
+            self.support,
+            drafted=self._drafts,
+            multimodal=asked is not None and asked.mm_inputs is not None,
+        )
+        state.pausable = support.level >= Level.RECOMPUTE
+        state.keeps_kv = support.level >= Level.PAUSE
         state.recomputes = first(NOT_RECOMPUTED, req) is None
-        state.pausable = state.keeps_kv or (level >= Level.RECOMPUTE and state.recomputes)
-        if not state.pausable:
-            self._count_unpausable(state, own if own.level < Level.RECOMPUTE else self.support)
+        if support.because is not None and not (state.pausable or state.internal):
+            self._count_unpausable(support.because)
         if self.strips_thinking:
             keep_what_is_cached(req)
-        req.pascal_state = state
+        req.pascal_state, req.pascal_support = state, support
         return state
 
-    def _count_unpausable(self, state: RequestState, because: Support) -> None:
-        if state.internal:
-            return
-        reason = because.lowered_by[0]
-        if because is not self.support and not self.unpausable[reason]:
+    def _count_unpausable(self, reason: str) -> None:
+        if not self.unpausable[reason] and reason not in self.support.lowered_by:
             logger.warning("pascal_sglang does not pause requests with %s", reason)
         self.unpausable[reason] += 1
         self.decision_log.unpausable(reason)

@@ -16,9 +16,11 @@ from pascal_sglang import support
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.kv.host_copies import HostCopy
 from pascal_sglang.engine.kv.paused import PauseStatus
+from pascal_sglang.engine.migration.request_snapshot import why_not_migratable
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.phases import PhaseTracker
 from pascal_sglang.engine.plan_executor import PlanExecutor
+from pascal_sglang.engine.req_attributes import support_of
 from pascal_sglang.engine.request_states import remaining_of
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 from pascal_sglang.policy.pacer import Pacer
@@ -290,6 +292,15 @@ def test_who_stays_on_the_device_gives_nothing_back(executor, recomputes):
     assert paused_requests.releasing_states == paused_requests.releasing_windows == recomputes
 
 
+# As SGLang's sampling parameters have them by default.
+PENALTIES = {
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_new_tokens": 0,
+}
+
+
 def request(**changes):
     fields = {
         "session": None,
@@ -300,8 +311,8 @@ def request(**changes):
         "return_hidden_states": False,
         "grammar": None,
     }
-    names = ("watermark", "beam_width")
-    params = SimpleNamespace(**{name: changes.pop(name, None) for name in names})
+    names = ("watermark", "beam_width", *PENALTIES)
+    params = SimpleNamespace(**{name: changes.pop(name, PENALTIES.get(name)) for name in names})
     return SimpleNamespace(sampling_params=params, **{**fields, **changes})
 
 
@@ -358,6 +369,44 @@ def test_a_request_gets_the_lower_level_of_its_own_and_its_servers(level):
     expected = ["--some-flag"] * 2 if level < Level.RECOMPUTE else []
     assert told == [*expected, "multimodal inputs"]
     assert made.request_states.unpausable == Counter(told)
+
+
+DROPS_KV = "a server that drops KV"
+
+
+@pytest.mark.parametrize(
+    ("changes", "server", "drafted", "level", "because"),
+    [
+        ({}, Level.MOVE, True, Level.MOVE, None),
+        ({"presence_penalty": 1.5}, Level.MOVE, False, Level.MOVE, None),
+        (
+            {"presence_penalty": 1.5, "session_id": "s"},
+            Level.MOVE,
+            True,
+            Level.ORDER,
+            "penalties under speculative decoding",
+        ),
+        ({"session_id": "s"}, Level.MOVE, True, Level.PAUSE, "a session"),
+        ({"session_id": "s"}, Level.RECOMPUTE, False, Level.RECOMPUTE, DROPS_KV),
+        ({"input_embeds": [[0.5]]}, Level.RECOMPUTE, False, Level.ORDER, "input embeddings"),
+    ],
+)
+def test_pauses_moves_and_metrics_give_the_reason_that_was_decided_on(
+    changes, server, drafted, level, because
+):
+    config, told = PascalConfig(), []
+    leaves = support.EVERYTHING.lowered(server, DROPS_KV)
+    made = PlanExecutor(scheduler(), config, config.record, FailingCopies(), Costs(), leaves)
+    made.decision_log.metrics = SimpleNamespace(unpausable=told.append)
+    made.scheduler.enable_priority_scheduling = False
+    made.request_states._drafts = drafted
+    req = arriving(**changes)
+    state = made.request_states.arrived(req)
+    assert (support_of(req).level, support_of(req).because) == (level, because)
+    assert state.pausable == (level >= Level.RECOMPUTE)
+    assert told == ([] if state.pausable else [because])
+    if because is not None:
+        assert why_not_migratable(req) == because
 
 
 def arriving(**changes):

@@ -33,6 +33,7 @@ from pascal_sglang.engine.migration.snapshot_fields import (
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.request import RequestState
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline
+from pascal_sglang.support import of_request
 
 PROMPT, OUTPUT = [5, 6, 7, 8], [9, 10, 11]
 KV = len(PROMPT) + len(OUTPUT) - 1
@@ -87,6 +88,7 @@ def request(**more):
     req.pascal_state = RequestState(
         seq=4, pacer=pacer, phase=Phase.ANSWERING, phase_tokens=1, credit=2
     )
+    req.pascal_support = of_request(req)
     return req
 
 
@@ -227,6 +229,7 @@ def test_what_is_not_listed_stays():
         req = request()
         for name, value in change.items():
             setattr(req, name, value)
+        req.pascal_support = of_request(req)
         assert why_not_migratable(req) == why
 
 

@@ -16,6 +16,7 @@ from pascal_sglang.engine.migration import snapshot_fields as fields
 from pascal_sglang.engine.migration.request_snapshot import why_not_migratable
 from pascal_sglang.policy.request import RequestState
 from pascal_sglang.seams import installed, load_seams, supported_versions
+from pascal_sglang.support import of_request
 
 
 def in_all(table):
@@ -41,6 +42,14 @@ def set_by(kind):
 
 def request():
     return Req("r", None, array("q", [1]), SamplingParams(max_new_tokens=5), vocab_size=9)
+
+
+def arrived(**params):
+    req = request()
+    for name, value in params.items():
+        setattr(req.sampling_params, name, value)
+    req.pascal_support = of_request(req)
+    return req
 
 
 # Of older releases: what `older_sglang` gives the name that the newest has for it.
@@ -106,21 +115,20 @@ def test_anything_else_is_set(value):
 
 
 def test_a_request_in_which_a_refused_field_is_set_stays():
-    assert why_not_migratable(request()) is None
+    assert why_not_migratable(arrived()) is None
     for part, refused in (
         (lambda req: req, fields.REFUSED),
         (lambda req: req.kv, fields.KV_REFUSED),
         (lambda req: req.logprob, fields.LOGPROB_REFUSED),
     ):
         for name in in_all(refused):
-            req = request()
+            req = arrived()
             if not IS_NEWEST and part(req) is req.kv and name not in of(ReqKvInfo):
                 continue
             setattr(part(req), name, [object()])
             assert why_not_migratable(req) is not None, name
-    req = request()
+    req = arrived()
     req.logprob.input_top_logprobs_val_flat = object()
     req.input_logprob_sent = True
     assert why_not_migratable(req) is None, "what is sent is not read again"
-    req.sampling_params.watermark = object()
-    assert why_not_migratable(req) == "a watermark"
+    assert why_not_migratable(arrived(watermark=object())) == "a watermark"

@@ -174,8 +174,6 @@ class Migrations:
     def reasoning_ended(self, req: Req) -> None:
         """The request has just ended its reasoning: ask the controller where it goes on."""
         reason = why_not_migratable(req)
-        if reason is None and not state_of(req).pausable:
-            reason = "what keeps it from pauses"
         if reason is not None:
             self.unmovable[reason] += 1
             if self.metrics is not None:

@@ -16,7 +16,6 @@ import msgspec
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from pascal_sglang import support
 from pascal_sglang.cluster.codec import UNREADABLE
 from pascal_sglang.cluster.messages import MAX_STATE_BYTES, Count
 from pascal_sglang.engine.kv.drafts import DraftState
@@ -29,7 +28,7 @@ from pascal_sglang.engine.migration.snapshot_fields import (
     TIMES,
     refused_by,
 )
-from pascal_sglang.engine.req_attributes import state_of, timeline_of
+from pascal_sglang.engine.req_attributes import state_of, support_of, timeline_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Break, Phase, PhaseTimeline
@@ -79,7 +78,7 @@ class BadSnapshot(ValueError):
 
 def why_not_migratable(req: Req) -> str | None:
     """What about the request cannot travel; None if all of it can."""
-    return support.first(support.UNMOVABLE, req) or refused_by(req)
+    return support_of(req).because or refused_by(req)
 
 
 def export_state(req: Req, blocked_since: float, drafted: DraftState | None = None) -> bytes:
