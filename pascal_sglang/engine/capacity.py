@@ -114,12 +114,15 @@ class CapacityView:
         if not self.counts_kv:
             return 0
         req: Req = state.handle
-        if not self.lora_slots.fits(req):
-            return UNLIMITED
         if state.status is not RequestStatus.WAITING:
             return self.paused_requests.needs(req)
         prefix = self._prefix_of(state)
         return self.pool.in_pages(state.kv_tokens - prefix.tokens) + prefix.evictable
+
+    def adapter_fits(self, state: RequestState) -> bool:
+        """Whether the request's LoRA adapter fits beside those in use; SGLang says so where it says
+        what fits."""
+        return not self.counts_kv or self.lora_slots.fits(state.handle)
 
     def describe_states(self) -> dict[str, int] | None:
         """For `GET /pascal/status`; None for models without recurrent layers."""

@@ -89,6 +89,7 @@ class PlanExecutor:
             self.capacity.states_reclaimable,
             self.capacity.windows_required,
             self.capacity.windows_reclaimable,
+            self.capacity.adapter_fits,
         )
         self.planner = Planner(policy, tuning, accounting, self.capacity.step_tokens)
         self.admission = Admission(

@@ -63,6 +63,8 @@ class KVAccounting:
     states_reclaimable: Callable[[RequestState], int] = lambda r: 0
     windows_required: Callable[[RequestState], int] = lambda r: 0
     windows_reclaimable: Callable[[RequestState], int] = lambda r: 0
+    # Whether a LoRA adapter that a start takes fits beside those in use.
+    adapter_fits: Callable[[RequestState], bool] = lambda r: True
 
     def required_beside(self, request: RequestState) -> tuple[int, int]:
         """In the order of `BESIDE`."""
@@ -97,7 +99,7 @@ NOTHING = Plan()
 BESIDE = ("states", "windows")
 # Which of them each running request takes more of with every token.
 GROWS_BESIDE = (False, True)
-SHORTAGES = ("memory", "slots", *BESIDE, "rank")
+SHORTAGES = ("memory", "slots", *BESIDE, "adapters", "rank")
 
 
 class Planner:
@@ -303,7 +305,7 @@ class PlanBuilder:
 
     def has_room_for(self, request: RequestState, need: int) -> bool:
         """Whether `request` fits, with `need` KV entries."""
-        fits = need <= self.budget and self.slots >= 1
+        fits = need <= self.budget and self.slots >= 1 and self.accounting.adapter_fits(request)
         return fits and not any(self._lacking(self.accounting.required_beside(request)))
 
     def _lacking(self, beside: Iterable[int]) -> list[bool]:
@@ -347,8 +349,12 @@ class PlanBuilder:
 
     def make_room_for(self, request: RequestState, need: int) -> bool:
         """Make room for a request that starts, by requests of strictly worse rank alone. If they
-        do not suffice, none gives way."""
+        do not suffice, none gives way. Nor does any for an adapter: a request of better rank may
+        have the same one."""
         planner = self.planner
+        if not self.accounting.adapter_fits(request):
+            self.shortage = "adapters"
+            return False
         required = self.accounting.required_beside(request)
         have = (self.budget, *self.beside)
         lacks = [n - h for n, h in zip((need, *required), have, strict=True)]

@@ -162,6 +162,25 @@ def test_an_idle_instance_gives_all_it_has_to_the_first_in_line():
     assert set(plan.spill) == set(residents)
 
 
+@pytest.mark.parametrize(("free", "starts"), [(5000, [2]), (8, [])])
+def test_without_a_place_for_its_adapter_a_request_displaces_nobody(free, starts):
+    """Its own reason is given, whatever else it lacks; what fits behind it starts."""
+    ahead = Pacer(TPOT, delivered=50, last_shown=NOW + 99)
+    runs = RequestState(0, ahead, RequestStatus.RUNNING, Phase.ANSWERING, 50, 100, kv_tokens=90)
+    waits, behind = (
+        RequestState(seq, Pacer(TPOT), kv_tokens=30, since_pass=MOMENT.pass_no) for seq in (1, 2)
+    )
+    planner = Planner(
+        POLICIES["pascal"], TUNING, KVAccounting(adapter_fits=lambda m: m is not waits)
+    )
+    planner.queue.recount([waits, behind])
+    plan = planner.plan([runs], Capacity(free, 0, 4), MOMENT)
+    assert (plan.blocked, plan.shortage, plan.pause) == (waits, "adapters", ())
+    assert [m.seq for m in plan.start] == starts
+    planner.accounting = KVAccounting()
+    assert planner.plan([runs], Capacity(5000, 0, 4), MOMENT).start == (waits, behind)
+
+
 # Of a model with sliding windows of ten tokens.
 WINDOWS = KVAccounting(
     windows_required=lambda m: 0 if m.status is RequestStatus.RESIDENT else min(m.kv_tokens, 10),

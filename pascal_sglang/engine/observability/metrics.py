@@ -131,7 +131,8 @@ class DecisionMetrics:
         self._blocked = counter(
             "blocked_passes",
             "Passes in which the best request in the queue could not start, by what it lacked: "
-            "memory, slots, states, windows, or rank (no request of worse rank to displace).",
+            "memory, slots, states, windows, adapters (places for LoRA adapters), or rank (no "
+            "request of worse rank to displace).",
             "shortage",
         )
         self._unpausable = counter(
