@@ -33,6 +33,10 @@ class LoraSlots:
             self.in_use |= {req.lora_id for req in last.reqs if not req.finished()}
         if self.scheduler.chunked_req is not None:
             self.in_use.add(self.scheduler.chunked_req.lora_id)
+        if self.scheduler.lora_drainer:
+            # SGLang tells it of the requests that its prefill step sees: those of the plan.
+            waiting = [*self.scheduler.waiting_queue, *self.paused_requests.paused()]
+            self.scheduler.lora_drainer.update_draining_state(waiting, running.reqs)
 
     def arriving(self) -> set[str | None]:
         """Adapters of requests that join the batch after the prefill of this pass."""
