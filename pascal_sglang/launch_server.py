@@ -34,6 +34,7 @@ from pascal_sglang.entrypoints.preflight import (
     check_machine,
     check_migrations,
     check_temporary_folder,
+    idle_budget,
     idle_transport,
     one_line,
     open_to_others,
@@ -127,7 +128,11 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     check_temporary_folder(server_args)
     print(config.banner(), file=sys.stderr, flush=True)
     print(f"{PROG}: level {support} by the arguments", file=sys.stderr, flush=True)
-    for warning in (open_to_others(), idle_transport(config, server_args)):
+    for warning in (
+        open_to_others(),
+        idle_transport(config, server_args),
+        idle_budget(config, server_args),
+    ):
         if warning is not None:
             print(f"{PROG}: warning: {warning}", file=sys.stderr, flush=True)
     try:

@@ -122,6 +122,17 @@ def idle_transport(config: PascalConfig, server_args: Any) -> str | None:
     return f"no request moves, so nothing uses --pascal-kv-transport {config.kv_transport}"
 
 
+def idle_budget(config: PascalConfig, server_args: Any) -> str | None:
+    """A thinking budget that nothing acts on, as one line; None if there is none."""
+    algorithm = server_args.speculative_algorithm
+    if config.default_thinking_budget is None or algorithm not in (*support.CHAINS, "NGRAM"):
+        return None
+    return (
+        f"SGLang applies no thinking budget to drafts: with --speculative-algorithm {algorithm}, "
+        "thinking ends where the model ends it"
+    )
+
+
 def open_to_others() -> str | None:
     """What the umask lets other users of this host do, as one line; None if it is nothing."""
     umask = os.umask(0o077)

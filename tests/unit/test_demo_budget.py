@@ -7,8 +7,10 @@ import pytest
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
+from pascal_sglang.config import PascalConfig
 from pascal_sglang.demo import smollm2, tiny
 from pascal_sglang.demo.budget import DemoThinkingBudget, TinyThinkingBudget
+from pascal_sglang.entrypoints.preflight import idle_budget
 
 PROMPT = [7, 8, 9]
 WORD, OTHER_WORD = 97, 98
@@ -121,3 +123,14 @@ def test_rows_are_independent(processor):
     logits[:, WORD] = 1.0
     out = reloaded(processor)(logits, [params(3, 3), None, params(3, 4)])
     assert out.argmax(dim=1).tolist() == [end[processor], WORD, WORD]
+
+
+@pytest.mark.parametrize(
+    ("budget", "algorithm", "said"),
+    [(48, "EAGLE", True), (48, None, False), (None, "EAGLE", False), (0, "STANDALONE", True)],
+)
+def test_a_budget_that_drafts_leave_without_effect_is_said_at_start(budget, algorithm, said):
+    config = PascalConfig(default_thinking_budget=budget)
+    line = idle_budget(config, SimpleNamespace(speculative_algorithm=algorithm))
+    assert (line is not None) == said
+    assert not said or f"--speculative-algorithm {algorithm}" in line
