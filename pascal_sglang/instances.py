@@ -25,3 +25,10 @@ def step_together() -> bool:
     """Whether no instance can go on without the others."""
     together: bool = get_parallel().attn_dp_enabled
     return together
+
+
+def speaks() -> bool:
+    """Whether this rank is the one that speaks for its instance: of several that do the same."""
+    parallel = get_parallel()
+    first: bool = parallel.attn_tp_rank == 0 and parallel.pp_rank == 0
+    return first

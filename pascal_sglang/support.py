@@ -195,9 +195,15 @@ SERVER = (
     ),
     Row(
         "--pp-size above 1",
-        Level.OBSERVE,
+        Level.ORDER,
         lambda a: a.pp_size > 1,
-        "every stage plans for itself, by a clock of its own",
+        "a stage does not know when another one's copies of KV are complete",
+    ),
+    Row(
+        "--pp-size above 1 with drafts",
+        Level.OBSERVE,
+        lambda a: a.pp_size > 1 and a.speculative_algorithm is not None,
+        "the draft model is on the last stage alone",
     ),
     Row(
         "--disaggregation-mode",

@@ -16,11 +16,12 @@ from pascal_sglang.engine.kv.drafts import drafts
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
 from pascal_sglang.engine.kv.pool_copies import PoolCopies
+from pascal_sglang.engine.pipeline import pipeline_of
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.priorities import take_over
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import agree
-from pascal_sglang.instances import instance_count
+from pascal_sglang.instances import instance_count, speaks
 from pascal_sglang.policy.kv_tier import Costs
 from pascal_sglang.support import COPIES, POOLS, Level, Support
 
@@ -47,7 +48,7 @@ def build_executor(
         # SGLang prefills first: without this, endless new prompts would keep requests from
         # decoding. A prefill and a decode step take turns.
         scheduler.prefill_decode_interval = 1
-    if get_parallel().attn_tp_rank == 0:
+    if speaks():
         for name, instead in scheduling_flags.overridden(scheduler.server_args, support.level):
             logger.warning(
                 "pascal_sglang: %s has no effect under policy %s: %s", name, config.policy, instead
@@ -76,7 +77,9 @@ def build_executor(
     if measured.launch_s is not None:
         costs.launch_s = agree(scheduler, measured.launch_s)
     policy = take_over(scheduler, config.record)
-    executor = PlanExecutor(scheduler, config, policy, copies, costs, support)
+    executor = PlanExecutor(
+        scheduler, config, policy, copies, costs, support, pipeline_of(scheduler)
+    )
     executor.request_states.strips_thinking = get_serving().strip_thinking_cache
     return executor, support
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster.control_channel import CONTROL_ENV, CONTROLLER, ControlSender
 from pascal_sglang.cluster.messages import (
@@ -24,7 +23,7 @@ from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
-from pascal_sglang.instances import own_instance
+from pascal_sglang.instances import own_instance, speaks
 from pascal_sglang.policy.placement import NO_LIMIT
 from pascal_sglang.policy.ranking import is_demoted
 from pascal_sglang.policy.timeline import Phase
@@ -88,7 +87,9 @@ def load_figures(
     is prefilled in it is neither waiting nor running."""
     planner, config = executor.planner, executor.request_states.config
     arriving = executor.paused_requests.in_status(PauseStatus.ARRIVING)
-    present = dict.fromkeys((*scheduler.running_batch.reqs, *arriving))
+    # Of each micro-batch, with pipeline stages.
+    batches = getattr(scheduler, "running_mbs", None) or [scheduler.running_batch]
+    present = dict.fromkeys([*chain.from_iterable(b.reqs for b in batches), *arriving])
     if batch is not None:
         present |= dict.fromkeys(batch.reqs)
     if scheduler.chunked_req is not None:
@@ -134,7 +135,7 @@ def build_load_reporter(
 ) -> LoadReporter | None:
     """The load reporter of an instance's leading rank behind our controller; None otherwise."""
     folder = os.environ.get(CONTROL_ENV)
-    if folder is None or executor is None or get_parallel().attn_tp_rank != 0:
+    if folder is None or executor is None or not speaks():
         return None
     return LoadReporter(
         scheduler=scheduler,

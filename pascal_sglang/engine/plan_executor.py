@@ -20,6 +20,7 @@ from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.lora_slots import LoraSlots
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.phases import PhaseTracker
+from pascal_sglang.engine.pipeline import Pipeline
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -57,6 +58,7 @@ class PlanExecutor:
         copies: HostCopies,
         costs: Costs,
         support: Support = EVERYTHING,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self.scheduler = scheduler
         # What features leave of pauses; whether requests move is the business of `Migrations`.
@@ -111,12 +113,18 @@ class PlanExecutor:
         self._extended_before = 0
         self._reported = 0.0
         self._alone = is_alone(scheduler)
+        self.pipeline = pipeline or Pipeline(scheduler)
+        # The micro-batch that a pass of several is at, and the clock when it began.
+        self._turn = 0
+        self._pass_began = 0.0
 
     def govern(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
         """Begin a pass. An error of ours is logged and counted, and SGLang's order stands in.
         Raises: RanksDiverged if it is not the same on all TP ranks."""
         begin = clock.now()
-        now = begin if self._alone else agree(self.scheduler, begin)
+        now = self.pipeline.now
+        if now is None:
+            now = begin if self._alone else agree(self.scheduler, begin)
         self._tick(now, running, last)
         if not self._alone:
             begin = clock.now()  # Waiting for the other ranks is no cost of the policy.
@@ -129,6 +137,7 @@ class PlanExecutor:
                 self._log("bringing paused requests back failed", error)
             waiting = self.scheduler.waiting_queue
             self.admission.plan = sorted(waiting, key=lambda r: state_of(r).priority)
+        self.pipeline.decide(req.rid for req in self.admission.plan)
         self.policy_s += clock.now() - begin
         if self.decision_log.metrics is not None and now - self._reported >= REPORT_S:
             self._reported = now
@@ -145,9 +154,15 @@ class PlanExecutor:
             logger.error("pascal_sglang: %s", what, exc_info=error)
 
     def _tick(self, now: float, running: ScheduleBatch, last: ScheduleBatch | None) -> None:
-        """A new pass begins; `now` is TP rank 0's clock in seconds."""
+        """A new pass begins, or the turn of another micro-batch in one; `now` is TP rank 0's clock
+        in seconds."""
         before = self.request_states.pass_info
-        step = now - before.now if before.now and now > before.now else 0.0
+        self._turn = (self._turn + 1) % self.pipeline.micro_batches
+        if self._turn:
+            self.request_states.pass_info = dataclasses.replace(before, now=now)
+            return
+        began, self._pass_began = self._pass_began, now
+        step = now - began if began and now > began else 0.0
         # Only passes of a busy engine say how long a step takes; an idle one may spin or sleep.
         busy = 0.0 < step < LONGEST_PASS_S
         pass_s = before.pass_s
@@ -325,6 +340,7 @@ class PlanExecutor:
         """Indices of `reqs`, whom to keep longest first: SGLang retracts from the end."""
         index = {id(state_of(req)): i for i, req in enumerate(reqs)}
         best = self.planner.queue.ranked(map(state_of, reqs), self.request_states.pass_info)
+        self.pipeline.decide(state.handle.rid for state in best)
         return [index[id(state)] for state in best]
 
     def observe(self, live: Sequence[Req], over: Sequence[Req], now: float) -> None:

@@ -21,7 +21,6 @@ from sglang.srt.managers.scheduler_components.pool_stats_observer import (
     kv_private_swa_tokens,
     kv_private_tokens,
 )
-from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
 from pascal_sglang import clock
@@ -46,10 +45,11 @@ from pascal_sglang.engine.observability.migration_metrics import MigrationMetric
 from pascal_sglang.engine.observability.phases import PhaseTracker, by_class, count_phases, describe
 from pascal_sglang.engine.operations import OperationsScheduler
 from pascal_sglang.engine.penalties import count_inputs, count_prefilled, counting_inputs
+from pascal_sglang.engine.pipeline import StageTurn
 from pascal_sglang.engine.rendezvous import meet_on_loopback
 from pascal_sglang.engine.thinking_budget import with_default_budget
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
-from pascal_sglang.instances import instance_count, own_instance, step_together
+from pascal_sglang.instances import instance_count, own_instance, speaks, step_together
 from pascal_sglang.support import Support
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class PascalScheduler(OperationsScheduler):
         super().__init__(server_args, port_args)
 
     def init_output_streamer(self) -> None:
-        reports = self.metrics_reporter.enable_metrics and get_parallel().attn_tp_rank == 0
+        reports = self.metrics_reporter.enable_metrics and speaks()
         labels = self.metrics_collector.labels if reports else {}
         if self.metrics_reporter.enable_metrics:
             survive_a_full_disk()
@@ -150,6 +150,7 @@ class PascalScheduler(OperationsScheduler):
     def init_request_receiver(self) -> None:
         """Control messages come in with the requests."""
         super().init_request_receiver()
+        self._request_dispatcher += TypeBasedDispatcher([(StageTurn, self.take_stage_turn)])
         folder = control_folder(self.pascal_config)
         if folder is None:
             return
@@ -162,6 +163,17 @@ class PascalScheduler(OperationsScheduler):
         self.request_receiver = PascalRequestReceiver(**fields, control_receiver=control_receiver)
         if self.idle_sleeper is not None:
             self.idle_sleeper.poller.register(control_receiver.socket, zmq.POLLIN)
+
+    def take_stage_turn(self, turn: StageTurn) -> None:
+        if self.plan_executor is not None:
+            self.plan_executor.pipeline.hear(turn)
+
+    def ingest_requests(self, *args: Any, **kwargs: Any) -> Any:
+        """What is taken in goes on to the next pipeline stage."""
+        requests = super().ingest_requests(*args, **kwargs)
+        if self.plan_executor is None:
+            return requests
+        return self.plan_executor.pipeline.begin(requests)
 
     def take_control_batch(self, control_batch: ControlBatch) -> None:
         if self.migrations is not None:

@@ -159,7 +159,7 @@ def broken_model(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        (["--pascal-require", "order", "--pp-size", "2"], "--pp-size above 1"),
+        (["--pascal-require", "recompute", "--pp-size", "2"], "--pp-size above 1"),
         (["--pascal-require", "move"], "the level here is pause, because of one instance"),
         (["--pascal-pace-stream", "--tokenizer-worker-num", "2"], "--tokenizer-worker-num"),
     ],

@@ -28,6 +28,7 @@ FEATURES = {
     "--speculative-use-rejection-sampling": "--speculative-use-rejection-sampling",
     "--speculative-adaptive": "--speculative-adaptive",
     "--pp-size above 1": "--pp-size 2",
+    "--pp-size above 1 with drafts": "--pp-size 2 --speculative-algorithm EAGLE",
     "--disaggregation-mode": "--disaggregation-mode prefill",
     "--enable-hierarchical-cache": "--enable-hierarchical-cache",
     "--hicache-storage-backend": "--hicache-storage-backend file",
@@ -115,7 +116,7 @@ def test_all_features_of_the_lowest_level_are_named(arguments):
 def test_what_is_only_observed_runs_as_fcfs(arguments):
     """Placement included, which the controller has to know as well as the schedulers."""
     config = PascalConfig(quantum_tokens=77)
-    ran = config.effective(arguments("--dp-size 2 --pp-size 2"))
+    ran = config.effective(arguments("--dp-size 2 --attn-cp-size 2"))
     assert (ran.policy, ran.places, ran.can_migrate) == ("fcfs", False, False)
     assert ran.quantum_tokens == 77
     assert config.effective(arguments("--dp-size 2 --enable-lmcache")) == config
@@ -217,7 +218,7 @@ SIZES = {
     *("prefill_only_disable_kv_cache", "disable_chunked_prefix_cache"),
     *("max_mamba_cache_size", "mamba_full_memory_ratio", "_swa_full_tokens_ratio_explicitly_set"),
 }
-# They bear on metrics, on pipeline stages (level observe), and on nothing at all.
+# They bear on metrics, on the chunks of pipeline stages, and on nothing at all.
 BESIDE = {
     *("prefill_delayer_forward_passes_buckets", "prefill_delayer_wait_seconds_buckets"),
     *("enable_dynamic_chunking", "num_continuous_decode_steps"),

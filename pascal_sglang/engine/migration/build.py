@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 
-from sglang.srt.runtime_context import get_parallel
-
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.control_channel import CONTROL_ENV, ControlSender
 from pascal_sglang.cluster.migration_source import Terms
@@ -26,7 +24,7 @@ from pascal_sglang.engine.migration.receive_buffer import (
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree, from_every_rank
-from pascal_sglang.instances import instance_count, own_instance
+from pascal_sglang.instances import instance_count, own_instance, speaks
 from pascal_sglang.support import Level, Support
 
 logger = logging.getLogger(__name__)
@@ -74,7 +72,7 @@ def build_migrations(
         return None, support.lowered(Level.PAUSE, problem)
     assert transport is not None
     assert not isinstance(kv, str)
-    leads = get_parallel().attn_tp_rank == 0
+    leads = speaks()
     control_sender = Rank0Sender(ControlSender(folder, own_instance()) if leads else None)
     terms = Terms(live=config.live_migration)
     receive_buffer = ReceiveBuffer(executor.pool, kv, transport.receive_buffer)

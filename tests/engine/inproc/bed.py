@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evals.load.server import free_port
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
-from tests.harness import environment, fork
+from tests.harness import Fork, environment, fork
 
 FLAGS = (
     "--device cpu --reasoning-parser qwen3 --max-running-requests 64 --log-level warning "
@@ -79,34 +81,81 @@ def run(
     Raises: AssertionError with the process's output if a request did not end in time, or if the
     scheduler raised, SGLang's strict memory checks included.
     """
-    with tempfile.TemporaryDirectory(prefix="inproc-") as folder:
-        job, out, log = (Path(folder) / name for name in ("job", "out", "log"))
-        log.touch()
+    return run_stages(
+        model,
+        requests,
+        settings,
+        flags,
+        1,
+        prepare=prepare,
+        each_pass=each_pass,
+        limit_s=limit_s,
+        **env,
+    )[0]
+
+
+def run_stages(
+    model: Path,
+    requests: Sequence[Request],
+    settings: Mapping[str, Any] | None = None,
+    flags: Sequence[str] = (),
+    stages: int = 2,
+    *,
+    prepare: str | None = None,
+    each_pass: str | None = None,
+    limit_s: float = RUN_LIMIT_S,
+    **env: str,
+) -> list[Outcome]:
+    """The same by a scheduler of several pipeline stages, each a process; an outcome of each."""
+    port = ["--pp-size", str(stages), "--nccl-port", str(free_port())] if stages > 1 else []
+    with tempfile.TemporaryDirectory(prefix="inproc-") as name:
+        folder = Path(name)
         asked = {
-            "flags": ["--model-path", str(model), *FLAGS, *flags],
+            "flags": ["--model-path", str(model), *FLAGS, *flags, *port],
             "requests": [asdict(request) for request in requests],
             "prepare": prepare,
             "each_pass": each_pass,
             "limit_s": limit_s,
         }
-        job.write_text(json.dumps(asked))
         more = {
             "SGLANG_PLATFORM": "pascal_cpu",
             "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
             "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
             **env,
         }
+        if stages > 1:
+            # As the launcher does: SGLang refuses more ranks than NUMA nodes without it.
+            more["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join("0" * stages)
         if settings is not None:
             more[CONFIG_ENV] = PascalConfig(**settings).to_json()
-        command = ["python", "-m", "tests.engine.inproc.one_scheduler", str(job), str(out)]
-        process = fork(command, environment(more), Path.cwd(), log)
+        started = []
+        for stage in range(stages):
+            job, out, log = (folder / f"{kind}{stage}" for kind in ("job", "out", "log"))
+            log.touch()
+            job.write_text(json.dumps({**asked, "stage": stage}))
+            command = ["python", "-m", "tests.engine.inproc.one_scheduler", str(job), str(out)]
+            started.append((fork(command, environment(more), Path.cwd(), log), out, log))
         try:
-            code = process.wait(limit_s + 120)
+            codes = [_ended(process, out, limit_s + 120, stages) for process, out, _ in started]
         finally:
-            process.kill()
-        said = log.read_text(errors="replace")
-        assert code == 0, f"the scheduler ended with {code}:\n{said[-6000:]}"
-        return Outcome(log=said, **json.loads(out.read_text()))
+            for process, _, _ in started:
+                process.kill()
+        said = [log.read_text(errors="replace") for _, _, log in started]
+        ends = "\n\n".join(text[-6000:] for text in said)
+        assert not any(codes), f"the scheduler ended with {codes}:\n{ends}"
+        outs = [json.loads(out.read_text()) for _, out, _ in started]
+        return [Outcome(log=log, **out) for log, out in zip(said, outs, strict=True)]
+
+
+def _ended(process: Fork, out: Path, limit_s: float, stages: int) -> int:
+    """The exit code of a scheduler. A stage of several waits, once it is through, for the others to
+    have taken in what it has sent."""
+    deadline = time.monotonic() + limit_s
+    while stages > 1 and process.poll() is None and time.monotonic() < deadline:
+        if out.exists():
+            return 0
+        time.sleep(0.05)
+    return process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def differing(found: Outcome, expected: Outcome) -> list[int]:

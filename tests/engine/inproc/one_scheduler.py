@@ -1,12 +1,14 @@
 """One scheduler in this process: `one_scheduler.py JOB OUT`, for `tests.engine.inproc.bed`.
 
 Requests arrive four at a time, in every third pass. The process ends when all have ended and the
-scheduler has found itself idle, which runs SGLang's leak checks.
+scheduler has found itself idle, which runs SGLang's leak checks. With pipeline stages, this is the
+one of `job["stage"]`, the requests go to the first, and all of them end like that.
 """
 
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from array import array
@@ -18,8 +20,8 @@ from pascal_sglang import older_sglang
 AT_A_TIME, EVERY = 4, 3
 
 
-def build(flags):
-    """A scheduler from SGLang's flags."""
+def build(flags, stage):
+    """A scheduler from SGLang's flags, and its port arguments."""
     from sglang.srt.arg_groups.lora_hook import check_lora_server_args
     from sglang.srt.managers import scheduler
     from sglang.srt.runtime_context import SpawnRanks, publish
@@ -33,11 +35,11 @@ def build(flags):
     publish(
         server_args,
         role="scheduler",
-        ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0),
+        ranks=SpawnRanks(world_rank=stage, dp_rank=None, gpu_id=stage),
     )
-    scheduler.configure_scheduler_process(server_args, 0)
+    scheduler.configure_scheduler_process(server_args, stage)
     # Looked up late: the plugin puts ours in its place.
-    return scheduler.Scheduler(server_args, port_args)
+    return scheduler.Scheduler(server_args, port_args), port_args
 
 
 def message(scheduler, index, asked):
@@ -75,8 +77,8 @@ def message(scheduler, index, asked):
 class Feeder:
     """Takes the place of the sockets: hands requests in, and ends the loop."""
 
-    def __init__(self, scheduler, job):
-        self.scheduler = scheduler
+    def __init__(self, scheduler, port_args, job, out):
+        self.scheduler, self.out = scheduler, out
         self.left = [message(scheduler, i, asked) for i, asked in enumerate(job["requests"])]
         self.wanted = len(self.left)
         self.reqs, self.passes = {}, 0
@@ -90,14 +92,19 @@ class Feeder:
             return req
 
         scheduler._create_generation_req = remember
+        take_in = scheduler.ingest_requests
         scheduler.ingest_requests = self.ingest
+        self.hand_in, self.go_on = scheduler.handle_generate_request, lambda: None
+        if scheduler.pp_group.world_size > 1:
+            self.go_on = take_in
+            self.hand_in = _sender(port_args) if scheduler.pp_group.is_first_rank else None
 
     def ingest(self):
         self.passes += 1
-        if self.passes % EVERY == 1:
+        if self.passes % EVERY == 1 and self.hand_in is not None:
             now, self.left = self.left[:AT_A_TIME], self.left[AT_A_TIME:]
             for request in now:
-                self.scheduler.handle_generate_request(request)
+                self.hand_in(request)
         if self.each_pass is not None:
             self.each_pass(self.scheduler, self.reqs, self.passes)
         if time.monotonic() > self.deadline:
@@ -106,7 +113,15 @@ class Feeder:
         ended = len(self.reqs) == self.wanted and all(r.finished() for r in self.reqs.values())
         if ended and self.scheduler.is_fully_idle():
             self.scheduler.on_idle()
+            written = f"{self.out}.part"
+            with open(written, "w") as file:
+                json.dump(self.outcome(), file, default=str)
+            os.rename(written, self.out)
             self.scheduler.gracefully_exit = True
+            if self.scheduler.pp_group.world_size > 1:
+                sys.stdout.flush()
+                signal.pause()  # The others may still read what this one has sent.
+        return self.go_on()
 
     def outcome(self):
         scheduler = self.scheduler
@@ -137,6 +152,16 @@ class Feeder:
         }
 
 
+def _sender(port_args):
+    """Sends requests as the tokenizer process does, to a scheduler that hands them on."""
+    import zmq
+    from sglang.srt.managers.io_struct import sock_send
+    from sglang.srt.utils.network import get_zmq_socket
+
+    socket = get_zmq_socket(zmq.Context(), zmq.PUSH, port_args.scheduler_input_ipc_name, True)
+    return lambda request: sock_send(socket, request)
+
+
 def _named(name):
     if name is None:
         return None
@@ -161,10 +186,8 @@ def main(job, out):
     older_sglang.install(everywhere=True)  # For the extension point that the feeder uses.
     if asked["prepare"] is not None:
         _named(asked["prepare"])()
-    feeder = Feeder(build(asked["flags"]), asked)
+    feeder = Feeder(*build(asked["flags"], asked["stage"]), asked, out)
     feeder.scheduler.run_event_loop()
-    with open(out, "w") as file:
-        json.dump(feeder.outcome(), file, default=str)
     sys.stdout.flush()
     sys.stderr.flush()
     # SGLang's threads would keep it.
