@@ -140,6 +140,8 @@ def run_stages(
         finally:
             for process, _, _ in started:
                 process.kill()
+            for process, _, _ in started:
+                process.wait(60)  # How each ended is written into this folder.
         said = [log.read_text(errors="replace") for _, _, log in started]
         ends = "\n\n".join(text[-6000:] for text in said)
         assert not any(codes), f"the scheduler ended with {codes}:\n{ends}"
