@@ -95,6 +95,84 @@ def _base_prefix_cache(module: Any) -> None:
     module.BasePrefixCache.swa_retain_window = property(lambda self: self.sliding_window_size)
 
 
+def _platforms(module: Any) -> None:
+    """A platform may have a worker of its own for speculative decoding, or prepare SGLang's."""
+    module.SRTPlatform.get_speculative_worker_cls = lambda self, algorithm: None
+
+
+def _parallel_state(module: Any) -> None:
+    """A platform says whether its ranks talk over NCCL; that of no other package does here."""
+    stock = module.init_model_parallel_group
+
+    def init_model_parallel_group(*args: Any, use_pynccl: bool | None = None, **kwargs: Any) -> Any:
+        from sglang.srt.platforms import current_platform
+
+        if use_pynccl is None and current_platform.is_out_of_tree():
+            use_pynccl = False
+        return stock(*args, use_pynccl=use_pynccl, **kwargs)
+
+    module.init_model_parallel_group = init_model_parallel_group
+
+
+def _spec_info(module: Any) -> None:
+    algorithm = module.SpeculativeAlgorithm
+    stock = algorithm.create_worker
+
+    def create_worker(self: Any, server_args: Any) -> Any:
+        from sglang.srt.platforms import current_platform as platform
+
+        made = None
+        if platform.is_out_of_tree():
+            made = platform.get_speculative_worker_cls(algorithm=self.name)
+        return stock(self, server_args) if made is None else made
+
+    algorithm.create_worker = create_worker
+
+
+class _Kernel:
+    """What is launched as a kernel, called as the function that a platform puts in its place."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(
+            rows: Any,
+            table: Any,
+            lengths: Any,
+            out: Any,
+            row_len: int,
+            topk: int,
+            columns: int,
+            **_: Any,
+        ) -> None:
+            function = self.module.assign_draft_cache_locs_contiguous_func
+            function(rows, table, lengths, out, topk, columns)
+
+        return launch
+
+
+def _eagle_worker_common(module: Any) -> None:
+    """A kernel by the name of the function that a platform may replace. There is none but on CUDA
+    and its like."""
+    from sglang.srt.platforms import current_platform
+
+    if current_platform.is_out_of_tree():
+        module.assign_draft_cache_locs_contiguous_func = None
+        module.assign_draft_cache_locs_contiguous = _Kernel(module)
+
+
+def _eagle_utils(module: Any) -> None:
+    """The same. What samples drafts is looked up in a compiled package, whatever a platform has."""
+    if not hasattr(module, "sgl_build_tree_kernel_efficient"):
+        module.build_tree_kernel_efficient_func = None
+        module.sgl_build_tree_kernel_efficient = lambda *args: (
+            module.build_tree_kernel_efficient_func(*args)
+        )
+        module.tree_speculative_sampling_target_only = None
+        module.top_k_renorm_prob = module.top_p_renorm_prob = None
+
+
 def _linear_attention(module: Any) -> None:
     """Where a kernel is."""
     from sglang.kernels.ops.attention.fla import fused_gdn_gating
@@ -180,6 +258,11 @@ def _ray_engine(module: Any) -> None:
 
 
 PARTS = {
+    "sglang.srt.platforms.interface": _platforms,
+    "sglang.srt.distributed.parallel_state": _parallel_state,
+    "sglang.srt.speculative.spec_info": _spec_info,
+    "sglang.srt.speculative.eagle_utils": _eagle_utils,
+    "sglang.srt.speculative.eagle_worker_common": _eagle_worker_common,
     "sglang.kernels.ops.attention.linear": _linear_attention,
     "sglang.srt.mem_cache.base_prefix_cache": _base_prefix_cache,
     "sglang.srt.managers.schedule_batch": _schedule_batch,

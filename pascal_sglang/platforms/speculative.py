@@ -4,10 +4,13 @@ kernels that SGLang launches for chains of drafts (`--speculative-eagle-topk 1`)
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from pascal_sglang.older_sglang import install as install_older
 
 # What SGLang's EAGLE worker serves; the draft models of the others are not carried.
 ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
@@ -22,8 +25,11 @@ def keep_overlap() -> None:
 
 def install() -> None:
     """Put the functions of this file in the place of SGLang's, where they are called by name."""
+    for module in _functions():
+        importlib.import_module(module)
+    install_older()  # For what has just been imported.
     for module, functions in _functions().items():
-        found = importlib.import_module(module)
+        found = sys.modules[module]
         for name, function in functions.items():
             if not hasattr(found, name):
                 raise RuntimeError(f"{module} has no {name}")

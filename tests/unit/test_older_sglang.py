@@ -20,6 +20,10 @@ NOT_MADE_UP_FOR = {
     "sglang.srt.managers.schedule_batch:Req.update_self_opened_reasoning_tokens",
     "sglang.srt.platforms.interface:SRTPlatform.support_mamba_cache_extra_buffer",
     "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.release_swa_prefix_lock",
+    # Where they are called, they are.
+    "sglang.kernels.ops.speculative.spec_tree:build_tree_kernel_efficient_func",
+    "sglang.kernels.ops.speculative.spec_tree:verify_tree_greedy_func",
+    "sglang.kernels.ops.speculative.cache_locs:assign_draft_cache_locs_contiguous_func",
 }
 SOURCE = """
 import contextlib

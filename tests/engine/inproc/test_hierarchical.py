@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from tests.engine.inproc.bed import Request, run
+from tests.engine.inproc.conftest import PAGES
 
 CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
 FLAGS = "--enable-hierarchical-cache --hicache-io-backend direct --hicache-ratio 8".split()
@@ -53,7 +54,10 @@ def stock(tiny_model):
     "flags",
     [
         "--hicache-mem-layout layer_first --max-total-tokens 700",
-        "--hicache-mem-layout page_first_direct --page-size 16 --max-total-tokens 704",
+        pytest.param(
+            "--hicache-mem-layout page_first_direct --page-size 16 --max-total-tokens 704",
+            marks=PAGES,
+        ),
     ],
 )
 def test_pauses_leave_prefixes_to_the_host_pool(tiny_model, stock, flags):

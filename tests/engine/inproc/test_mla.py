@@ -4,6 +4,7 @@ import pytest
 
 from tests.engine.inproc import models
 from tests.engine.inproc.bed import Request, differing, run
+from tests.engine.inproc.conftest import PAGES
 
 CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
 
@@ -32,8 +33,10 @@ def stock(model):
 
 @pytest.mark.parametrize(
     "flags",
-    [("--chunked-prefill-size", "32"), ("--page-size", "16", "--disable-overlap-schedule")],
-    ids=["chunks", "pages"],
+    [
+        pytest.param(("--chunked-prefill-size", "32"), id="chunks"),
+        pytest.param(("--page-size", "16", "--disable-overlap-schedule"), id="pages", marks=PAGES),
+    ],
 )
 def test_pauses_change_no_token(model, stock, flags):
     paused = run(model, requests(24), CHAOS, ["--max-total-tokens", "1280", *flags])

@@ -4,8 +4,10 @@ import pytest
 
 from tests.engine.inproc import loopback
 from tests.engine.inproc.bed import Request, run
+from tests.engine.inproc.conftest import HYBRID_POOLS
 from tests.engine.inproc.models import qwen3_next
 
+pytestmark = HYBRID_POOLS
 # By itself SGLang takes a share of the machine's memory for states.
 STATES = ["--max-mamba-cache-size", "320"]
 PLAIN = ["--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule", *STATES]

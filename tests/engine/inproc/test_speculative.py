@@ -16,6 +16,7 @@ from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.migration.draft_rows import pack, unpack
 from tests.engine.inproc import draft_models
 from tests.engine.inproc.bed import Request, differing, run
+from tests.engine.inproc.conftest import PAGES, SAMPLED_DRAFTS
 
 CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
 STEPS = 3
@@ -127,7 +128,7 @@ def test_drafts_go_on_as_before(servers, references, kind, overlap):
     assert min(paused.pauses[tier] for tier in ("resident", "host")) > 20
 
 
-@pytest.mark.parametrize("page", [1, 16])
+@pytest.mark.parametrize("page", [1, pytest.param(16, marks=PAGES)])
 def test_under_pressure_requests_share_memory(servers, references, page):
     """A step takes KV for its drafts ahead: what fits is counted with that."""
     model, flags = servers["standalone"]
@@ -177,6 +178,7 @@ def test_thinking_ends_inside_an_accepted_run(servers, references):
     assert inside > 3
 
 
+@SAMPLED_DRAFTS
 def test_sampled_requests_run_beside_greedy_ones(servers, references):
     model, flags = servers["standalone"]
     _, unpaused = references["standalone"]

@@ -4,7 +4,9 @@ import pytest
 
 from tests.engine.inproc import loopback, models
 from tests.engine.inproc.bed import Request, differing, run
+from tests.engine.inproc.conftest import HYBRID_POOLS
 
+pytestmark = HYBRID_POOLS
 CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
 # Entries leave a window while a request runs: SGLang frees them by 128 otherwise.
 INTERVAL = {"SGLANG_SWA_EVICTION_INTERVAL": "8"}
