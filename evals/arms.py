@@ -6,6 +6,7 @@ Arms are started by command line and spoken to over HTTP, as any user would.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import subprocess
 import sys
@@ -15,12 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from evals.load.server import START_TIMEOUT_S, ArmError, Server, environment
 
 COMMANDS = {"stock": "sglang.launch_server", "pascal": "pascal_sglang.launch_server"}
 # Stock SGLang has no platform for a CPU without AMX; it gets ours, and nothing else of ours.
 STOCK_ON_CPU = {"SGLANG_PLATFORM": "pascal_cpu"}
 TINY = "tiny"
+BUILD_TIMEOUT_S = 300
 ROLES = ("stock", "candidate", "oracle")
 PROCESSOR = "from pascal_sglang.demo.budget import {name}; print({name}.to_str())"
 TARGETS = {
@@ -159,14 +163,20 @@ def _named(known: list[Any], wanted: list[str] | None, kind: str) -> tuple[Any, 
 
 
 def model_folder(model: str, folder: Path) -> Path:
-    """Build a plan's model in `folder`, unless it is there; returns where it is."""
-    if model != TINY:
-        _python("-m", "pascal_sglang.demo.dummy", model, str(folder / model))
-    elif not (folder / TINY / "model.safetensors").exists():
-        _python("-m", "pascal_sglang.demo.tiny", str(folder / TINY))
+    """Build a plan's model in `folder`, unless it is there; returns where it is.
+
+    Raises: OSError if another command does not come to an end with it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{model}.lock", timeout=BUILD_TIMEOUT_S):
+        if model != TINY:
+            _python("-m", "pascal_sglang.demo.dummy", model, str(folder / model))
+        elif not (folder / TINY / "model.safetensors").exists():
+            _python("-m", "pascal_sglang.demo.tiny", str(folder / TINY))
     return folder / model
 
 
+@functools.cache
 def logit_processor(model: str) -> str:
     """The serialized processor that makes a plan's model think for exactly its budget."""
     name = "TinyThinkingBudget" if model == TINY else "DummyThinkingBudget"
