@@ -20,8 +20,9 @@ from typing import Any
 
 import psutil
 
-from evals.load.server import STOP_TIMEOUT_S, LocalServer
+from evals.load.server import START_TIMEOUT_S, STOP_TIMEOUT_S, LocalServer
 from evals.load.server import environment as of_this_process
+from tests import ports
 
 # A shell cannot trap a signal that was ignored when it started, as under `nohup` or in a job's
 # background.
@@ -72,7 +73,7 @@ class Fork:
             os.kill(self.pid, how)
 
 
-# A socket of `warm_servers` that is kept between test runs.
+# A socket of `warm_servers`: that of all workers of a run, or one that is kept between runs.
 WARM_ENV = "TEST_WARM_SERVERS"
 
 
@@ -105,12 +106,14 @@ _kept: list[subprocess.Popen[bytes]] = []
 def fork(command: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> Fork:
     """`command` as a fork of `warm_servers`, with the whole environment `env`."""
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(60)
+        connection.settimeout(START_TIMEOUT_S)  # The first one waits for its imports.
         connection.connect(warm_servers())
         with connection.makefile("rw") as pipe:
             asked = [list(command), dict(env), str(cwd), str(log)]
             print(json.dumps(asked), file=pipe, flush=True)
-            return Fork(int(pipe.readline()), Path(f"{log}.code"))
+            if not (pid := pipe.readline()):
+                raise RuntimeError("the process that forks servers has ended")
+            return Fork(int(pid), Path(f"{log}.code"))
 
 
 class Server(LocalServer):
@@ -129,7 +132,7 @@ class Server(LocalServer):
         *,
         warm: bool = False,
     ) -> None:
-        super().__init__("server")
+        super().__init__("server", port=ports.free_port())
         self.headers: dict[str, str] = {}
         whole = [*command, *flags, *self.address]
         self.process: Fork | subprocess.Popen[bytes]

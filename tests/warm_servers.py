@@ -5,14 +5,16 @@ every process of every server.
 
 Takes one JSON list `[command, environment, folder, log]` per connection to that Unix socket and
 answers with the process id of a server that runs in a session of its own. Its exit code comes in
-the file `log + ".code"`. Ends with its standard input unless told to `keep` serving. A fork imports
-everything of ours from its own folder, so one such process serves while the code changes.
+the file `log + ".code"`. Imports when it is asked for the first time. Ends with its standard input
+unless told to `keep` serving. A fork imports everything of ours from its own folder, so one such
+process serves while the code changes.
 
 Worker processes are forks too. What SGLang reads from the environment on import is this process's:
 a server that needs other settings there has to be started from a shell, and so has one that must
 prove what a worker process imports by itself.
 """
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -56,6 +58,7 @@ def serve(command, environment, folder, log):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # Forks would draw the same ports.
     random.seed()
+    _draw_ports(environment.get("TEST_PORTS"))
     # SGLang asks for workers that import everything anew.
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda *_, **__: None
@@ -70,6 +73,15 @@ def serve(command, environment, folder, log):
         traceback.print_exc()
         return 1
     return 0
+
+
+def _draw_ports(ports):
+    """Let SGLang draw from `FIRST-LAST`, a worker's own (`tests.ports`)."""
+    from sglang.srt.utils import network
+
+    draw = getattr(network, "get_free_port_below_ephemeral", None)
+    if ports and draw is not None:  # Older releases have the system choose.
+        draw.__defaults__ = (*map(int, ports.split("-")), *draw.__defaults__[2:])
 
 
 def _run(command):
@@ -110,23 +122,33 @@ class Forks:
             Path(f"{self.logs.pop(process)}.code").write_text(str(code))
 
 
+def warm_up():
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"sglang\.")
+    for name in IMPORTS:
+        importlib.import_module(name)
+    # No fork looks for garbage in what all of them have, and so copies it.
+    gc.collect()
+    gc.freeze()
+
+
 def main(path, keep=False):
     # Not this folder, whose modules are named like others, but the one around it: the platform that
     # SGLang imports, which is ours, comes from there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"sglang\.")
-    for name in IMPORTS:
-        importlib.import_module(name)
-    forks = Forks()
-    # A child's end interrupts the wait below.
-    waker, bell = socket.socketpair()
-    bell.setblocking(False)
-    signal.set_wakeup_fd(bell.fileno())
-    signal.signal(signal.SIGCHLD, lambda *_: None)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
         print("ready", flush=True)
+        ready, _, _ = select.select([listener] if keep else [listener, sys.stdin], [], [])
+        if listener not in ready:
+            return
+        warm_up()
+        forks = Forks()
+        # A child's end interrupts the wait below.
+        waker, bell = socket.socketpair()
+        bell.setblocking(False)
+        signal.set_wakeup_fd(bell.fileno())
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         while True:
             watched = [listener, waker] if keep else [listener, waker, sys.stdin]
             ready, _, _ = select.select(watched, [], [])

@@ -23,7 +23,10 @@ SUPERVISE = Path(__file__).with_name("supervise.py")
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 40
 IDLE_TIMEOUT_S = 60
-POLL_S = 0.5
+POLL_S = 0.2
+# Below those that the system gives to outgoing connections, one of which could take a port before
+# the server binds it, half a minute from now; above 22000 to 29999, of which SGLang draws its own.
+PORTS = range(30_000, 32_000)
 
 
 class ArmError(RuntimeError):
@@ -42,15 +45,20 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **extra}
 
 
+def is_free(port: int) -> bool:
+    """Whether a server could listen there on this host now."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
 def free_port() -> int:
-    """A free port below those the system gives to outgoing connections, one of which could take it
-    before the server binds it, half a minute from now."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+    """One of `PORTS`."""
+    for port in random.sample(PORTS, 100):
+        if is_free(port):
             return port
     raise ArmError("no free port")
 
@@ -60,8 +68,10 @@ class LocalServer:
 
     process: Process
 
-    def __init__(self, name: str, start_timeout_s: float = START_TIMEOUT_S) -> None:
-        self.port = free_port()
+    def __init__(
+        self, name: str, start_timeout_s: float = START_TIMEOUT_S, port: int | None = None
+    ) -> None:
+        self.port = free_port() if port is None else port
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.address = ("--host", "127.0.0.1", "--port", str(self.port))
         self._start_timeout_s = start_timeout_s

@@ -14,9 +14,10 @@ import psutil
 import pytest
 from openai import BadRequestError, OpenAI
 
-from evals.load.server import START_TIMEOUT_S, STOP_TIMEOUT_S, free_port
+from evals.load.server import START_TIMEOUT_S, STOP_TIMEOUT_S
 from pascal_sglang.demo.budget import DemoThinkingBudget
 from tests.harness import BASH, environment
+from tests.ports import free_port
 
 QUICKSTART = Path(__file__).parents[2] / "launch" / "quickstart.sh"
 KEY = "s3cret"

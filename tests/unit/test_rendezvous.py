@@ -6,9 +6,9 @@ import types
 import pytest
 from torch.distributed import rendezvous
 
-from evals.load.server import free_port
 from pascal_sglang.cluster.transport.listening import listening
 from pascal_sglang.engine.rendezvous import GLOO_ENV, INIT_METHOD_ENV, meet_on_loopback
+from tests.ports import free_port
 
 HERE = {"nnodes": 1, "dist_init_addr": None, "tp_rank": 0, "pp_rank": 0}
 

@@ -13,6 +13,7 @@ from pascal_sglang.cluster.transport import TransportError
 from pascal_sglang.cluster.transport.listening import keep_to, listening
 from pascal_sglang.config import LaunchError, PascalConfig
 from pascal_sglang.entrypoints.preflight import check_migrations, idle_transport
+from tests.ports import MOONCAKE, share
 from tests.strangers import NOBODY, NoOtherHost, another_host, attempts
 
 PATTERN = bytes(range(256)) * 16
@@ -42,7 +43,9 @@ def mooncake(listen=None):
         pytest.skip(problem)
     before = listening()
     made = transport.make("mooncake", 8192, 4096, listen=listen)
-    return made, sorted(port for _, port in listening() - before)
+    ports = sorted(port for _, port in listening() - before)
+    assert set(ports) <= set(share(MOONCAKE)), "another worker's engine may have taken them"
+    return made, ports
 
 
 def write(kind, address, offset):

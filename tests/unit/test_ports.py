@@ -1,0 +1,54 @@
+"""What two workers that run at the same time start never meets at a port."""
+
+from pathlib import Path
+
+import pytest
+from sglang.srt import server_args
+from sglang.srt.utils import network
+
+from evals.load.server import PORTS
+from tests import ports, warm_servers, workers
+
+ROOT = Path(__file__).parents[2]
+
+
+def of_worker(monkeypatch, number, count):
+    """The ports that tests ask for there, and those that a fork draws of."""
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", f"gw{number}")
+    monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", str(count))
+    asked = {ports.free_port() for _ in range(ports.ASKED_FOR)}
+    first, last = map(int, ports.environment()["TEST_PORTS"].split("-"))
+    assert first > max(asked) + 240, "what DP attention takes is between them"
+    return [*asked, *range(first, last + 1)]
+
+
+@pytest.mark.parametrize("count", [1, 2, ports.MOST_WORKERS])
+def test_no_port_is_two_workers(monkeypatch, count):
+    whole = [port for w in range(count) for port in of_worker(monkeypatch, w, count)]
+    assert len(whole) == len(set(whole)) > 2000
+    assert set(whole) <= set(ports.TESTS)
+    others = {*PORTS, *ports.MOONCAKE, *ports.RAY_WORKERS, *range(22_000, 30_000)}
+    assert not others.intersection(whole)
+
+
+def test_sglang_draws_where_a_fork_is_told_to(monkeypatch):
+    draw = getattr(network, "get_free_port_below_ephemeral", None)
+    if draw is None:
+        pytest.skip("this release has the system choose")
+    assert server_args.get_free_port_below_ephemeral is draw
+    before = draw.__defaults__
+    assert set(before[:2]) == {22_000, 29_999}, "where it draws if nobody tells it"
+    try:
+        warm_servers._draw_ports("18450-18550")
+        assert {draw() for _ in range(20)} <= set(range(18_450, 18_551))
+    finally:
+        draw.__defaults__ = before
+
+
+def test_what_shares_servers_is_one_workers_and_short_tests_come_last():
+    files = [f"tests/{file}.py::test" for group in workers.GROUPS for file in group]
+    assert len(files) == len(set(files))
+    assert all((ROOT / file.partition("::")[0]).exists() for file in files)
+    assert sorted(files, key=workers.place) == files
+    others = ["tests/engine/test_dp_attention.py::a", "tests/unit/test_ports.py::a"]
+    assert sorted([*reversed(others), *files], key=workers.place) == [*files, *others]
