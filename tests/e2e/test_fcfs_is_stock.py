@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.harness import PASCAL, TINY_FLAGS, Server
+from tests.harness import PASCAL, STOCK, TINY_FLAGS, Server
 from tests.requests import generate
 
 PROMPTS = [f"Question {i}: " + "why " * (i * 7 % 23) for i in range(24)]
@@ -35,16 +35,29 @@ def outputs(server):
     ]
 
 
-def test_same_tokens_as_stock(tiny_model, stock_server):
+@pytest.fixture(scope="module")
+def from_a_shell(tiny_model):
+    """Stock SGLang as its users start it: every process imports everything by itself."""
+    flags = ["--model-path", str(tiny_model), *TINY_FLAGS]
+    with Server(STOCK, flags, {"SGLANG_PLATFORM": "pascal_cpu"}) as server:
+        yield server
+
+
+def test_same_tokens_as_stock(tiny_model, from_a_shell, stock_server):
+    """Which are those of a fork too, by which other tests judge."""
     flags = ["--model-path", str(tiny_model), *TINY_FLAGS, "--pascal-policy", "fcfs"]
+    expected = outputs(from_a_shell)
     with Server(PASCAL, flags, warm=True) as server:
-        assert outputs(server) == outputs(stock_server)
+        assert outputs(server) == expected
         assert server.instances()[0]["policy"] == "fcfs"
+    assert outputs(stock_server) == expected
 
 
-def test_unasked_we_are_not_there(stock_server):
+@pytest.mark.parametrize("how", ["from_a_shell", "stock_server"])
+def test_unasked_we_are_not_there(how, request):
+    server = request.getfixturevalue(how)
     with pytest.raises(urllib.error.HTTPError) as caught:
-        stock_server.get("/pascal/status")
+        server.get("/pascal/status")
     assert caught.value.code == 404
-    assert "pascal:" not in stock_server.get("/metrics")
-    assert "pascal" not in stock_server.get("/server_info")["internal_states"][0]
+    assert "pascal:" not in server.get("/metrics")
+    assert "pascal" not in server.get("/server_info")["internal_states"][0]
