@@ -136,10 +136,7 @@ def test_a_flood_of_moves_is_invisible(arm, serve, reference, stock_server):
     if mooncake:
         pytest.importorskip("mooncake.engine", exc_type=ImportError)
     binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0|1"}
-    # A fork has files open that are not the server's.
-    with serve(
-        {**FLOOD, **settings}, ["--dp-size", "2", *flags], command, warm=not mooncake, **binding
-    ) as server:
+    with serve({**FLOOD, **settings}, ["--dp-size", "2", *flags], command, **binding) as server:
         flood(server, count, reference)
         if mooncake:
             assert check(server) >= {"Mooncake", "Control messages"}
@@ -185,10 +182,7 @@ def disconnect(server, body, tokens):
 @pytest.fixture(scope="module")
 def flooded(serve):
     binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
-    # Its instances die: forks would hold the pipes by which each other's death is seen.
-    with serve(
-        {"force_migration": 0.05}, ["--dp-size", "3"], LATE, warm=False, **binding
-    ) as server:
+    with serve({"force_migration": 0.05}, ["--dp-size", "3"], LATE, **binding) as server:
         yield server
         server.stop(signal.SIGTERM)
 
