@@ -17,7 +17,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from evals.load.server import free_port
 from tests.engine.load import run, settled
 from tests.engine.test_failures import takes_only_its_own_along
 from tests.engine.test_migration import (
@@ -29,6 +28,7 @@ from tests.engine.test_migration import (
     total,
 )
 from tests.harness import PASCAL, TINY_FLAGS, Server, environment
+from tests.ports import RAY_WORKERS, free_port
 
 RAY = Path(sys.executable).with_name("ray")
 COUNT = 60
@@ -42,6 +42,7 @@ def cluster():
     folder = tempfile.mkdtemp(prefix="ray-")
     flags = (
         f"--head --block --node-ip-address=127.0.0.1 --port={port} --num-cpus=2 --num-gpus=2 "
+        f"--min-worker-port={RAY_WORKERS[0]} --max-worker-port={RAY_WORKERS[-1]} "
         f"--include-dashboard=false --temp-dir={folder} --object-store-memory=100000000"
     )
     node = subprocess.Popen(
@@ -88,7 +89,7 @@ class TestTwoInstances:
     @pytest.fixture(scope="class")
     def two(self, serve, cluster):
         flags = ["--use-ray", "--dp-size", "2"]
-        with serve(FLOOD, flags, warm=False, RAY_ADDRESS=cluster) as server:
+        with serve(FLOOD, flags, RAY_ADDRESS=cluster) as server:
             yield server
             server.stop(signal.SIGTERM)
 
@@ -113,7 +114,7 @@ class TestTwoInstances:
 
 
 def test_one_instance_serves(serve, reference, cluster):
-    with serve({}, ["--use-ray"], warm=False, RAY_ADDRESS=cluster) as server:
+    with serve({}, ["--use-ray"], RAY_ADDRESS=cluster) as server:
         whole, _ = run(server, COUNT)
         instance = settled(server)
         server.stop(signal.SIGTERM)
@@ -124,7 +125,7 @@ def test_one_instance_serves(serve, reference, cluster):
 def test_too_few_gpus_are_refused_not_waited_for(tiny_model, cluster):
     """SGLang would wait for the third one without end."""
     flags = ["--model-path", str(tiny_model), *TINY_FLAGS, "--use-ray", "--dp-size", "3"]
-    server = Server(PASCAL, flags, {"RAY_ADDRESS": cluster})
+    server = Server(PASCAL, flags, {"RAY_ADDRESS": cluster}, warm=True)
     try:
         assert server.process.wait(120) == 2
     finally:
