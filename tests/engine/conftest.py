@@ -23,11 +23,10 @@ def reference(stock_server):
 
 @pytest.fixture(scope="session")
 def serve(tiny_model):
-    """Starts the tiny model under a configuration, with SGLang's strict memory checks on.
+    """Starts the tiny model, or another one, under a configuration, with SGLang's strict memory
+    checks on, as a fork. more: of its environment, but for what SGLang reads on import."""
 
-    warm: by a fork, unless what SGLang reads on import has to be set for it. model: another one."""
-
-    def start(settings, flags, command=SERVE, *, warm=True, model=tiny_model, **more):
+    def start(settings, flags, command=SERVE, *, model=tiny_model, **more):
         env = {
             CONFIG_ENV: PascalConfig(**settings).to_json(),
             "SGLANG_PLATFORM": "pascal_cpu",
@@ -37,7 +36,7 @@ def serve(tiny_model):
             **more,
         }
         whole = ["--model-path", str(model), *TINY_FLAGS, *flags]
-        return Server(command, whole, env, warm=warm)
+        return Server(command, whole, env, warm=True)
 
     return start
 

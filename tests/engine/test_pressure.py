@@ -1,4 +1,4 @@
-"""Pauses for want of slots and of memory, SGLang's own retraction, and a policy that fails."""
+"""Pauses for want of slots and of memory, and a policy that fails."""
 
 import json
 import sys
@@ -119,20 +119,3 @@ def test_a_policy_that_fails_in_every_pass_loses_nobody(serve, reference, overla
     assert 1 <= logged < 20
     assert any(name.endswith(":memory") for name in instance["decisions"])
     assert "recompute" not in instance["pauses"]
-
-
-def test_a_retraction_of_sglangs_own_is_survived(serve, reference):
-    """SGLang's test switch retracts running requests; they come back through our line."""
-    settings = {"quantum_tokens": 50}
-    with serve(settings, [], warm=False, SGLANG_TEST_RETRACT="1") as server:
-        whole, _ = run(server, COUNT)
-        instance = settled(server)
-        metrics = server.get("/metrics")
-    assert differences(whole, reference) == []
-    nothing_left(instance)
-    retracted = [
-        float(line.rsplit(" ", 1)[1])
-        for line in metrics.splitlines()
-        if line.startswith("sglang:num_retracted_requests_total{")
-    ]
-    assert sum(retracted) > 0

@@ -57,3 +57,16 @@ def test_a_pause_that_drops_its_kv_changes_no_token(tiny_model, stock):
     assert {line["reserved"] for line in watch.lines(paused)} == {4}
     assert paused.status["policy_errors"] == 0
     assert paused.free == paused.capacity
+
+
+def test_a_retraction_of_sglangs_own_is_survived(tiny_model, stock):
+    """Requests that it retracts in every third step come back through our queue, and none is
+    lost among those that are paused."""
+    retracting = "tests.engine.inproc.watch:retracting"
+    flags = ["--max-total-tokens", "1500"]
+    ours = run(tiny_model, requests(24), {"quantum_tokens": 10}, flags, each_pass=retracting)
+    assert ours.status["support"]["level"] == "pause"
+    assert differing(ours, stock) == []
+    assert ours.log.count("Testing retraction") > 5
+    assert (ours.status["policy_errors"], ours.status["queue_errors"]) == (0, 0)
+    assert ours.free == ours.capacity
