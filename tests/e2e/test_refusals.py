@@ -16,7 +16,7 @@ import pytest
 
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
 from pascal_sglang.seams import installed
-from tests.harness import PASCAL, STOCK, TINY_FLAGS, environment
+from tests.harness import PASCAL, STOCK, TINY_FLAGS, environment, fork
 
 ROOT = Path(__file__).parents[2]
 SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
@@ -47,6 +47,23 @@ def run(command, flags, env=None):
     return process.returncode, output
 
 
+@pytest.fixture
+def forked(tmp_path):
+    """As `run`, by a fork with SGLang's imports done. folder: whose package of ours it imports."""
+
+    def run_forked(command, flags, env, folder=ROOT):
+        log = tmp_path / "log"
+        log.touch()
+        process = fork([*command, *flags], environment(env), folder, log)
+        try:
+            code = process.wait(180)
+        finally:
+            nothing_left(process.pid)
+        return code, log.read_text()
+
+    return run_forked
+
+
 def nothing_left(session):
     """Fails if a process of that session still lives; it does not afterwards."""
     left = [
@@ -54,6 +71,8 @@ def nothing_left(session):
         for p in psutil.process_iter()
         if _session(p) == session and p.status() != psutil.STATUS_ZOMBIE
     ]
+    # Its children may take a moment to follow it.
+    _, left = psutil.wait_procs(left, timeout=10)
     for p in left:
         p.kill()
     assert left == []
@@ -119,15 +138,22 @@ def altered_copy(tmp_path_factory):
     return copy
 
 
-@pytest.mark.parametrize("command", [PASCAL, STOCK, SERVE, ENGINE])
-def test_an_altered_seam_stops_every_entry_point(altered_copy, tiny_model, command):
-    env = {**ASKED, "PYTHONPATH": str(altered_copy)}
-    code, output = run(command, ["--model-path", str(tiny_model)], env)
+def is_refused(code, output):
     assert code != 0
     (line,) = our_lines(output)
     assert SYMBOL in line
     assert "refuses to serve" in line
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("command", [PASCAL, STOCK, SERVE])
+def test_an_altered_seam_stops_every_entry_point(altered_copy, tiny_model, forked, command):
+    is_refused(*forked(command, ["--model-path", str(tiny_model)], ASKED, altered_copy))
+
+
+def test_so_it_does_from_a_shell(altered_copy, tiny_model):
+    env = {**ASKED, "PYTHONPATH": str(altered_copy)}
+    is_refused(*run(ENGINE, ["--model-path", str(tiny_model)], env))
 
 
 def test_a_process_without_the_plugin_is_refused(tiny_model):
@@ -193,7 +219,7 @@ def test_bad_flags_end_in_one_line(launcher, flags, says):
     ("flags", "says"),
     [(["--model-path", "x", "--port", "many"], "--port"), (["--pascal-policy", "best"], "best")],
 )
-def test_so_they_do_from_a_shell(flags, says):
+def test_bad_flags_do_from_a_shell(flags, says):
     """Before SGLang is imported, and after it."""
     code, output = run(PASCAL, [*flags, "--device", "cpu"])
     assert code == 2
@@ -253,9 +279,9 @@ def test_an_unwritable_cache_ends_in_one_line(tmp_path):
         ),
     ],
 )
-def test_sglangs_own_entry_point_refuses_the_same(tiny_model, config, flags, says):
+def test_sglangs_own_entry_point_refuses_the_same(tiny_model, forked, config, flags, says):
     """No launcher of ours is there to say it early; the server must not start all the same."""
     env = {**ASKED, CONFIG_ENV: config.to_json()}
-    code, output = run(SERVE, ["--model-path", str(tiny_model), *TINY_FLAGS, *flags], env)
+    code, output = forked(SERVE, ["--model-path", str(tiny_model), *TINY_FLAGS, *flags], env)
     assert code != 0
     assert says in output
