@@ -1,4 +1,5 @@
-"""`evals/gpu/check.sh` on a CPU: the real script, real servers, and results that say what ran."""
+"""`evals/gpu/check.sh` on a CPU: the real script, real servers, and results that say what ran. The
+servers are forks (`forks/sitecustomize.py`)."""
 
 import json
 import os
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import WARM_ENV, warm_servers
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "evals" / "gpu" / "check.sh"
+FORKS = Path(__file__).with_name("forks")
 
 
 def check(*arguments, timeout=560, **environment):
@@ -24,7 +28,8 @@ def check(*arguments, timeout=560, **environment):
 
 
 def test_the_check_is_green_on_a_cpu(tmp_path):
-    done = check("--device", "cpu", "--quick", "--out", str(tmp_path))
+    forks = {WARM_ENV: warm_servers(), "PYTHONPATH": f"{FORKS}:{ROOT}"}
+    done = check("--device", "cpu", "--quick", "--out", str(tmp_path), **forks)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "check.json").read_text())
     assert found["failed"] == []
