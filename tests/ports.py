@@ -3,7 +3,8 @@ once never meets, however long it takes between the choice of a port and its use
 
 The others, below those that the system gives to outgoing connections (32768), are SGLang's, which
 draws of 22000 to 29999 by itself, and those of the servers that commands of `evals` start, 30000 to
-31999. Tests that use these, or Ray's, run in one worker (`tests.workers`).
+31999. Tests that use these, or Ray's, run in one worker (`tests.workers`): where a shell starts a
+server, SGLang can be told a port for one instance (`not_drawn`), and for several it cannot.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def free_port() -> int:
         if is_free(port := ours[turn % ASKED_FOR]):
             return port
     raise RuntimeError(f"no free port in {ours}")
+
+
+def not_drawn() -> list[str]:
+    """Flags for a server of one instance: SGLang draws no port."""
+    return ["--nccl-port", str(free_port())]
 
 
 def drawn() -> range:

@@ -7,27 +7,28 @@ from __future__ import annotations
 
 from typing import Any
 
-# By their folder and name. What starts servers whose ports SGLang or a command of `evals` draws
-# (`tests.ports`) is in one group.
+# By their folder and name.
 GROUPS = (
-    # Starts from a shell, and what else uses `pascal_server`.
+    # Ports that SGLang or a command of `evals` draws (`tests.ports`), and `pascal_server`.
     (
-        *("e2e/test_parallel", "engine/test_ray", "engine/test_soak", "e2e/test_entry_points"),
-        *("e2e/test_evals_accuracy", "e2e/test_fcfs_is_stock", "e2e/test_clients"),
-        *("e2e/test_refusals", "engine/test_phases"),
+        *("e2e/test_parallel", "engine/test_ray", "engine/test_soak"),
+        *("e2e/test_clients", "e2e/test_evals_accuracy", "engine/test_phases"),
     ),
     ("engine/test_migration",),
     ("engine/test_migration_states",),
+    ("e2e/test_refusals",),
     ("engine/inproc/test_speculative",),
-    ("e2e/test_gpu_check",),
     ("engine/test_chaos",),
     ("engine/test_pressure",),
-    ("engine/test_crowded_pair",),
+    ("e2e/test_gpu_check",),
     ("engine/test_families_server",),
     ("e2e/test_evals_serving",),
-    ("engine/inproc/test_request_kinds",),
-    ("engine/test_failures",),
+    ("engine/test_crowded_pair",),
     ("engine/test_priorities",),
+    ("e2e/test_entry_points",),
+    ("engine/inproc/test_request_kinds",),
+    ("e2e/test_fcfs_is_stock",),
+    ("engine/test_failures",),
 )
 _group_of = {file: number for number, files in enumerate(GROUPS) for file in files}
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.harness import PASCAL, STOCK, TINY_FLAGS, Server
+from tests.ports import not_drawn
 from tests.requests import generate
 
 PROMPTS = [f"Question {i}: " + "why " * (i * 7 % 23) for i in range(24)]
@@ -38,7 +39,7 @@ def outputs(server):
 @pytest.fixture(scope="module")
 def from_a_shell(tiny_model):
     """Stock SGLang as its users start it: every process imports everything by itself."""
-    flags = ["--model-path", str(tiny_model), *TINY_FLAGS]
+    flags = ["--model-path", str(tiny_model), *TINY_FLAGS, *not_drawn()]
     with Server(STOCK, flags, {"SGLANG_PLATFORM": "pascal_cpu"}) as server:
         yield server
 

@@ -17,6 +17,7 @@ import pytest
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
 from pascal_sglang.seams import installed
 from tests.harness import PASCAL, STOCK, TINY_FLAGS, environment, fork
+from tests.ports import not_drawn
 
 ROOT = Path(__file__).parents[2]
 SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
@@ -171,7 +172,7 @@ def test_a_process_without_the_plugin_is_refused(tiny_model):
     script = tiny_model.parent / "whitelist.py"
     script.write_text(code)
     env = {"SGLANG_PLATFORM": "pascal_cpu"}
-    flags = ["--model-path", str(tiny_model), *TINY_FLAGS]
+    flags = ["--model-path", str(tiny_model), *TINY_FLAGS, *not_drawn()]
     status, output = run((sys.executable, str(script)), flags, env)
     assert status == 2
     assert any("runs without the plugin" in line for line in our_lines(output))
