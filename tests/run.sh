@@ -41,7 +41,7 @@ pascal_say "ruff"
 "$PASCAL_PYTHON" -m ruff format --check .
 pascal_say "mypy, beside pytest"
 types="$(mktemp)"
-"$PASCAL_PYTHON" -m mypy >"$types" 2>&1 &
+nice "$PASCAL_PYTHON" -m mypy >"$types" 2>&1 &
 mypy=$!
 trap 'kill "$mypy" 2>/dev/null || true; rm -f "$types"' EXIT
 pascal_say "pytest"
