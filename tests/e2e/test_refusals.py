@@ -1,14 +1,11 @@
 """What cannot be served is refused with one clear line, and nothing stays behind."""
 
-import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import psutil
@@ -52,7 +49,7 @@ def run(command, flags, env=None):
 def forked(tmp_path):
     """As `run`, by a fork with SGLang's imports done. folder: whose package of ours it imports."""
 
-    def run_forked(command, flags, env, folder=ROOT):
+    def run_forked(flags, command=PASCAL, env=None, folder=ROOT):
         log = tmp_path / "log"
         log.touch()
         process = fork([*command, *flags], environment(env), folder, log)
@@ -91,41 +88,6 @@ def our_lines(output):
 
 
 @pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    """Runs our launcher to the end, in a process that need not import SGLang first; (exit code,
-    output). Fails as `run` does."""
-    output = tmp_path_factory.mktemp("warm") / "output"
-    warm = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("warm_launcher.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment({"SGLANG_PLATFORM": "pascal_cpu", "PYTHONPATH": str(ROOT)}),
-        cwd=tempfile.gettempdir(),
-    )
-    assert warm.stdin is not None
-    assert warm.stdout is not None
-
-    def launch(flags):
-        print(json.dumps([flags, tempfile.gettempdir(), str(output)]), file=warm.stdin, flush=True)
-        process = int(warm.stdout.readline())
-        hung = threading.Timer(180, os.kill, (process, signal.SIGKILL))
-        hung.start()
-        try:
-            code = int(warm.stdout.readline())
-        finally:
-            hung.cancel()
-            nothing_left(process)
-        return code, output.read_text()
-
-    try:
-        yield launch
-    finally:
-        warm.stdin.close()
-        warm.wait(30)
-
-
-@pytest.fixture(scope="module")
 def altered_copy(tmp_path_factory):
     """A copy of the package whose seam list expects something else of one symbol."""
     copy = tmp_path_factory.mktemp("altered")
@@ -149,7 +111,7 @@ def is_refused(code, output):
 
 @pytest.mark.parametrize("command", [PASCAL, STOCK, SERVE])
 def test_an_altered_seam_stops_every_entry_point(altered_copy, tiny_model, forked, command):
-    is_refused(*forked(command, ["--model-path", str(tiny_model)], ASKED, altered_copy))
+    is_refused(*forked(["--model-path", str(tiny_model)], command, ASKED, altered_copy))
 
 
 def test_so_it_does_from_a_shell(altered_copy, tiny_model):
@@ -191,9 +153,9 @@ def broken_model(tmp_path):
         (["--pascal-pace-stream", "--tokenizer-worker-num", "2"], "--tokenizer-worker-num"),
     ],
 )
-def test_what_would_not_work_here_ends_in_one_line(launcher, tiny_model, asked, says):
+def test_what_would_not_work_here_ends_in_one_line(forked, tiny_model, asked, says):
     flags = ["--model-path", str(tiny_model), "--device", "cpu", *asked]
-    code, output = launcher(flags)
+    code, output = forked(flags)
     assert code == 2
     (line,) = our_lines(output)
     assert says in line
@@ -209,8 +171,8 @@ def test_what_would_not_work_here_ends_in_one_line(launcher, tiny_model, asked, 
         (["--demo", "--model-path", "x"], "--demo"),
     ],
 )
-def test_bad_flags_end_in_one_line(launcher, flags, says):
-    code, output = launcher([*flags, "--device", "cpu"])
+def test_bad_flags_end_in_one_line(forked, flags, says):
+    code, output = forked([*flags, "--device", "cpu"])
     assert code == 2
     assert output.count("\n") == 1, output
     assert says in output
@@ -228,29 +190,29 @@ def test_bad_flags_do_from_a_shell(flags, says):
     assert says in output
 
 
-def test_an_unreadable_model_config_ends_in_one_line(launcher, tmp_path):
+def test_an_unreadable_model_config_ends_in_one_line(forked, tmp_path):
     flags = ["--model-path", str(broken_model(tmp_path)), "--device", "cpu"]
-    code, output = launcher(flags)
+    code, output = forked(flags)
     assert code == 2
     assert output.count("\n") == 1, output
     assert "config.json" in output
 
 
-def test_a_model_nobody_knows_ends_in_one_line(launcher):
+def test_a_model_nobody_knows_ends_in_one_line(forked):
     flags = ["--model-path", "nobody/knows-this-model", "--device", "cpu"]
-    code, output = launcher(flags)
+    code, output = forked(flags)
     assert code == 2
     assert "nobody/knows-this-model" in our_lines(output)[-1]
     assert "Traceback" not in output
 
 
-def test_a_busy_port_ends_in_one_line(launcher, tiny_model):
+def test_a_busy_port_ends_in_one_line(forked, tiny_model):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         flags = ["--model-path", str(tiny_model), "--device", "cpu", "--port", port]
-        code, output = launcher(flags)
+        code, output = forked(flags)
     assert code == 2
     assert f"port {port}" in our_lines(output)[-1]
     assert "Traceback" not in output
@@ -283,6 +245,6 @@ def test_an_unwritable_cache_ends_in_one_line(tmp_path):
 def test_sglangs_own_entry_point_refuses_the_same(tiny_model, forked, config, flags, says):
     """No launcher of ours is there to say it early; the server must not start all the same."""
     env = {**ASKED, CONFIG_ENV: config.to_json()}
-    code, output = forked(SERVE, ["--model-path", str(tiny_model), *TINY_FLAGS, *flags], env)
+    code, output = forked(["--model-path", str(tiny_model), *TINY_FLAGS, *flags], SERVE, env)
     assert code != 0
     assert says in output
