@@ -14,6 +14,7 @@ a server that needs other settings there has to be started from a shell, and so 
 prove what a worker process imports by itself.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -157,8 +158,9 @@ def main(path, keep=False):
                 forks.reap()
             if listener in ready:
                 connection, _ = listener.accept()
-                with connection, connection.makefile("rw") as pipe:
-                    print(forks.start(json.loads(pipe.readline())), file=pipe, flush=True)
+                with contextlib.suppress(OSError), connection, connection.makefile("rw") as pipe:
+                    if asked := pipe.readline():  # Its client may have ended meanwhile.
+                        print(forks.start(json.loads(asked)), file=pipe, flush=True)
             if sys.stdin in ready and not os.read(0, 1):
                 return
 
