@@ -119,8 +119,8 @@ class Forks:
             process, status = os.waitpid(-1, os.WNOHANG)
             if not process:
                 return
-            code = os.waitstatus_to_exitcode(status)
-            Path(f"{self.logs.pop(process)}.code").write_text(str(code))
+            if log := self.logs.pop(process, None):
+                Path(f"{log}.code").write_text(str(os.waitstatus_to_exitcode(status)))
 
 
 def warm_up():
