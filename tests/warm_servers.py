@@ -37,8 +37,11 @@ IMPORTS = (
     "sglang.srt.managers.data_parallel_controller",
     "sglang.srt.managers.detokenizer_manager",
     "sglang.srt.managers.scheduler",
+    # It has the platform put its kernels in their places, which models bind.
     "sglang.srt.model_executor.model_runner",
-    "sglang.srt.models.qwen2",
+    # All models: a scheduler imports them before it loads one.
+    "sglang.srt.models.registry",
+    "sglang.srt.constrained.xgrammar_backend",
 )
 
 
