@@ -14,7 +14,7 @@ from hypothesis import settings
 from pascal_sglang import older_sglang
 from pascal_sglang.seams import installed
 from tests import ports, workers
-from tests.harness import PASCAL, STOCK, TINY_FLAGS, WARM_ENV, Server, warm_servers
+from tests.harness import PASCAL, STOCK, TINY_FLAGS, WARM_ENV, Server, begin_imports, warm_servers
 
 # A busy machine is no fault.
 settings.register_profile("no deadline", deadline=None)
@@ -36,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """One process forks the servers of all workers. It ends with this one."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         os.environ[WARM_ENV] = warm_servers()
+        if any("unit" not in Path(asked.partition("::")[0]).parts for asked in config.args):
+            begin_imports()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -103,6 +103,12 @@ def warm_servers() -> str:
 _kept: list[subprocess.Popen[bytes]] = []
 
 
+def begin_imports() -> None:
+    """Let `warm_servers` import what it needs before anybody waits for a fork."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(warm_servers())
+
+
 def fork(command: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> Fork:
     """`command` as a fork of `warm_servers`, with the whole environment `env`."""
     with socket.socket(socket.AF_UNIX) as connection:
