@@ -1,5 +1,6 @@
 """What two workers that run at the same time start never meets at a port."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,12 @@ def test_sglang_draws_where_a_fork_is_told_to(monkeypatch):
         assert {draw() for _ in range(20)} <= set(range(18_450, 18_551))
     finally:
         draw.__defaults__ = before
+
+
+def test_tests_ask_for_ports_in_one_place():
+    """That of `evals` may be another worker's a moment later."""
+    asks = re.compile(r"^from evals\.load\.server import .*\bfree_port\b", re.M)
+    assert [p.name for p in (ROOT / "tests").rglob("*.py") if asks.search(p.read_text())] == []
 
 
 def test_what_shares_servers_is_one_workers_and_short_tests_come_last():
