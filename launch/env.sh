@@ -98,7 +98,10 @@ pascal_prepare() {
         fi
         pascal_say "installing SGLang and what it needs into $pascal_venv (first time: about 5 minutes, 11 GB)"
         rm -f "$pascal_venv/.pascal_stamp"
-        pascal_pip install -e "$pascal_root[dev,docs,evals]"
+        pascal_pip install --no-compile -e "$pascal_root[dev,docs,evals]"
+        # pip would do it in one process. Some files are templates, which are not Python.
+        pascal_say "compiling to bytecode"
+        "$PASCAL_PYTHON" -m compileall -q -j 0 "$pascal_venv/lib" >/dev/null 2>&1 || true
         pascal_stamp >"$pascal_venv/.pascal_stamp"
         pascal_say "installed"
     fi
