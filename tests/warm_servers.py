@@ -27,6 +27,7 @@ import signal
 import socket
 import sys
 import traceback
+import types
 import warnings
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def serve(command, environment, folder, log):
     # Forks would draw the same ports.
     random.seed()
     _draw_ports(environment.get("TEST_PORTS"))
+    _share_what_plugins_look_for()
     # SGLang asks for workers that import everything anew.
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda *_, **__: None
@@ -77,6 +79,59 @@ def serve(command, environment, folder, log):
         traceback.print_exc()
         return 1
     return 0
+
+
+# What each process looks for when it loads its plugins, looked for once (`look_ahead`): the syntax
+# of the files that our list of seams names, and where the functions of SGLang's are, by their id.
+parse, bound, looked_at = None, {}, set()
+
+
+def look_ahead():
+    global parse
+    from pascal_sglang import seams
+
+    for seam in seams.load_seams():
+        seams.installed().find(seam)
+    parse = seams._parse
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] != "pascal_sglang":
+            looked_at.add(name)
+            for attribute, value in list(getattr(module, "__dict__", {}).items()):
+                of = value.__module__ if isinstance(value, types.FunctionType) else None
+                if of is not None and of.startswith("sglang."):
+                    bound.setdefault(id(value), []).append((module, attribute, value))
+
+
+def _share_what_plugins_look_for():
+    from sglang.srt.plugins import hook_registry
+
+    from pascal_sglang import seams
+
+    seams._parse = parse
+    scan = getattr(hook_registry, "_propagate_patch", None)
+    if scan is None:  # An older release.
+        return
+
+    def propagate(original, wrapped, source):
+        """As SGLang's, which looks at everything in all modules for each of our hooks."""
+        if id(original) not in bound:
+            return scan(original, wrapped, source)
+        places = bound[id(original)] + [
+            (module, attribute, value)
+            for name, module in list(sys.modules.items())
+            if name not in looked_at
+            for attribute, value in list(getattr(module, "__dict__", {}).items())
+            if value is original
+        ]
+        changed = []
+        for module, attribute, _ in places:
+            if module is not source and getattr(module, attribute, None) is original:
+                setattr(module, attribute, wrapped)
+                changed.append((module, attribute, wrapped))
+        bound[id(wrapped)] = changed
+        return len(changed)
+
+    hook_registry._propagate_patch = propagate
 
 
 def _draw_ports(ports):
@@ -130,6 +185,7 @@ def warm_up():
     warnings.filterwarnings("ignore", category=UserWarning, module=r"sglang\.")
     for name in IMPORTS:
         importlib.import_module(name)
+    look_ahead()
     # No fork looks for garbage in what all of them have, and so copies it.
     gc.collect()
     gc.freeze()
