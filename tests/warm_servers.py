@@ -84,6 +84,7 @@ def serve(command, environment, folder, log):
 # What each process looks for when it loads its plugins, looked for once (`look_ahead`): the syntax
 # of the files that our list of seams names, and where the functions of SGLang's are, by their id.
 parse, bound, looked_at = None, {}, set()
+DEFINED = (types.FunctionType, type)
 
 
 def look_ahead():
@@ -97,9 +98,14 @@ def look_ahead():
         if name.partition(".")[0] != "pascal_sglang":
             looked_at.add(name)
             for attribute, value in list(getattr(module, "__dict__", {}).items()):
-                of = value.__module__ if isinstance(value, types.FunctionType) else None
-                if of is not None and of.startswith("sglang."):
+                if _of_sglang(value):
                     bound.setdefault(id(value), []).append((module, attribute, value))
+
+
+def _of_sglang(value):
+    """A function or class; others may warn when they are looked at."""
+    of = getattr(value, "__module__", 0) if issubclass(type(value), DEFINED) else 0
+    return isinstance(of, str) and of.startswith("sglang.")
 
 
 def _share_what_plugins_look_for():
@@ -114,9 +120,9 @@ def _share_what_plugins_look_for():
 
     def propagate(original, wrapped, source):
         """As SGLang's, which looks at everything in all modules for each of our hooks."""
-        if id(original) not in bound:
+        if not _of_sglang(original) or original.__module__ not in looked_at:
             return scan(original, wrapped, source)
-        places = bound[id(original)] + [
+        places = bound.get(id(original), []) + [
             (module, attribute, value)
             for name, module in list(sys.modules.items())
             if name not in looked_at
