@@ -11,7 +11,7 @@ from typing import Any
 GROUPS = (
     # Ports that SGLang or a command of `evals` draws (`tests.ports`), and `pascal_server`.
     (
-        *("e2e/test_parallel", "engine/test_ray", "engine/test_soak"),
+        *("e2e/test_parallel", "engine/test_ray", "engine/test_soak", "e2e/test_entry_points"),
         *("e2e/test_clients", "e2e/test_evals_accuracy", "engine/test_phases"),
     ),
     ("engine/test_migration",),
@@ -25,7 +25,6 @@ GROUPS = (
     ("e2e/test_evals_serving",),
     ("engine/test_crowded_pair",),
     ("engine/test_priorities",),
-    ("e2e/test_entry_points",),
     ("engine/inproc/test_request_kinds",),
     ("e2e/test_fcfs_is_stock",),
     ("engine/test_failures",),
