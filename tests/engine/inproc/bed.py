@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.load.server import free_port
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
 from tests.harness import Fork, environment, fork
+from tests.ports import free_port
 
 FLAGS = (
     "--device cpu --reasoning-parser qwen3 --max-running-requests 64 --log-level warning "
