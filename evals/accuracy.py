@@ -32,6 +32,7 @@ from evals.grading.scores import INTERRUPTED, Graded
 from evals.load import auth, remote
 from evals.load.lines import WorkloadError
 from evals.options import base_url, count, positive
+from evals.provenance import provenance
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for text in _console(asked, figures, pairs, grader):
         print(text)
     result = _result(asked, endpoints, figures, graded, pairs)
-    result |= {"grader": grader, "provenance": remote.provenance("evals.accuracy", arguments)}
+    result |= {"grader": grader, "provenance": provenance("evals.accuracy", arguments)}
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {out}")
     if result["interrupted"]:

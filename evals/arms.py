@@ -18,7 +18,11 @@ from typing import Any
 
 from filelock import FileLock
 
+from evals import workload
+from evals.load.items import Item
 from evals.load.server import START_TIMEOUT_S, ArmError, Server, environment
+from evals.workload import Recipe
+from pascal_sglang.sim.workload import PLAIN, Shape, shape_of
 
 COMMANDS = {"stock": "sglang.launch_server", "pascal": "pascal_sglang.launch_server"}
 # Stock SGLang has no platform for a CPU without AMX; it gets ours, and nothing else of ours.
@@ -75,10 +79,12 @@ class Plan:
 
     model: `tiny`, or one of `pascal_sglang.demo.dummy`, which has no weights: its flags say
     `--load-format dummy`. sampling: SGLang's sampling parameters of every request, beside what the
-    workload needs. pascal_flags: for arms of command `pascal`. targets: ratios to the best
-    stock arm that the verdict asks for, by the names of `TARGETS`; `violations` is a share of
-    requests. sustained_per_s: requests per second that the first arm sustained where the rates were
-    chosen; elsewhere they are scaled to what it sustains there. 0: they stand as they are.
+    workload needs. scale, prompt_scale: factors on output and on prompt lengths. shape: what else
+    the load is like, as in `evals/scenarios`. pascal_flags: for arms of command `pascal`. targets:
+    ratios to the best stock arm that the verdict asks for, by the names of `TARGETS`; `violations`
+    is a share of requests. sustained_per_s: requests per second that the first arm sustained where
+    the rates were chosen; elsewhere they are scaled to what it sustains there. 0: they stand as
+    they are.
     """
 
     preset: str
@@ -96,7 +102,8 @@ class Plan:
     goodput_ms: Mapping[str, float] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=lambda: dict(TARGETS))
     scale: float = 1.0
-    cv: float = 1.0
+    prompt_scale: float = 1.0
+    shape: Shape = PLAIN
     bins: int = 4
     sustained_per_s: float = 0.0
     request_timeout_s: float = 300.0
@@ -109,8 +116,32 @@ class Plan:
         for name in ("requests", "seeds", "bins", "kv_tokens", "target_tpot_ms"):
             if not getattr(self, name) > 0:
                 raise ArmError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.shape.programs or self.shape.interactive:
+            raise ArmError("a live load has no programs and no interactive requests in its shape")
         if not 0 <= self.sustained_per_s < math.inf:
             raise ArmError(f"sustained_per_s must be a rate, not {self.sustained_per_s}")
+
+    def items(self, per_s: float, seed: int) -> list[Item]:
+        """The requests of a run at `per_s` requests per second."""
+        shape = self.shape
+        on_s, off_s = shape.burst_s or (1.0, 0.0)
+        return workload.build(
+            Recipe(
+                source=self.preset,
+                requests=self.requests,
+                rate=per_s,
+                seed=seed,
+                scale=self.scale,
+                prompt_scale=self.prompt_scale,
+                arrivals="burst" if shape.burst_s else "gamma",
+                cv=shape.cv,
+                burst_on_s=on_s,
+                burst_off_s=off_s,
+                turns=shape.turns,
+                pause_s=shape.pause_s,
+                fits=shape.fits,
+            )
+        )
 
     def scaled_to(self, sustained_per_s: float) -> Plan:
         """The plan for a machine on which the first arm sustains `sustained_per_s`."""
@@ -124,15 +155,22 @@ class Plan:
             f", {arm.name} {arm.kv_tokens}" for arm in self.arms if arm.kv_tokens
         )
         return [
-            f"{capacity}; {self.preset} x{self.scale:g}, {self.requests} requests a run, "
+            f"{capacity}; {self.preset} x{self.scale:g}, prompts x{self.prompt_scale:g}, "
+            f"{self.requests} requests a run, "
             f"{self.seeds} {'seed' if self.seeds == 1 else 'seeds'}, reader's pace "
             f"{self.target_tpot_ms:g} ms a token",
             *([f"sampling: {dict(self.sampling)}"] if self.sampling else []),
+            *([f"shape: {shaped}"] if (shaped := _differs(self.shape, PLAIN)) else []),
             self.loads(),
         ]
 
     def loads(self) -> str:
         return "loads: " + ", ".join(f"{rate.name} {rate.per_s:g}/s" for rate in self.rates)
+
+
+def _differs(shape: Shape, usual: Shape) -> dict[str, Any]:
+    told, others = dataclasses.asdict(shape), dataclasses.asdict(usual)
+    return {name: value for name, value in told.items() if value != others[name]}
 
 
 def load_plan(path: Path, *, quick: bool = False, **overrides: Any) -> Plan:
@@ -150,6 +188,7 @@ def load_plan(path: Path, *, quick: bool = False, **overrides: Any) -> Plan:
     rates = [Rate(**rate) for rate in values.pop("rate")]
     values["arms"] = _named(arms, fewer.pop("arms", None), "arm")
     values["rates"] = _named(rates, fewer.pop("rates", None), "rate")
+    values["shape"] = shape_of(values.pop("shape", {}))
     values["flags"] = tuple(values["flags"])
     values["pascal_flags"] = tuple(values.get("pascal_flags", ()))
     return Plan(**{**values, **fewer})

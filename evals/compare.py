@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from evals.load.record import Idle
 from evals.load.server import ArmError, Server
 from evals.load.timeline import details
 from evals.options import count, out_file
+from evals.provenance import provenance
 from evals.reporting import balance, report, verdict
 from evals.reporting.metrics import bin_edges, summarize
 from evals.reporting.verdict import Run
@@ -66,10 +68,7 @@ class Comparison:
         self.console.append(text)
 
     def items(self, seed: int, per_s: float) -> list[Item]:
-        plan = self.plan
-        return workload.generate(
-            plan.preset, plan.requests, per_s, seed, scale=plan.scale, cv=plan.cv
-        )
+        return self.plan.items(per_s, seed)
 
     def save(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +82,7 @@ class Comparison:
                     "runs": [dataclasses.asdict(run) for run in self.runs],
                     "comparison": self.results,
                     "console": self.console,
-                    "provenance": remote.provenance("evals.compare", sys.argv[1:]),
+                    "provenance": provenance("evals.compare", sys.argv[1:]),
                 },
                 indent=1,
             )
@@ -112,7 +111,10 @@ class Comparison:
         with serve(arm, plan, model) as server:
             target = target_of(plan, server, processor)
             idle = self.measure_idle(arm, target)
-            self.say(f"{arm.name}, seed {seed}: server up in {time.monotonic() - began:.0f} s")
+            self.say(
+                f"{arm.name}, seed {seed}: server up in {time.monotonic() - began:.0f} s, "
+                f"load average {os.getloadavg()[0]:.1f}"
+            )
             if plan.sustained_per_s and not self.runs:
                 server.flush()
                 self.fit_loads(arm, target)

@@ -25,6 +25,7 @@ from evals.load.client import LAG_LIMIT_MS, Target
 from evals.load.record import Idle, Record
 from evals.load.timeline import details
 from evals.options import base_url, count, positive
+from evals.provenance import provenance
 from evals.reporting import report
 from evals.reporting.metrics import GOODPUT_KEYS, bin_edges, intervals, summarize
 from evals.workload import Item, WorkloadError
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = figures(asked, back, idle, counters)
     result |= {
         "server_info": info,
-        "provenance": remote.provenance("evals.serving", arguments),
+        "provenance": provenance("evals.serving", arguments),
     }
     for line in console(asked, result):
         print(line)

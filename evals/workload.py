@@ -22,6 +22,7 @@ from evals.load.lines import WorkloadError
 from evals.sources.draw import Ask, Draw
 from evals.sources.presets import PRESETS, Lengths, Preset
 from pascal_sglang.sim.loads import arrivals, conversations
+from pascal_sglang.sim.workload import PLAIN
 
 __all__ = [
     "PRESETS",
@@ -54,6 +55,8 @@ class Recipe:
     speedup: how many times as fast `trace` arrivals come.
     turns: mean turns per conversation; 1 is single requests.
     pause_s: mean time between an answer and the next turn, exponential.
+    fits: KV tokens; requests that need more are left out, with the later turns of their
+        conversation.
     """
 
     source: str
@@ -72,9 +75,19 @@ class Recipe:
     speedup: float = 1.0
     turns: float = 1.0
     pause_s: float = 10.0
+    fits: int = PLAIN.fits
 
     def __post_init__(self) -> None:
-        positive = ("rate", "cv", "requests", "scale", "prompt_scale", "burst_on_s", "speedup")
+        positive = (
+            "rate",
+            "cv",
+            "requests",
+            "scale",
+            "prompt_scale",
+            "burst_on_s",
+            "speedup",
+            "fits",
+        )
         for name in positive:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -110,7 +123,7 @@ def build(recipe: Recipe) -> list[Item]:
         raise WorkloadError(f"{recipe.source} has no times of its own to start at")
     if recipe.turns == 1:
         begin = _arrivals(recipe, times, drawn.times_s, len(drawn))
-        return _items(drawn, recipe.seed, begin)
+        return _fitting(_items(drawn, recipe.seed, begin), recipe)
     if drawn.hash_ids is not None:
         raise WorkloadError(f"{recipe.source} says itself which prompts extend others: no turns")
     counts = conversations.sizes(talk, len(drawn), recipe.turns)
@@ -120,7 +133,7 @@ def build(recipe: Recipe) -> list[Item]:
     # Fewer arrivals, further apart: the load stays `rate` requests per second.
     begin = _arrivals(recipe, times, own, len(counts), share=len(counts) / len(drawn))
     items = _items(drawn, recipe.seed, np.zeros(len(drawn)))
-    return turns.converse(items, counts, begin.tolist(), pauses_s.tolist())
+    return _fitting(turns.converse(items, counts, begin.tolist(), pauses_s.tolist()), recipe)
 
 
 def _arrivals(
@@ -161,6 +174,22 @@ def _items(drawn: Draw, seed: int, arrivals_s: np.ndarray) -> list[Item]:
         )
         for i in range(len(drawn))
     ]
+
+
+def _fitting(items: Sequence[Item], recipe: Recipe) -> list[Item]:
+    """Those that fit, and whose earlier turns do."""
+    found: list[Item] = []
+    ended: set[int] = set()
+    for item in items:
+        if item.conversation in ended:
+            continue
+        if item.prompt_tokens + item.output_tokens <= recipe.fits:
+            found.append(item)
+        elif item.conversation is not None:
+            ended.add(item.conversation)
+    if not found:
+        raise WorkloadError(f"no request fits into {recipe.fits} tokens")
+    return found
 
 
 def generate(

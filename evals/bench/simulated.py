@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from evals import arms, workload
+from evals import arms
 from evals.arms import Arm, Plan, serve
 from evals.compare import CACHE, EXIT_BAD_INPUT, target_of
-from evals.load import remote
 from evals.load.client import replay
 from evals.load.items import Item
 from evals.load.record import Record
 from evals.load.server import ArmError
 from evals.options import out_file
+from evals.provenance import provenance
 from evals.reporting.metrics import measure
 from pascal_sglang.sim.arms import ARMS, STOCK
 from pascal_sglang.sim.cluster import Setup, simulate
@@ -43,7 +43,7 @@ FIGURES = ("ttfo", "tpot", "e2e")
 
 
 def items_of(plan: Plan, per_s: float, seed: int) -> list[Item]:
-    return workload.generate(plan.preset, plan.requests, per_s, seed, scale=plan.scale, cv=plan.cv)
+    return plan.items(per_s, seed)
 
 
 def live_figures(
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             {
                 "arms": told,
                 "console": lines,
-                "provenance": remote.provenance("evals.bench.simulated", sys.argv[1:]),
+                "provenance": provenance("evals.bench.simulated", sys.argv[1:]),
             },
             indent=1,
         )

@@ -30,6 +30,7 @@ from evals.load.client import Target
 from evals.load.record import Idle
 from evals.load.server import ArmError, Server
 from evals.options import folder, positive
+from evals.provenance import provenance
 
 HERE = Path(__file__).parent
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -91,7 +92,7 @@ class Check:
             "seconds": round(time.monotonic() - self.began, 1),
             "failed": self.failed,
             "parts": self.parts,
-            "provenance": remote.provenance("evals.gpu.check", sys.argv[1:]),
+            "provenance": provenance("evals.gpu.check", sys.argv[1:]),
         }
         (self.out / "check.json").write_text(json.dumps(whole, indent=1) + "\n")
         (self.out / "check.txt").write_text("\n".join(self.lines) + "\n")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import http.client
-import importlib.metadata
 import json
-import platform
 import shlex
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -100,18 +98,6 @@ def without_keys(command: str) -> str:
         hidden.append("***" if secret else f"{name}=***" if is_key and equals else word)
         secret = is_key and not equals
     return shlex.join(hidden)
-
-
-def provenance(module: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The command that was given to `module`, without keys, and the versions on this side."""
-    versions = {"python": platform.python_version()}
-    for package in ("pascal_sglang", "sglang"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    command = without_keys(shlex.join(["python", "-m", module, *arguments]))
-    return {"command": command, "versions": versions}
 
 
 def get(base_url: str, path: str) -> str | None:

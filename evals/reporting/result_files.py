@@ -19,6 +19,7 @@ from evals.load.server import ArmError
 from evals.reporting import words
 from evals.reporting.results import ResultError, Results, Shown
 from evals.reporting.verdict import Target
+from pascal_sglang.sim.workload import shape_of
 
 # The simulator's names of what `evals.reporting.metrics` measures.
 MEASURED = {
@@ -279,7 +280,10 @@ def _plan(told: Mapping[str, Any]) -> arms.Plan | None:
             "arms": tuple(arms.Arm(**arm) for arm in told["arms"]),
             "rates": tuple(arms.Rate(**rate) for rate in told["rates"]),
         }
-        return arms.Plan(**{**{k: v for k, v in told.items() if k in known}, **every})
+        # Earlier versions have it beside the shape, which they lack.
+        shape = shape_of(told.get("shape", {"cv": told.get("cv", 1.0)}))
+        mine = {k: v for k, v in told.items() if k in known}
+        return arms.Plan(**{**mine, **every, "shape": shape})
     except (TypeError, KeyError, ArmError):
         return None
 

@@ -163,7 +163,7 @@ def _save(rows: list[dict[str, Any]], out: Path | None, **more: object) -> int:
     if out is not None:
         told = {
             "simulated": list(BIN_EDGES),
-            "provenance": provenance(sys.argv[1:]),
+            "provenance": provenance("pascal_sglang.sim", sys.argv[1:]),
             **more,
         }
         # A line per run.

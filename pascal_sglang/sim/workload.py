@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +76,15 @@ class Shape:
 
 
 PLAIN = Shape()
+
+
+def shape_of(told: Mapping[str, Any]) -> Shape:
+    """A `[shape]` table, or JSON. Raises TypeError or ValueError for what is none."""
+    values = dict(told)
+    if values.get("burst_s") is not None:
+        on_s, off_s = values["burst_s"]
+        values["burst_s"] = float(on_s), float(off_s)
+    return Shape(**values)
 
 
 def draw(source: str, requests: int, rate: float, seed: int, shape: Shape = PLAIN) -> Workload:

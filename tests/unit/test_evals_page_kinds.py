@@ -83,7 +83,7 @@ def of_serving(out):
     asked = serving.parse(["--dataset-name", "tiny-live", "--goodput", "ttfo:5000"])
     back = Watched(items=ITEMS, records=records(0.05), lag_p99_ms=1.0)
     told = serving.figures(asked, back, None, {})
-    provenance = serving.remote.provenance("evals.serving", ["--api-key", "s3cret"])
+    provenance = serving.provenance("evals.serving", ["--api-key", "s3cret"])
     out.write_text(json.dumps(told | {"server_info": {}, "provenance": provenance}) + "\n")
 
 

@@ -13,19 +13,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 ROOT = Path(__file__).parents[3]
 
 
-def provenance(arguments: Sequence[str]) -> dict[str, Any]:
-    """Command, commit, versions, machine and date of a run of `pascal_sglang.sim`."""
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
-    # A checkout need not be installed; its commit says more.
-    with suppress(importlib.metadata.PackageNotFoundError):
-        versions["pascal_sglang"] = importlib.metadata.version("pascal_sglang")
+def provenance(
+    module: str, arguments: Sequence[str], packages: Sequence[str] = ("numpy", "pascal_sglang")
+) -> dict[str, Any]:
+    """Command, commit, versions of what is installed of `packages`, machine and date of a run."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        # A checkout need not be installed; its commit says more.
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
-        "command": shlex.join(["python", "-m", "pascal_sglang.sim", *arguments]),
+        "command": shlex.join(["python", "-m", module, *arguments]),
         "commit": commit(),
         "versions": versions,
         "machine": f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",

@@ -16,7 +16,7 @@ from pascal_sglang.sim.experiments.runs import Task
 from pascal_sglang.sim.experiments.tables import Rows, bin_tails, lay_out, mean, names, pick, shown
 from pascal_sglang.sim.figures import ENOUGH_SAMPLES, bin_names
 from pascal_sglang.sim.hardware import preset
-from pascal_sglang.sim.workload import PLAIN, Shape
+from pascal_sglang.sim.workload import PLAIN, Shape, shape_of
 
 FOLDER = Path(__file__).parents[3] / "evals" / "scenarios"
 BASE = "rr-restart"
@@ -90,14 +90,9 @@ def load(path: Path) -> Scenario:
     try:
         told = tomllib.loads(path.read_text())
         loads = {float(each["share"]): int(each["requests"]) for each in told.pop("load")}
-        shape = told.pop("shape", {})
-        if "burst_s" in shape:
-            on_s, off_s = shape["burst_s"]
-            shape["burst_s"] = float(on_s), float(off_s)
         cost = preset(told["hardware"], told.get("kv_read_share"))
-        found = Scenario(
-            name=path.stem, loads=loads, shape=Shape(fits=cost.capacity, **shape), **told
-        )
+        shape = shape_of({"fits": cost.capacity, **told.pop("shape", {})})
+        found = Scenario(name=path.stem, loads=loads, shape=shape, **told)
         unknown = set(found.targets) - set(FIGURES)
         if unknown or not loads:
             raise ValueError(f"no figure {', '.join(unknown)}" if unknown else "no load")
