@@ -2,21 +2,24 @@
 
 `python -m evals.compare evals/arms/live.toml [--quick]`. Seeds are the outer loop and arms the
 inner one, so that a machine that drifts drifts for all; every (seed, arm) is one server start and
-sees all loads. Everything printed is also in the JSON file, which is written after every run, and
-Ctrl-C compares what ran to its end.
+sees all loads. With `--together` all servers are up all the time, those without load asleep, and
+arms take turns run by run. Everything printed is also in the JSON file, which is written after
+every run, and Ctrl-C compares what ran to its end.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from evals.load.client import LAG_LIMIT_MS, Target, replay
 from evals.load.record import Idle
 from evals.load.server import ArmError, Server
 from evals.load.timeline import details
-from evals.options import count, out_file
+from evals.options import count, out_file, positive
 from evals.provenance import provenance
 from evals.reporting import balance, report, verdict
 from evals.reporting.metrics import bin_edges, summarize
@@ -53,8 +56,9 @@ def target_of(plan: Plan, server: Server, processor: str) -> Target:
 class Comparison:
     """The state of one comparison, written to its file after every run."""
 
-    def __init__(self, plan: Plan, out: Path, *, verbose: bool) -> None:
-        self.plan, self.out, self.verbose = plan, out, verbose
+    def __init__(self, plan: Plan, out: Path, *, verbose: bool, together: bool = False) -> None:
+        self.plan, self.out, self.verbose, self.together = plan, out, verbose, together
+        self.fitted = False
         self.runs: list[Run] = []
         self.failures: dict[str, str] = {}
         self.console: list[str] = []
@@ -95,33 +99,59 @@ class Comparison:
         self.say("bins of thinking tokens: " + ", ".join(report.bin_names(self.edges)))
         model = arms.model_folder(plan.model, CACHE)
         processor = arms.logit_processor(plan.model)
+        if self.together:
+            self.run_together(model, processor)
+            return
         for seed in range(plan.seeds):
             for arm in plan.arms:
-                if arm.name in self.failures:
-                    continue
-                try:
-                    self.run_arm(arm, seed, model, processor)
-                except (ArmError, OSError) as error:
-                    self.failures[arm.name] = str(error)
-                    self.say(f"{arm.name}: gave up: {error}")
+                if arm.name not in self.failures:
+                    with self.giving_up(arm):
+                        self.run_arm(arm, seed, model, processor)
 
     def run_arm(self, arm: Arm, seed: int, model: Path, processor: str) -> None:
+        with self.up(arm, model, processor) as (server, target):
+            for rate in self.plan.rates:
+                self.run_once(arm, rate, seed, server, target)
+
+    def run_together(self, model: Path, processor: str) -> None:
         plan = self.plan
+        with contextlib.ExitStack() as stack:
+            ready: list[tuple[Arm, Server, Target]] = []
+            for arm in plan.arms:
+                with self.giving_up(arm):
+                    ready.append((arm, *stack.enter_context(self.up(arm, model, processor))))
+            for seed, rate in itertools.product(range(plan.seeds), self.plan.rates):
+                self.say(f"seed {seed}, load average {os.getloadavg()[0]:.1f}")
+                for arm, server, target in ready:
+                    if arm.name not in self.failures:
+                        with self.giving_up(arm):
+                            self.run_once(arm, rate, seed, server, target)
+
+    @contextlib.contextmanager
+    def up(self, arm: Arm, model: Path, processor: str) -> Iterator[tuple[Server, Target]]:
+        """The arm's server, warm. The first one of all decides what a request takes alone, and the
+        loads."""
         began = time.monotonic()
-        with serve(arm, plan, model) as server:
-            target = target_of(plan, server, processor)
-            idle = self.measure_idle(arm, target)
-            self.say(
-                f"{arm.name}, seed {seed}: server up in {time.monotonic() - began:.0f} s, "
-                f"load average {os.getloadavg()[0]:.1f}"
-            )
-            if plan.sustained_per_s and not self.runs:
+        with serve(arm, self.plan, model) as server:
+            target = target_of(self.plan, server, processor)
+            self.measure_idle(arm, target)
+            took_s = time.monotonic() - began
+            load = os.getloadavg()[0]
+            self.say(f"{arm.name}: server up in {took_s:.0f} s, load average {load:.1f}")
+            if self.plan.sustained_per_s and not self.fitted:
                 server.flush()
                 self.fit_loads(arm, target)
-                plan = self.plan
-            for rate in plan.rates:
-                server.flush()
-                self.run_once(arm, rate, seed, server, target, idle)
+                self.fitted = True
+            yield server, target
+
+    @contextlib.contextmanager
+    def giving_up(self, arm: Arm) -> Iterator[None]:
+        """The other arms go on without one that fails."""
+        try:
+            yield
+        except (ArmError, OSError) as error:
+            self.failures[arm.name] = str(error)
+            self.say(f"{arm.name}: gave up: {error}")
 
     def fit_loads(self, arm: Arm, target: Target) -> None:
         """Scale the loads to this machine: what the arm does with everybody there at once, between
@@ -138,7 +168,7 @@ class Comparison:
         self.plan = self.plan.scaled_to(sustained)
         self.say(f"{arm.name} sustains {sustained:.2f} requests/s here; {self.plan.loads()}")
 
-    def measure_idle(self, arm: Arm, target: Target) -> Idle:
+    def measure_idle(self, arm: Arm, target: Target) -> None:
         """Every server is asked the same, so that all are equally warm; the first one's times are
         those of a request alone."""
         error = alone.warm_up(WARM_UPS, target)
@@ -148,11 +178,9 @@ class Comparison:
         if self.idle is None:
             self.idle = seen
             self.say(f"alone on {arm.name}: TTFO = {seen}")
-        return self.idle
 
-    def run_once(
-        self, arm: Arm, rate: Rate, seed: int, server: Server, target: Target, idle: Idle
-    ) -> None:
+    def run_once(self, arm: Arm, rate: Rate, seed: int, server: Server, target: Target) -> None:
+        server.flush()
         items = self.items(seed, rate.per_s)
         before = remote.counters(server.base_url)
         with balance.watching(server.base_url) as seen:
@@ -161,7 +189,7 @@ class Comparison:
         summary = summarize(
             back.records,
             items,
-            idle=idle,
+            idle=self.idle,
             target_tpot_s=self.plan.target_tpot_ms / 1e3,
             edges=self.edges,
             goodput_ms=self.plan.goodput_ms,
@@ -174,7 +202,7 @@ class Comparison:
             for line in report.lines(summary, f"{arm.name}, {rate.name}, seed {seed}", self.edges):
                 self.say(line)
         else:
-            self.say(f"  {rate.name:<9} {report.short(summary)}")
+            self.say(f"  {arm.name}, {rate.name}, seed {seed}: {report.short(summary)}")
         moved = report.totals(counters).items()
         shown = ", ".join(f"{name} {value:.0f}" for name, value in moved if value)
         late = ", TOO LATE TO TRUST" if back.lag_p99_ms > LAG_LIMIT_MS else ""
@@ -274,6 +302,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rates", type=_names, help="comma-separated names")
     parser.add_argument("--seeds", type=count, help="how many seeds")
     parser.add_argument("--requests", type=count, help="per run")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="all servers at once; those without load should sleep (`--sleep-on-idle`)",
+    )
+    parser.add_argument(
+        "--target-tpot-ms",
+        type=positive,
+        help="the reader's pace, for a machine much slower or faster than the plan's",
+    )
     parser.add_argument("--out", type=out_file, help="JSON file")
     parser.add_argument("--verbose", action="store_true", help="the full report of every run")
     asked = parser.parse_args(argv)
@@ -285,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rates=asked.rates,
             seeds=asked.seeds,
             requests=asked.requests,
+            target_tpot_ms=asked.target_tpot_ms,
         )
     except (ArmError, OSError, ValueError, TypeError) as error:
         print(f"evals: error: {asked.plan}: {error}", file=sys.stderr)
@@ -293,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         out = asked.out or out_file(str(CACHE / f"{asked.plan.stem}.json"))
-        comparison = Comparison(plan, out, verbose=asked.verbose)
+        comparison = Comparison(plan, out, verbose=asked.verbose, together=asked.together)
     except (workload.WorkloadError, argparse.ArgumentTypeError) as error:
         print(f"evals: error: {asked.plan}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

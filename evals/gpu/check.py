@@ -27,7 +27,6 @@ from evals.compare import CACHE, Comparison
 from evals.gpu import device, figures, identity
 from evals.load import remote
 from evals.load.client import Target
-from evals.load.record import Idle
 from evals.load.server import ArmError, Server
 from evals.options import folder, positive
 from evals.provenance import provenance
@@ -59,10 +58,8 @@ class Timed(Comparison):
         )
         super().run_arm(arm, seed, model, processor)
 
-    def run_once(
-        self, arm: Arm, rate: Rate, seed: int, server: Server, target: Target, idle: Idle
-    ) -> None:
-        super().run_once(arm, rate, seed, server, target, idle)
+    def run_once(self, arm: Arm, rate: Rate, seed: int, server: Server, target: Target) -> None:
+        super().run_once(arm, rate, seed, server, target)
         if arm.command == "pascal":
             instances = remote.instances(server.base_url)
             # `fcfs` leaves the order alone, and measures no costs either.

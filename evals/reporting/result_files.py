@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
 import shlex
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,8 @@ def load(paths: Sequence[Path]) -> Results:
     together = Results()
     for path in paths:
         try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
+            text = read(path)
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise ResultError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
         try:
             add(together, text, path.parent)
@@ -49,6 +51,13 @@ def load(paths: Sequence[Path]) -> Results:
     if not together.runs:
         raise ResultError("no runs in " + ", ".join(map(str, paths)))
     return together
+
+
+def read(path: Path) -> str:
+    """A file's text; of one that ends in `.gz`, what was compressed."""
+    if path.suffix == ".gz":
+        return gzip.decompress(path.read_bytes()).decode()
+    return path.read_text()
 
 
 def add(results: Results, text: str, folder: Path) -> None:

@@ -86,7 +86,7 @@ def test_an_order_that_measures_no_costs_has_none(monkeypatch, tmp_path, costs, 
     monkeypatch.setattr(check.Comparison, "run_once", lambda *_: None)
     monkeypatch.setattr(check.remote, "instances", lambda url: [AT_REST | {"costs": costs}] * 2)
     arm, server = SimpleNamespace(name="ours", command="pascal"), SimpleNamespace(base_url="")
-    timed.run_once(arm, plan.rates[0], 0, server, None, None)
+    timed.run_once(arm, plan.rates[0], 0, server, None)
     assert list(timed.costs) == known
 
 
