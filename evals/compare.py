@@ -109,40 +109,42 @@ class Comparison:
                         self.run_arm(arm, seed, model, processor)
 
     def run_arm(self, arm: Arm, seed: int, model: Path, processor: str) -> None:
-        with self.up(arm, model, processor) as (server, target):
+        began = time.monotonic()
+        with serve(arm, self.plan, model) as server:
+            self.say(f"{arm.name}, seed {seed}: server up in {time.monotonic() - began:.0f} s")
+            target = self.prepare(arm, server, processor)
             for rate in self.plan.rates:
                 self.run_once(arm, rate, seed, server, target)
 
     def run_together(self, model: Path, processor: str) -> None:
-        plan = self.plan
+        plan, began = self.plan, time.monotonic()
         with contextlib.ExitStack() as stack:
-            ready: list[tuple[Arm, Server, Target]] = []
-            for arm in plan.arms:
+            # All begin to start before the first one is waited for.
+            starting = [(arm, serve(arm, plan, model)) for arm in plan.arms]
+            up: list[tuple[Arm, Server]] = []
+            for arm, server in starting:
                 with self.giving_up(arm):
-                    ready.append((arm, *stack.enter_context(self.up(arm, model, processor))))
+                    up.append((arm, stack.enter_context(server)))
+            self.say(f"{len(up)} servers up in {time.monotonic() - began:.0f} s")
+            ready: list[tuple[Arm, Server, Target]] = []
+            for arm, server in up:
+                with self.giving_up(arm):
+                    ready.append((arm, server, self.prepare(arm, server, processor)))
             for seed, rate in itertools.product(range(plan.seeds), self.plan.rates):
-                self.say(f"seed {seed}, load average {os.getloadavg()[0]:.1f}")
                 for arm, server, target in ready:
                     if arm.name not in self.failures:
                         with self.giving_up(arm):
                             self.run_once(arm, rate, seed, server, target)
 
-    @contextlib.contextmanager
-    def up(self, arm: Arm, model: Path, processor: str) -> Iterator[tuple[Server, Target]]:
-        """The arm's server, warm. The first one of all decides what a request takes alone, and the
-        loads."""
-        began = time.monotonic()
-        with serve(arm, self.plan, model) as server:
-            target = target_of(self.plan, server, processor)
-            self.measure_idle(arm, target)
-            took_s = time.monotonic() - began
-            load = os.getloadavg()[0]
-            self.say(f"{arm.name}: server up in {took_s:.0f} s, load average {load:.1f}")
-            if self.plan.sustained_per_s and not self.fitted:
-                server.flush()
-                self.fit_loads(arm, target)
-                self.fitted = True
-            yield server, target
+    def prepare(self, arm: Arm, server: Server, processor: str) -> Target:
+        """Warm the server up. The first one decides what a request takes alone, and the loads."""
+        target = target_of(self.plan, server, processor)
+        self.measure_idle(arm, target)
+        if self.plan.sustained_per_s and not self.fitted:
+            server.flush()
+            self.fit_loads(arm, target)
+            self.fitted = True
+        return target
 
     @contextlib.contextmanager
     def giving_up(self, arm: Arm) -> Iterator[None]:
@@ -207,7 +209,8 @@ class Comparison:
         shown = ", ".join(f"{name} {value:.0f}" for name, value in moved if value)
         late = ", TOO LATE TO TRUST" if back.lag_p99_ms > LAG_LIMIT_MS else ""
         self.say(
-            f"            client lag p99 {back.lag_p99_ms:.1f} ms{late}{shown and '; '}{shown}"
+            f"            load average {os.getloadavg()[0]:.1f}, "
+            f"client lag p99 {back.lag_p99_ms:.1f} ms{late}{shown and '; '}{shown}"
         )
         self.save()
 

@@ -57,6 +57,77 @@ def test_loads_follow_the_machine():
     assert [r.per_s for r in again.rates] == pytest.approx([r.per_s for r in plan.rates], abs=0.01)
 
 
+def test_unequal_prompts_leave_out_what_does_not_fit():
+    plan = load_plan(LIVE.with_name("unequal.toml"))
+    for seed in range(plan.seeds):
+        items = plan.items(2.0, seed)
+        prompts = sorted(item.prompt_tokens for item in items)
+        assert max(i.prompt_tokens + i.output_tokens for i in items) <= plan.shape.fits
+        assert plan.shape.fits < plan.kv_tokens
+        assert 0.9 * plan.requests < len(items) < plan.requests
+        assert prompts[-1] > 15 * prompts[len(prompts) // 2]
+
+
+def test_bursts_begin_together_and_come_three_times():
+    plan = load_plan(LIVE.with_name("bursts.toml"))
+    on_s, off_s = plan.shape.burst_s
+    # Where stock sustains four requests a second.
+    times_s = [item.arrival_s for item in plan.items(4.0 * plan.rates[0].per_s, 0)]
+    assert len({int(at // (on_s + off_s)) for at in times_s}) >= 3
+    assert max(at % (on_s + off_s) for at in times_s) < on_s
+
+
+def test_a_shape_that_no_live_load_has_is_refused(tmp_path, capsys):
+    plan, text = tmp_path / "plan.toml", LIVE.with_name("bursts.toml").read_text()
+    for shape, said in (("programs = 0.5", "no programs"), ("bursts = 1", "bursts")):
+        plan.write_text(text.replace("burst_s = [10, 10]", shape))
+        assert compare.main([str(plan), "--out", str(tmp_path / "out.json")]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+
+
+def test_arms_that_are_up_together_take_turns_run_by_run(monkeypatch, tmp_path):
+    up, ran = [], []
+
+    class Running:
+        def __init__(self, arm):
+            self.name = arm.name
+
+        def __enter__(self):
+            if self.name == "priority":
+                raise ArmError("no room")
+            up.append(self.name)
+            return self
+
+        def __exit__(self, *_):
+            up.remove(self.name)
+
+    def run_once(comparison, arm, rate, seed, server, target):
+        assert server.name == arm.name
+        assert set(up) == {"fcfs", "pascal", "oracle"}
+        ran.append((seed, rate.name, arm.name))
+
+    monkeypatch.setattr(compare, "serve", lambda arm, *_: Running(arm))
+    monkeypatch.setattr(compare.arms, "model_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(compare.arms, "logit_processor", lambda *_: "")
+    monkeypatch.setattr(compare.Comparison, "prepare", lambda *_: None)
+    monkeypatch.setattr(compare.Comparison, "run_once", run_once)
+    names = ["fcfs", "priority", "pascal", "oracle"]
+    plan = load_plan(LIVE, arms=names, rates=["medium", "high"], seeds=2)
+    comparison = compare.Comparison(plan, tmp_path / "x.json", verbose=False, together=True)
+    comparison.run_all()
+    order = [
+        (seed, rate, arm)
+        for seed in range(2)
+        for rate in ("medium", "high")
+        for arm in ("fcfs", "pascal", "oracle")
+    ]
+    assert ran == order
+    assert up == []
+    assert comparison.failures == {"priority": "no room"}
+
+
 def test_an_unknown_target_is_refused(tmp_path):
     plan = tmp_path / "plan.toml"
     text = LIVE.with_name("ample.toml").read_text()
@@ -205,7 +276,7 @@ def test_bad_plans_are_refused():
         ("requests = 100", "requests = 0", "requests must be positive, not 0"),
         ("[[rate]]", "[[other]]", "nothing under rate"),
         ('preset = "tiny-live"', 'preset = "nope"', "no source 'nope'"),
-        ("bins = 4", "bins = 4 4", "line 12"),
+        ("bins = 4", "bins = 4 4", "line 11"),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_refused_in_one_line(was, becomes, said, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Pages of hand-made results, read back with an HTML parser."""
 
+import gzip
 import json
 from html.parser import HTMLParser
 
@@ -284,6 +285,18 @@ def test_files_without_results_are_refused_by_name(tmp_path, text, capsys):
     assert page.main([str(file)]) == page.EXIT_BAD_INPUT
     assert "odd.json" in capsys.readouterr().err
     assert not file.with_suffix(".html").exists()
+
+
+def test_a_compressed_file_has_the_same_page(compared, tmp_path, capsys):
+    file = tmp_path / "r.json.gz"
+    file.write_bytes(gzip.compress(json.dumps(comparison()).encode()))
+    out = tmp_path / "page.html"
+    assert page.main([str(file), "--out", str(out)]) == 0
+    whole, again = Page(compared), Page(out.read_text())
+    assert again.words.replace("r.json.gz", "") == whole.words.replace("r0.json", "")
+    file.write_bytes(file.read_bytes()[:100])
+    assert page.main([str(file)]) == page.EXIT_BAD_INPUT
+    assert "r.json.gz" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path, capsys):

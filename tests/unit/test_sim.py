@@ -360,15 +360,17 @@ def test_sources_are_those_of_the_load_generator():
 def test_shapes_are_those_of_the_load_generator():
     from evals.workload import Recipe, build
 
-    shapes = {"burst_s": (20.0, 40.0)}, {"turns": 3.0, "pause_s": 5.0}
-    recipes = {"arrivals": "burst", "burst_on_s": 20.0, "burst_off_s": 40.0}, shapes[1]
+    shapes = {"burst_s": (20.0, 40.0)}, {"turns": 3.0, "pause_s": 5.0}, {"fits": 4000}
+    shapes = *shapes, {"turns": 4.0, "fits": 6000}
+    burst = {"arrivals": "burst", "burst_on_s": 20.0, "burst_off_s": 40.0}
+    recipes = burst, *shapes[1:]
     for shape, recipe in zip(shapes, recipes, strict=True):
         items = build(Recipe(source="servegen-r1", requests=60, rate=2.0, seed=3, **recipe))
         mine = draw("servegen-r1", 60, 2.0, 3, Shape(**shape))
         theirs = from_rows([dataclasses.asdict(item) for item in items])
         for column in ("prompt", "thinking", "answer", "talk", "history", "follows", "pause_s"):
             assert getattr(mine, column) == getattr(theirs, column), column
-        first = [i for i in range(60) if i not in mine.later]
+        first = [i for i in range(len(mine)) if i not in mine.later]
         assert [mine.arrival_s[i] for i in first] == [theirs.arrival_s[i] for i in first]
 
 
