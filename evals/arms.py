@@ -155,8 +155,9 @@ class Plan:
             f", {arm.name} {arm.kv_tokens}" for arm in self.arms if arm.kv_tokens
         )
         return [
-            f"{capacity}; {self.preset} x{self.scale:g}, prompts x{self.prompt_scale:g}, "
-            f"{self.requests} requests a run, "
+            f"{capacity}; {self.preset} x{self.scale:g}, "
+            + (f"prompts x{self.prompt_scale:g}, " if self.prompt_scale != 1 else "")
+            + f"{self.requests} requests a run, "
             f"{self.seeds} {'seed' if self.seeds == 1 else 'seeds'}, reader's pace "
             f"{self.target_tpot_ms:g} ms a token",
             *([f"sampling: {dict(self.sampling)}"] if self.sampling else []),

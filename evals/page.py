@@ -193,7 +193,11 @@ def render(results: Results, title: str) -> str:
 def write(paths: Sequence[Path], out: Path, title: str | None = None) -> None:
     """The page of result files. Raises ResultError for what cannot be read, OSError for `out`."""
     results = load(paths)
-    out.write_text(render(results, title or ", ".join(path.stem for path in paths)))
+    out.write_text(
+        render(
+            results, title or ", ".join(Path(path.name.removesuffix(".gz")).stem for path in paths)
+        )
+    )
 
 
 def _extent(results: Results) -> str:

@@ -288,15 +288,15 @@ def test_files_without_results_are_refused_by_name(tmp_path, text, capsys):
 
 
 def test_a_compressed_file_has_the_same_page(compared, tmp_path, capsys):
-    file = tmp_path / "r.json.gz"
+    file = tmp_path / "r0.json.gz"
     file.write_bytes(gzip.compress(json.dumps(comparison()).encode()))
     out = tmp_path / "page.html"
     assert page.main([str(file), "--out", str(out)]) == 0
     whole, again = Page(compared), Page(out.read_text())
-    assert again.words.replace("r.json.gz", "") == whole.words.replace("r0.json", "")
+    assert again.words == whole.words
     file.write_bytes(file.read_bytes()[:100])
     assert page.main([str(file)]) == page.EXIT_BAD_INPUT
-    assert "r.json.gz" in capsys.readouterr().err
+    assert "r0.json.gz" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path, capsys):
