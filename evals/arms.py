@@ -21,8 +21,7 @@ from filelock import FileLock
 from evals import workload
 from evals.load.items import Item
 from evals.load.server import START_TIMEOUT_S, ArmError, Server, environment
-from evals.workload import Recipe
-from pascal_sglang.sim.workload import PLAIN, Shape, shape_of
+from evals.workload import PLAIN, Recipe, Shape, shape_of
 
 COMMANDS = {"stock": "sglang.launch_server", "pascal": "pascal_sglang.launch_server"}
 # Stock SGLang has no platform for a CPU without AMX; it gets ours, and nothing else of ours.

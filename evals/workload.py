@@ -22,19 +22,22 @@ from evals.load.lines import WorkloadError
 from evals.sources.draw import Ask, Draw
 from evals.sources.presets import PRESETS, Lengths, Preset
 from pascal_sglang.sim.loads import arrivals, conversations
-from pascal_sglang.sim.workload import PLAIN
+from pascal_sglang.sim.workload import PLAIN, Shape, shape_of
 
 __all__ = [
+    "PLAIN",
     "PRESETS",
     "Item",
     "Lengths",
     "Preset",
     "Recipe",
+    "Shape",
     "WorkloadError",
     "build",
     "generate",
     "load",
     "save",
+    "shape_of",
 ]
 
 ARRIVALS = ("poisson", "gamma", "burst", "trace")

@@ -21,7 +21,7 @@ from evals.load.server import ArmError
 from evals.reporting import words
 from evals.reporting.results import ResultError, Results, Shown
 from evals.reporting.verdict import Target
-from pascal_sglang.sim.workload import shape_of
+from evals.workload import shape_of
 
 # The simulator's names of what `evals.reporting.metrics` measures.
 MEASURED = {
