@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -84,6 +84,10 @@ class Calibration:
         thinks_s = -1.0 if first_token is None else now - first_token
         when = WHEN[1 + sum(thinks_s >= begin for begin in STRETCHES)]
         self._open.setdefault(request, {}).setdefault(when, (now, estimate))
+
+    def keep(self, requests: Container[RequestState]) -> None:
+        """Forget all others: those that have gone elsewhere do not end here."""
+        self._open = {each: made for each, made in self._open.items() if each in requests}
 
     def began(self, request: RequestState, now: float) -> list[tuple[str, str]]:
         """The request's answer begins: when its forecasts were made, and what came of each."""
@@ -319,11 +323,15 @@ class Forecaster:
         run = FastForward(self, present, machine, pass_info)
         while run.step():
             yield None
-        yield run.result()
+        found: dict[RequestState, Estimate] = {}
+        for cohort, group in run.members:
+            found.update((each.state, run.estimate(cohort, each)) for each in group)
+            yield None
+        yield Outlook(pass_info.now, found, run.arrival_outlook())
 
     def tokens_left(self, tokens: float, limit: float) -> tuple[float, ...]:
         """Quantiles of thinking tokens still to come."""
-        return tuple(min(limit, self.thinking.quantile(share, tokens) - tokens) for share in SHARES)
+        return tuple(min(limit, q - tokens) for q in self.thinking.quantiles(SHARES, tokens))
 
 
 class FastForward:
@@ -601,27 +609,19 @@ class FastForward:
         )
         return Cohort(state, count, kv, math.inf)
 
-    def result(self) -> Outlook:
-        """Estimates of all who are here, and how an arrival fares."""
-        forecaster = self.forecaster
-        found: dict[RequestState, Estimate] = {}
-        for cohort, group in self.members:
-            for each in group:
-                tokens = each.state.phase_tokens
-                begun = cohort.curve[1][0]
-                found[each.state] = Estimate(
-                    *(
-                        seconds_to(*cohort.curve, begun + max(1.0, left))
-                        for left in forecaster.tokens_left(tokens, each.limit)
-                    )
-                )
+    def estimate(self, cohort: Cohort, member: Present) -> Estimate:
+        """Of a request that is here."""
+        left = self.forecaster.tokens_left(member.state.phase_tokens, member.limit)
+        begun = cohort.curve[1][0]
+        return Estimate(*(seconds_to(*cohort.curve, begun + max(1.0, each)) for each in left))
+
+    def arrival_outlook(self) -> ArrivalOutlook:
         times, counts = self.arrival.curve
-        arrival = ArrivalOutlook(
+        return ArrivalOutlook(
             [round(seconds, 3) for seconds in times],
             [round(count, 1) for count in counts],
-            [round(tokens, 1) for tokens in forecaster.tokens_left(0.0, math.inf)],
+            [round(tokens, 1) for tokens in self.forecaster.tokens_left(0.0, math.inf)],
             round(self.prompt, 1),
             self.machine.prefill_token_s,
             round(self.waits_s, 3),
         )
-        return Outlook(self.pass_info.now, found, arrival)

@@ -67,12 +67,18 @@ class LengthTable:
 
     def quantile(self, share: float, given: float = 0.0) -> float:
         """Tokens in all that `share` of the requests with more than `given` do not exceed."""
-        hazards = self.hazards
-        sought = self._at(given) - math.log1p(-share)
-        number = min(bisect_right(hazards, sought) - 1, len(EDGES) - 2)
-        low, high = hazards[number], hazards[number + 1]
-        part = min(1.0, (sought - low) / (high - low)) if high > low else 1.0
-        return max(given, EDGES[number] + part * (EDGES[number + 1] - EDGES[number]))
+        return self.quantiles((share,), given)[0]
+
+    def quantiles(self, shares: Sequence[float], given: float = 0.0) -> list[float]:
+        """`quantile` of several shares."""
+        hazards, begun, found = self.hazards, self._at(given), []
+        for share in shares:
+            sought = begun - math.log1p(-share)
+            number = min(bisect_right(hazards, sought) - 1, len(EDGES) - 2)
+            low, high = hazards[number], hazards[number + 1]
+            part = min(1.0, (sought - low) / (high - low)) if high > low else 1.0
+            found.append(max(given, EDGES[number] + part * (EDGES[number + 1] - EDGES[number])))
+        return found
 
     @property
     def hazards(self) -> list[float]:

@@ -6,6 +6,7 @@ seconds, and a request's range is that of the first look in each stretch of its 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pascal_sglang.policy.forecast import (
     OUTCOMES,
     WHEN,
     Calibration,
+    Estimate,
     Forecaster,
     Machine,
     Outlook,
@@ -34,6 +36,8 @@ from pascal_sglang.sim.request import SimRequest
 from pascal_sglang.sim.workload import Shape, draw
 
 EVERY_S = 5.0
+# Forecasts of this part of the arrivals count: later ones expect a load that ends.
+COUNTED = 0.75
 
 
 @dataclass(slots=True, eq=False)
@@ -46,8 +50,11 @@ class Watched:
 
 
 class CalibrationCluster(Cluster):
-    """A cluster whose instances forecast. spent_s: processor time that it took; looks: how often,
-    requests: for how many in all."""
+    """A cluster whose instances forecast.
+
+    naive: the same lengths at the speed of a request that runs, as if nothing ever gave way.
+    spent_s: processor time that forecasts took; looks: how many, requests: of how many in all.
+    """
 
     def __init__(self, task: Task) -> None:
         load = task.workload or draw(task.source, task.requests, task.rate, task.seed, task.shape)
@@ -58,7 +65,8 @@ class CalibrationCluster(Cluster):
                 raise ValueError(f"arm {task.arm.name}: SGLang's own scheduling is not forecast")
             policy = instance.planner.policy
             self.watched[instance] = Watched(Forecaster(policy, self.tuning, task.setup.tpot))
-        self.calibration = Calibration()
+        self.calibration, self.naive = Calibration(), Calibration()
+        self.until_s = COUNTED * max(load.arrival_s)
         self.spent_s = 0.0
         self.looks = self.requests = 0
         self.clock.at(EVERY_S, self._look)
@@ -67,7 +75,7 @@ class CalibrationCluster(Cluster):
         watched, now = self.watched[instance], self.clock.now
         watched.forecaster.arrivals.add(now, request.prompt, True)
         watched.here[request] = None
-        if watched.outlook is not None:
+        if watched.outlook is not None and now <= self.until_s:
             estimate = watched.outlook.arrival.estimate(request.prompt)
             self.calibration.arrived(request, now, estimate)
         super().sent(instance, request)
@@ -80,7 +88,8 @@ class CalibrationCluster(Cluster):
         watched = self.watched[instance]
         watched.forecaster.ended(request, Phase.ANSWERING, request.answer)
         del watched.here[request]
-        self.calibration.began(request, request.first_answer)
+        for each in (self.calibration, self.naive):
+            each.began(request, request.first_answer)
         super().ended(instance, request)
 
     def _look(self, _: object) -> None:
@@ -111,10 +120,15 @@ class CalibrationCluster(Cluster):
         self.looks += 1
         self.requests += len(present)
         assert watched.outlook is not None
+        if now > self.until_s:
+            return
         for state, estimate in watched.outlook.requests.items():
             assert isinstance(state, SimRequest)
             began_s = None if state.first_token < 0 else state.first_token
             self.calibration.forecast(state, now, began_s, estimate)
+            left = forecaster.tokens_left(state.phase_tokens, math.inf)
+            alone = Estimate(*(forecaster.token_s * tokens for tokens in left))
+            self.naive.forecast(state, now, began_s, alone)
 
 
 def tasks(
@@ -150,6 +164,7 @@ def calibrate(task: Task) -> dict[str, Any]:
         "ms_per_forecast": 1e3 * cluster.spent_s / max(1, cluster.looks),
         "requests_per_forecast": cluster.requests / max(1, cluster.looks),
         "outcomes": {when: dict(counts) for when, counts in cluster.calibration.counts.items()},
+        "naive": {when: dict(counts) for when, counts in cluster.naive.counts.items()},
     }
 
 
@@ -162,14 +177,24 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines += ["", f"== {', '.join(which)}: {len(mine)} seeds"]
         table = []
         for when in WHEN:
-            counts: Counter[str] = Counter()
-            for row in mine:
-                counts.update(row["outcomes"][when])
-            if count := sum(counts[outcome] for outcome in OUTCOMES):
-                shares = [f"{100 * counts[key] / count:.1f}" for key in (*OUTCOMES, "by_p50")]
-                table.append((when, str(count), *shares))
-        lines += lay_out(("forecast", "answers", *(f"{o} %" for o in OUTCOMES), "by P50 %"), table)
+            shares = _shares(mine, "outcomes", when, (*OUTCOMES, "by_p50"))
+            if shares:
+                naive = _shares(mine, "naive", when, ("inside",)) or ["", "-"]
+                table.append((when, *shares, naive[-1]))
+        head = ("forecast", "answers", *(f"{o} %" for o in OUTCOMES), "by P50 %", "naive inside %")
+        lines += lay_out(head, table)
         cost = sum(row["ms_per_forecast"] for row in mine) / len(mine)
         among = sum(row["requests_per_forecast"] for row in mine) / len(mine)
         lines.append(f"a forecast of {among:.0f} requests takes {cost:.1f} ms")
     return lines
+
+
+def _shares(
+    rows: Sequence[dict[str, Any]], which: str, when: str, keys: Sequence[str]
+) -> list[str]:
+    """How many forecasts were made then, and the percentages that came out so; empty if none."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts.update(row[which][when])
+    count = sum(counts[outcome] for outcome in OUTCOMES)
+    return [str(count), *(f"{100 * counts[key] / count:.1f}" for key in keys)] if count else []
