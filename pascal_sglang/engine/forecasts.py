@@ -168,7 +168,7 @@ class Forecasts:
         present = [
             Present(
                 state=state_of(r),
-                kv_tokens=r.seqlen,
+                kv_tokens=len(r.origin_input_ids) + len(r.output_ids),
                 limit=remaining_of(r, state_of(r)),
                 thinks=float(self._thinks(r)),
             )
