@@ -3,12 +3,12 @@ the server's own, whose path they find in their environment."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pascal_sglang import clock
 from pascal_sglang.cluster import status_file
 from pascal_sglang.policy.forecast import ArrivalOutlook
 
@@ -54,13 +54,12 @@ class ForecastFiles:
 
     folder: Path
     states: Callable[[], Sequence[str]]
-    clock: Callable[[], float] = time.monotonic
     _shown: dict[int, Shown] = field(default_factory=dict)
     _looked_at: float = float("-inf")
 
     def shown(self) -> dict[int, Shown]:
         """By instance; those that are dead, silent or have shown nothing for long are left out."""
-        now = self.clock()
+        now = clock.now()
         if now - self._looked_at >= LOOK_S:
             self._looked_at = now
             states = self.states()

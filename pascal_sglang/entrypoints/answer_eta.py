@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 import os
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextvars import ContextVar
@@ -20,8 +20,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from pascal_sglang import clock
 from pascal_sglang.cluster.forecast_files import FOLDER_ENV, ForecastFiles, Shown
 from pascal_sglang.cluster.metrics import FrontendMetrics
 from pascal_sglang.config import PascalConfig
@@ -52,7 +51,7 @@ class Overloaded(ValueError):
 class Exchange:
     """One HTTP request and its response."""
 
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=clock.now)
     decided: bool = False
     # When the answer is expected, as of the arrival.
     estimate: Estimate | None = None
@@ -170,7 +169,7 @@ class AnswerEta:
                     return max(0.0, half - each.age_s), max(0.0, most - each.age_s)
         if exchange.estimate is None:
             return None
-        passed = time.monotonic() - exchange.began
+        passed = clock.now() - exchange.began
         return max(0.0, exchange.estimate.p50 - passed), max(0.0, exchange.estimate.p90 - passed)
 
     def describe(self) -> dict[str, Any]:
@@ -328,7 +327,7 @@ class Response:
             "param": None,
             "code": status.value,
         }
-        body = orjson.dumps({**error, "error": error})
+        body = json.dumps({**error, "error": error}).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),

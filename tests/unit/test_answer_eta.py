@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import orjson
 import pytest
 
+from pascal_sglang import clock
 from pascal_sglang.cluster import forecast_files
 from pascal_sglang.cluster.forecast_files import ForecastFiles, file_name
 from pascal_sglang.cluster.status_file import StatusFile
@@ -214,7 +215,7 @@ def test_who_asks_for_comments_hears_while_it_thinks(served, monkeypatch):
 def test_without_a_forecast_of_its_own_the_one_at_arrival_runs_down(served):
     show(served.folder)
     eta = served(asking()).eta
-    exchange = answer_eta.Exchange(began=time.monotonic() - 2.0, followed=asking())
+    exchange = answer_eta.Exchange(began=clock.now() - 2.0, followed=asking())
     assert eta.seconds_left(exchange) is None
     exchange.estimate = ARRIVAL.estimate(20)
     half, most = eta.seconds_left(exchange)
