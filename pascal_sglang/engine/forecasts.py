@@ -236,10 +236,14 @@ class Forecasts:
         """Seconds until the answer of a request that thinks, from now on."""
         if self.outlook is None or timeline_of(req).first_answer is not None:
             return None
-        estimate = self.outlook.requests.get(getattr(req, "pascal_state", None))  # type: ignore[arg-type]
-        if estimate is None:
+        state = state_of(req)
+        made = self.calibration.at_arrival(state)
+        if (latest := self.outlook.requests.get(state)) is not None:
+            made = self.outlook.at, latest
+        if made is None:
             return None
-        passed = self.request_states.pass_info.now - self.outlook.at
+        at, estimate = made
+        passed = self.request_states.pass_info.now - at
         return _rounded(Estimate(*(max(0.0, seconds - passed) for seconds in estimate)))
 
 

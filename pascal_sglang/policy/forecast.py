@@ -77,6 +77,10 @@ class Calibration:
     def arrived(self, request: RequestState, now: float, estimate: Estimate) -> None:
         self._open.setdefault(request, {})[ARRIVAL] = (now, estimate)
 
+    def at_arrival(self, request: RequestState) -> tuple[float, Estimate] | None:
+        """The forecast at arrival, and when that was."""
+        return self._open.get(request, {}).get(ARRIVAL)
+
     def forecast(
         self, request: RequestState, now: float, first_token: float | None, estimate: Estimate
     ) -> None:
