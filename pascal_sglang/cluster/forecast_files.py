@@ -16,7 +16,7 @@ FOLDER_ENV = "PASCAL_SGLANG_FORECASTS"
 # Seconds between two looks at a file.
 LOOK_S = 0.25
 # Seconds after which the forecast of an instance that has requests is too old.
-OLD_S = 30.0
+OLD_S = 60.0
 
 
 def file_name(instance: int) -> str:

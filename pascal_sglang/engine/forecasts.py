@@ -41,10 +41,12 @@ from pascal_sglang.request_checks import asked
 
 logger = logging.getLogger(__name__)
 
-# A forecast begins this many seconds after the last one, or later: all of them together may take
-# this share of the time for every hundred requests.
+# Seconds between two looks at how far requests have come. A forecast begins as soon, or later: all
+# of them together may take this share of the time for every hundred requests, but none is put off
+# for longer than `LATEST_S`.
 EVERY_S = 1.0
 SHARE = 0.001
+LATEST_S = 15.0
 # Seconds of one pass that a forecast takes before it goes on in the next.
 SLICE_S = 0.0005
 # Requests whose own forecasts are shown, for their streams.
@@ -79,7 +81,7 @@ class Forecasts:
         # Requests in the forecast under way, and whether the last one had none.
         self._size = 0
         self._shows_idle = False
-        self._next_at = 0.0
+        self._next_at = self._next_look = 0.0
 
     def arrived(self, req: Req) -> None:
         """A request has come."""
@@ -126,21 +128,25 @@ class Forecasts:
 
     def step(self, now: float) -> None:
         """Go on with a forecast, or begin one if it is time. An error delays the next one."""
-        if self._run is None and now < self._next_at:
+        looks = now >= self._next_look
+        if self._run is None and not looks and now < self._next_at:
             return
         try:
-            self._step(now)
+            if looks:
+                self._look(now)
+            if self._run is not None or now >= self._next_at:
+                self._step(now)
         except Exception:
             self.errors += 1
-            self._run, self._next_at = None, now + 60.0
+            self._run, self._next_at, self._next_look = None, now + 60.0, now + 60.0
             logger.exception("pascal_sglang: a forecast failed; the next one is due in a minute")
 
     def _step(self, now: float) -> None:
         began = clock.now()
         if self._run is None:
-            self._run = self._begin(now)
+            self._run = self._begin()
             if not self._size and self._shows_idle:
-                self._run, self._next_at = None, now + EVERY_S
+                self._run, self._next_at, self._spent_s = None, now + EVERY_S, 0.0
                 return
         outlook = None
         while outlook is None and clock.now() - began < SLICE_S:
@@ -150,21 +156,30 @@ class Forecasts:
             return
         self._run = None
         allowed = SHARE * max(1.0, self._size / 100)
-        self._next_at = now + max(EVERY_S, self._spent_s / allowed)
+        self._next_at = now + min(max(EVERY_S, self._spent_s / allowed), LATEST_S)
         self._spent_s = 0.0
         self._show(outlook, now)
 
-    def _begin(self, now: float) -> Iterator[Outlook | None]:
-        scheduler, states = self.scheduler, self.request_states
-        paused = states.paused_requests
+    def _live(self) -> list[Req]:
+        """The users' requests that have not ended, in the order of arrival."""
+        scheduler, paused = self.scheduler, self.request_states.paused_requests
         reqs = {*scheduler.collect_inflight_reqs(), *scheduler.waiting_queue}
         reqs.update(paused.in_status(*PauseStatus))
         live = [r for r in reqs if not (r.finished() or is_internal(r))]
-        live.sort(key=lambda r: state_of(r).seq)
+        return sorted(live, key=lambda r: state_of(r).seq)
+
+    def _look(self, now: float) -> None:
+        began = clock.now()
+        self._next_look = now + EVERY_S
+        here = [state_of(r) for r in self._live()]
+        self.forecaster.look(here, now)
+        self.calibration.keep(set(here))
+        self._spent_s += clock.now() - began
+
+    def _begin(self) -> Iterator[Outlook | None]:
+        scheduler, states = self.scheduler, self.request_states
+        live = self._live()
         self._size = len(live)
-        states_here = [state_of(r) for r in live]
-        self.forecaster.look(states_here, now)
-        self.calibration.keep(set(states_here))
         present = [
             Present(
                 state=state_of(r),
@@ -177,7 +192,7 @@ class Forecasts:
         machine = Machine(
             capacity=scheduler.max_total_num_tokens,
             slots=scheduler.max_running_requests,
-            prefill_token_s=paused.costs.prefill_token_s or 0.0,
+            prefill_token_s=states.paused_requests.costs.prefill_token_s or 0.0,
         )
         return self.forecaster.outlook(present, machine, states.pass_info)
 
@@ -185,6 +200,8 @@ class Forecasts:
         self.outlook = outlook
         self._shows_idle = not self._size
         for state, estimate in outlook.requests.items():
+            if state.phase is not Phase.REASONING:
+                continue  # Its thinking has ended while the forecast was made.
             first_token = timeline_of(state.handle).first_token
             self.calibration.forecast(state, outlook.at, first_token, estimate)
         if self.metrics is not None:
@@ -223,7 +240,7 @@ class Forecasts:
                 f"p{100 * share:.0f}": round(table.quantile(share)) for share in (0.5, 0.75, 0.9)
             },
             "thoughts_learnt": table.learnt,
-            "token_s": round(self.forecaster.token_s, 5),
+            "token_s": round(self.forecaster.token_s or self.request_states.pass_info.token_s, 5),
             "outcomes": {
                 made: {outcome: counts[outcome] for outcome in OUTCOMES}
                 for made, counts in self.calibration.counts.items()
