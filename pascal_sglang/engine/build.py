@@ -82,7 +82,7 @@ def build_executor(
         scheduler, config, policy, copies, costs, support, pipeline_of(scheduler)
     )
     executor.request_states.strips_thinking = get_serving().strip_thinking_cache
-    if get_parallel().attn_tp_rank == 0:
+    if get_parallel().attn_tp_rank == 0 and executor.pipeline.leads:
         executor.forecasts = Forecasts(scheduler, config, executor.planner, executor.request_states)
     return executor, support
 
