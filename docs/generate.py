@@ -52,9 +52,10 @@ def metrics() -> str:
     """The `pascal:` series, from the classes that make them."""
     from prometheus_client import REGISTRY
 
-    from pascal_sglang.cluster.metrics import ControllerMetrics
+    from pascal_sglang.cluster.metrics import ControllerMetrics, FrontendMetrics
     from pascal_sglang.engine.observability.metrics import (
         DecisionMetrics,
+        ForecastMetrics,
         PhaseMetrics,
         SupportMetrics,
     )
@@ -66,8 +67,10 @@ def metrics() -> str:
     SupportMetrics(labels, EVERYTHING)
     PhaseMetrics(labels, 0.95)
     DecisionMetrics(labels, 1.0)
+    ForecastMetrics(labels)
     MigrationMetrics(labels)
     ControllerMetrics("")
+    FrontendMetrics("")
     rows = []
     series: Any
     for series in (s for s in REGISTRY._collector_to_names if s not in before):

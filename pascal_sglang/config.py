@@ -124,6 +124,25 @@ class PascalConfig:
         "--mem-fraction-static has to leave room (default: each has its own)",
         least=1,
     )
+    # This and the next two: only where requests are forecast (`entrypoints.answer_eta`).
+    max_ttfo: float | None = _field(
+        None,
+        "answer 503 with Retry-After to a new request whose answer, by the median of its forecast, "
+        "would begin later than this many seconds after its arrival (default: no limit)",
+        above=0,
+    )
+    brownout: str = _field(
+        "off",
+        "under backlog, cap the thinking of requests without a budget of their own at this "
+        "percentile of the lengths learnt here; needs --enable-strict-thinking",
+        choices=("P75", "P90", "off"),
+    )
+    effort_budgets: str | None = _field(
+        None,
+        "thinking budgets in tokens for values of reasoning_effort in chats, such as "
+        "low=512,high=8192; needs --enable-strict-thinking (default: none)",
+        metavar="EFFORT=TOKENS,...",
+    )
     pace_stream: bool = _field(False, "release streamed answering tokens at the reader's pace")
     log_decisions: bool = _field(False, "log every scheduling decision as one line of JSON")
     assume_reasoning: bool = _field(
@@ -164,6 +183,8 @@ class PascalConfig:
                 _check(name, kind, value, limits)
         if self.kv_listen is not None:
             self._require_one_address()
+        if self.effort_budgets is not None:
+            _budgets(self.effort_budgets)
 
     def _require_one_address(self) -> None:
         try:
@@ -221,6 +242,10 @@ class PascalConfig:
                     return problem
         params = getattr(obj, "sampling_params", None)
         return request_checks.problem_with(params) if self.paces else None
+
+    def budget_of_effort(self, effort: str) -> int | None:
+        """The thinking budget that the operator gives to a `reasoning_effort`; None for none."""
+        return None if self.effort_budgets is None else _budgets(self.effort_budgets).get(effort)
 
     @property
     def record(self) -> Policy:
@@ -289,6 +314,18 @@ def _declared() -> list[tuple[str, type, bool, Mapping[str, Any]]]:
     for each in dataclasses.fields(PascalConfig):
         kinds = get_args(hints[each.name]) or (hints[each.name],)
         found.append((each.name, kinds[0], type(None) in kinds, each.metadata))
+    return found
+
+
+@functools.cache
+def _budgets(text: str) -> dict[str, int]:
+    """Thinking tokens by effort. Raises: `ConfigError`."""
+    found: dict[str, int] = {}
+    for each in str(text).split(","):
+        effort, _, tokens = each.strip().partition("=")
+        fits = effort.isidentifier() and tokens.isdecimal() and effort not in found
+        _require(fits, f"effort_budgets must be EFFORT=TOKENS,... with each once, not {text!r:.80}")
+        found[effort] = int(tokens)
     return found
 
 

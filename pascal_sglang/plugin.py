@@ -84,6 +84,12 @@ def _pace_stream() -> Any:
     return generate_request
 
 
+def _apply_effort() -> Any:
+    from pascal_sglang.entrypoints.answer_eta import apply_effort
+
+    return apply_effort
+
+
 def _client_code() -> Any:
     from pascal_sglang.entrypoints.client_code import refuse
 
@@ -159,6 +165,12 @@ HOOKS = (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
         "around",
         _pace_stream,
+        only_main=True,
+    ),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
+        "around",
+        _apply_effort,
         only_main=True,
     ),
     Hook(

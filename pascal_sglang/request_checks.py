@@ -16,6 +16,11 @@ ASKED_TPOT_MS = (1.0, 10_000.0)
 # Fields of SGLang's sampling parameters that ask for an answer of a given structure.
 STRUCTURED = ("json_schema", "regex", "ebnf", "structural_tag")
 READERS = tuple(each.value for each in Reader)
+# The longest time to an answer that a request may name, in seconds.
+MOST_DEADLINE_S = 86_400.0
+# What a request says by true or false: whether comments in its stream forecast its answer, and
+# whether `--pascal-brownout` may cap its thinking.
+SWITCHES = ("eta_comments", "brownout")
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -65,4 +70,14 @@ def problem_with(sampling_params: Any) -> str | None:
             )
         if reader is not None and reader not in READERS:
             return f"custom_params.pascal.reader must be {' or '.join(READERS)}, not {reader!r:.40}"
+        deadline = asked(custom, "ttfo_deadline_s")
+        if deadline is not None and not (is_number(deadline) and 0 < deadline <= MOST_DEADLINE_S):
+            return (
+                "custom_params.pascal.ttfo_deadline_s must be a number of seconds above 0 and at "
+                f"most {MOST_DEADLINE_S:g}, not {deadline!r:.40}"
+            )
+        for name in SWITCHES:
+            value = asked(custom, name)
+            if value is not None and not isinstance(value, bool):
+                return f"custom_params.pascal.{name} must be true or false, not {value!r:.40}"
     return None

@@ -10,6 +10,34 @@ from pascal_sglang.cluster.metric_files import survive_a_full_disk
 STATES = ("live", "silent", "dead")
 
 
+class FrontendMetrics:
+    """Counters of the process that serves HTTP."""
+
+    def __init__(self, model: str) -> None:
+        from prometheus_client import Counter
+
+        survive_a_full_disk()
+        self._model = model
+        self._series = {
+            "refused": Counter(
+                "pascal:refused_requests",
+                "Requests answered with 503 because their answer would have begun too late: "
+                "max_ttfo (--pascal-max-ttfo) or deadline (their own ttfo_deadline_s).",
+                ["model_name", "why"],
+            ),
+            "capped": Counter(
+                "pascal:capped_requests",
+                "Requests that got a thinking budget here: brownout (--pascal-brownout) or effort "
+                "(--pascal-effort-budgets).",
+                ["model_name", "why"],
+            ),
+        }
+
+    def count(self, name: str, why: str) -> None:
+        """One more request is `refused` or `capped`."""
+        self._series[name].labels(self._model, why).inc()
+
+
 class ControllerMetrics:
     """Counters that follow the controller's own; built in its process after SGLang set
     `PROMETHEUS_MULTIPROC_DIR`, which `prometheus_client` reads on import."""

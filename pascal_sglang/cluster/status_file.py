@@ -1,4 +1,4 @@
-"""What the controller shows to the process that serves HTTP: a file in their private folder."""
+"""What a process shows to the one that serves HTTP: a file in a private folder of the server."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class StatusFile:
     failed: writes that failed, for want of space or of the folder.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.path = os.path.join(folder, "controller.json")
+    def __init__(self, folder: str, name: str = "controller.json") -> None:
+        self.path = os.path.join(folder, name)
         self.failed = 0
         self._shown_at = float("-inf")
 

@@ -10,6 +10,7 @@ from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 
 from pascal_sglang import scheduling_flags
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.forecasts import Forecasts
 from pascal_sglang.engine.host_memory import host_memory
 from pascal_sglang.engine.kv import host_cache
 from pascal_sglang.engine.kv.drafts import drafts
@@ -81,6 +82,8 @@ def build_executor(
         scheduler, config, policy, copies, costs, support, pipeline_of(scheduler)
     )
     executor.request_states.strips_thinking = get_serving().strip_thinking_cache
+    if get_parallel().attn_tp_rank == 0 and executor.pipeline.leads:
+        executor.forecasts = Forecasts(scheduler, config, executor.planner, executor.request_states)
     return executor, support
 
 

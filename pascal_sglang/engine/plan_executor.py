@@ -14,6 +14,7 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.admission import Admission
 from pascal_sglang.engine.capacity import CapacityView
 from pascal_sglang.engine.chaos import Chaos
+from pascal_sglang.engine.forecasts import Forecasts
 from pascal_sglang.engine.kv.drafts import step_tokens, taken_ahead
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
@@ -109,6 +110,7 @@ class PlanExecutor:
         self.policy_s = 0.0
         self.phase_tracker: PhaseTracker | None = None
         self.migrations: Migrations | None = None
+        self.forecasts: Forecasts | None = None
         self._chaos = Chaos(config.chaos) if config.chaos else None
         self._extended_before = 0
         self._reported = 0.0
@@ -138,6 +140,8 @@ class PlanExecutor:
             waiting = self.scheduler.waiting_queue
             self.admission.plan = sorted(waiting, key=lambda r: state_of(r).priority)
         self.pipeline.decide(req.rid for req in self.admission.plan)
+        if self.forecasts is not None:
+            self.forecasts.step(now)
         self.policy_s += clock.now() - begin
         if self.decision_log.metrics is not None and now - self._reported >= REPORT_S:
             self._reported = now
@@ -347,6 +351,8 @@ class PlanExecutor:
         """The requests `live` took part in a pass, whose tokens leave `now`, and `over` of them
         ended in it."""
         reasoning_ended = self.request_states.observe(live)
+        if self.forecasts is not None:
+            self.forecasts.observe(reasoning_ended, over)
         if self.migrations is not None:
             self.migrations.observe(live, over, now)
             for req in reasoning_ended:

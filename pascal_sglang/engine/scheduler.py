@@ -38,6 +38,7 @@ from pascal_sglang.engine.migration.manager import Migrations
 from pascal_sglang.engine.migration.revoked import Revoked
 from pascal_sglang.engine.observability.metrics import (
     DecisionMetrics,
+    ForecastMetrics,
     PhaseMetrics,
     SupportMetrics,
 )
@@ -127,6 +128,8 @@ class PascalScheduler(OperationsScheduler):
         if reports and self.plan_executor is not None:
             per_token = self.plan_executor.paused_requests.copies.bytes_per_token
             self.plan_executor.decision_log.metrics = DecisionMetrics(labels, per_token)
+            if self.plan_executor.forecasts is not None:
+                self.plan_executor.forecasts.metrics = ForecastMetrics(labels)
         if reports and self.migrations is not None:
             self.migrations.report_to(MigrationMetrics(labels))
         self.phase_tracker = PhaseTracker(
@@ -209,6 +212,8 @@ class PascalScheduler(OperationsScheduler):
         self.phase_tracker.arrived(req, getattr(recv_req.time_stats, "created_time", 0.0))
         if self.plan_executor is not None:
             self.plan_executor.request_states.arrived(req, recv_req)
+            if self.plan_executor.forecasts is not None:
+                self.plan_executor.forecasts.arrived(req)
         return req
 
     def send_control_output(self, output: Any, recv_req: Any) -> None:
@@ -354,6 +359,7 @@ class PascalScheduler(OperationsScheduler):
             arriving = paused_requests.in_status(PauseStatus.ARRIVING)
         live = list(dict.fromkeys([*live, *paused, *arriving]))
         pools = self.pool_stats_observer.get_pool_stats()
+        forecasts = None if executor is None else executor.forecasts
         return {
             "dp_rank": own_instance(),
             "pid": os.getpid(),
@@ -380,6 +386,10 @@ class PascalScheduler(OperationsScheduler):
             "unpausable": {} if executor is None else dict(executor.request_states.unpausable),
             "policy_errors": 0 if executor is None else executor.errors,
             "queue_errors": 0 if executor is None else executor.admission.errors,
-            "requests": [describe(req) for req in [*live, *self.waiting_queue]],
+            "forecast": None if forecasts is None else forecasts.describe(),
+            "requests": [
+                {**describe(req), "answer_in_s": None if forecasts is None else forecasts.of(req)}
+                for req in [*live, *self.waiting_queue]
+            ],
             "recent": list(self.phase_tracker.recent),
         }

@@ -12,9 +12,12 @@ from typing import Any
 
 from pascal_sglang.cluster import status_file
 from pascal_sglang.cluster.control_channel import CONTROL_ENV
+from pascal_sglang.cluster.forecast_files import FOLDER_ENV
 from pascal_sglang.cluster.metric_files import survive_a_full_disk
-from pascal_sglang.cluster.private_folder import remove_all, reserve
+from pascal_sglang.cluster.metrics import FrontendMetrics
+from pascal_sglang.cluster.private_folder import PrivateFolder, remove_all, reserve
 from pascal_sglang.config import LaunchError, PascalConfig
+from pascal_sglang.entrypoints import answer_eta
 from pascal_sglang.entrypoints.crash import CrashShutdown, ProcessWatch, end_children
 from pascal_sglang.entrypoints.preflight import check_frontend
 from pascal_sglang.handshake import (
@@ -73,11 +76,17 @@ def keep_created_time(original: Callable[[Any], dict[str, Any]], stats: Any) -> 
 
 
 def name_control_folder(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around `Engine._launch_scheduler_processes`. With DP attention it starts the schedulers, and
-    not the controller, whose folder they have to know: it is made here then."""
+    """Around `Engine._launch_scheduler_processes`, which starts processes that have to know folders
+    of ours: the one for forecasts, and with DP attention, where no controller starts the
+    schedulers, the controller's."""
     from pascal_sglang.instances import instance_count, step_together
 
     os.environ.pop(CONTROL_ENV, None)
+    os.environ.pop(FOLDER_ENV, None)
+    config = PascalConfig.from_env()
+    if config is not None and config.record.schedules:
+        with contextlib.suppress(OSError):  # Then there are no forecasts.
+            os.environ[FOLDER_ENV] = PrivateFolder().path
     if step_together() and instance_count() > 1:
         os.environ[CONTROL_ENV] = reserve()
     return original(*args, **kwargs)
@@ -119,6 +128,9 @@ def run_http_server(
     if watchdog is not None:
         watchdog.stop()
     add_routes(crash)
+    model = str(server_args.served_model_name)
+    metrics = FrontendMetrics(model) if server_args.enable_metrics else None
+    answer_eta.activate(config, instance_states, metrics)
     watch.start()
     try:
         original(
@@ -177,6 +189,8 @@ def add_routes(crash: CrashShutdown) -> None:
                 levels = [Support.described(i["support"]) for i in said if "support" in i]
                 if levels:
                     shown["support"] = Support.least(levels).describe()
+                if (admission := answer_eta.describe()) is not None:
+                    shown["admission"] = admission
                 return {"instances": said, **shown}
         raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer")
 
@@ -200,6 +214,7 @@ def add_routes(crash: CrashShutdown) -> None:
         # Before SGLang's: the first that matches is taken. FastAPI's own kind of route would take
         # `request` for a query parameter: it does not find the name of its type from here.
         routes.insert(0, Route(HEALTH_PATH, health, methods=["GET"], include_in_schema=False))
+        http_server.app.add_middleware(answer_eta.AnswerEtaMiddleware)
 
 
 def controller() -> dict[str, Any]:
@@ -246,4 +261,8 @@ async def assume_reasoning(
         body = await request.json()  # Parsed once and cached by Starlette.
         if "require_reasoning" not in body:
             obj.require_reasoning = True
+    try:
+        answer_eta.decide(obj)  # Before the response to a stream begins.
+    except answer_eta.Overloaded as error:
+        return _create_error_response(error)
     return await original(obj, request)

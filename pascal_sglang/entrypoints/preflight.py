@@ -163,14 +163,33 @@ def check_temporary_folder(server_args: Any) -> None:
 def check_frontend(config: PascalConfig, server_args: Any) -> None:
     """Refuse what would silently not happen: SGLang loads no plugin in extra tokenizer workers, and
     its other front ends do without the Python code we hook into."""
+    ends = {
+        "--pascal-brownout": config.brownout != "off",
+        "--pascal-effort-budgets": config.effort_budgets is not None,
+    }
+    forecast = {
+        "--pascal-max-ttfo": config.max_ttfo is not None,
+        "--pascal-brownout": config.brownout != "off",
+    }
     wanted = {
         "--pascal-pace-stream": config.pace_stream,
         "--pascal-assume-reasoning": config.assume_reasoning,
+        **forecast,
+        **ends,
     }
-    asked = [name for name, given in wanted.items() if given]
     served = support.first(support.FRONT_ENDS, server_args)
-    if asked and served:
-        raise LaunchError(f"{asked[0]} does not work with {served}")
+    if served and (name := _first(wanted)):
+        raise LaunchError(f"{name} does not work with {served}")
+    if (name := _first(forecast)) and not config.effective(server_args).record.schedules:
+        raise LaunchError(f"{name} needs forecasts, which policy fcfs does not make")
+    closes = config.default_thinking_budget is not None
+    if (name := _first(ends)) and not (closes or server_args.enable_strict_thinking):
+        raise LaunchError(f"{name} needs --enable-strict-thinking, which ends thinking")
+
+
+def _first(flags: dict[str, bool]) -> str | None:
+    """The first flag that is given."""
+    return next((name for name, given in flags.items() if given), None)
 
 
 def _check_model(model_path: str) -> None:

@@ -16,7 +16,7 @@ from pascal_sglang.sim import cost as costs
 from pascal_sglang.sim import workload
 from pascal_sglang.sim.arms import ARMS, Arm, arm_of, with_inf
 from pascal_sglang.sim.cluster import Setup
-from pascal_sglang.sim.experiments import ablations, paper, scenarios, tables
+from pascal_sglang.sim.experiments import ablations, calibration, paper, scenarios, tables
 from pascal_sglang.sim.experiments.provenance import provenance
 from pascal_sglang.sim.experiments.runs import Task, run_all
 from pascal_sglang.sim.figures import BIN_EDGES
@@ -59,7 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     regimes = ways.add_parser("scenarios", help="regimes, each with its targets and a verdict")
     regimes.add_argument("names", nargs="*", metavar="NAME", help="of a scenario, or its file")
     regimes.add_argument("--requests", type=_count, help="per run, instead of the scenario's")
-    for each in (compared, alone, single, regimes):
+    forecast = ways.add_parser(
+        "calibration", help="whether forecasts of the time to an answer hold"
+    )
+    forecast.add_argument("--source", choices=workload.SOURCES, default="arena-hard")
+    forecast.add_argument("--hardware", choices=PRESETS, default=paper.HARDWARE)
+    forecast.add_argument("--instances", type=_count, default=1)
+    forecast.add_argument("--requests", type=_count, default=1000, help="per run")
+    for each in (compared, alone, single, regimes, forecast):
         each.add_argument("--arms", type=_arms, default=None, help="by comma; all by default")
         of_scenario = None if each is regimes else paper.SEEDS
         each.add_argument("--seeds", type=_count, default=of_scenario)
@@ -67,7 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         each.add_argument("--out", type=_file, help="JSON file for all figures")
     asked = parser.parse_args(argv)
     try:
-        ways_to = {"paper": _paper, "remedies": _remedies, "run": _run, "scenarios": _scenarios}
+        ways_to = {
+            "paper": _paper,
+            "remedies": _remedies,
+            "run": _run,
+            "scenarios": _scenarios,
+            "calibration": _calibration,
+        }
         return ways_to[asked.way](asked)
     except (ValueError, OSError) as error:
         print(f"sim: error: {error}", file=sys.stderr)
@@ -154,6 +167,21 @@ def _scenarios(asked: argparse.Namespace) -> int:
     print("\n".join([*tables.report(rows), *lines]))
     print(f"\n{len(rows)} runs, {_took(began)}")
     return _save(rows, asked.out, verdicts=verdicts)
+
+
+def _calibration(asked: argparse.Namespace) -> int:
+    began = time.monotonic()
+    tasks = [
+        task
+        for arm in asked.arms or [ARMS["pascal"]]
+        for task in calibration.tasks(
+            asked.source, asked.hardware, asked.instances, arm, asked.seeds, asked.requests
+        )
+    ]
+    rows = run_all(tasks, asked.processes, calibration.calibrate)
+    print("\n".join(calibration.report(rows)))
+    print(f"\n{len(rows)} runs, {_took(began)}")
+    return _save(rows, asked.out)
 
 
 def _took(began: float) -> str:

@@ -169,9 +169,13 @@ class Cluster:
             priority=0 if self.prioritised is None or load.interactive[index] else 1,
         )
         self.books.opens(request)
-        self.instances[self.controller.place(prompt, request.talk)].arrive(request)
+        self.sent(self.instances[self.controller.place(prompt, request.talk)], request)
         if index not in load.later:
             self._next_arrival()
+
+    def sent(self, instance: Instance, request: SimRequest) -> None:
+        """A request comes to its instance."""
+        instance.arrive(request)
 
     def thought(self, instance: Instance, request: SimRequest) -> bool:
         """Algorithm 2, or ours; whether the request stops here."""

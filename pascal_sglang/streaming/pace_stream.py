@@ -13,7 +13,9 @@ from typing import Any
 
 from pascal_sglang.clock import now
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.entrypoints import answer_eta
 from pascal_sglang.entrypoints.crash import is_ending
+from pascal_sglang.streaming.followed import followed
 from pascal_sglang.streaming.held_chunks import Chunk
 from pascal_sglang.streaming.pacing import Pacing
 
@@ -87,19 +89,22 @@ def generate_request(
 ) -> AsyncGenerator[Chunk, None]:
     """Around `TokenizerManager.generate_request`: streams are paced, everything else is left be.
 
-    Raises: ValueError, for which every route answers 400, for what this server refuses.
+    Raises: ValueError, for which every route answers 400, for what this server refuses; Overloaded
+    for what would take too long (`entrypoints.answer_eta`).
     """
     config = PascalConfig.from_env()
     if config is not None and (problem := config.problem_with_request(obj)):
         raise ValueError(problem)
+    answer_eta.decide(obj)
     stream = original(manager, obj, *args, **kwargs)
     if config is None or not config.pace_stream or not getattr(obj, "stream", False):
-        return stream
+        return followed(stream)
 
     def tpot_of(index: Hashable) -> float:
         return config.stream_tpot_ms_of(_sampling_params(obj, index)) / 1000
 
-    return paced(stream, Pacing(tpot_of), stopping=lambda: is_ending(manager))
+    released = paced(stream, Pacing(tpot_of), stopping=lambda: is_ending(manager))
+    return followed(released)
 
 
 def _sampling_params(obj: Any, index: Hashable) -> dict[str, Any]:

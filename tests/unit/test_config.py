@@ -55,6 +55,21 @@ def test_is_frozen():
         ('{"quantum_tokens": 0}', "quantum_tokens must be a whole number of at least 1"),
         ('{"answer_bias": 0}', "answer_bias must be a number above 0"),
         ('{"migration": "on"}', "migration must be one of adaptive, always, off"),
+        ('{"max_ttfo": 0}', "max_ttfo must be a number above 0"),
+        ('{"brownout": "P50"}', "brownout must be one of P75, P90, off"),
+        *(
+            (f'{{"effort_budgets": {bad}}}', "effort_budgets must be EFFORT=TOKENS")
+            for bad in (
+                '""',
+                '"low"',
+                '"low=-1"',
+                '"low=1,low=2"',
+                '"=3"',
+                '"a b=3"',
+                '"low=1.5"',
+                "3",
+            )
+        ),
         ('{"default_thinking_budget": -1}', "default_thinking_budget"),
         ('{"default_thinking_budget": true}', "default_thinking_budget"),
         ('{"default_thinking_budget": 1.5}', "default_thinking_budget"),
@@ -80,6 +95,17 @@ def test_bad_values_name_the_culprit_on_one_line(text, says):
 )
 def test_a_request_may_bring_its_own_pace(custom_params, pace):
     assert PascalConfig(answer_tpot_ms=100.0).answer_tpot_ms_of(custom_params) == pace
+
+
+def test_efforts_have_the_budgets_that_were_given():
+    config = PascalConfig(effort_budgets="low=0, high=8192")
+    assert [config.budget_of_effort(e) for e in ("low", "high", "medium", "")] == [
+        0,
+        8192,
+        None,
+        None,
+    ]
+    assert PascalConfig().budget_of_effort("low") is None
 
 
 def test_the_banner_is_one_line_with_policy_and_every_value():

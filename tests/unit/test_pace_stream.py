@@ -241,7 +241,10 @@ def arguments(workers=1, smg=False, grpc=False):
     return SimpleNamespace(tokenizer_worker_num=workers, smg_grpc_mode=smg, grpc_mode=grpc)
 
 
-@pytest.mark.parametrize("flag", ["pace_stream", "assume_reasoning"])
+WANTED = ({"pace_stream": True}, {"assume_reasoning": True}, {"max_ttfo": 9.0}, {"brownout": "P75"})
+
+
+@pytest.mark.parametrize("flag", WANTED)
 @pytest.mark.parametrize(
     ("served", "says"),
     [
@@ -251,11 +254,25 @@ def arguments(workers=1, smg=False, grpc=False):
     ],
 )
 def test_front_ends_without_our_hooks_are_refused(flag, served, says):
-    config = PascalConfig(**{flag: True})
-    check_frontend(config, arguments())
+    config = PascalConfig(**flag)
     check_frontend(PascalConfig(), served)
     with pytest.raises(LaunchError, match=rf"^--pascal-.* does not work with {says}"):
         check_frontend(config, served)
+
+
+def test_what_takes_no_effect_is_refused(monkeypatch):
+    monkeypatch.setattr(PascalConfig, "effective", lambda config, _: config)
+    args = SimpleNamespace(**vars(arguments()), enable_strict_thinking=False)
+    ends = SimpleNamespace(**vars(arguments()), enable_strict_thinking=True)
+    for flags in ({"brownout": "P90"}, {"effort_budgets": "low=5"}):
+        with pytest.raises(LaunchError, match="needs --enable-strict-thinking"):
+            check_frontend(PascalConfig(**flags), args)
+        check_frontend(PascalConfig(**flags), ends)
+        check_frontend(PascalConfig(**flags, default_thinking_budget=100), args)
+    for flags in ({"brownout": "P90"}, {"max_ttfo": 5.0}):
+        with pytest.raises(LaunchError, match="needs forecasts, which policy fcfs does not make"):
+            check_frontend(PascalConfig(policy="fcfs", **flags), ends)
+    check_frontend(PascalConfig(max_ttfo=5.0, pace_stream=True, assume_reasoning=True), args)
 
 
 def test_the_rust_front_end_is_refused(monkeypatch):

@@ -50,6 +50,23 @@ def test_a_reader_of_no_known_kind_is_refused(reader):
     assert "\n" not in problem
 
 
+@pytest.mark.parametrize("deadline", [0, -1, 86_401, math.inf, math.nan, True, "5", [5], 10**400])
+def test_a_deadline_is_a_number_of_seconds(deadline):
+    problem = problem_with({"custom_params": {"pascal": {"ttfo_deadline_s": deadline}}})
+    assert problem.startswith("custom_params.pascal.ttfo_deadline_s must be a number of seconds ")
+    assert len(problem) < 200
+    assert problem_with({"custom_params": {"pascal": {"ttfo_deadline_s": 0.5}}}) is None
+
+
+@pytest.mark.parametrize("name", ["eta_comments", "brownout"])
+def test_a_switch_is_true_or_false(name):
+    for value in (True, False, None):
+        assert problem_with({"custom_params": {"pascal": {name: value}}}) is None
+    for value in (0, 1, "true", [], {}):
+        problem = problem_with({"custom_params": {"pascal": {name: value}}})
+        assert problem.startswith(f"custom_params.pascal.{name} must be true or false, not ")
+
+
 @pytest.mark.parametrize(
     ("streamed", "sampling", "reader"),
     [

@@ -43,7 +43,7 @@ PACKAGE = {
         {"msgspec", "psutil", "sglang", "torch", "zmq"},
     ),
     "entrypoints": (
-        {"cluster", "platforms", "support", *ENTRY},
+        {"cluster", "platforms", "policy", "request_checks", "support", *ENTRY},
         {"fastapi", "psutil", "ray", "sglang", "starlette"},
     ),
     "streaming": ({"clock", "config", "entrypoints"}, {"sglang"}),

@@ -91,6 +91,44 @@ class SupportMetrics:
         ).labels(**labels, reason=support.reason).set(support.level)
 
 
+class ForecastMetrics:
+    """The forecast of a request that arrives now, and what came of earlier ones."""
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        from prometheus_client import Counter, Gauge
+
+        self._labels = dict(labels)
+        self._ttfo = Gauge(
+            "pascal:ttfo_forecast_seconds",
+            "Seconds until the first answering token of a request that arrives now, of which a "
+            "share (quantile) has begun to answer by then.",
+            [*labels, "quantile"],
+            multiprocess_mode="mostrecent",
+        )
+        self._backlog = Gauge(
+            "pascal:backlog_seconds",
+            "Seconds of that time in which such a request waits for memory or slots: 0 where "
+            "another instance would not help.",
+            list(labels),
+            multiprocess_mode="mostrecent",
+        )
+        self._forecasts = Counter(
+            "pascal:forecasts",
+            "Forecasts whose answer has begun. made: at arrival, while waiting, or so long after "
+            "the first token. outcome: early, inside or late; the range is to hold 80 %.",
+            [*labels, "made", "outcome"],
+        )
+
+    def show(self, ttfo: Mapping[str, float], backlog_s: float) -> None:
+        """ttfo: seconds by quantile."""
+        for quantile, seconds in ttfo.items():
+            self._ttfo.labels(**self._labels, quantile=quantile).set(seconds)
+        self._backlog.labels(**self._labels).set(backlog_s)
+
+    def came_out(self, made: str, outcome: str) -> None:
+        self._forecasts.labels(**self._labels, made=made, outcome=outcome).inc()
+
+
 class DecisionMetrics:
     """What the policy decided and why: pauses, resumes, waits, queues, what the passes cost."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -51,24 +51,28 @@ def run(task: Task, progress: Progress | None = None) -> dict[str, Any]:
     }
 
 
-def run_all(tasks: Sequence[Task], processes: int | None = None) -> list[dict[str, Any]]:
-    """All runs, in the order of `tasks`."""
-    if len(tasks) == 1:
+def run_all(
+    tasks: Sequence[Task],
+    processes: int | None = None,
+    way: Callable[[Task], dict[str, Any]] = run,
+) -> list[dict[str, Any]]:
+    """All runs, in the order of `tasks`. way: how each is run."""
+    if len(tasks) == 1 and way is run:
         bar = Bar(tasks[0].requests, "requests")
         alone = [run(tasks[0], bar.at)]
         bar.end()
         return alone
     bar = Bar(len(tasks), "runs")
-    if processes == 1:
+    if processes == 1 or len(tasks) == 1:
         found = []
         for number, task in enumerate(tasks, start=1):
-            found.append(run(task))
+            found.append(way(task))
             bar.at(number)
     else:
         # Spawned, not forked: what the parent has running must not come along.
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
             found = []
-            for number, result in enumerate(pool.imap(run, tasks), start=1):
+            for number, result in enumerate(pool.imap(way, tasks), start=1):
                 found.append(result)
                 bar.at(number)
     bar.end()

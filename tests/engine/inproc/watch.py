@@ -34,6 +34,18 @@ def retracting(scheduler, reqs, passes):
     batches(scheduler, reqs, passes)
 
 
+def forecasts(scheduler, reqs, passes):
+    """Every outlook; the next one begins in the pass after, however long the last one took."""
+    made = scheduler.plan_executor.forecasts
+    made._next_at = 0.0
+    if made.outlook is None or getattr(scheduler, "last_outlook", None) is made.outlook:
+        return
+    scheduler.last_outlook = made.outlook
+    ranges = [list(each) for each in made.outlook.requests.values()]
+    line = {"pass": passes, "ranges": ranges, "waits_s": made.outlook.arrival.waits_s}
+    print(MARK + json.dumps(line))
+
+
 def lines(outcome):
     """What was written, in order."""
     found = [line for line in outcome.log.splitlines() if line.startswith(MARK)]

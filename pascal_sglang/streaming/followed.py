@@ -1,0 +1,39 @@
+"""What a reply tells the response that it becomes, whatever its format."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from pascal_sglang.entrypoints import answer_eta
+from pascal_sglang.streaming.held_chunks import Chunk
+from pascal_sglang.streaming.pacing import answer_tokens
+
+# Tokens that may count as an answer before SGLang sees that they open a thought.
+MAY_OPEN = 2
+
+
+def followed(stream: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
+    """The reply to the request of this context: comments end where its answer begins, and a budget
+    that it got here stands in its metadata."""
+    exchange = answer_eta.exchange()
+    if exchange is None or (exchange.followed is None and exchange.budget is None):
+        return stream
+    return _followed(stream, exchange)
+
+
+async def _followed(
+    stream: AsyncGenerator[Chunk, None], exchange: answer_eta.Exchange
+) -> AsyncGenerator[Chunk, None]:
+    try:
+        async for chunk in stream:
+            meta = chunk.get("meta_info")
+            if isinstance(meta, dict):
+                ended = meta.get("finish_reason") is not None
+                exchange.answers = exchange.answers or ended or answer_tokens(chunk) > MAY_OPEN
+                if exchange.budget is not None:
+                    tokens, why = exchange.budget
+                    told = {"thinking_budget": tokens, "why": why}
+                    chunk = {**chunk, "meta_info": {**meta, "pascal": told}}
+            yield chunk
+    finally:
+        await stream.aclose()

@@ -1,0 +1,308 @@
+"""What clients hear of a forecast: headers, comments, refusals and budgets, in any format."""
+
+import asyncio
+import dataclasses
+import json
+import os
+import time
+from types import SimpleNamespace
+
+import orjson
+import pytest
+
+from pascal_sglang import clock
+from pascal_sglang.cluster import forecast_files
+from pascal_sglang.cluster.forecast_files import ForecastFiles, file_name
+from pascal_sglang.cluster.status_file import StatusFile
+from pascal_sglang.config import PascalConfig
+from pascal_sglang.entrypoints import answer_eta
+from pascal_sglang.entrypoints.answer_eta import AnswerEta, AnswerEtaMiddleware, Overloaded
+from pascal_sglang.policy.forecast import ArrivalOutlook
+from pascal_sglang.streaming.followed import followed
+
+# A token every 10 ms.
+ARRIVAL = ArrivalOutlook([0.0, 100.0], [0.0, 10_000.0], [100.0, 500.0, 2000.0], 20.0, 0.01, 0.0)
+BACKLOG = dataclasses.replace(ARRIVAL, times=[5.0, 105.0], waits_s=5.0)
+
+
+def show(folder, instance=0, arrival=ARRIVAL, idle=False, requests=()):
+    told = {
+        "pid": os.getpid(),
+        "idle": idle,
+        "arrival": dataclasses.asdict(arrival),
+        "thinking": {"P75": 800.0, "P90": 2000.0},
+        "requests": dict(requests),
+    }
+    StatusFile(str(folder), file_name(instance)).show(0.0, lambda: told)
+
+
+def asking(rid="r", **more):
+    custom = {"pascal": more.pop("pascal", {})}
+    if "budget" in more:
+        custom["thinking_budget"] = more.pop("budget")
+    fields = {"input_ids": [1] * 20, "require_reasoning": True, "stream": False, **more}
+    return SimpleNamespace(rid=rid, sampling_params={"custom_params": custom}, **fields)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """Serve one request: what `app` does with it stands for SGLang."""
+
+    def serve(obj, states=("live",), chunks=(), late_s=0.0, method="POST", **config):
+        eta = AnswerEta(PascalConfig(**config), ForecastFiles(tmp_path, lambda: list(states)), None)
+        monkeypatch.setattr(answer_eta, "_active", eta)
+        sent = []
+
+        async def tokens():
+            for chunk in chunks:
+                await asyncio.sleep(late_s)
+                yield chunk
+
+        async def app(scope, receive, send):
+            try:
+                answer_eta.decide(obj)
+            except Overloaded as error:
+                body = orjson.dumps({"error": {"message": str(error)}})
+                head = [(b"content-type", b"application/json")]
+                await send({"type": "http.response.start", "status": 400, "headers": head})
+                await send({"type": "http.response.body", "body": body})
+                return
+            kind = b"text/event-stream" if obj.stream else b"application/json"
+            head = [(b"content-type", kind)]
+            await send({"type": "http.response.start", "status": 200, "headers": head})
+            async for chunk in followed(tokens()):
+                body = b"data: " + orjson.dumps(chunk) + b"\n\n"
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": method, "path": "/generate"}
+        asyncio.run(AnswerEtaMiddleware(app)(scope, None, send))
+        headers = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+        body = b"".join(m.get("body", b"") for m in sent[1:]).decode()
+        return SimpleNamespace(status=sent[0]["status"], headers=headers, body=body, eta=eta)
+
+    serve.folder = tmp_path
+    return serve
+
+
+def thought(whole, thinking, **more):
+    return {"meta_info": {"completion_tokens": whole, "reasoning_tokens": thinking, **more}}
+
+
+def test_a_response_says_when_its_answer_begins(served):
+    show(served.folder)
+    assert served(asking()).headers["x-pascal-answer-eta"] == "5.00;20.00"
+
+
+@pytest.mark.parametrize(
+    ("obj", "header"),
+    [
+        (asking(input_ids=[1] * 120), "6.00;21.00"),
+        (asking(input_ids=[[1] * 20, [1] * 120]), "6.00;21.00"),
+        (asking(input_ids=None, text="x" * 480), "6.00;21.00"),
+        (asking(input_ids=None, text=None), "5.00;20.00"),
+        (asking(require_reasoning=False), "0.01;0.01"),
+        (asking(budget=99), "1.00;1.00"),
+        (asking(max_thinking_tokens=99), "1.00;1.00"),
+    ],
+)
+def test_it_is_that_of_its_prompt_and_budget(served, obj, header):
+    show(served.folder)
+    assert served(obj).headers["x-pascal-answer-eta"] == header
+
+
+def test_placement_goes_where_the_answer_is_first(served):
+    show(served.folder, 0, BACKLOG)
+    show(served.folder, 1, ARRIVAL)
+    both = ("live", "live")
+    eta = "x-pascal-answer-eta"
+    assert served(asking(), both).headers[eta] == "5.00;20.00"
+    assert served(asking(routed_dp_rank=0), both).headers[eta] == "10.00;25.00"
+    assert served(asking(), both, placement="sglang").headers[eta] == "10.00;25.00"
+    assert served(asking(), ("live", "dead")).headers[eta] == "10.00;25.00"
+
+
+def test_where_nothing_is_known_nothing_is_said(served):
+    assert served(asking(), max_ttfo=0.001).headers == {"content-type": "application/json"}
+    (served.folder / file_name(0)).write_text("{")
+    assert "x-pascal-answer-eta" not in served(asking()).headers
+    (served.folder / file_name(0)).write_text('{"idle": true, "arrival": {}}')
+    assert "x-pascal-answer-eta" not in served(asking()).headers
+    show(served.folder)
+    assert "x-pascal-answer-eta" not in served(asking(), method="GET").headers
+    assert "x-pascal-answer-eta" not in served(asking(), ("silent",)).headers
+
+
+def test_an_old_forecast_says_nothing_of_a_busy_instance(served):
+    for idle in (False, True):
+        show(served.folder, idle=idle)
+        old = time.time() - 2 * forecast_files.OLD_S
+        os.utime(served.folder / file_name(0), (old, old))
+        assert ("x-pascal-answer-eta" in served(asking()).headers) is idle
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_too_late_is_refused_with_a_time_to_come_back(served, streams):
+    show(served.folder)
+    reply = served(asking(stream=streams), max_ttfo=2.0)
+    assert reply.status == 503
+    assert reply.headers["retry-after"] == "3"
+    assert reply.headers["x-pascal-answer-eta"] == "5.00;20.00"
+    assert int(reply.headers["content-length"]) == len(reply.body)
+    error = json.loads(reply.body)
+    assert (error["object"], error["type"], error["code"]) == ("error", "ServiceUnavailable", 503)
+    assert "5.0 s, later than this server's limit of 2 s" in error["message"]
+    assert error["error"]["message"] == error["message"]
+    assert reply.eta.describe() == {"refused": {"max_ttfo": 1}, "capped": {}}
+
+
+def test_a_request_names_its_own_deadline(served):
+    show(served.folder)
+    within = served(asking(pascal={"ttfo_deadline_s": 5.5}))
+    assert within.status == 200
+    reply = served(asking(pascal={"ttfo_deadline_s": 0.5}), max_ttfo=60.0)
+    assert reply.status == 503
+    assert "the request's ttfo_deadline_s of 0.5 s" in json.loads(reply.body)["message"]
+    assert reply.eta.describe()["refused"] == {"deadline": 1}
+    assert served(asking(pascal={"ttfo_deadline_s": 60}), max_ttfo=2.0).status == 503
+
+
+def test_a_retry_is_not_put_off_for_ever(served):
+    show(served.folder, arrival=dataclasses.replace(ARRIVAL, times=[0.0, 1e7]))
+    assert served(asking(), max_ttfo=1.0).headers["retry-after"] == "300"
+
+
+def test_a_request_is_decided_on_once(served):
+    show(served.folder)
+    obj = asking()
+
+    async def twice():
+        token = answer_eta._exchange.set(answer_eta.Exchange())
+        try:
+            answer_eta._active.decide(obj)
+            (served.folder / file_name(0)).unlink()
+            show(served.folder, arrival=dataclasses.replace(ARRIVAL, times=[0.0, 1e7]))
+            answer_eta._active.files._looked_at = float("-inf")
+            answer_eta._active.decide(obj)
+        finally:
+            answer_eta._exchange.reset(token)
+
+    served(asking(), max_ttfo=10.0)
+    asyncio.run(twice())
+
+
+def test_who_asks_for_comments_hears_while_it_thinks(served, monkeypatch):
+    monkeypatch.setattr(answer_eta, "COMMENT_S", 0.02)
+    show(served.folder, requests={"r": [3.0, 7.0]})
+    thinking = [thought(n, n) for n in range(1, 6)]
+    answering = [thought(n, 5) for n in range(6, 16)]
+    asked = asking(stream=True, pascal={"eta_comments": True})
+    reply = served(asked, chunks=[*thinking, *answering], late_s=0.03)
+    events = reply.body.split("\n\n")
+    comments = [n for n, event in enumerate(events) if event.startswith(": pascal-answer-eta ")]
+    assert len(comments) >= 3
+    assert max(comments) < len(events) - 6, "none while it answers"
+    half, most = map(float, events[comments[0]].split()[-1].split(";"))
+    assert 2.5 < half <= 3.0
+    assert 6.5 < most <= 7.0
+    whole = [json.loads(e[6:]) for e in events if e.startswith("data: ")]
+    assert whole == [*thinking, *answering]
+
+
+def test_without_a_forecast_of_its_own_the_one_at_arrival_runs_down(served):
+    show(served.folder)
+    eta = served(asking()).eta
+    exchange = answer_eta.Exchange(began=clock.now() - 2.0, followed=asking())
+    assert eta.seconds_left(exchange) is None
+    exchange.estimate = ARRIVAL.estimate(20)
+    half, most = eta.seconds_left(exchange)
+    assert half == pytest.approx(3.0, abs=0.2)
+    assert most == pytest.approx(18.0, abs=0.2)
+
+
+def test_nobody_else_gets_comments(served, monkeypatch):
+    monkeypatch.setattr(answer_eta, "COMMENT_S", 0.01)
+    show(served.folder)
+    chunks = [thought(n, n) for n in range(1, 6)]
+    asked = asking(stream=True, pascal={"eta_comments": False})
+    assert ": pascal" not in served(asked, chunks=chunks, late_s=0.02).body
+    whole = asking(pascal={"eta_comments": True})
+    assert ": pascal" not in served(whole, chunks=chunks, late_s=0.02).body
+
+
+@pytest.mark.parametrize(("level", "budget"), [("P75", 800), ("P90", 2000)])
+def test_under_backlog_thinking_is_capped(served, level, budget):
+    show(served.folder, arrival=BACKLOG)
+    obj = asking()
+    reply = served(obj, chunks=[thought(1, 1)], brownout=level)
+    assert obj.sampling_params["custom_params"]["thinking_budget"] == budget
+    assert reply.headers["x-pascal-thinking-budget"] == f"{budget};brownout"
+    told = json.loads(reply.body.removeprefix("data: "))["meta_info"]["pascal"]
+    assert told == {"thinking_budget": budget, "why": "brownout"}
+    assert reply.eta.describe()["capped"] == {"brownout": 1}
+
+
+@pytest.mark.parametrize(
+    ("obj", "level", "arrival"),
+    [
+        (asking(), "off", BACKLOG),
+        (asking(), "P75", ARRIVAL),
+        (asking(budget=5000), "P75", BACKLOG),
+        (asking(max_thinking_tokens=5000), "P75", BACKLOG),
+        (asking(pascal={"brownout": False}), "P75", BACKLOG),
+        (asking(require_reasoning=False), "P75", BACKLOG),
+    ],
+)
+def test_others_think_as_long_as_they_like(served, obj, level, arrival):
+    show(served.folder, arrival=arrival)
+    before = json.dumps(obj.sampling_params)
+    reply = served(obj, chunks=[thought(1, 1)], brownout=level)
+    assert json.dumps(obj.sampling_params) == before
+    assert "x-pascal-thinking-budget" not in reply.headers
+    assert "pascal" not in reply.body
+
+
+def test_a_cap_has_a_floor(served, monkeypatch):
+    show(served.folder, arrival=BACKLOG)
+    monkeypatch.setattr(answer_eta, "LEAST_BUDGET", 900)
+    obj = asking()
+    served(obj, brownout="P75")
+    assert obj.sampling_params["custom_params"]["thinking_budget"] == 900
+
+
+def test_a_backlog_elsewhere_caps_nothing(served):
+    show(served.folder, 0, BACKLOG)
+    show(served.folder, 1, ARRIVAL)
+    assert "x-pascal-thinking-budget" not in served(asking(), ("live", "live")).headers
+
+
+@pytest.mark.parametrize(
+    ("effort", "obj", "budget"),
+    [
+        ("low", asking(), 64),
+        ("high", asking(), 4096),
+        ("medium", asking(), None),
+        (None, asking(), None),
+        (0.5, asking(), None),
+        ("low", asking(budget=7), 7),
+        ("low", asking(require_reasoning=False), None),
+    ],
+)
+def test_effort_is_a_budget_where_the_operator_says_so(monkeypatch, effort, obj, budget):
+    config = PascalConfig(effort_budgets="low=64, high=4096")
+    monkeypatch.setenv("PASCAL_SGLANG_CONFIG", config.to_json())
+    request = SimpleNamespace(reasoning_effort=effort)
+    adapted, processed = answer_eta.apply_effort(lambda *_: (obj, "p"), None, request, None)
+    assert (adapted, processed) == (obj, "p")
+    assert obj.sampling_params["custom_params"].get("thinking_budget") == budget
+
+
+def test_a_budget_from_an_effort_is_said_and_not_capped(served):
+    show(served.folder, arrival=BACKLOG)
+    obj = asking(budget=4096)
+    setattr(obj, answer_eta.EFFORT, 4096)
+    reply = served(obj, brownout="P75")
+    assert reply.headers["x-pascal-thinking-budget"] == "4096;effort"

@@ -1,0 +1,270 @@
+"""Promises of forecasts, for every policy, under random situations."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pascal_sglang.policy.forecast import (
+    ARRIVAL,
+    STEPS,
+    WHEN,
+    ArrivalOutlook,
+    Arrivals,
+    Calibration,
+    Estimate,
+    Forecaster,
+    Machine,
+    Present,
+)
+from pascal_sglang.policy.pacer import Pacer
+from pascal_sglang.policy.priorities import Priorities, with_priorities
+from pascal_sglang.policy.ranking import PassInfo, Tuning
+from pascal_sglang.policy.registry import POLICIES
+from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
+from pascal_sglang.policy.timeline import Phase
+
+NOW = 500.0
+STEP_S = 0.02
+INFO = PassInfo(20_000, NOW, STEP_S)
+TUNING = Tuning(stall_s=0.004)
+PRIORITISED = with_priorities(POLICIES["pascal"], Priorities())
+ORDERS = {**POLICIES, "pascal with priorities": PRIORITISED}
+THINKS, ANSWERS = Phase.REASONING, Phase.ANSWERING
+
+
+def present(seq, status=RequestStatus.RUNNING, phase=THINKS, tokens=1, prompt=100, **more):
+    pacer = Pacer(0.1)
+    if phase is ANSWERS:
+        pacer.deliver(NOW - tokens * STEP_S, tokens, STEP_S)
+    limit = more.pop("limit", 1 << 30)
+    state = RequestState(
+        seq,
+        pacer,
+        status=status,
+        phase=phase,
+        phase_tokens=tokens,
+        total_tokens=tokens,
+        since=NOW - 1,
+        since_pass=INFO.pass_no - 50,
+        **more,
+    )
+    return Present(state=state, kv_tokens=prompt + tokens, limit=limit)
+
+
+def outlook(
+    requests, *, policy="pascal", capacity=60_000, slots=256, rate=0.0, prefill=0.0, batch=0
+):
+    forecaster = Forecaster(ORDERS[policy], TUNING, 0.1)
+    forecaster.batch = batch
+    if rate:
+        for number in range(round(300 * rate)):
+            forecaster.arrivals.add(NOW - 300 + number / rate, 100, True)
+    machine = Machine(capacity=capacity, slots=slots, prefill_token_s=prefill)
+    *steps, last = forecaster.outlook(requests, machine, INFO)
+    assert steps == [None] * len(steps)
+    assert len(steps) <= STEPS + len(requests)
+    return last
+
+
+@st.composite
+def situations(draw):
+    found = []
+    for seq in range(draw(st.integers(0, 40))):
+        status = draw(st.sampled_from(RequestStatus))
+        phase = (
+            THINKS if status is RequestStatus.WAITING else draw(st.sampled_from([THINKS, ANSWERS]))
+        )
+        tokens = 0 if status is RequestStatus.WAITING else draw(st.integers(1, 9000))
+        found.append(
+            present(
+                seq,
+                status,
+                phase,
+                tokens,
+                draw(st.integers(1, 3000)),
+                reader=draw(st.sampled_from(Reader)),
+                priority=draw(st.integers(0, 1)),
+                limit=draw(st.sampled_from([1, 500, 1 << 30])),
+            )
+        )
+    return found
+
+
+@settings(max_examples=40)
+@given(
+    requests=situations(),
+    policy=st.sampled_from(sorted(ORDERS)),
+    capacity=st.integers(1, 100_000),
+    slots=st.integers(1, 64),
+    rate=st.sampled_from([0.0, 0.2, 3.0]),
+)
+def test_a_forecast_is_a_range_for_every_request_that_waits_for_its_answer(
+    requests, policy, capacity, slots, rate
+):
+    given_before = [dataclasses.replace(r.state, pacer=None) for r in requests]
+    found = outlook(
+        requests, policy=policy, capacity=capacity, slots=slots, rate=rate, prefill=1e-4
+    )
+    assert set(found.requests) == {r.state for r in requests if r.state.phase is THINKS}
+    for estimate in (*found.requests.values(), found.arrival.estimate(100)):
+        assert 0 <= estimate.p10 <= estimate.p50 <= estimate.p90 < math.inf
+    assert 0 <= found.arrival.waits_s < math.inf
+    for before, request in zip(given_before, requests, strict=True):
+        after = dataclasses.replace(request.state, pacer=None)
+        assert dataclasses.asdict(after) == dataclasses.asdict(before), "looking changes nothing"
+    again = outlook(
+        requests, policy=policy, capacity=capacity, slots=slots, rate=rate, prefill=1e-4
+    )
+    assert again == found, "the same situation, the same forecast"
+
+
+def test_alone_it_is_the_length_times_the_speed():
+    alone = present(1, tokens=1)
+    found = outlook([alone])
+    median = Forecaster(POLICIES["pascal"], TUNING, 0.1).thinking.quantile(0.5, 1) - 1
+    assert found.requests[alone.state].p50 == pytest.approx(median * STEP_S, rel=0.15)
+    assert found.arrival.waits_s == 0
+
+
+def test_a_budget_bounds_the_range():
+    alone = present(1, tokens=10, limit=50)
+    found = outlook([alone]).requests[alone.state]
+    assert found.p90 == pytest.approx(50 * STEP_S, rel=0.15)
+
+
+def test_who_came_further_waits_for_who_came_less_far():
+    """Memory for one of two: under `pascal` the one that has run less goes first."""
+    far = present(1, tokens=3000, prompt=100)
+    near = present(2, RequestStatus.HOST, tokens=10, prompt=1000)
+    alone, both, first_come = (
+        outlook(requests, policy=policy, capacity=3700, batch=100).requests[far.state].p50
+        for requests, policy in (([far], "pascal"), ([far, near], "pascal"), ([far, near], "fcfs"))
+    )
+    assert both > alone + 1.5
+    assert first_come == pytest.approx(alone, abs=1), "nothing displaces it there"
+
+
+def test_a_long_thinker_is_told_of_those_that_will_come_before_it():
+    """The forecast that ignores demotion and arrivals is the one without arrivals."""
+    long = present(1, tokens=6000)
+    others = [present(n, tokens=100 * n) for n in range(2, 10)]
+    calm = outlook([long, *others], capacity=12_000)
+    busy = outlook([long, *others], capacity=12_000, rate=0.7)
+    assert busy.requests[long.state].p50 > 1.5 * calm.requests[long.state].p50
+    assert busy.arrival.estimate(100).p50 < 0.5 * busy.requests[long.state].p50
+
+
+def test_memory_that_is_full_shows_as_backlog():
+    waiting = [present(n, RequestStatus.WAITING, tokens=0, prompt=900) for n in range(60)]
+    running = [present(100 + n, tokens=400, prompt=900) for n in range(10)]
+    short = outlook([*running, *waiting], capacity=15_000)
+    ample = outlook([*running, *waiting], capacity=10**6)
+    assert short.arrival.waits_s > 10
+    assert ample.arrival.waits_s == 0
+    assert short.arrival.estimate(100).p50 > ample.arrival.estimate(100).p50
+
+
+def test_a_longer_prompt_is_prefilled_longer():
+    arrival = outlook([], prefill=1e-3, rate=1.0).arrival
+    short, long = arrival.estimate(100), arrival.estimate(5100)
+    assert long.p50 - short.p50 == pytest.approx(5.0, rel=0.01)
+
+
+def test_a_request_that_does_not_think_answers_with_its_first_token():
+    arrival = outlook([]).arrival
+    assert arrival.estimate(0, thinks=False).p90 < 0.6 < arrival.estimate(0).p50
+
+
+def test_the_speed_is_measured():
+    forecaster = Forecaster(POLICIES["pascal"], TUNING, 0.1)
+    one, other = present(1, tokens=100).state, present(2, tokens=10).state
+    forecaster.look([one, other], 10.0)
+    for state in (one, other):
+        state.phase_tokens += 50
+        state.total_tokens += 50
+    forecaster.look([one, other], 12.0)
+    assert forecaster.token_s == pytest.approx(2 / 50)
+    assert forecaster.batch == 2
+
+
+def test_a_pause_says_nothing_of_the_speed():
+    forecaster = Forecaster(POLICIES["pascal"], TUNING, 0.1)
+    state = present(1, tokens=100).state
+    forecaster.look([state], 10.0)
+    state.enter(RequestStatus.HOST, 0, 11.0)
+    state.enter(RequestStatus.RUNNING, 0, 19.0)
+    state.total_tokens += 50
+    forecaster.look([state], 20.0)
+    assert forecaster.token_s == 0
+
+
+def test_memory_of_what_was_seen_is_bounded():
+    forecaster = Forecaster(POLICIES["pascal"], TUNING, 0.1)
+    for seq in range(300):
+        state = present(seq, tokens=50).state
+        forecaster.look([state], 10.0 + seq)
+        forecaster.ended(state, THINKS, 60)
+    assert len(forecaster._seen) == 1
+
+
+@given(gaps=st.lists(st.floats(0.01, 30), min_size=30, max_size=80))
+def test_the_rate_of_arrivals_is_that_of_late(gaps):
+    arrivals = Arrivals()
+    times = list(itertools.accumulate(gaps))
+    for at in times:
+        arrivals.add(at, 10, True)
+    rate = arrivals.rate(times[-1])
+    assert 0 < rate < math.inf
+    assert arrivals.rate(times[-1] + 600) < 0.01 * rate + 1e-9, "it fades"
+    assert arrivals.prompt == pytest.approx(10)
+
+
+def test_a_steady_rate_is_found():
+    arrivals = Arrivals()
+    for number in range(400):
+        arrivals.add(number / 2, 10, number % 4 > 0)
+    assert arrivals.rate(200.0) == pytest.approx(2.0, rel=0.05)
+    assert arrivals.thinks == pytest.approx(0.75, abs=0.02)
+
+
+def test_an_outlook_survives_json():
+    import json
+
+    arrival = outlook([present(1)], rate=0.5).arrival
+    again = ArrivalOutlook(**json.loads(json.dumps(dataclasses.asdict(arrival))))
+    assert again.estimate(321) == arrival.estimate(321)
+
+
+def test_what_came_of_a_forecast_is_counted_once_for_each_time_it_was_made():
+    calibration = Calibration()
+    state = present(1).state
+    calibration.arrived(state, 10.0, Estimate(1, 2, 3))
+    for _ in range(3):
+        calibration.forecast(state, 12.0, 11.5, Estimate(5, 6, 7))
+    calibration.forecast(state, 30.0, 11.5, Estimate(0, 0.5, 1))
+    assert calibration.began(state, 18.5) == [(ARRIVAL, "late"), ("0s", "inside"), ("10s", "early")]
+    assert calibration.began(state, 19.0) == []
+    assert calibration.counts["0s"]["by_p50"] == 0
+    assert set(calibration.counts) == set(WHEN)
+
+
+def test_what_goes_elsewhere_is_forgotten():
+    calibration = Calibration()
+    here, gone = present(1).state, present(2).state
+    for state in (here, gone):
+        calibration.arrived(state, 10.0, Estimate(1, 2, 3))
+    calibration.keep({here})
+    assert calibration.began(gone, 12.0) == []
+    assert calibration.began(here, 12.0) == [(ARRIVAL, "inside")]
+
+
+def test_a_request_without_an_answer_says_nothing():
+    calibration = Calibration()
+    state = present(1).state
+    calibration.arrived(state, 10.0, Estimate(1, 2, 3))
+    calibration.gone(state)
+    assert calibration.began(state, 18.5) == []
