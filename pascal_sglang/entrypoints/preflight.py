@@ -166,6 +166,7 @@ def check_frontend(config: PascalConfig, server_args: Any) -> None:
     wanted = {
         "--pascal-pace-stream": config.pace_stream,
         "--pascal-assume-reasoning": config.assume_reasoning,
+        "--pascal-fairness": config.fairness != "off",
     }
     asked = [name for name, given in wanted.items() if given]
     served = support.first(support.FRONT_ENDS, server_args)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Hashable
+from functools import partial
 from typing import Any
 
 from pascal_sglang.clock import now
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.entrypoints.crash import is_ending
+from pascal_sglang.entrypoints.tenants import labelled
 from pascal_sglang.streaming.held_chunks import Chunk
 from pascal_sglang.streaming.pacing import Pacing
 
@@ -92,7 +94,12 @@ def generate_request(
     config = PascalConfig.from_env()
     if config is not None and (problem := config.problem_with_request(obj)):
         raise ValueError(problem)
-    stream = original(manager, obj, *args, **kwargs)
+    start = partial(original, manager, obj, *args, **kwargs)
+    if config is not None and config.fairness != "off":
+        request = args[0] if args else kwargs.get("request")
+        stream = labelled(start, obj, request, config)
+    else:
+        stream = start()
     if config is None or not config.pace_stream or not getattr(obj, "stream", False):
         return stream
 
