@@ -19,10 +19,10 @@ class WaitQueue:
 
     Within a class, requests are ordered by priority, then by the policy's key. A class whose
     requests turn urgent, which goes before priorities, is held apart by priority, and every class
-    by tenant, since how far a tenant is ahead changes meanwhile. Adding and
-    removing cost O(log n); walking the first k costs O(k log n) and a comparison per class. The
-    entry of a removed request stays behind with an outdated ticket until it surfaces. Neither
-    the status of a request nor its `remaining` may change while it is in the queue.
+    by tenant, since how far a tenant is ahead changes meanwhile. Adding and removing cost O(log n);
+    walking the first k costs O(k log n) and a comparison per class. The entry of a removed request
+    stays behind with an outdated ticket until it surfaces. Neither the status of a request nor its
+    `remaining` may change while it is in the queue.
     """
 
     # Requests by (class, status), without internal ones.
