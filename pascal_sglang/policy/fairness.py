@@ -46,8 +46,10 @@ class TenantCounters:
         self._held = held
         # In the order in which they last had requests here.
         self._served: dict[str, float] = {}
-        # The most that the least of those who wait had been served; it never falls.
-        self._least_waiting = 0.0
+        # Where a new tenant begins: the most that the least of those who wait had been served. It
+        # never falls, and gains as an equal share would give, or new tenants without end would keep
+        # everybody else waiting.
+        self._begins_at = 0.0
         self._looked_at: float | None = None
         self._emptied = 0
 
@@ -69,24 +71,27 @@ class TenantCounters:
         if not begins and now - since < LOOK_S:
             return
         self._looked_at, self._emptied = now, queue.emptied
-        share = min(now - since, MOST_S) / self.capacity
+        seconds = min(now - since, MOST_S)
         present = dict.fromkeys(queue.tenants)
+        for tenant in present:
+            self._served.setdefault(tenant, self._begins_at)
         for request in running:
             tenant = request.tenant
             present[tenant] = None
-            served = self._served.get(tenant, self._least_waiting)
-            self._served[tenant] = served + share * self._held(request)
-        self._bring_up(present)
+            served = self._served.setdefault(tenant, self._begins_at)
+            self._served[tenant] = served + seconds * self._held(request) / self.capacity
+        self._begins_at += seconds / len(present)
         waiting = min(self._served[tenant] for tenant in queue.tenants)
-        self._least_waiting = max(self._least_waiting, waiting)
+        self._begins_at = max(self._begins_at, waiting)
+        self._bring_up(present)
         self._see_who_is_ahead(present)
         self._forget(len(present))
 
     def _bring_up(self, present: Iterable[str]) -> None:
         """Nobody is behind by more than the bound, and those who are here were here last."""
         for tenant in present:
-            served = self._served.pop(tenant, self._least_waiting)
-            self._served[tenant] = max(served, self._least_waiting - self.bound_s)
+            served = self._served.pop(tenant)
+            self._served[tenant] = max(served, self._begins_at - self.bound_s)
 
     def _see_who_is_ahead(self, present: Iterable[str]) -> None:
         """A tenant falls back by half a step only, so that it does not come and go."""
@@ -105,10 +110,10 @@ class TenantCounters:
             del self._served[next(iter(self._served))]
 
     def describe(self, most: int = 16) -> dict[str, Any]:
-        """For `GET /pascal/status`: tenants, and what those here last had been served beyond the
-        least of those who waited, in seconds of the whole pool."""
+        """For `GET /pascal/status`: tenants, and how far those here last are ahead of where a new
+        one begins, in seconds of the whole pool."""
         last = list(self._served.items())[: -most - 1 : -1]
-        leads = {tenant: round(served - self._least_waiting, 3) for tenant, served in last}
+        leads = {tenant: round(served - self._begins_at, 3) for tenant, served in last}
         return {"bound_s": self.bound_s, "tenants": len(self._served), "ahead_s": leads}
 
 
