@@ -70,6 +70,8 @@ class PascalController(WatchedController):
     def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
         asked = PascalConfig.from_env()
         assert asked is not None
+        # As it was asked for; `pascal_config` is what of it this server can do.
+        self._asked_config = asked
         config = self.pascal_config = asked.effective(server_args)
         self._support = EVERYTHING
         remove_ownerless()
@@ -121,7 +123,8 @@ class PascalController(WatchedController):
     def send_control_message(self, obj: Any) -> None:
         if isinstance(obj, GetInternalStateReq) and obj.rid is not None:
             with suppress(ConfigError):  # The instances, which have the same, say so.
-                self.pascal_config = self.pascal_config.changed(change_in(obj.rid))
+                self._asked_config = self._asked_config.changed(change_in(obj.rid))
+                self.pascal_config = self._asked_config.effective(self.server_args)
                 self.placement.quantum = self.pascal_config.quantum_tokens
         super().send_control_message(obj)
 

@@ -112,6 +112,8 @@ class PascalScheduler(OperationsScheduler):
         self.support = config.support(server_args)
         # Our launcher has said this in one line; SGLang's own entry points come here.
         config.require_level(self.support)
+        # As it was asked for; `pascal_config` is what of it this server can do.
+        self._asked_config = config
         self.pascal_config = config.effective(server_args)
         self._meeting = meet_on_loopback(port_args.nccl_port)
         super().__init__(server_args, port_args)
@@ -349,11 +351,11 @@ class PascalScheduler(OperationsScheduler):
     def reconfigure(self, values: dict[str, Any]) -> None:
         """Go by other values from this pass on: all of them, or none where one is refused."""
         try:
-            config = self.pascal_config.changed(values)
+            self._asked_config = self._asked_config.changed(values)
         except ConfigError as error:
             logger.error("pascal_sglang: the configuration stays: %s", error)
             return
-        self.pascal_config = config
+        config = self.pascal_config = self._asked_config.effective(self.server_args)
         if self.plan_executor is not None:
             self.plan_executor.reconfigure(config)
         if self.phase_tracker.metrics is not None:
