@@ -221,7 +221,8 @@ class PlanExecutor:
         self.admission.check(thorough=self._chaos is not None)
         self.admission.plan = []
         if self.tenants is not None:
-            self.tenants.look(map(state_of, running.reqs), self.planner.queue, pass_info.now)
+            live = (state_of(r) for r in running.reqs if not r.finished())
+            self.tenants.look(live, self.planner.queue, pass_info.now)
         if self._chaos is None and self.planner.is_content(
             self.capacity.spare_tokens(running, last)
         ):

@@ -95,7 +95,8 @@ def generate_request(
     if config is not None and (problem := config.problem_with_request(obj)):
         raise ValueError(problem)
     start = partial(original, manager, obj, *args, **kwargs)
-    if config is not None and config.fairness != "off":
+    # Embeddings have no stream, and no scheduling of ours.
+    if config is not None and config.fairness != "off" and hasattr(obj, "stream"):
         request = args[0] if args else kwargs.get("request")
         stream = labelled(start, obj, request, config)
     else:
