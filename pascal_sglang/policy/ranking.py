@@ -68,7 +68,7 @@ class Tuning:
     guard: int = 2
     headroom: int = 32
     backfill: int = 32
-    tenant_bound: float = 2.0
+    tenant_bound: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
