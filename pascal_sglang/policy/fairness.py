@@ -16,8 +16,10 @@ from pascal_sglang.policy.ranking import PassInfo, Rank, Tuning
 from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import RequestState
 
-# Seconds between two looks at who holds how much.
+# Seconds between two looks at who holds how much, on average. They vary by half of that to either
+# side: requests that last just as long would always be seen at the same point.
 LOOK_S = 0.25
+GOLDEN = (5**0.5 - 1) / 2
 # The most that one look charges, in seconds: an engine that stood still served nobody.
 MOST_S = 1.0
 # Steps of the bound. A tenant that is ahead by one goes behind all that are not.
@@ -51,6 +53,7 @@ class TenantCounters:
         # everybody else waiting.
         self._begins_at = 0.0
         self._looked_at: float | None = None
+        self._looks = 0
         self._emptied = 0
 
     def ahead_of(self, tenant: str) -> int:
@@ -59,7 +62,9 @@ class TenantCounters:
 
     def looks_at(self, now: float) -> float:
         """When the next look is due, in seconds."""
-        return now if self._looked_at is None else self._looked_at + LOOK_S
+        if self._looked_at is None:
+            return now
+        return self._looked_at + LOOK_S * (0.5 + self._looks * GOLDEN % 1)
 
     def look(self, running: Iterable[RequestState], queue: WaitQueue, now: float) -> None:
         """Charge what `running` requests hold, where some wait in the `queue`, and see who is
@@ -68,9 +73,10 @@ class TenantCounters:
             return
         begins = self._looked_at is None or queue.emptied != self._emptied
         since = now if begins or self._looked_at is None else self._looked_at
-        if not begins and now - since < LOOK_S:
+        if not begins and now < self.looks_at(now):
             return
         self._looked_at, self._emptied = now, queue.emptied
+        self._looks += 1
         seconds = min(now - since, MOST_S)
         present = dict.fromkeys(queue.tenants)
         for tenant in present:

@@ -19,6 +19,8 @@ from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 POOL, PASS_S, BOUND_S = 400, 0.05, 2.0
+# A look at these times is never too soon.
+EVERY_S = 2 * LOOK_S
 TUNING = Tuning(quantum=20, demote=100, headroom=4, stall_s=0.01)
 SCHEDULING = sorted(name for name, policy in POLICIES.items() if policy.schedules)
 
@@ -90,8 +92,8 @@ def test_of_tenants_that_wait_none_gets_ahead_by_more_than_the_bound(name, sizes
     engine = Engine(policy, [length for length, _ in sizes], [prompt for _, prompt in sizes])
     for _ in range(300):
         engine.step()
-        # They all begin at once, so that a step of the bound holds; what one look misses is above.
-        assert max(engine.served) - min(engine.served) <= BOUND_S / STEPS + 4 * LOOK_S
+        # One look may come late, and what it charges is a sample.
+        assert max(engine.served) - min(engine.served) <= BOUND_S + 2 * LOOK_S
 
 
 def test_without_it_one_tenant_takes_what_it_asks_for():
@@ -128,8 +130,8 @@ def running(tenant, kv_tokens):
 def counters(queue, *, served=(), until=10.0):
     """Those of tenants that have run alone for some looks, while all of the queue waited."""
     made = TenantCounters(POOL, BOUND_S, lambda r: r.kv_tokens)
-    for number in range(int(until / LOOK_S) + 1):
-        made.look([running(name, kv) for name, kv in served], queue, number * LOOK_S)
+    for number in range(int(until / EVERY_S) + 1):
+        made.look([running(name, kv) for name, kv in served], queue, number * EVERY_S)
     return made
 
 
@@ -159,17 +161,12 @@ def test_a_tenant_that_is_ahead_falls_back_by_half_a_step_only():
         waiting(queue, name, seq)
     made = TenantCounters(POOL, BOUND_S, lambda r: r.kv_tokens)
     seen = []
-    for number in range(13):
+    for number in range(8):
         # First one has the whole pool, then the other.
-        made.look([running("a" if number <= 5 else "b", POOL)], queue, number * LOOK_S)
-        lead = made._served.get("a", 0.0) - made._served.get("b", 0.0)
-        seen.append((lead, made.ahead.get("a", 0)))
-    assert seen == [
-        *((0.25 * n, int(n >= 4)) for n in range(6)),
-        *((0.25 * n, int(n >= 2)) for n in (4, 3, 2, 1, 0)),
-        (-0.25, 0),
-        (-0.5, 0),
-    ]
+        made.look([running("a" if number <= 3 else "b", POOL)], queue, number * EVERY_S)
+        seen.append((made._served["a"] - made._served["b"], made.ahead_of("a")))
+    up = [(0.0, 0), (0.5, 0), (1.0, 1), (1.5, 1)]
+    assert seen == [*up, (1.0, 1), (0.5, 1), (0.0, 0), (-0.5, 0)]
 
 
 def test_new_tenants_without_end_do_not_keep_one_that_is_ahead_waiting():
@@ -181,7 +178,7 @@ def test_new_tenants_without_end_do_not_keep_one_that_is_ahead_waiting():
     for number in range(5, 60):
         name = f"t{number // 4}"
         request = waiting(queue, name, number)
-        made.look([running(name, POOL)], queue, number * LOOK_S)
+        made.look([running(name, POOL)], queue, number * EVERY_S)
         queue.remove(request)
         seen.append(made.ahead_of("old"))
     assert seen[-8:] == [0] * 8
@@ -206,7 +203,7 @@ def test_idle_tenants_are_forgotten_beyond_a_number():
     waiting(queue, "here", 0)
     made = TenantCounters(POOL, BOUND_S, lambda r: r.kv_tokens)
     for number in range(3 * MOST_IDLE):
-        made.look([running(f"t{number}", 1)], queue, number * LOOK_S)
+        made.look([running(f"t{number}", 1)], queue, number * EVERY_S)
     assert made.describe()["tenants"] <= MOST_IDLE + 2
     assert f"t{3 * MOST_IDLE - 1}" in made.describe()["ahead_s"]
     assert len(made.ahead) <= 2
