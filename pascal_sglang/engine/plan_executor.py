@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -221,8 +221,7 @@ class PlanExecutor:
         self.admission.check(thorough=self._chaos is not None)
         self.admission.plan = []
         if self.tenants is not None:
-            live = (state_of(r) for r in running.reqs if not r.finished())
-            self.tenants.look(live, self.planner.queue, pass_info.now)
+            self.tenants.look(self._at_work(running, last), self.planner.queue, pass_info.now)
         if self._chaos is None and self.planner.is_content(
             self.capacity.spare_tokens(running, last)
         ):
@@ -253,6 +252,17 @@ class PlanExecutor:
             if resumed is None:
                 break
             running = resumed
+
+    def _at_work(
+        self, running: ScheduleBatch, last: ScheduleBatch | None
+    ) -> Iterator[RequestState]:
+        """Requests that run, and those that are being prefilled."""
+        present = dict.fromkeys(running.reqs)
+        if last is not None and last.forward_mode.is_extend():
+            present |= dict.fromkeys(last.reqs)
+        if self.scheduler.chunked_req is not None:
+            present[self.scheduler.chunked_req] = None
+        yield from (state_of(r) for r in present if not r.finished())
 
     def _pause(self, plan: Plan, running: ScheduleBatch) -> None:
         if not plan.pause:

