@@ -360,7 +360,7 @@ class PascalScheduler(OperationsScheduler):
             self.plan_executor.reconfigure(config)
         if self.phase_tracker.metrics is not None:
             self.phase_tracker.metrics.qoe_slo = config.qoe_slo
-        if get_parallel().attn_tp_rank == 0:
+        if speaks():
             shown = " ".join(f"{name}={getattr(config, name)}" for name in values)
             logger.warning("pascal_sglang: the configuration changes: %s", shown)
 
