@@ -22,7 +22,7 @@ SERIES = {"counter": "_total", "gauge": "", "histogram": ""}
 
 def flags() -> str:
     """The `--pascal-*` flags, from the parser itself."""
-    from pascal_sglang.config import add_flags
+    from pascal_sglang.config import CHANGEABLE, add_flags
 
     parser = argparse.ArgumentParser(add_help=False)
     add_flags(parser)
@@ -31,9 +31,9 @@ def flags() -> str:
         names = ", ".join(f"`{name}`" for name in action.option_strings)
         choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
         names = names[:-1] + choices + "`" if choices else names
-        default = _default(action.default)
-        rows.append((names, default, _help(action)))
-    return _table(("flag", "default", "meaning"), rows)
+        text, marked, _ = (action.help or "").partition(CHANGEABLE)
+        rows.append((names, _default(action.default), "yes" if marked else "no", _help(text)))
+    return _table(("flag", "default", "may change", "meaning"), rows)
 
 
 def _default(value: object) -> str:
@@ -42,10 +42,9 @@ def _default(value: object) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _help(action: argparse.Action) -> str:
+def _help(text: str) -> str:
     """What `--help` says, without the default that has a column of its own."""
-    text = re.sub(r" \((default: )?%\(default\)s\)$", "", action.help or "")
-    return text.replace("|", "\\|")
+    return re.sub(r" \((default: )?%\(default\)s\)$", "", text).replace("|", "\\|")
 
 
 def metrics() -> str:

@@ -10,6 +10,7 @@ import ipaddress
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
@@ -21,6 +22,12 @@ from pascal_sglang.request_checks import ASKED_TPOT_MS, asked, is_number, reader
 from pascal_sglang.support import LEVELS, Level, Support, of_server
 
 CONFIG_ENV = "PASCAL_SGLANG_CONFIG"
+# Before the name of the header that a tenant is known by.
+FAIRNESS_HEADER = "header:"
+# In the help of a flag whose field can change while the server runs.
+CHANGEABLE = " [may change while serving]"
+# The most that a number of tokens may be: a request is never that long.
+MOST_TOKENS = 10**9
 # Set in Ray's actors, which are child processes that `multiprocessing` does not know as such.
 ACTOR_ENV = "PASCAL_SGLANG_ACTOR"
 
@@ -42,11 +49,13 @@ def _field(
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
+    changeable: bool = False,
 ) -> Any:
     """A field with the values that it takes. With a text it is a `--pascal-*` flag too, of which
-    `--help` and docs/serving.md are made."""
+    `--help` and docs/serving.md are made. changeable: `PUT /pascal/config` takes it too."""
     limits = {"choices": choices, "least": least, "above": above, "most": most}
-    return field(default=default, metadata={"text": text, "metavar": metavar, **limits})
+    told = {"text": text, "metavar": metavar, "changeable": changeable}
+    return field(default=default, metadata=told | limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +72,25 @@ class PascalConfig:
     )
     # This and the next: see `policy.ranking.Tuning`.
     quantum_tokens: int = _field(
-        500, "tokens a request runs before others of its class get their turn", least=1
+        500,
+        "tokens a request runs before others of its class get their turn",
+        least=1,
+        most=MOST_TOKENS,
+        changeable=True,
     )
     demote_tokens: int = _field(
-        5000, "a thinker longer than this falls behind shorter ones", least=1
+        5000,
+        "a thinker longer than this falls behind shorter ones",
+        least=1,
+        most=MOST_TOKENS,
+        changeable=True,
     )
     # A model may write text before it opens its thinking.
     demote_on: str = _field(
         "kv",
         "what counts towards that: all KV beyond the prompt, or thinking tokens",
         choices=("kv", "thinking"),
+        changeable=True,
     )
     # Multiplies `policy.ranking.Tuning.settle`.
     answer_bias: float = _field(
@@ -80,13 +98,23 @@ class PascalConfig:
         "how far ahead of its reader an answer has to be before thinking displaces it, as a "
         "multiple of the default: less begins answers sooner, more ends them sooner",
         above=0,
+        most=1e6,
+        changeable=True,
     )
     # A request may override it in `custom_params["pascal"]["answer_tpot_ms"]`.
     answer_tpot_ms: float = _field(
-        100.0, "the reader's pace: milliseconds per answering token", above=0
+        100.0,
+        "the reader's pace: milliseconds per answering token",
+        above=0,
+        most=1e6,
+        changeable=True,
     )
     qoe_slo: float = _field(
-        0.95, "answers whose QoE ends below this count as SLO violations", above=0, most=1
+        0.95,
+        "answers whose QoE ends below this count as SLO violations",
+        above=0,
+        most=1,
+        changeable=True,
     )
     # None: twice the device pool, at most this instance's share of a quarter of the memory that is
     # free at start.
@@ -143,10 +171,24 @@ class PascalConfig:
         "low=512,high=8192; needs --enable-strict-thinking (default: none)",
         metavar="EFFORT=TOKENS,...",
     )
-    pace_stream: bool = _field(False, "release streamed answering tokens at the reader's pace")
-    log_decisions: bool = _field(False, "log every scheduling decision as one line of JSON")
+    pace_stream: bool = _field(
+        False, "release streamed answering tokens at the reader's pace", changeable=True
+    )
+    log_decisions: bool = _field(
+        False, "log every scheduling decision as one line of JSON", changeable=True
+    )
     assume_reasoning: bool = _field(
-        False, "treat /generate requests that do not say require_reasoning as reasoning"
+        False,
+        "treat /generate requests that do not say require_reasoning as reasoning",
+        changeable=True,
+    )
+    # A request's tenant is found in the process that serves HTTP (`entrypoints.tenants`).
+    fairness: str = _field(
+        "off",
+        "bound how far one tenant gets ahead of another while requests wait, by the KV that it "
+        "holds; whose a request is: its API key, its `user` field, or a header that a gateway sets",
+        metavar="{off,api-key,user,header:NAME}",
+        changeable=True,
     )
     require: str = _field(
         "observe",
@@ -185,6 +227,19 @@ class PascalConfig:
             self._require_one_address()
         if self.effort_budgets is not None:
             _budgets(self.effort_budgets)
+        self._require_tenants()
+
+    def _require_tenants(self) -> None:
+        known = isinstance(self.fairness, str) and (
+            self.fairness in ("off", "api-key", "user")
+            or re.fullmatch(FAIRNESS_HEADER + r"[A-Za-z0-9_-]{1,64}", self.fairness)
+        )
+        shown = f"{self.fairness!r:.60}"
+        _require(bool(known), f"fairness must be off, api-key, user or header:NAME, not {shown}")
+        _require(
+            self.fairness == "off" or self.record.schedules,
+            f"fairness is for a policy that schedules, not for {self.policy}",
+        )
 
     def _require_one_address(self) -> None:
         try:
@@ -284,7 +339,7 @@ class PascalConfig:
     def effective(self, server_args: Any) -> PascalConfig:
         """What schedules and places with these arguments: at the level OBSERVE that is `fcfs`."""
         if self.record.schedules and self.support(server_args).level is Level.OBSERVE:
-            return dataclasses.replace(self, policy="fcfs")
+            return dataclasses.replace(self, policy="fcfs", fairness="off")
         return self
 
     def require_level(self, support: Support) -> None:
@@ -294,6 +349,25 @@ class PascalConfig:
                 f"--pascal-require {self.require}: the level here is {support.level}, "
                 f"because of {support.reason}"
             )
+
+    def changed(self, values: Mapping[str, Any]) -> PascalConfig:
+        """The configuration with other values for fields that may change while serving.
+
+        Raises: ConfigError, as for a flag.
+        """
+        fields = {name: (kind, declared) for name, kind, _, declared in _declared()}
+        unknown = sorted(set(values) - set(fields))
+        _require(not unknown, f"the configuration has no {', '.join(unknown):.200}")
+        fixed = sorted(name for name in values if not fields[name][1]["changeable"])
+        _require(not fixed, f"{', '.join(fixed)} cannot change while the server runs")
+        checked = dataclasses.asdict(dataclasses.replace(self, **values))
+        floats = (name for name in values if fields[name][0] is float)
+        return PascalConfig(**checked | {name: float(values[name]) for name in floats})
+
+    def changeable(self) -> dict[str, Any]:
+        """The fields that may change while serving, and their values."""
+        found = (name for name, _, _, declared in _declared() if declared["changeable"])
+        return {name: getattr(self, name) for name in found}
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -332,7 +406,7 @@ def _budgets(text: str) -> dict[str, int]:
 def _check(name: str, kind: type, value: object, limits: Mapping[str, Any]) -> None:
     choices, least, above, most = (limits[k] for k in ("choices", "least", "above", "most"))
     if choices:
-        _require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        _require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r:.60}")
     elif kind is bool:
         _require(isinstance(value, bool), f"{name} must be true or false")
     elif kind in (int, float):
@@ -346,7 +420,7 @@ def _check(name: str, kind: type, value: object, limits: Mapping[str, Any]) -> N
         bounds = (("of at least", least), ("above", above), ("of at most", most))
         told = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
         number = "a whole number" if kind is int else "a number"
-        _require(fits, f"{name} must be {number} {told}, not {value!r}")
+        _require(fits, f"{name} must be {number} {told}, not {value!r:.60}")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -364,7 +438,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             options |= {"type": kind, "metavar": declared["metavar"]}
             options["choices"] = declared["choices"] or None
             if default is not None:
-                options["help"] = f"{text} (%(default)s)"
+                options["help"] += " (%(default)s)"
+        if declared["changeable"]:
+            options["help"] += CHANGEABLE
         group.add_argument("--pascal-" + name.replace("_", "-"), **options)
 
 

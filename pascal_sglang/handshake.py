@@ -3,8 +3,9 @@ they tell each other at start."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pascal_sglang.config import PascalConfig
@@ -37,6 +38,18 @@ def handed_on(info: dict[str, Any], status_file: str, support: Support) -> dict[
     together; `status_file` is where it shows what it does."""
     own = {INIT_INFO_KEY: own_config(), SUPPORT_KEY: support.describe()}
     return {**info, **own, STATUS_FILE_KEY: status_file}
+
+
+def change_of(values: Mapping[str, Any]) -> str:
+    """A change of the configuration, as it travels in the id of a `GetInternalStateReq`: SGLang's
+    own messages that set something take numbers alone."""
+    return json.dumps(values)
+
+
+def change_in(rid: str) -> dict[str, Any]:
+    """What `change_of` said."""
+    values: dict[str, Any] = json.loads(rid)
+    return values
 
 
 def own_config() -> str:

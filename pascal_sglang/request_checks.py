@@ -36,6 +36,12 @@ def asked(custom_params: object, name: str) -> object:
     return own.get(name) if isinstance(own, dict) else None
 
 
+def tenant_of(custom_params: object) -> str:
+    """Whose the request is, as the process that serves HTTP noted it; empty where it did not."""
+    tenant = asked(custom_params, "tenant")
+    return tenant if isinstance(tenant, str) else ""
+
+
 def reader_of(streamed: bool, sampling: object) -> Reader:
     """Who reads the answer: what the request says, a human where it names a pace, or else a
     program, unless it is streamed free text.

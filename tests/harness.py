@@ -229,6 +229,13 @@ class Server(LocalServer):
         with urllib.request.urlopen(request, timeout=timeout) as reply:
             return json.loads(reply.read() or b"null")
 
+    def put(self, path: str, body: Any, timeout: float = 60) -> Any:
+        """body: JSON, or bytes as they are."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.base_url}{path}", data, self.headers, method="PUT")
+        with urllib.request.urlopen(request, timeout=timeout) as reply:
+            return json.loads(reply.read())
+
     def stream(self, path: str, body: Any, timeout: float = 120) -> list[Any]:
         """All server-sent events of one streamed request, decoded."""
         request = urllib.request.Request(

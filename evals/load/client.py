@@ -42,6 +42,7 @@ class Target:
     sampling: more of SGLang's sampling parameters, of every request.
     answer_tpot_ms: the reader's pace, told to a server that schedules by it; None leaves it to the
         server.
+    headers: more of them, of every request.
     """
 
     base_url: str
@@ -52,6 +53,7 @@ class Target:
     end_of_thinking: str = "</think>"
     sampling: Mapping[str, Any] = field(default_factory=dict)
     answer_tpot_ms: float | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ async def open_loop(
             aiohttp.ClientSession(
                 target.base_url,
                 connector=connector,
-                headers=auth.headers(),
+                headers=auth.headers() | dict(target.headers),
                 timeout=aiohttp.ClientTimeout(total=None),
             ) as session,
             asyncio.timeout(target.run_timeout_s),

@@ -11,9 +11,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, sock_send
+from sglang.srt.managers.io_struct import (
+    GetInternalStateReq,
+    TokenizedGenerateReqInput,
+    sock_send,
+)
 from sglang.srt.runtime_context import get_observability
 
 from pascal_sglang import clock
@@ -44,8 +49,14 @@ from pascal_sglang.cluster.request_locations import RequestLocations
 from pascal_sglang.cluster.scheduler_processes import SchedulerProcesses
 from pascal_sglang.cluster.status_file import StatusFile
 from pascal_sglang.cluster.watched_controller import WatchedController
-from pascal_sglang.config import PascalConfig
-from pascal_sglang.handshake import handed_on, instances_by_pid, require_same_config, support_of
+from pascal_sglang.config import ConfigError, PascalConfig
+from pascal_sglang.handshake import (
+    change_in,
+    handed_on,
+    instances_by_pid,
+    require_same_config,
+    support_of,
+)
 from pascal_sglang.policy.placement import Instance, Placement, PlacementRule
 from pascal_sglang.support import EVERYTHING, Support
 
@@ -59,6 +70,8 @@ class PascalController(WatchedController):
     def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
         asked = PascalConfig.from_env()
         assert asked is not None
+        # As it was asked for; `pascal_config` is what of it this server can do.
+        self._asked_config = asked
         config = self.pascal_config = asked.effective(server_args)
         self._support = EVERYTHING
         remove_ownerless()
@@ -106,6 +119,14 @@ class PascalController(WatchedController):
             self.processes.outlive_schedulers()
         if config.places:
             self.dispatching: Callable[[Any], None] = self.place
+
+    def send_control_message(self, obj: Any) -> None:
+        if isinstance(obj, GetInternalStateReq) and obj.rid is not None:
+            with suppress(ConfigError):  # The instances, which have the same, say so.
+                self._asked_config = self._asked_config.changed(change_in(obj.rid))
+                self.pascal_config = self._asked_config.effective(self.server_args)
+                self.placement.quantum = self.pascal_config.quantum_tokens
+        super().send_control_message(obj)
 
     def schedulers(self, pids: list[int]) -> list[Any]:
         """The processes that were started, with `pid`, `sentinel` and `exitcode`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -26,6 +26,7 @@ from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, agree, catch_on_all_ranks, is_alone
+from pascal_sglang.policy.fairness import TenantCounters, with_fairness
 from pascal_sglang.policy.kv_tier import TYPICAL_QUANTA, Costs, KVTier
 from pascal_sglang.policy.plan import KVAccounting, Plan, Planner
 from pascal_sglang.policy.ranking import PassInfo, Tuning
@@ -42,6 +43,18 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two updates of the metrics that every pass changes.
 REPORT_S = 0.1
+
+
+def tuning_of(config: PascalConfig, costs: Costs) -> Tuning:
+    """The policy's numbers under a configuration, on a machine with these costs."""
+    tuning = Tuning(
+        quantum=config.quantum_tokens,
+        demote=config.demote_tokens,
+        demote_on=config.demote_on,
+    )
+    tuning = dataclasses.replace(tuning, settle=config.answer_bias * tuning.settle)
+    stall_s = costs.stall_s(TYPICAL_QUANTA * config.quantum_tokens)
+    return tuning if stall_s is None else dataclasses.replace(tuning, stall_s=stall_s)
 
 
 class PlanExecutor:
@@ -76,15 +89,7 @@ class PlanExecutor:
             step_tokens=step_tokens(scheduler),
             taken_ahead=taken_ahead(scheduler),
         )
-        tuning = Tuning(
-            quantum=config.quantum_tokens,
-            demote=config.demote_tokens,
-            demote_on=config.demote_on,
-        )
-        tuning = dataclasses.replace(tuning, settle=config.answer_bias * tuning.settle)
-        stall_s = costs.stall_s(TYPICAL_QUANTA * config.quantum_tokens)
-        if stall_s is not None:
-            tuning = dataclasses.replace(tuning, stall_s=stall_s)
+        tuning = tuning_of(config, costs)
         accounting = KVAccounting(
             self.capacity.required,
             self.capacity.reclaimable,
@@ -94,6 +99,10 @@ class PlanExecutor:
             self.capacity.windows_reclaimable,
             self.capacity.adapter_fits,
         )
+        # The policy as it is without tenants.
+        self.policy = policy
+        self.tenants: TenantCounters | None = None
+        policy = self._policy_of(config, tuning)
         self.planner = Planner(policy, tuning, accounting, self.capacity.step_tokens)
         self.admission = Admission(
             scheduler=scheduler, paused_requests=self.paused_requests, queue=self.planner.queue
@@ -119,6 +128,25 @@ class PlanExecutor:
         # The micro-batch that a pass of several is at, and the clock when it began.
         self._turn = 0
         self._pass_began = 0.0
+
+    def reconfigure(self, config: PascalConfig) -> None:
+        """Go by another configuration from this pass on; it differs in what may change while
+        serving."""
+        self.request_states.config = config
+        tuning = tuning_of(config, self.paused_requests.costs)
+        policy = self._policy_of(config, tuning)
+        self.planner.retune(policy, tuning)
+        self.decision_log.retune(policy, tuning, log=config.log_decisions)
+
+    def _policy_of(self, config: PascalConfig, tuning: Tuning) -> Policy:
+        """The policy, with fairness between tenants where that is asked for."""
+        if config.fairness == "off":
+            self.tenants = None
+            return self.policy
+        if self.tenants is None:
+            pool = self.scheduler.max_total_num_tokens
+            self.tenants = TenantCounters(pool, tuning.tenant_bound, held_tokens)
+        return with_fairness(self.policy, self.tenants)
 
     def govern(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
         """Begin a pass. An error of ours is logged and counted, and SGLang's order stands in.
@@ -196,6 +224,8 @@ class PlanExecutor:
             self.migrations.step(running)
         self.admission.check(thorough=self._chaos is not None)
         self.admission.plan = []
+        if self.tenants is not None:
+            self.tenants.look(self._at_work(running, last), self.planner.queue, pass_info.now)
         if self._chaos is None and self.planner.is_content(
             self.capacity.spare_tokens(running, last)
         ):
@@ -226,6 +256,17 @@ class PlanExecutor:
             if resumed is None:
                 break
             running = resumed
+
+    def _at_work(
+        self, running: ScheduleBatch, last: ScheduleBatch | None
+    ) -> Iterator[RequestState]:
+        """Requests that run, and those that are being prefilled."""
+        present = dict.fromkeys(running.reqs)
+        if last is not None and last.forward_mode.is_extend():
+            present |= dict.fromkeys(last.reqs)
+        if self.scheduler.chunked_req is not None:
+            present[self.scheduler.chunked_req] = None
+        yield from (state_of(r) for r in present if not r.finished())
 
     def _pause(self, plan: Plan, running: ScheduleBatch) -> None:
         if not plan.pause:
@@ -357,6 +398,12 @@ class PlanExecutor:
             self.migrations.observe(live, over, now)
             for req in reasoning_ended:
                 self.migrations.reasoning_ended(req)
+
+
+def held_tokens(state: RequestState) -> int:
+    """KV entries that a running request has."""
+    held: int = state.handle.kv.kv_committed_len
+    return held
 
 
 def _by_arrival(req: Req) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from pascal_sglang.policy.ranking import PREFIX_HEAD_START, PassInfo, fastest_pa
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.running_mean import running_mean
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline
-from pascal_sglang.request_checks import reader_of
+from pascal_sglang.request_checks import reader_of, tenant_of
 from pascal_sglang.support import (
     EVERYTHING,
     NOT_RECOMPUTED,
@@ -98,11 +98,13 @@ class RequestStates:
         self._arrivals += 1
         pacer = Pacer(tpot_ms / 1000)
         reader = reader_of(req.stream, req.sampling_params)
+        tells_tenants = self.config.fairness != "off"
         state = RequestState(
             self._arrivals,
             pacer,
             reader=reader,
             priority=priority_of(self.scheduler, req),
+            tenant=tenant_of(req.sampling_params.custom_params) if tells_tenants else "",
             internal=is_internal(req),
             handle=req,
         )

@@ -27,7 +27,7 @@ from pascal_sglang import clock
 from pascal_sglang.cluster.control_channel import CONTROL_ENV, ControlReceiver
 from pascal_sglang.cluster.internal_requests import is_health_probe
 from pascal_sglang.cluster.metric_files import survive_a_full_disk
-from pascal_sglang.config import PascalConfig
+from pascal_sglang.config import ConfigError, PascalConfig
 from pascal_sglang.engine.build import build_executor
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.load_reporter import build_load_reporter, load_figures
@@ -49,7 +49,7 @@ from pascal_sglang.engine.penalties import count_inputs, count_prefilled, counti
 from pascal_sglang.engine.pipeline import StageTurn
 from pascal_sglang.engine.rendezvous import meet_on_loopback
 from pascal_sglang.engine.thinking_budget import with_default_budget
-from pascal_sglang.handshake import INIT_INFO_KEY, introduced
+from pascal_sglang.handshake import INIT_INFO_KEY, change_in, introduced
 from pascal_sglang.instances import instance_count, own_instance, speaks, step_together
 from pascal_sglang.support import Support
 
@@ -113,6 +113,8 @@ class PascalScheduler(OperationsScheduler):
         self.support = config.support(server_args)
         # Our launcher has said this in one line; SGLang's own entry points come here.
         config.require_level(self.support)
+        # As it was asked for; `pascal_config` is what of it this server can do.
+        self._asked_config = config
         self.pascal_config = config.effective(server_args)
         self._meeting = meet_on_loopback(port_args.nccl_port)
         super().__init__(server_args, port_args)
@@ -343,9 +345,29 @@ class PascalScheduler(OperationsScheduler):
             self.end_early(req, None)
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> Any:
+        """With a change of the configuration in it, that is made first: in the same pass on all TP
+        ranks, which get the message with the same requests."""
+        if recv_req.rid is not None:
+            self.reconfigure(change_in(recv_req.rid))
         output = super().get_internal_state(recv_req)
         output.internal_state[INIT_INFO_KEY] = self.pascal_status()
         return output
+
+    def reconfigure(self, values: dict[str, Any]) -> None:
+        """Go by other values from this pass on: all of them, or none where one is refused."""
+        try:
+            self._asked_config = self._asked_config.changed(values)
+        except ConfigError as error:
+            logger.error("pascal_sglang: the configuration stays: %s", error)
+            return
+        config = self.pascal_config = self._asked_config.effective(self.server_args)
+        if self.plan_executor is not None:
+            self.plan_executor.reconfigure(config)
+        if self.phase_tracker.metrics is not None:
+            self.phase_tracker.metrics.qoe_slo = config.qoe_slo
+        if speaks():
+            shown = " ".join(f"{name}={getattr(config, name)}" for name in values)
+            logger.warning("pascal_sglang: the configuration changes: %s", shown)
 
     def pascal_status(self) -> dict[str, Any]:
         """This instance for `GET /pascal/status`: counts by phase, KV tokens, requests."""
@@ -364,6 +386,7 @@ class PascalScheduler(OperationsScheduler):
             "dp_rank": own_instance(),
             "pid": os.getpid(),
             "policy": self.pascal_config.policy,
+            "config": self.pascal_config.changeable(),
             "support": self.support.describe(),
             "waiting": len(self.waiting_queue),
             "running": count_phases(live),
@@ -382,6 +405,9 @@ class PascalScheduler(OperationsScheduler):
             "costs": {} if paused_requests is None else paused_requests.costs.describe(),
             "decisions": {} if executor is None else dict(executor.decision_log.counts),
             "queued": {} if executor is None else by_class(executor.planner.queue.lengths()),
+            "tenants": None
+            if executor is None or executor.tenants is None
+            else executor.tenants.describe(),
             "migrations": None if self.migrations is None else self.migrations.describe(),
             "unpausable": {} if executor is None else dict(executor.request_states.unpausable),
             "policy_errors": 0 if executor is None else executor.errors,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import json
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -16,19 +18,21 @@ from pascal_sglang.cluster.forecast_files import FOLDER_ENV
 from pascal_sglang.cluster.metric_files import survive_a_full_disk
 from pascal_sglang.cluster.metrics import FrontendMetrics
 from pascal_sglang.cluster.private_folder import PrivateFolder, remove_all, reserve
-from pascal_sglang.config import LaunchError, PascalConfig
+from pascal_sglang.config import CONFIG_ENV, ConfigError, LaunchError, PascalConfig
 from pascal_sglang.entrypoints import answer_eta
 from pascal_sglang.entrypoints.crash import CrashShutdown, ProcessWatch, end_children
 from pascal_sglang.entrypoints.preflight import check_frontend
 from pascal_sglang.handshake import (
     INIT_INFO_KEY,
     STATUS_FILE_KEY,
+    change_of,
     require_same_config,
     support_of,
 )
 from pascal_sglang.support import Support
 
 STATUS_PATH = "/pascal/status"
+CONFIG_PATH = "/pascal/config"
 HEALTH_PATH = "/health"
 # For every instance to say how it is, in seconds, and how often to ask. From the second time on the
 # controller answers for one that has just fallen silent.
@@ -38,6 +42,8 @@ STATUS_ASKED = 3
 SHOWN_S = 5.0
 # What the status route repeats as `server_id`: a script knows the server that it started by it.
 SERVER_ID_ENV = "PASCAL_SGLANG_SERVER_ID"
+# Changes of the configuration, one after the other.
+_changes = asyncio.Lock()
 # Where the controller of this server shows what it does; empty without one.
 _status_files: list[str] = []
 
@@ -160,7 +166,8 @@ def _remove_load_file(port_args: Any) -> None:
 
 
 def add_routes(crash: CrashShutdown) -> None:
-    """Serve `GET /pascal/status`, and `instances=1` of `GET /health`."""
+    """Serve `GET /pascal/status`, `GET` and `PUT /pascal/config`, and `instances=1` of
+    `GET /health`."""
     from fastapi import HTTPException, Request
     from fastapi.responses import JSONResponse
     from sglang.srt.entrypoints import http_server
@@ -171,28 +178,37 @@ def add_routes(crash: CrashShutdown) -> None:
     @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
     async def status() -> dict[str, Any]:
         """Per instance: counts by phase, KV tokens, live and recent requests with their times."""
-        manager = http_server.get_global_state().tokenizer_manager
-        whole = type(manager).get_internal_state.__wrapped__  # Around it is `withhold_status`.
-        for _ in range(STATUS_ASKED):
+        said = await ask_instances()
+        if said is None:
+            raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer")
+        shown: dict[str, Any] = {"controller": controller()} if _status_files else {}
+        if server_id := os.environ.get(SERVER_ID_ENV):
+            shown["server_id"] = server_id
+        # The controller's answer for an instance that is dead or silent has no level.
+        levels = [Support.described(i["support"]) for i in said if "support" in i]
+        if levels:
+            shown["support"] = Support.least(levels).describe()
+        if (admission := answer_eta.describe()) is not None:
+            shown["admission"] = admission
+        return {"instances": said, **shown}
+
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
+    async def configuration(request: Request) -> Any:
+        """`GET`: the configuration, and what of it may change. `PUT`: change that."""
+        if request.method == "PUT":
             try:
-                states = await asyncio.wait_for(whole(manager), STATUS_S)
+                await change_configuration(await request.body())
+            except ConfigError as error:
+                raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
             except TimeoutError:
-                continue
-            instances = {s[INIT_INFO_KEY]["dp_rank"]: s[INIT_INFO_KEY] for s in states}
-            # One that was silent may answer late, to what was asked before, and so twice.
-            if len(instances) == len(states):
-                shown: dict[str, Any] = {"controller": controller()} if _status_files else {}
-                if server_id := os.environ.get(SERVER_ID_ENV):
-                    shown["server_id"] = server_id
-                said = [instances[rank] for rank in sorted(instances)]
-                # The controller's answer for an instance that is dead or silent has no level.
-                levels = [Support.described(i["support"]) for i in said if "support" in i]
-                if levels:
-                    shown["support"] = Support.least(levels).describe()
-                if (admission := answer_eta.describe()) is not None:
-                    shown["admission"] = admission
-                return {"instances": said, **shown}
-        raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer")
+                raise HTTPException(
+                    HTTPStatus.GATEWAY_TIMEOUT,
+                    "an instance does not answer; it changes when it goes on",
+                ) from None
+        config = PascalConfig.from_env()
+        assert config is not None
+        whole = dataclasses.asdict(config)
+        return JSONResponse({"config": whole, "changeable": list(config.changeable())})
 
     async def health(request: Request) -> Any:
         """SGLang's; with `instances=1` also the state of each: 503 unless all are live."""
@@ -211,10 +227,56 @@ def add_routes(crash: CrashShutdown) -> None:
     routes = http_server.app.router.routes
     if STATUS_PATH not in {getattr(route, "path", None) for route in routes}:
         http_server.app.get(STATUS_PATH)(status)
+        own = Route(CONFIG_PATH, configuration, methods=["GET", "PUT"], include_in_schema=False)
+        routes.append(own)
         # Before SGLang's: the first that matches is taken. FastAPI's own kind of route would take
         # `request` for a query parameter: it does not find the name of its type from here.
         routes.insert(0, Route(HEALTH_PATH, health, methods=["GET"], include_in_schema=False))
         http_server.app.add_middleware(answer_eta.AnswerEtaMiddleware)
+
+
+async def ask_instances(change: str | None = None) -> list[dict[str, Any]] | None:
+    """What every instance says of itself, in their order; None if one does not answer. change: of
+    the configuration (`handshake.change_of`), made before; asking again does no harm."""
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.managers.io_struct import GetInternalStateReq
+
+    manager = http_server.get_global_state().tokenizer_manager
+    manager.auto_create_handle_loop()
+    for _ in range(STATUS_ASKED):
+        asked = manager.get_internal_state_communicator(GetInternalStateReq(rid=change))
+        try:
+            answers = await asyncio.wait_for(asked, STATUS_S)
+        except TimeoutError:
+            continue
+        states = [answer.internal_state[INIT_INFO_KEY] for answer in answers]
+        instances = {state["dp_rank"]: state for state in states}
+        # One that was silent may answer late, to what was asked before, and so twice.
+        if len(instances) == len(states):
+            return [instances[rank] for rank in sorted(instances)]
+    return None
+
+
+async def change_configuration(body: bytes) -> None:
+    """Let every process go by other values of the configuration from its next pass on.
+
+    body: a JSON object with fields that may change. Raises: ConfigError, where nothing has changed;
+    TimeoutError for an instance that does not answer, and changes when it goes on.
+    """
+    try:
+        values = json.loads(body)
+    except ValueError as error:
+        raise ConfigError(f"the body is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError("the body must be a JSON object with fields of the configuration")
+    async with _changes:
+        before = PascalConfig.from_env()
+        assert before is not None
+        config = before.changed(values)
+        # What this process goes by, too.
+        os.environ[CONFIG_ENV] = config.to_json()
+        if values and await ask_instances(change_of(values)) is None:
+            raise TimeoutError
 
 
 def controller() -> dict[str, Any]:

@@ -176,6 +176,7 @@ def check_frontend(config: PascalConfig, server_args: Any) -> None:
         "--pascal-assume-reasoning": config.assume_reasoning,
         **forecast,
         **ends,
+        "--pascal-fairness": config.fairness != "off",
     }
     served = support.first(support.FRONT_ENDS, server_args)
     if served and (name := _first(wanted)):

@@ -121,7 +121,11 @@ class Planner:
         self.tuning = tuning
         self.accounting = accounting or KVAccounting()
         self.queue = WaitQueue(policy, tuning)
-        self.victims = Victims(policy, tuning)
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Remember nothing of earlier plans."""
+        self.victims = Victims(self.policy, self.tuning)
         # The last request for which displacement failed, its rank then, and the pass from which on
         # to try again for the same request of the same rank.
         self._gave_up: tuple[RequestState, Rank] | None = None
@@ -133,6 +137,12 @@ class Planner:
         # and the least budget with which one of them could have started.
         self._seen: tuple[RequestState, RequestState, int] | None = None
         self._least_budget = 0
+
+    def retune(self, policy: Policy, tuning: Tuning) -> None:
+        """Go by another policy, or other numbers of it, from the next plan on."""
+        self.policy, self.tuning = policy, tuning
+        self.queue.retune(policy, tuning)
+        self._start_anew()
 
     def plan(
         self,

@@ -18,10 +18,11 @@ class WaitQueue:
     """Requests that do not run, in priority classes whose inner order does not change meanwhile.
 
     Within a class, requests are ordered by priority, then by the policy's key. A class whose
-    requests turn urgent, which goes before priorities, is held apart by priority. Adding and
-    removing cost O(log n); walking the first k costs O(k log n) and a comparison per class. The
-    entry of a removed request stays behind with an outdated ticket until it surfaces. Neither
-    the status of a request nor its `remaining` may change while it is in the queue.
+    requests turn urgent, which goes before priorities, is held apart by priority, and every class
+    by tenant, since how far a tenant is ahead changes meanwhile. Adding and removing cost O(log n);
+    walking the first k costs O(k log n) and a comparison per class. The entry of a removed request
+    stays behind with an outdated ticket until it surfaces. Neither the status of a request nor its
+    `remaining` may change while it is in the queue.
     """
 
     # Requests by (class, status), without internal ones.
@@ -30,6 +31,10 @@ class WaitQueue:
     resident: dict[RequestState, None]
     # Requests that end their phase within a quantum, as far as limits say.
     ending: set[RequestState]
+    # Requests by tenant, without tenants that have none here.
+    tenants: Counter[str]
+    # How often the queue has become empty.
+    emptied: int
     # Grows whenever a request comes, goes, or changes what orders it.
     changes: int
 
@@ -39,9 +44,11 @@ class WaitQueue:
         self.counts = Counter()
         self.resident = {}
         self.ending = set()
+        self.tenants = Counter()
+        self.emptied = 0
         self.changes = 0
-        # By class, and by priority where that is held apart.
-        self._classes: dict[tuple[int, int], list[Entry]] = {}
+        # By class, by priority where that is held apart, and by tenant.
+        self._classes: dict[tuple[int, int, str], list[Entry]] = {}
         self._size = 0
 
     def __len__(self) -> int:
@@ -74,7 +81,11 @@ class WaitQueue:
             request.ticket += 1
             self.counts[request.priority_class, request.status] -= not request.internal
             self.ending.discard(request)
+            self.tenants[request.tenant] -= 1
+            if not self.tenants[request.tenant]:
+                del self.tenants[request.tenant]
             self._size -= 1
+            self.emptied += not self._size
             self.changes += 1
 
     def recount(self, requests: Iterable[RequestState]) -> None:
@@ -87,6 +98,13 @@ class WaitQueue:
         for request in requests:
             self.add(request)
 
+    def retune(self, policy: Policy, tuning: Tuning) -> None:
+        """Order the same requests by another policy, or other numbers of it."""
+        entries = [entry for each in self._classes.values() for entry in each]
+        present = [request for *_, ticket, request in entries if ticket == request.ticket]
+        self.policy, self.tuning = policy, tuning
+        self.recount(present)
+
     def add(self, request: RequestState) -> None:
         """Put a request in the queue, or again after a change of what orders it."""
         self.remove(request)
@@ -94,9 +112,10 @@ class WaitQueue:
         key = self.policy.key(request, self.tuning)
         number = request.priority_class = self.policy.priority_class(request, self.tuning)
         apart = request.priority if number == self.policy.turns_urgent else 0
-        entries = self._classes.setdefault((number, apart), [])
+        entries = self._classes.setdefault((number, apart, request.tenant), [])
         heapq.heappush(entries, (request.priority, key, request.seq, request.ticket, request))
         self.counts[request.priority_class, request.status] += not request.internal
+        self.tenants[request.tenant] += 1
         self._size += 1
         self.changes += 1
         if request.status is RequestStatus.RESIDENT:

@@ -52,6 +52,7 @@ class Tuning:
         pauses of one answer stall the others for at most `1 / settle` of the time.
     guard: an answer this close to running dry, in tokens of its reader's pace, comes first.
     headroom: tokens somebody who starts must be able to grow by, unless it ends its phase sooner.
+    tenant_bound: seconds of the whole pool by which a tenant gets ahead of another (`fairness`).
     backfill: quanta-lengths of passes that the first in line waits before nothing behind it starts.
     """
 
@@ -67,6 +68,7 @@ class Tuning:
     guard: int = 2
     headroom: int = 32
     backfill: int = 32
+    tenant_bound: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,8 @@ class RequestState:
     reader: Reader = Reader.HUMAN
     # Lower goes first; all have the same where SGLang's priorities are off.
     priority: int = 0
+    # Whom its KV is charged to, where tenants are told apart (`policy.fairness`).
+    tenant: str = ""
     # No user waits for it: it is planned for like any other, and counted nowhere.
     internal: bool = False
     # The engine's own object.

@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     single.add_argument(
         "--known-lengths", action="store_true", help="requests say how much they will generate"
     )
+    single.add_argument(
+        "--tenants", type=_weights, default=(), help="requests of each, as multiples: 10,1"
+    )
     regimes = ways.add_parser("scenarios", help="regimes, each with its targets and a verdict")
     regimes.add_argument("names", nargs="*", metavar="NAME", help="of a scenario, or its file")
     regimes.add_argument("--requests", type=_count, help="per run, instead of the scenario's")
@@ -144,7 +147,7 @@ def _run(asked: argparse.Namespace) -> int:
             rate=rate,
             requests=requests,
             seed=seed,
-            shape=Shape(fits=setup.cost.capacity),
+            shape=Shape(fits=setup.cost.capacity, tenants=asked.tenants),
             workload=given,
         )
         for arm in with_inf(asked.arms or list(ARMS.values()))
@@ -241,6 +244,10 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return value
+
+
+def _weights(text: str) -> tuple[float, ...]:
+    return tuple(_positive(each) for each in text.split(","))
 
 
 def _positive(text: str) -> float:

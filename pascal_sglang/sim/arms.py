@@ -32,6 +32,7 @@ class Arm:
         says.
     priorities: how far the priority of interactive requests goes under a policy that schedules;
         None: it is ignored.
+    fairness: whether tenants are told apart, in a load that has some.
     tuning: numbers of the policy that differ from `Tuning`.
     """
 
@@ -48,6 +49,7 @@ class Arm:
     unlimited: bool = False
     backfills: bool | None = None
     priorities: Priorities | None = PREEMPTING
+    fairness: bool = False
     tuning: tuple[tuple[str, float | str], ...] = ()
 
     @property
@@ -109,6 +111,7 @@ ARMS = {
         PASCAL.but("pascal-migration", migration="adaptive"),
         PASCAL.but("pascal-stop-and-copy", migration="adaptive", live=False),
         PASCAL.but("pascal-no-priorities", priorities=None),
+        PASCAL.but("pascal-fair", fairness=True),
         INF,
     )
 }

@@ -92,6 +92,7 @@ class Cluster:
         self.tuning = Tuning(**(numbers | dict(arm.tuning)))
         # The policy that goes by priorities, if the load has any and the arm does.
         self.prioritised = arm.prioritised if any(workload.interactive) else None
+        self.tells_tenants = arm.fairness and bool(workload.tenant)
         self.instances = [self._instance(index) for index in range(setup.instances)]
         self.controller = Controller(arm, self.clock, self.instances, setup.quantum)
         self.migrations = Migrations(
@@ -124,7 +125,10 @@ class Cluster:
         }
         if record is None:
             return StockInstance(index, self.cost, self.clock, self, **shared)
-        return PascalInstance(index, self.cost, self.clock, self, policy=record, **shared)
+        fair = self.tells_tenants
+        return PascalInstance(
+            index, self.cost, self.clock, self, policy=record, fair=fair, **shared
+        )
 
     def run(self) -> Outcome:
         self._next_arrival()
@@ -166,6 +170,7 @@ class Cluster:
             talk=load.talk[index] if load.talk else -1,
             history=load.history[index] if load.history else 0,
             reader=Reader.PROGRAM if load.program and load.program[index] else Reader.HUMAN,
+            tenant=str(load.tenant[index]) if self.tells_tenants else "",
             priority=0 if self.prioritised is None or load.interactive[index] else 1,
         )
         self.books.opens(request)

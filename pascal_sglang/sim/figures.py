@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pascal_sglang.sim import tenants
 from pascal_sglang.sim.cluster import Setup
 from pascal_sglang.sim.cost import Cost
 from pascal_sglang.sim.loads.lengths import Floats
@@ -124,6 +125,8 @@ def figures(setup: Setup, workload: Workload, outcome: Outcome) -> dict[str, Any
         if value is not None and count >= ENOUGH_SAMPLES
     ]
     found["worst_bin_slowdown"], found["worst_bin"] = max(known, default=(None, None))
+    if workload.tenant:
+        found |= tenants.figures(workload, outcome, alone(setup.cost, workload))
     return found
 
 

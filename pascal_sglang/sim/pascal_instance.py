@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pascal_sglang.policy.fairness import TenantCounters, with_fairness
 from pascal_sglang.policy.kv_tier import Costs, KVTier
 from pascal_sglang.policy.plan import GROWTH, PATIENCE, Capacity, Plan, Planner, room_to_grow
 from pascal_sglang.policy.rank_forecast import NEVER
@@ -21,7 +22,7 @@ from pascal_sglang.policy.ranking import (
 )
 from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.relief import giving_way
-from pascal_sglang.policy.request import RequestStatus
+from pascal_sglang.policy.request import RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.cost import Cost
 from pascal_sglang.sim.instance import Instance
@@ -34,6 +35,12 @@ def costs_of(cost: Cost) -> Costs:
     return Costs(cost.copy_s, cost.copy_token_s, launch_s=launch_s)
 
 
+def held_tokens(request: RequestState) -> int:
+    """KV entries that a running request has."""
+    assert isinstance(request, SimRequest)
+    return request.held
+
+
 class PascalInstance(Instance):
     """SGLang under our executor. A pause whose copy the engine waits for and the start that it
     makes room for fall into one pass here; the engine needs two.
@@ -44,12 +51,19 @@ class PascalInstance(Instance):
     paused with their KV on the device, and for a step that does not fit.
 
     copying: paused requests whose KV leaves the device; arriving: requests whose KV comes back;
-    both with the time (s) at which the copy ends. knows_lengths: requests say how much they will
-    generate, as those of `evals` do.
+    both with the time (s) at which the copy ends. fair: tenants are told apart. knows_lengths:
+    requests say how much they will generate, as those of `evals` do.
     """
 
-    def __init__(self, *args: Any, policy: Policy, knows_lengths: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, policy: Policy, knows_lengths: bool, fair: bool, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.tenants: TenantCounters | None = None
+        if fair:
+            bound_s = self.tuning.tenant_bound
+            self.tenants = TenantCounters(self.cost.capacity, bound_s, held_tokens)
+            policy = with_fairness(policy, self.tenants)
         self.planner = Planner(policy, self.tuning)
         self.costs = costs_of(self.cost)
         self.knows_lengths = knows_lengths
@@ -95,6 +109,8 @@ class PascalInstance(Instance):
         self._leaving.clear()
         if self.copying or self.arriving:
             self._end_copies(self.clock.now)
+        if self.tenants is not None:
+            self.tenants.look(self.batch, self.planner.queue, self.clock.now)
         growing = len(self.batch) + len(self.filling) + len(self.arriving)
         short = self.memory.free < room_to_grow(growing)
         asked = self.stirred or self.again or self.step_by_step
@@ -164,8 +180,10 @@ class PascalInstance(Instance):
         if not self.planner.queue:
             return step
         batch = self.batch
+        if self.tenants is not None:
+            step = batch.steps_by(self.tenants.looks_at(self.clock.now)) + 1
         if self._pending:
-            step = batch.steps + self._tried_pass + PATIENCE - self.passes.count
+            step = min(step, batch.steps + self._tried_pass + PATIENCE - self.passes.count)
         blocked = None if self._blocked is None else self._blocked[0]
         if self.forecast.paced and blocked is not None and self.planner.queue.holds(blocked):
             age = self.tuning.ageing * self.tuning.quantum

@@ -28,7 +28,7 @@ class Workload:
         the end-of-thinking marker. history: leading prompt tokens that the conversation's last
         prompt had too. follows: the turn that `pause_s` after a request's end comes next, or -1;
         `later` holds every request that comes that way. program: a program reads the answer, which
-        no pace holds; interactive: of the higher of two priorities.
+        no pace holds; interactive: of the higher of two priorities; tenant: whose the request is.
     """
 
     arrival_s: list[float]
@@ -42,6 +42,7 @@ class Workload:
     later: frozenset[int] = frozenset()
     program: list[bool] = field(default_factory=list)
     interactive: list[bool] = field(default_factory=list)
+    tenant: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -62,8 +63,9 @@ class Shape:
     cv: coefficient of variation of the time between arrivals, Gamma-distributed; 1 is Poisson.
     burst_s: seconds with arrivals and seconds without, over and over. turns: mean turns per
     conversation; pause_s: mean seconds between an answer and the next turn. programs: share of
-    answers that programs read. interactive: share of requests of the higher priority. fits: KV
-    tokens; requests that need more are left out, with the later turns of their conversation.
+    answers that programs read. interactive: share of requests of the higher priority. tenants: how
+    many requests each sends, as a multiple of any one. fits: KV tokens; requests that need more are
+    left out, with the later turns of their conversation.
     """
 
     cv: float = 1.0
@@ -72,6 +74,7 @@ class Shape:
     pause_s: float = 10.0
     programs: float = 0.0
     interactive: float = 0.0
+    tenants: tuple[float, ...] = ()
     fits: int = 1 << 60
 
 
@@ -89,8 +92,8 @@ def shape_of(told: Mapping[str, Any]) -> Shape:
 
 def draw(source: str, requests: int, rate: float, seed: int, shape: Shape = PLAIN) -> Workload:
     """`requests` of one of `SOURCES` at `rate` per second: the same as `evals.workload.build`."""
-    lengths, times, talk, readers, priorities = (
-        np.random.default_rng([seed, stream]) for stream in (0, 1, 3, 4, 5)
+    lengths, times, talk, readers, priorities, whose = (
+        np.random.default_rng([seed, stream]) for stream in (0, 1, 3, 4, 5, 6)
     )
     sampled = _sample(source, lengths, requests)
     turns, pauses_s = [1] * requests, [0.0] * requests
@@ -121,7 +124,16 @@ def draw(source: str, requests: int, rate: float, seed: int, shape: Shape = PLAI
         drawn,
         program=(readers.random(len(drawn)) < shape.programs).tolist(),
         interactive=(priorities.random(len(drawn)) < shape.interactive).tolist(),
+        tenant=_tenants(whose, len(drawn), shape.tenants),
     )
+
+
+def _tenants(rng: np.random.Generator, count: int, weights: Sequence[float]) -> list[int]:
+    if not weights:
+        return []
+    shares = np.array(weights) / sum(weights)
+    tenants: list[int] = rng.choice(len(weights), count, p=shares).tolist()
+    return tenants
 
 
 def _arrivals(rng: np.random.Generator, count: int, rate: float, shape: Shape) -> Floats:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Hashable
+from functools import partial
 from typing import Any
 
 from pascal_sglang.clock import now
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.entrypoints import answer_eta
 from pascal_sglang.entrypoints.crash import is_ending
+from pascal_sglang.entrypoints.tenants import labelled
 from pascal_sglang.streaming.followed import followed
 from pascal_sglang.streaming.held_chunks import Chunk
 from pascal_sglang.streaming.pacing import Pacing
@@ -96,7 +98,13 @@ def generate_request(
     if config is not None and (problem := config.problem_with_request(obj)):
         raise ValueError(problem)
     answer_eta.decide(obj)
-    stream = original(manager, obj, *args, **kwargs)
+    start = partial(original, manager, obj, *args, **kwargs)
+    # Embeddings have no stream, and no scheduling of ours.
+    if config is not None and config.fairness != "off" and hasattr(obj, "stream"):
+        request = args[0] if args else kwargs.get("request")
+        stream = labelled(start, obj, request, config)
+    else:
+        stream = start()
     if config is None or not config.pace_stream or not getattr(obj, "stream", False):
         return followed(stream)
 

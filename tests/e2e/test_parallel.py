@@ -98,6 +98,23 @@ def test_the_status_is_the_operators(two_instances):
     assert len(two_instances.instances()) == 2
 
 
+def test_the_configuration_is_the_operators_and_every_instance_changes(two_instances):
+    change = {"quantum_tokens": 40, "fairness": "api-key"}
+    for header in ({}, {"Authorization": "Bearer somebody"}):
+        for method, data in (("GET", None), ("PUT", json.dumps(change).encode())):
+            url = f"{two_instances.base_url}/pascal/config"
+            request = urllib.request.Request(url, data, header, method=method)
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=30)
+            assert refused.value.code == 401
+    before = two_instances.get("/pascal/config")["config"]
+    assert two_instances.put("/pascal/config", change)["config"] == {**before, **change}
+    for instance in two_instances.instances():
+        assert instance["config"].items() >= change.items()
+    two_instances.put("/pascal/config", {"quantum_tokens": 500, "fairness": "off"})
+    assert two_instances.get("/pascal/config")["config"] == before
+
+
 @pytest.fixture(scope="module")
 def balanced_by_sglang(tiny_model):
     """Two instances of two ranks; requests that do not say whether they think do."""
@@ -119,6 +136,24 @@ def test_sglangs_own_balancing_on_request(balanced_by_sglang):
 def test_two_tensor_parallel_ranks(pascal_server, balanced_by_sglang):
     assert ids(balanced_by_sglang) == ids(pascal_server)
     assert len(balanced_by_sglang.instances()) == 2, "whatever their ranks"
+
+
+def test_tensor_parallel_ranks_change_in_the_same_pass(pascal_server, balanced_by_sglang):
+    """Ranks that go by different numbers do not go on for long."""
+    expected = ids(pascal_server)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(ids, balanced_by_sglang)
+        changes = 0
+        while not found.done() or changes < 4:
+            fairness = "user" if changes % 2 else "off"
+            change = {"quantum_tokens": 5 + changes % 3, "fairness": fairness}
+            balanced_by_sglang.put("/pascal/config", change)
+            changes += 1
+        assert found.result() == expected
+    for instance in balanced_by_sglang.instances():
+        assert instance["config"].items() >= change.items()
+        assert instance["policy_errors"] == 0
+    balanced_by_sglang.put("/pascal/config", {"quantum_tokens": 500, "fairness": "off"})
 
 
 def test_ranks_open_no_more_ways_in(balanced_by_sglang):

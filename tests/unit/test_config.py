@@ -1,12 +1,20 @@
 """The frozen configuration: round trips, and every bad value is one clear line."""
 
+import argparse
 import dataclasses
 import math
 import os
 
 import pytest
 
-from pascal_sglang.config import CONFIG_ENV, ConfigError, LaunchError, PascalConfig, from_flags
+from pascal_sglang.config import (
+    CONFIG_ENV,
+    ConfigError,
+    LaunchError,
+    PascalConfig,
+    add_flags,
+    from_flags,
+)
 from pascal_sglang.entrypoints.preflight import check_machine, open_to_others
 from pascal_sglang.launch_server import main, parse
 
@@ -80,6 +88,74 @@ def test_bad_values_name_the_culprit_on_one_line(text, says):
         PascalConfig.from_json(text)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+CHANGEABLE = {
+    "quantum_tokens": 7,
+    "demote_tokens": 70,
+    "demote_on": "thinking",
+    "answer_bias": 0.5,
+    "answer_tpot_ms": 20,
+    "qoe_slo": 0.9,
+    "pace_stream": True,
+    "log_decisions": True,
+    "assume_reasoning": True,
+    "fairness": "header:X-Tenant",
+}
+
+
+def test_what_may_change_while_serving_is_marked_once_and_changes():
+    config = PascalConfig()
+    assert set(config.changeable()) == set(CHANGEABLE)
+    changed = config.changed(CHANGEABLE)
+    assert changed == PascalConfig(**CHANGEABLE)
+    assert changed.changeable() == CHANGEABLE
+    assert type(changed.answer_tpot_ms) is float, "as the flag makes it"
+    assert config == PascalConfig()
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    marked = {a.dest.removeprefix("pascal_") for a in parser._actions if "[may" in str(a.help)}
+    assert marked == set(CHANGEABLE)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"quantum": 7}, "the configuration has no quantum"),
+        ({"quantum_tokens": 7, "no": 1, "such": 2}, "the configuration has no no, such"),
+        ({"policy": "rr"}, "policy cannot change while the server runs"),
+        ({"quantum_tokens": 7, "host_kv_gb": 1}, "host_kv_gb cannot change"),
+        ({"chaos": 0.5}, "chaos cannot change"),
+        ({"quantum_tokens": 0}, "quantum_tokens must be a whole number of at least 1"),
+        ({"quantum_tokens": 10**400}, "quantum_tokens must be a whole number of at least 1"),
+        ({"quantum_tokens": None}, "quantum_tokens must be a whole number"),
+        ({"quantum_tokens": 7.5}, "quantum_tokens must be a whole number"),
+        ({"answer_tpot_ms": 10**400}, "answer_tpot_ms must be a number above 0"),
+        ({"answer_tpot_ms": math.inf}, "answer_tpot_ms must be a number above 0"),
+        ({"answer_tpot_ms": "20"}, "answer_tpot_ms must be a number above 0"),
+        ({"pace_stream": 1}, "pace_stream must be true or false"),
+        ({"demote_on": ["kv"]}, "demote_on must be one of kv, thinking"),
+        *(
+            ({"fairness": bad}, "fairness must be off, api-key, user or header:NAME")
+            for bad in ("on", "header:", "header:a b", "header:" + "x" * 65, "User", None, 3, [])
+        ),
+    ],
+)
+def test_a_bad_change_is_one_line_and_changes_nothing(values, says):
+    """A flag of that value says the same."""
+    config = PascalConfig()
+    with pytest.raises(ConfigError) as caught:
+        config.changed(values)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+    assert config == PascalConfig()
+
+
+def test_fairness_wants_a_policy_that_schedules():
+    assert PascalConfig(policy="rr", fairness="user").fairness == "user"
+    with pytest.raises(ConfigError, match="fairness is for a policy that schedules, not for fcfs"):
+        PascalConfig(policy="fcfs", fairness="user")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pascal_sglang.sim.hardware import PRESETS
 from pascal_sglang.sim.loads.lengths import PRESETS as LENGTHS
 from pascal_sglang.sim.outcome import Outcome
 from pascal_sglang.sim.passes import Passes
+from pascal_sglang.sim.tenants import fair_shares, jain
 from pascal_sglang.sim.workload import Shape, Workload, draw, from_rows, mean_lengths
 
 SMALL = dataclasses.replace(PRESETS["r1-qwen-32b-h100"], capacity=20000, host=60000)
@@ -60,6 +61,50 @@ def test_jumping_decides_as_stepping_does_by_priority_too(name, monkeypatch):
     )
     assert jumped.finished == pytest.approx(stepped.finished, abs=1e-6)
     assert (jumped.pauses == stepped.pauses).all()
+
+
+def tenants_load(requests, share, seed):
+    rate = SMALL.rate(*mean_lengths("arena-hard")) * 2 * share
+    return draw("arena-hard", requests, rate, seed, Shape(tenants=(10, 1, 1)))
+
+
+def test_jumping_decides_as_stepping_does_with_tenants_too(monkeypatch):
+    monkeypatch.setattr(victims, "KEEP_PASSES", 0)
+    work = tenants_load(90, 1.8, 1)
+    jumped, stepped, plain = (
+        simulate(Setup(cost=SMALL, instances=2, step_by_step=steps), ARMS[name], work)
+        for steps, name in ((False, "pascal-fair"), (True, "pascal-fair"), (False, "pascal"))
+    )
+    assert jumped.finished == pytest.approx(stepped.finished, abs=1e-6)
+    assert (jumped.pauses == stepped.pauses).all()
+    assert stepped.events > 3 * jumped.events
+    assert (jumped.finished != plain.finished).any()
+
+
+def test_a_light_tenant_answers_sooner_with_fairness_and_without_tenants_nothing_changes():
+    work = tenants_load(300, 2.0, 2)
+    setup = Setup(cost=SMALL, instances=2)
+    fair, plain = (
+        figures(setup, work, simulate(setup, ARMS[name], work))
+        for name in ("pascal-fair", "pascal")
+    )
+    assert sum(fair["requests_by_tenant"]) == 300
+    for light in (1, 2):
+        assert fair["ttfo_by_tenant"][light] < 0.7 * plain["ttfo_by_tenant"][light]
+    assert fair["jain"] > plain["jain"] + 0.02
+    alone = dataclasses.replace(work, tenant=[])
+    one, other = (simulate(setup, ARMS[name], alone) for name in ("pascal-fair", "pascal"))
+    assert (one.finished == other.finished).all()
+    assert "jain" not in figures(setup, alone, one)
+
+
+def test_fair_shares_and_jains_index_by_hand():
+    assert fair_shares([10.0, 1.0, 4.0], 9.0) == [4.0, 1.0, 4.0]
+    assert fair_shares([10.0, 1.0], 20.0) == [10.0, 1.0]
+    assert fair_shares([5.0, 5.0], 4.0) == [2.0, 2.0]
+    assert jain([3.0, 3.0, 3.0]) == pytest.approx(1.0)
+    assert jain([1.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+    assert jain([0.0, 0.0]) == 1.0
 
 
 def test_interactive_requests_answer_sooner_than_without_priorities():

@@ -26,14 +26,18 @@ class DecisionLog:
     """
 
     def __init__(self, policy: Policy, tuning: Tuning, *, log: bool) -> None:
+        self.retune(policy, tuning, log=log)
+        self.metrics: DecisionMetrics | None = None
+        self.counts: Counter[str] = Counter()
+        self._last_blocked: tuple[RequestState, str] | None = None
+
+    def retune(self, policy: Policy, tuning: Tuning, *, log: bool) -> None:
+        """Name classes by this policy and these numbers from now on. log: whether to write."""
         self.policy = policy
         self.tuning = tuning
         self.log = log
         if log:
             logger.setLevel(logging.INFO)  # Asked for, whatever --log-level says of the rest.
-        self.metrics: DecisionMetrics | None = None
-        self.counts: Counter[str] = Counter()
-        self._last_blocked: tuple[RequestState, str] | None = None
 
     def class_of(self, state: RequestState, pass_info: PassInfo) -> str:
         policy = self.policy

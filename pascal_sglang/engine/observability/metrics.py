@@ -24,7 +24,7 @@ class PhaseMetrics:
     def __init__(self, labels: Mapping[str, str], qoe_slo: float) -> None:
         from prometheus_client import Counter, Histogram
 
-        self._qoe_slo = qoe_slo
+        self.qoe_slo = qoe_slo
 
         names = list(labels)
 
@@ -63,7 +63,7 @@ class PhaseMetrics:
         self._requests[outcome].inc()
         self._reasoning_tokens.inc(timeline.reasoning_tokens)
         self._answer_tokens.inc(timeline.answer_tokens)
-        if qoe is not None and qoe < self._qoe_slo:
+        if qoe is not None and qoe < self.qoe_slo:
             self._violations.inc()
         for series, value in (
             (self._ttft, timeline.ttft),

@@ -115,6 +115,23 @@ def bins_table(rows: Rows) -> list[str]:
     return lay_out(("tail TTFO (s)", *bin_names()), lines)
 
 
+def tenants_table(rows: Rows) -> list[str]:
+    """A line per arm: Jain's index (`sim.tenants`), and the TTFO (s) of each tenant."""
+    counts = rows[0]["requests_by_tenant"]
+    head = ["tenants", "Jain's index"]
+    for number, count in enumerate(counts):
+        head += [f"{number}: requests {count}, TTFO mean", "P99"]
+    lines = []
+    for arm in names(rows, "arm"):
+        mine = pick(rows, arm=arm)
+        line = [arm, shown(mean(mine, "jain"), 3)]
+        for number in range(len(counts)):
+            for key in ("ttfo_by_tenant", "p99_ttfo_by_tenant"):
+                line.append(shown(sum(row[key][number] for row in mine) / len(mine)))
+        lines.append(line)
+    return lay_out(head, lines)
+
+
 def report(rows: Rows) -> list[str]:
     """Both tables of every source and load."""
     lines: list[str] = []
@@ -130,4 +147,6 @@ def report(rows: Rows) -> list[str]:
                 "",
                 *bins_table(mine),
             ]
+            if "jain" in mine[0]:
+                lines += ["", *tenants_table(mine)]
     return lines
