@@ -125,8 +125,10 @@ class PascalScheduler(OperationsScheduler):
         if reports:
             SupportMetrics(labels, self.support)
         if reports and self.plan_executor is not None:
-            per_token = self.plan_executor.paused_requests.copies.bytes_per_token
-            self.plan_executor.decision_log.metrics = DecisionMetrics(labels, per_token)
+            copies = self.plan_executor.paused_requests.copies
+            self.plan_executor.decision_log.metrics = DecisionMetrics(
+                labels, copies.bytes_per_token, copies.capacity
+            )
         if reports and self.migrations is not None:
             self.migrations.report_to(MigrationMetrics(labels))
         self.phase_tracker = PhaseTracker(

@@ -16,6 +16,7 @@ from pascal_sglang.cluster.metric_files import survive_a_full_disk
 from pascal_sglang.cluster.private_folder import remove_all, reserve
 from pascal_sglang.config import LaunchError, PascalConfig
 from pascal_sglang.entrypoints.crash import CrashShutdown, ProcessWatch, end_children
+from pascal_sglang.entrypoints.metric_names import MetricNames
 from pascal_sglang.entrypoints.preflight import check_frontend
 from pascal_sglang.handshake import (
     INIT_INFO_KEY,
@@ -197,6 +198,7 @@ def add_routes(crash: CrashShutdown) -> None:
     routes = http_server.app.router.routes
     if STATUS_PATH not in {getattr(route, "path", None) for route in routes}:
         http_server.app.get(STATUS_PATH)(status)
+        http_server.app.add_middleware(MetricNames)
         # Before SGLang's: the first that matches is taken. FastAPI's own kind of route would take
         # `request` for a query parameter: it does not find the name of its type from here.
         routes.insert(0, Route(HEALTH_PATH, health, methods=["GET"], include_in_schema=False))
