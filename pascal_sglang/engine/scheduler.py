@@ -42,11 +42,17 @@ from pascal_sglang.engine.observability.metrics import (
     SupportMetrics,
 )
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
-from pascal_sglang.engine.observability.phases import PhaseTracker, by_class, count_phases, describe
+from pascal_sglang.engine.observability.phases import (
+    PhaseTracker,
+    by_class,
+    count_phases,
+    describe_live,
+)
 from pascal_sglang.engine.operations import OperationsScheduler
 from pascal_sglang.engine.penalties import count_inputs, count_prefilled, counting_inputs
 from pascal_sglang.engine.pipeline import StageTurn
 from pascal_sglang.engine.rendezvous import meet_on_loopback
+from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.thinking_budget import with_default_budget
 from pascal_sglang.handshake import INIT_INFO_KEY, introduced
 from pascal_sglang.instances import instance_count, own_instance, speaks, step_together
@@ -369,6 +375,7 @@ class PascalScheduler(OperationsScheduler):
                 "free": pools.full_available_size,
                 "evictable": pools.full_evictable_size,
                 "host": 0 if paused_requests is None else paused_requests.host_tokens,
+                "host_capacity": 0 if paused_requests is None else paused_requests.copies.capacity,
             },
             "recurrent_states": None if executor is None else executor.capacity.describe_states(),
             "windows": None if executor is None else executor.capacity.describe_windows(),
@@ -382,6 +389,24 @@ class PascalScheduler(OperationsScheduler):
             "unpausable": {} if executor is None else dict(executor.request_states.unpausable),
             "policy_errors": 0 if executor is None else executor.errors,
             "queue_errors": 0 if executor is None else executor.admission.errors,
-            "requests": [describe(req) for req in [*live, *self.waiting_queue]],
+            "requests": self._describe(live, "running")
+            + self._describe(self.waiting_queue, "waiting"),
             "recent": list(self.phase_tracker.recent),
         }
+
+    def _describe(self, reqs: Sequence[Req], status: str) -> list[dict[str, Any]]:
+        """Live requests for `GET /pascal/status`. status: theirs where no policy schedules them."""
+        now, executor = clock.now(), self.plan_executor
+        if executor is None:
+            return [describe_live(req, now, status, None) for req in reqs]
+        moving = set() if self.migrations is None else self.migrations.moving()
+        pass_info, class_of = executor.request_states.pass_info, executor.decision_log.class_of
+        return [
+            describe_live(
+                req,
+                now,
+                "moving" if req.rid in moving else state_of(req).status.value,
+                class_of(state_of(req), pass_info),
+            )
+            for req in reqs
+        ]

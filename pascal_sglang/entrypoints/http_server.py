@@ -16,8 +16,10 @@ from pascal_sglang.cluster.metric_files import survive_a_full_disk
 from pascal_sglang.cluster.private_folder import remove_all, reserve
 from pascal_sglang.config import LaunchError, PascalConfig
 from pascal_sglang.entrypoints.crash import CrashShutdown, ProcessWatch, end_children
+from pascal_sglang.entrypoints.live_page import PAGE_PATH, headers, page
 from pascal_sglang.entrypoints.metric_names import MetricNames
 from pascal_sglang.entrypoints.preflight import check_frontend
+from pascal_sglang.entrypoints.server_facts import ServerFacts, at_most, rounded
 from pascal_sglang.handshake import (
     INIT_INFO_KEY,
     STATUS_FILE_KEY,
@@ -119,7 +121,7 @@ def run_http_server(
     )
     if watchdog is not None:
         watchdog.stop()
-    add_routes(crash)
+    add_routes(crash, ServerFacts(manager, config))
     watch.start()
     try:
         original(
@@ -148,18 +150,21 @@ def _remove_load_file(port_args: Any) -> None:
         os.unlink(shm_path_for(port_args.instance_id))
 
 
-def add_routes(crash: CrashShutdown) -> None:
-    """Serve `GET /pascal/status`, and `instances=1` of `GET /health`."""
+def add_routes(crash: CrashShutdown, facts: ServerFacts) -> None:
+    """Serve `GET /pascal/status`, the page that shows it, and `instances=1` of `GET /health`."""
     from fastapi import HTTPException, Request
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import HTMLResponse, JSONResponse
     from sglang.srt.entrypoints import http_server
     from sglang.srt.utils.auth import AuthLevel, auth_level
     from starlette.routing import Route
 
     # Ids of everybody's requests: for the operator, as SGLang's route that aborts by id.
     @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
-    async def status() -> dict[str, Any]:
-        """Per instance: counts by phase, KV tokens, live and recent requests with their times."""
+    async def status(requests: int | None = None) -> dict[str, Any]:
+        """The server, and per instance: counts by phase, KV tokens, live and recent requests with
+        their times. requests: list no more of each than that."""
+        if requests is not None and requests < 0:
+            raise HTTPException(HTTPStatus.BAD_REQUEST, "requests must be at least 0")
         manager = http_server.get_global_state().tokenizer_manager
         whole = type(manager).get_internal_state.__wrapped__  # Around it is `withhold_status`.
         for _ in range(STATUS_ASKED):
@@ -178,8 +183,15 @@ def add_routes(crash: CrashShutdown) -> None:
                 levels = [Support.described(i["support"]) for i in said if "support" in i]
                 if levels:
                     shown["support"] = Support.least(levels).describe()
-                return {"instances": said, **shown}
+                if requests is not None:
+                    said = [at_most(instance, requests) for instance in said]
+                return rounded({**facts.describe(), "instances": said, **shown})  # type: ignore[no-any-return]
         raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer")
+
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
+    async def live_page() -> Any:
+        """A page that shows the status, again every second."""
+        return HTMLResponse(page(), headers=headers())
 
     async def health(request: Request) -> Any:
         """SGLang's; with `instances=1` also the state of each: 503 unless all are live."""
@@ -198,6 +210,7 @@ def add_routes(crash: CrashShutdown) -> None:
     routes = http_server.app.router.routes
     if STATUS_PATH not in {getattr(route, "path", None) for route in routes}:
         http_server.app.get(STATUS_PATH)(status)
+        http_server.app.get(PAGE_PATH, response_class=HTMLResponse)(live_page)
         http_server.app.add_middleware(MetricNames)
         # Before SGLang's: the first that matches is taken. FastAPI's own kind of route would take
         # `request` for a query parameter: it does not find the name of its type from here.

@@ -214,6 +214,11 @@ class Migrations:
         self.outgoing_migrations.aborted(matches)
         self.incoming_migrations.aborted(rid, matches, self.states.pass_info.now)
 
+    def moving(self) -> set[str]:
+        """The ids of the requests on their way out of here or in."""
+        both = (self.outgoing_migrations.under_way, self.incoming_migrations.under_way)
+        return {each.rid for under_way in both for each in under_way.values()}
+
     def describe(self) -> dict[str, Any]:
         """For `GET /pascal/status`."""
         slots = self.incoming_migrations.receive_buffer.slots

@@ -1,5 +1,5 @@
 """Why a request waited or was paused, and when: metrics, its timeline, and one line of JSON per
-decision if asked for."""
+decision if asked for, in SGLang's log or in a file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from typing import Any
 
+from pascal_sglang.cluster.decision_file import DecisionFile
 from pascal_sglang.engine.observability.metrics import DecisionMetrics
 from pascal_sglang.engine.req_attributes import timeline_of
 from pascal_sglang.policy.kv_tier import KVTier
@@ -25,10 +26,14 @@ class DecisionLog:
     counts: decisions by kind and class, for the status route.
     """
 
-    def __init__(self, policy: Policy, tuning: Tuning, *, log: bool) -> None:
+    def __init__(
+        self, policy: Policy, tuning: Tuning, *, log: bool, file: DecisionFile | None = None
+    ) -> None:
+        """log: whether SGLang's log gets a line per decision; `file` gets the same."""
         self.policy = policy
         self.tuning = tuning
         self.log = log
+        self.file = file
         if log:
             logger.setLevel(logging.INFO)  # Asked for, whatever --log-level says of the rest.
         self.metrics: DecisionMetrics | None = None
@@ -102,7 +107,7 @@ class DecisionLog:
     def _write(
         self, decision: str, state: RequestState, pass_info: PassInfo, name: str, **more: object
     ) -> None:
-        if not self.log:
+        if not (self.log or self.file):
             return
         line: dict[str, Any] = {
             "decision": decision,
@@ -114,4 +119,7 @@ class DecisionLog:
             "kv_tokens": state.kv_tokens,
             **more,
         }
-        logger.info(json.dumps(line))
+        if self.log:
+            logger.info(json.dumps(line))
+        if self.file is not None:
+            self.file.append(line)
