@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang import clock
-from pascal_sglang.cluster.decision_file import DecisionFile
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.admission import Admission
 from pascal_sglang.engine.capacity import CapacityView
@@ -28,7 +26,6 @@ from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, agree, catch_on_all_ranks, is_alone
-from pascal_sglang.instances import own_instance
 from pascal_sglang.policy.kv_tier import TYPICAL_QUANTA, Costs, KVTier
 from pascal_sglang.policy.plan import KVAccounting, Plan, Planner
 from pascal_sglang.policy.ranking import PassInfo, Tuning
@@ -103,9 +100,7 @@ class PlanExecutor:
         self.admission = Admission(
             scheduler=scheduler, paused_requests=self.paused_requests, queue=self.planner.queue
         )
-        self.decision_log = DecisionLog(
-            policy, tuning, log=config.log_decisions, file=decision_file(config)
-        )
+        self.decision_log = DecisionLog(policy, tuning, log=config.log_decisions)
         self.request_states = RequestStates(
             scheduler, config, self.paused_requests, self.planner.queue, self.decision_log, support
         )
@@ -288,6 +283,7 @@ class PlanExecutor:
 
     def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> ScheduleBatch | None:
         """Bring a paused request back into the running batch; None if it does not fit now."""
+        began = clock.now()
         growing = len(running.reqs) + self.paused_requests.count(PauseStatus.ARRIVING) + joining
         ahead = self.capacity.taken_ahead * (growing + 1)
         keep = self.capacity.promised_tokens() + ahead
@@ -299,6 +295,7 @@ class PlanExecutor:
         )
         if resumed is not None:
             self._running = resumed
+            self.decision_log.resumed(state_of(req), began)
             self.request_states.resumed(req)
         elif not self.paused_requests.holds(req):
             self.request_states.spilled(req, KVTier.RECOMPUTE)
@@ -370,14 +367,6 @@ class PlanExecutor:
             self.migrations.observe(live, over, now)
             for req in reasoning_ended:
                 self.migrations.reasoning_ended(req)
-
-
-def decision_file(config: PascalConfig) -> DecisionFile | None:
-    """The file for decisions, on the rank of an instance that reports them; None on the others.
-    Raises: OSError if it cannot be opened."""
-    if config.decision_log is None or get_parallel().attn_tp_rank != 0:
-        return None
-    return DecisionFile(config.decision_log, own_instance())
 
 
 def _by_arrival(req: Req) -> tuple[int, int]:

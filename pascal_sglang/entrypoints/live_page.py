@@ -19,7 +19,7 @@ def page() -> str:
 
 @functools.cache
 def headers() -> dict[str, str]:
-    """Those that the page is sent with: it runs its own script alone, and asks this server alone."""
+    """Those of the page: it runs its own script alone, and asks this server alone."""
     policy = {
         "default-src": "'none'",
         "connect-src": "'self'",
