@@ -53,6 +53,7 @@ def gauge(series: str) -> str:
 # Grafana's name of an instance: Prometheus' `instance` is the server.
 INSTANCE = "{{instance}} instance {{dp_rank}}"
 
+NO_START = "No request has come yet."
 NO_PAUSE = "No pause: the device's memory has sufficed."
 NO_MIGRATION = "No migration: one instance, or migration is off."
 
@@ -211,6 +212,7 @@ ROWS: dict[str, list[Panel]] = {
             {"{{class}} from {{status}}": rate("starts_total", "class, status")},
             "ops",
             stack=True,
+            none=NO_START,
         ),
     ],
     "What moved?": [
@@ -276,6 +278,7 @@ ROWS: dict[str, list[Panel]] = {
             "By class, and by where its KV is. A line that only rises is a class that starves.",
             {"{{class}}, {{status}}": f"sum by (class, status) (pascal:queued_requests{{{ONLY}}})"},
             stack=True,
+            none=NO_START,
         ),
         Panel(
             "How long has the first in line waited?",
@@ -293,6 +296,7 @@ ROWS: dict[str, list[Panel]] = {
             "99th percentile of the waits that ended, by class and place.",
             {"{{class}}, {{status}}": quantile(0.99, "wait_seconds", "class, status")},
             "s",
+            none=NO_START,
         ),
         Panel(
             "Is any queue left unserved?",

@@ -42,7 +42,7 @@ class DecisionFile:
         try:
             written = os.write(self._file, line)
         except OSError as error:
-            self._lost(error.strerror)
+            self._lost(str(error))
             return
         self._torn = written < len(line)
         if self._torn:

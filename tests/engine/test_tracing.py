@@ -2,7 +2,7 @@
 trace that SGLang makes of each request, also of one that changes its instance."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor, futures
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -48,7 +48,7 @@ def about(span):
 def collected(serve):
     """The spans of requests that were paused and moved, with the requests' answers."""
     collector = Collector()
-    receiver = grpc.server(futures.ThreadPoolExecutor(2))
+    receiver = grpc.server(ThreadPoolExecutor(2))
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, receiver)
     port = receiver.add_insecure_port("127.0.0.1:0")
     receiver.start()

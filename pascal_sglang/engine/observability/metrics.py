@@ -169,6 +169,7 @@ class DecisionMetrics:
             names,
             multiprocess_mode="mostrecent",
         ).labels(**labels).set(host_kv_capacity)
+        self._host_kv.set(0)  # Shown from the start too.
         self._host_kv_shown = 0
         self._longest = Gauge(
             "pascal:longest_wait_seconds",
@@ -231,7 +232,7 @@ class DecisionMetrics:
 
     def waiting(self, longest: Mapping[str, float]) -> None:
         """Report the longest wait of each class, in seconds; none where nobody of it waits."""
-        for name in self._longest_shown | longest:
+        for name in {*self._longest_shown, *longest}:
             wait_s = longest.get(name, 0.0)
             if self._longest_shown.get(name) != wait_s:
                 self._longest.labels(**self._labels, **{"class": name}).set(wait_s)
