@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -160,11 +161,11 @@ def add_routes(crash: CrashShutdown, facts: ServerFacts) -> None:
 
     # Ids of everybody's requests: for the operator, as SGLang's route that aborts by id.
     @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
-    async def status(requests: int | None = None) -> dict[str, Any]:
+    async def status(requests: str | None = None) -> dict[str, Any]:
         """The server, and per instance: counts by phase, KV tokens, live and recent requests with
         their times. requests: list no more of each than that."""
-        if requests is not None and requests < 0:
-            raise HTTPException(HTTPStatus.BAD_REQUEST, "requests must be at least 0")
+        if requests is not None and not re.fullmatch("[0-9]{1,9}", requests):
+            raise HTTPException(HTTPStatus.BAD_REQUEST, "requests must be a whole number")
         manager = http_server.get_global_state().tokenizer_manager
         whole = type(manager).get_internal_state.__wrapped__  # Around it is `withhold_status`.
         for _ in range(STATUS_ASKED):
@@ -184,7 +185,7 @@ def add_routes(crash: CrashShutdown, facts: ServerFacts) -> None:
                 if levels:
                     shown["support"] = Support.least(levels).describe()
                 if requests is not None:
-                    said = [at_most(instance, requests) for instance in said]
+                    said = [at_most(instance, int(requests)) for instance in said]
                 return rounded({**facts.describe(), "instances": said, **shown})  # type: ignore[no-any-return]
         raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer")
 
