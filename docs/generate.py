@@ -65,7 +65,7 @@ def metrics() -> str:
     labels = {"model_name": ""}
     SupportMetrics(labels, EVERYTHING)
     PhaseMetrics(labels, 0.95)
-    DecisionMetrics(labels, 1.0)
+    DecisionMetrics(labels, 1.0, 0)
     ForecastMetrics(labels)
     MigrationMetrics(labels)
     ControllerMetrics("")

@@ -177,6 +177,11 @@ class PascalConfig:
     log_decisions: bool = _field(
         False, "log every scheduling decision as one line of JSON", changeable=True
     )
+    decision_log: str | None = _field(
+        None,
+        "append every scheduling decision to this file, one JSON object a line, with unix time",
+        metavar="FILE",
+    )
     assume_reasoning: bool = _field(
         False,
         "treat /generate requests that do not say require_reasoning as reasoning",

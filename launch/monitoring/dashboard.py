@@ -45,6 +45,7 @@ def timeseries(panel: Panel, number: int, place: dict[str, int]) -> dict[str, An
         "showPoints": "never",
         "stacking": {"mode": "normal" if panel.stack else "none", "group": "A"},
     }
+    said = {"noValue": panel.none} if panel.none else {}
     return {
         "id": number,
         "type": "timeseries",
@@ -53,7 +54,7 @@ def timeseries(panel: Panel, number: int, place: dict[str, int]) -> dict[str, An
         "datasource": DATASOURCE,
         "gridPos": place,
         "fieldConfig": {
-            "defaults": {"unit": panel.unit, "min": 0, "custom": custom},
+            "defaults": {"unit": panel.unit, "min": 0, "custom": custom, **said},
             "overrides": [],
         },
         "options": {

@@ -11,13 +11,15 @@ SPAN = "$__rate_interval"
 @dataclass(frozen=True, slots=True)
 class Panel:
     """title: the question. read: how to read the answer. queries: legend to PromQL. unit: one of
-    Grafana's. stack: the queries are parts of a whole."""
+    Grafana's. stack: the queries are parts of a whole. none: what it means that there is no answer,
+    where a server that is well may give none."""
 
     title: str
     read: str
     queries: dict[str, str]
     unit: str = "short"
     stack: bool = False
+    none: str = ""
 
 
 def rate(series: str, by: str = "", where: str = "") -> str:
@@ -37,10 +39,23 @@ def quantile(share: float, series: str, by: str = "", where: str = "") -> str:
     return f"histogram_quantile({share}, {rate(f'{series}_bucket', labels, where)})"
 
 
-def stock(series: str, by: str = "") -> str:
-    """A gauge of SGLang's own, summed over instances unless `by` says otherwise."""
-    return f"sum by ({by}) (sglang:{series}{{{ONLY}}})"
+def by_instance(expression: str, more: str = "") -> str:
+    """The largest value of each instance. A server of one does not number it."""
+    labels = ", ".join(filter(None, ("instance, dp_rank", more)))
+    return f'label_replace(max by ({labels}) ({expression}), "dp_rank", "0", "dp_rank", "")'
 
+
+def gauge(series: str) -> str:
+    """A gauge: `sglang:token_usage`, say."""
+    return f"{series}{{{ONLY}}}"
+
+
+# Grafana's name of an instance: Prometheus' `instance` is the server.
+INSTANCE = "{{instance}} instance {{dp_rank}}"
+
+NO_START = "No request has come yet."
+NO_PAUSE = "No pause: the device's memory has sufficed."
+NO_MIGRATION = "No migration: one instance, or migration is off."
 
 ROWS: dict[str, list[Panel]] = {
     "What users feel": [
@@ -113,13 +128,16 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Is KV memory full?",
             "Pauses begin where this reaches 1; with room to spare, look at the length of steps.",
-            {"instance {{dp_rank}}": f"max by (dp_rank) (sglang:token_usage{{{ONLY}}})"},
+            {INSTANCE: by_instance(gauge("sglang:token_usage"))},
             "percentunit",
         ),
         Panel(
             "How many run, how many wait?",
             "SGLang's own counts. Paused requests wait; the row on starving tells them apart.",
-            {"running": stock("num_running_reqs"), "waiting": stock("num_queue_reqs")},
+            {
+                f"{INSTANCE} running": by_instance(gauge("sglang:num_running_reqs")),
+                f"{INSTANCE} waiting": by_instance(gauge("sglang:num_queue_reqs")),
+            },
         ),
     ],
     "Who was paused, and why?": [
@@ -129,6 +147,7 @@ ROWS: dict[str, list[Panel]] = {
             {"{{class}}": rate("pauses_total", "class")},
             "ops",
             stack=True,
+            none=NO_PAUSE,
         ),
         Panel(
             "Why?",
@@ -137,6 +156,7 @@ ROWS: dict[str, list[Panel]] = {
             {"{{why}}": rate("pauses_total", "why")},
             "ops",
             stack=True,
+            none=NO_PAUSE,
         ),
         Panel(
             "Where did their KV go?",
@@ -144,17 +164,32 @@ ROWS: dict[str, list[Panel]] = {
             {"{{tier}}": rate("paused_kv_total", "tier")},
             "ops",
             stack=True,
+            none=NO_PAUSE,
         ),
         Panel(
             "How much KV leaves the device?",
             "Bytes per second and rank, by tier. host crosses the bus, and crosses it again.",
             {"{{tier}}": rate("paused_bytes_total", "tier")},
             "Bps",
+            none=NO_PAUSE,
+        ),
+        Panel(
+            "Is host memory for paused KV full?",
+            "Where this reaches 1, pauses drop KV, and it is computed twice.",
+            {
+                INSTANCE: by_instance(
+                    f"{gauge('pascal:host_kv_tokens')} / "
+                    f"({gauge('pascal:host_kv_capacity_tokens')} > 0)"
+                )
+            },
+            "percentunit",
+            none="No host memory for paused KV: pauses drop it.",
         ),
         Panel(
             "How much is computed twice?",
             "Tokens per second that will be prefilled again.",
             {"tokens dropped": rate("paused_tokens_total", where='tier="recompute"')},
+            none="No pause has dropped KV.",
         ),
         Panel(
             "Who is never paused?",
@@ -163,12 +198,13 @@ ROWS: dict[str, list[Panel]] = {
             {"{{reason}}": rate("unpausable_requests_total", "reason")},
             "ops",
             stack=True,
+            none="Every request that arrived can be paused.",
         ),
         Panel(
             "At which level do instances run?",
             "0 observe, 1 order, 2 recompute, 3 pause, 4 move; and the features that keep them "
             "from the next level.",
-            {"{{reason}}": f"min by (reason) (pascal:support_level{{{ONLY}}})"},
+            {f"{INSTANCE}: {{{{reason}}}}": by_instance(gauge("pascal:support_level"), "reason")},
         ),
         Panel(
             "Who comes back, and from where?",
@@ -176,6 +212,7 @@ ROWS: dict[str, list[Panel]] = {
             {"{{class}} from {{status}}": rate("starts_total", "class, status")},
             "ops",
             stack=True,
+            none=NO_START,
         ),
     ],
     "What moved?": [
@@ -186,6 +223,7 @@ ROWS: dict[str, list[Panel]] = {
             {"{{outcome}}": rate("migrations_total", "outcome", 'way="out"')},
             "ops",
             stack=True,
+            none=NO_MIGRATION,
         ),
         Panel(
             "Why do they move, or stay?",
@@ -193,6 +231,7 @@ ROWS: dict[str, list[Panel]] = {
             {"{{why}}": rate("boundary_decisions_total", "why")},
             "ops",
             stack=True,
+            none=NO_MIGRATION,
         ),
         Panel(
             "How long is a reader without tokens?",
@@ -202,25 +241,35 @@ ROWS: dict[str, list[Panel]] = {
                 for share in (0.5, 0.99)
             },
             "s",
+            none=NO_MIGRATION,
         ),
         Panel(
             "How much KV crosses between instances?",
             "Bytes per second and rank.",
             {"sent": rate("migrated_bytes_total")},
             "Bps",
+            none=NO_MIGRATION,
         ),
         Panel(
             "Who cannot move?",
             "Requests per second that ended their thinking and cannot move, by reason.",
             {"{{reason}}": rate("unmovable_requests_total", "reason")},
             "ops",
+            none="Every request that ended its thinking could move, or none was asked to.",
         ),
         Panel(
             "Where do new requests go?",
             "By instance; even only as long as the instances are.",
-            {"instance {{dp_rank}}": rate("placed_requests_total", "dp_rank")},
+            {INSTANCE: rate("placed_requests_total", "instance, dp_rank")},
             "reqps",
             stack=True,
+            none="One instance: every request goes there.",
+        ),
+        Panel(
+            "Are all instances alive?",
+            "Instances by state. silent: it has not reported for 5 s. dead: its process has ended.",
+            {"{{instance}} {{state}}": f"sum by (instance, state) ({gauge('pascal:instances')})"},
+            none="One instance: it lives as long as the server answers.",
         ),
     ],
     "Is anybody starving?": [
@@ -229,12 +278,25 @@ ROWS: dict[str, list[Panel]] = {
             "By class, and by where its KV is. A line that only rises is a class that starves.",
             {"{{class}}, {{status}}": f"sum by (class, status) (pascal:queued_requests{{{ONLY}}})"},
             stack=True,
+            none=NO_START,
         ),
         Panel(
-            "Who waits longest?",
+            "How long has the first in line waited?",
+            "The longest wait that goes on, by class. An answer ahead of its reader does not wait.",
+            {
+                f"{INSTANCE}: {{{{class}}}}": by_instance(
+                    gauge("pascal:longest_wait_seconds"), "class"
+                )
+            },
+            "s",
+            none="Nobody has waited for a second.",
+        ),
+        Panel(
+            "How long were the longest waits?",
             "99th percentile of the waits that ended, by class and place.",
             {"{{class}}, {{status}}": quantile(0.99, "wait_seconds", "class, status")},
             "s",
+            none=NO_START,
         ),
         Panel(
             "Is any queue left unserved?",
@@ -244,6 +306,7 @@ ROWS: dict[str, list[Panel]] = {
                 "{{class}}": f"{rate('starts_total', 'class')} / on (class) "
                 f"(sum by (class) (pascal:queued_requests{{{ONLY}}}) > 0)"
             },
+            none="Nobody waits.",
         ),
     ],
     "What does scheduling cost?": [
@@ -255,8 +318,8 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel(
             "What share of the time is that?",
-            "Of one scheduler process, averaged over instances.",
-            {"policy": f"avg(rate(pascal:policy_seconds_total{{{ONLY}}}[{SPAN}]))"},
+            "Of the time of its scheduler process.",
+            {INSTANCE: by_instance(f"rate(pascal:policy_seconds_total{{{ONLY}}}[{SPAN}])")},
             "percentunit",
         ),
         Panel(

@@ -6,9 +6,15 @@ import logging
 import os
 
 from sglang.srt.managers import schedule_policy
-from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
+from sglang.srt.runtime_context import (
+    get_observability,
+    get_parallel,
+    get_schedule,
+    get_serving,
+)
 
 from pascal_sglang import scheduling_flags
+from pascal_sglang.cluster.decision_file import DecisionFile
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.forecasts import Forecasts
 from pascal_sglang.engine.host_memory import host_memory
@@ -22,7 +28,7 @@ from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.priorities import take_over
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import agree
-from pascal_sglang.instances import instance_count, speaks
+from pascal_sglang.instances import instance_count, own_instance, speaks
 from pascal_sglang.policy.kv_tier import Costs
 from pascal_sglang.support import COPIES, POOLS, Level, Support
 
@@ -84,7 +90,17 @@ def build_executor(
     executor.request_states.strips_thinking = get_serving().strip_thinking_cache
     if get_parallel().attn_tp_rank == 0 and executor.pipeline.leads:
         executor.forecasts = Forecasts(scheduler, config, executor.planner, executor.request_states)
+    executor.decision_log.file = decision_file(config)
+    executor.decision_log.traces = get_observability().enable_trace
     return executor, support
+
+
+def decision_file(config: PascalConfig) -> DecisionFile | None:
+    """The file for decisions, on the rank of an instance that reports them; None on the others.
+    Raises: OSError if it cannot be opened."""
+    if config.decision_log is None or not speaks():
+        return None
+    return DecisionFile(config.decision_log, own_instance())
 
 
 def host_copies_of(scheduler: SchedulerProtocol, *, kept: bool) -> HostCopies:

@@ -21,6 +21,7 @@ from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.lora_slots import LoraSlots
 from pascal_sglang.engine.observability.decision_log import DecisionLog
 from pascal_sglang.engine.observability.phases import PhaseTracker
+from pascal_sglang.engine.observability.queue_times import longest_waits
 from pascal_sglang.engine.pipeline import Pipeline
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.request_states import RequestStates
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two updates of the metrics that every pass changes.
 REPORT_S = 0.1
+# And between two that go through the whole queue.
+REPORT_WAITS_S = 1.0
 
 
 def tuning_of(config: PascalConfig, costs: Costs) -> Tuning:
@@ -122,7 +125,7 @@ class PlanExecutor:
         self.forecasts: Forecasts | None = None
         self._chaos = Chaos(config.chaos) if config.chaos else None
         self._extended_before = 0
-        self._reported = 0.0
+        self._reported = self._reported_waits = 0.0
         self._alone = is_alone(scheduler)
         self.pipeline = pipeline or Pipeline(scheduler)
         # The micro-batch that a pass of several is at, and the clock when it began.
@@ -171,15 +174,26 @@ class PlanExecutor:
         if self.forecasts is not None:
             self.forecasts.step(now)
         self.policy_s += clock.now() - begin
-        if self.decision_log.metrics is not None and now - self._reported >= REPORT_S:
+        self._report(now)
+        return self._running
+
+    def _report(self, now: float) -> None:
+        """Bring the metrics up to date, now and then."""
+        if self.decision_log.metrics is None:
+            return
+        if now - self._reported >= REPORT_S:
             self._reported = now
             seconds = self.policy_s
             if self.phase_tracker is not None:
                 seconds += self.phase_tracker.spent_s
             passes = self.request_states.pass_info.pass_no
             totals = {"errors": self.errors, "passes": passes, "seconds": seconds}
-            self.decision_log.metrics.update(totals, self.planner.queue.lengths())
-        return self._running
+            self.decision_log.metrics.update(
+                totals, self.planner.queue.lengths(), self.paused_requests.host_tokens
+            )
+        if now - self._reported_waits >= REPORT_WAITS_S:
+            self._reported_waits = now
+            self.decision_log.metrics.waiting(longest_waits(self.planner.queue, now))
 
     def _log(self, what: str, error: Exception) -> None:
         if self.errors <= ERRORS_LOGGED:
@@ -314,6 +328,7 @@ class PlanExecutor:
 
     def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> ScheduleBatch | None:
         """Bring a paused request back into the running batch; None if it does not fit now."""
+        began = clock.now()
         growing = len(running.reqs) + self.paused_requests.count(PauseStatus.ARRIVING) + joining
         ahead = self.capacity.taken_ahead * (growing + 1)
         keep = self.capacity.promised_tokens() + ahead
@@ -325,6 +340,7 @@ class PlanExecutor:
         )
         if resumed is not None:
             self._running = resumed
+            self.decision_log.resumed(state_of(req), began)
             self.request_states.resumed(req)
         elif not self.paused_requests.holds(req):
             self.request_states.spilled(req, KVTier.RECOMPUTE)

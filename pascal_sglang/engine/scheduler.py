@@ -43,11 +43,17 @@ from pascal_sglang.engine.observability.metrics import (
     SupportMetrics,
 )
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
-from pascal_sglang.engine.observability.phases import PhaseTracker, by_class, count_phases, describe
+from pascal_sglang.engine.observability.phases import (
+    PhaseTracker,
+    by_class,
+    count_phases,
+    describe_live,
+)
 from pascal_sglang.engine.operations import OperationsScheduler
 from pascal_sglang.engine.penalties import count_inputs, count_prefilled, counting_inputs
 from pascal_sglang.engine.pipeline import StageTurn
 from pascal_sglang.engine.rendezvous import meet_on_loopback
+from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.thinking_budget import with_default_budget
 from pascal_sglang.handshake import INIT_INFO_KEY, change_in, introduced
 from pascal_sglang.instances import instance_count, own_instance, speaks, step_together
@@ -128,8 +134,10 @@ class PascalScheduler(OperationsScheduler):
         if reports:
             SupportMetrics(labels, self.support)
         if reports and self.plan_executor is not None:
-            per_token = self.plan_executor.paused_requests.copies.bytes_per_token
-            self.plan_executor.decision_log.metrics = DecisionMetrics(labels, per_token)
+            copies = self.plan_executor.paused_requests.copies
+            self.plan_executor.decision_log.metrics = DecisionMetrics(
+                labels, copies.bytes_per_token, copies.capacity
+            )
             if self.plan_executor.forecasts is not None:
                 self.plan_executor.forecasts.metrics = ForecastMetrics(labels)
         if reports and self.migrations is not None:
@@ -396,6 +404,7 @@ class PascalScheduler(OperationsScheduler):
                 "free": pools.full_available_size,
                 "evictable": pools.full_evictable_size,
                 "host": 0 if paused_requests is None else paused_requests.host_tokens,
+                "host_capacity": 0 if paused_requests is None else paused_requests.copies.capacity,
             },
             "recurrent_states": None if executor is None else executor.capacity.describe_states(),
             "windows": None if executor is None else executor.capacity.describe_windows(),
@@ -413,9 +422,24 @@ class PascalScheduler(OperationsScheduler):
             "policy_errors": 0 if executor is None else executor.errors,
             "queue_errors": 0 if executor is None else executor.admission.errors,
             "forecast": None if forecasts is None else forecasts.describe(),
-            "requests": [
-                {**describe(req), "answer_in_s": None if forecasts is None else forecasts.of(req)}
-                for req in [*live, *self.waiting_queue]
-            ],
+            "requests": self._describe(live, "running")
+            + self._describe(self.waiting_queue, "waiting"),
             "recent": list(self.phase_tracker.recent),
         }
+
+    def _describe(self, reqs: Sequence[Req], status: str) -> list[dict[str, Any]]:
+        """Live requests for `GET /pascal/status`. status: theirs where no policy schedules them."""
+        now, executor = clock.now(), self.plan_executor
+        if executor is None:
+            return [describe_live(req, now, status, None) for req in reqs]
+        moving = set() if self.migrations is None else self.migrations.moving()
+        pass_info, class_of = executor.request_states.pass_info, executor.decision_log.class_of
+        forecasts = executor.forecasts
+        shown = []
+        for req in reqs:
+            state = state_of(req)
+            at = "moving" if req.rid in moving else state.status.value
+            about = describe_live(req, now, at, class_of(state, pass_info))
+            about["answer_in_s"] = None if forecasts is None else forecasts.of(req)
+            shown.append(about)
+        return shown

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -21,7 +22,10 @@ from pascal_sglang.cluster.private_folder import PrivateFolder, remove_all, rese
 from pascal_sglang.config import CONFIG_ENV, ConfigError, LaunchError, PascalConfig
 from pascal_sglang.entrypoints import answer_eta
 from pascal_sglang.entrypoints.crash import CrashShutdown, ProcessWatch, end_children
+from pascal_sglang.entrypoints.live_page import PAGE_PATH, headers, page
+from pascal_sglang.entrypoints.metric_names import MetricNames
 from pascal_sglang.entrypoints.preflight import check_frontend
+from pascal_sglang.entrypoints.server_facts import ServerFacts, at_most, rounded
 from pascal_sglang.handshake import (
     INIT_INFO_KEY,
     STATUS_FILE_KEY,
@@ -133,7 +137,7 @@ def run_http_server(
     )
     if watchdog is not None:
         watchdog.stop()
-    add_routes(crash)
+    add_routes(crash, ServerFacts(manager))
     model = str(server_args.served_model_name)
     metrics = FrontendMetrics(model) if server_args.enable_metrics else None
     answer_eta.activate(config, instance_states, metrics)
@@ -165,19 +169,22 @@ def _remove_load_file(port_args: Any) -> None:
         os.unlink(shm_path_for(port_args.instance_id))
 
 
-def add_routes(crash: CrashShutdown) -> None:
-    """Serve `GET /pascal/status`, `GET` and `PUT /pascal/config`, and `instances=1` of
-    `GET /health`."""
+def add_routes(crash: CrashShutdown, facts: ServerFacts) -> None:
+    """Serve `GET /pascal/status`, the page that shows it, `GET` and `PUT /pascal/config`, and
+    `instances=1` of `GET /health`."""
     from fastapi import HTTPException, Request
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import HTMLResponse, JSONResponse
     from sglang.srt.entrypoints import http_server
     from sglang.srt.utils.auth import AuthLevel, auth_level
     from starlette.routing import Route
 
     # Ids of everybody's requests: for the operator, as SGLang's route that aborts by id.
     @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
-    async def status() -> dict[str, Any]:
-        """Per instance: counts by phase, KV tokens, live and recent requests with their times."""
+    async def status(requests: str | None = None) -> dict[str, Any]:
+        """The server, and per instance: counts by phase, KV tokens, live and recent requests with
+        their times. requests: list no more of each than that."""
+        if requests is not None and not re.fullmatch("[0-9]{1,9}", requests):
+            raise HTTPException(HTTPStatus.BAD_REQUEST, "requests must be a whole number")
         said = await ask_instances()
         if said is None:
             raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer")
@@ -190,7 +197,10 @@ def add_routes(crash: CrashShutdown) -> None:
             shown["support"] = Support.least(levels).describe()
         if (admission := answer_eta.describe()) is not None:
             shown["admission"] = admission
-        return {"instances": said, **shown}
+        if requests is not None:
+            said = [at_most(instance, int(requests)) for instance in said]
+        whole: dict[str, Any] = rounded({**facts.describe(), "instances": said, **shown})
+        return whole
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
     async def configuration(request: Request) -> Any:
@@ -209,6 +219,11 @@ def add_routes(crash: CrashShutdown) -> None:
         assert config is not None
         whole = dataclasses.asdict(config)
         return JSONResponse({"config": whole, "changeable": list(config.changeable())})
+
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
+    async def live_page() -> Any:
+        """A page that shows the status, again every second."""
+        return HTMLResponse(page(), headers=headers())
 
     async def health(request: Request) -> Any:
         """SGLang's; with `instances=1` also the state of each: 503 unless all are live."""
@@ -229,6 +244,8 @@ def add_routes(crash: CrashShutdown) -> None:
         http_server.app.get(STATUS_PATH)(status)
         own = Route(CONFIG_PATH, configuration, methods=["GET", "PUT"], include_in_schema=False)
         routes.append(own)
+        http_server.app.get(PAGE_PATH, response_class=HTMLResponse)(live_page)
+        http_server.app.add_middleware(MetricNames)
         # Before SGLang's: the first that matches is taken. FastAPI's own kind of route would take
         # `request` for a query parameter: it does not find the name of its type from here.
         routes.insert(0, Route(HEALTH_PATH, health, methods=["GET"], include_in_schema=False))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pascal_sglang import support
+from pascal_sglang.cluster.decision_file import DecisionFile
 from pascal_sglang.cluster.private_folder import LONGEST_NAME
 from pascal_sglang.cluster.transport import problem_with
 from pascal_sglang.config import LaunchError, PascalConfig
@@ -111,6 +112,18 @@ def check_migrations(config: PascalConfig, server_args: Any) -> None:
                 raise LaunchError(
                     f"--pascal-kv-listen {config.kv_listen}: {error.strerror}"
                 ) from None
+
+
+def check_decision_log(config: PascalConfig) -> None:
+    """Refuse a file that cannot be appended to. One that is not there is made."""
+    if config.decision_log is None:
+        return
+    try:
+        DecisionFile(config.decision_log).close()
+    except OSError as error:
+        raise LaunchError(
+            f"--pascal-decision-log {config.decision_log}: {error.strerror}"
+        ) from None
 
 
 def idle_transport(config: PascalConfig, server_args: Any) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 
 from pascal_sglang.policy.ranking import PassInfo, Rank, Tuning, credit_of
 from pascal_sglang.policy.registry import Policy
@@ -133,6 +133,11 @@ class WaitQueue:
             (self.policy.class_names[number], status.value): count
             for (number, status), count in self.counts.items()
         }
+
+    def requests(self) -> Iterator[RequestState]:
+        """Those in the queue, in no order."""
+        for entries in self._classes.values():
+            yield from (e[-1] for e in entries if e[3] == e[-1].ticket)
 
     def ranked(self, requests: Iterable[RequestState], pass_info: PassInfo) -> list[RequestState]:
         """Any requests, in the queue or not, best first."""

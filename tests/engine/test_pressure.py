@@ -27,10 +27,13 @@ def nothing_left(instance):
     assert instance["requests"] == []
 
 
-def test_without_slots_kv_stays_on_the_device(serve, reference):
+def test_without_slots_kv_stays_on_the_device(serve, reference, tmp_path):
     """Eight slots, memory to spare, and a late device: who is paused gives up its slot alone; every
-    decision is written down."""
+    decision is written down, in the log and in a file."""
+    file = tmp_path / "decisions.jsonl"
     settings = {"policy": "rr", "quantum_tokens": 20, "log_decisions": True}
+    settings["decision_log"] = str(file)
+    began = time.time()
     with serve(settings, ["--max-running-requests", "8"], LATE) as server:
         whole, _ = run(server, COUNT)
         instance = settled(server)
@@ -41,6 +44,12 @@ def test_without_slots_kv_stays_on_the_device(serve, reference):
             if '{"decision"' in line
         ]
     assert differences(whole, reference) == []
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    times = [line.pop("time") for line in lines]
+    assert times == sorted(times)
+    assert began < times[0] <= times[-1] < time.time()
+    assert {line.pop("dp_rank") for line in lines} == {0}
+    assert lines == written
     nothing_left(instance)
     assert instance["pauses"]["resident"] > 20
     assert "host" not in instance["pauses"]

@@ -58,6 +58,7 @@ class LateCopies(HostCopies):
 class Request:
     rid, origin_input_ids, output_ids = "r", [1] * TOKENS, []
     to_finish, over = None, False
+    time_stats = SimpleNamespace(trace_ctx=SimpleNamespace(tracing_enable=False))
 
     def __init__(self):
         self.kv = SimpleNamespace(kv_committed_len=TOKENS)

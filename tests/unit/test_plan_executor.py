@@ -178,7 +178,9 @@ def test_a_failing_policy_is_counted_and_everybody_admitted(executor, monkeypatc
 def test_the_time_of_observing_requests_is_time_of_the_policy(executor, monkeypatch):
     monkeypatch.setattr(executor, "_carry_out", lambda running, last: None)
     told = []
-    executor.decision_log.metrics = SimpleNamespace(update=lambda totals, _: told.append(totals))
+    executor.decision_log.metrics = SimpleNamespace(
+        update=lambda totals, *_: told.append(totals), waiting=lambda _: None
+    )
     executor.phase_tracker = PhaseTracker(None)
     executor.phase_tracker.observe([], 0.0)
     observed = executor.phase_tracker.spent_s

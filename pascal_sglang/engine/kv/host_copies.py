@@ -103,8 +103,10 @@ class EntryCopies:
     that has been given back may be written by the next one at once.
 
     buffers: the pool's, and those of a draft model's pool, each of shape (entries, ...); None if
-    these entries are not copied.
+    these entries are not copied. capacity: entries that the memory holds.
     """
+
+    capacity: int = 0
 
     def __init__(
         self, buffers: list[torch.Tensor] | None, stream: CopyStream, *, pins: bool
@@ -149,6 +151,7 @@ class EntryCopies:
                 )
             self._memory.append(block)
         self._pieces = RangeAllocator(entries)
+        self.capacity = entries
 
     def to_host(self, locations: torch.Tensor) -> HostKV:
         """Begin to copy the entries at `locations`, shape (entries,), at most `room` of them, which

@@ -76,7 +76,7 @@ class PoolCopies(HostCopies):
         return self._free_tokens
 
     def reserve(self, entries: int) -> None:
-        self._free_tokens = entries
+        self._free_tokens = self.capacity = entries
 
     def to_host(self, locations: torch.Tensor, req: Req | None = None) -> PoolKV:
         """Copy the entries at `locations`, and what the pool has by the row of `req`."""

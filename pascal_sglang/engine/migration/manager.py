@@ -25,6 +25,7 @@ from pascal_sglang.engine.migration.incoming import IncomingMigrations
 from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
 from pascal_sglang.engine.migration.request_snapshot import why_not_migratable
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
+from pascal_sglang.engine.observability.tracing import span
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, catch_on_all_ranks
@@ -199,6 +200,7 @@ class Migrations:
         for req in [req for req in live if req in arrived] if arrived else ():
             blocked_s = max(0.0, now - arrived.pop(req))
             self.blocked_s.append(blocked_s)
+            span(req, "migration_blocking", now - blocked_s, now)
             if self.metrics is not None:
                 self.metrics.blocked(blocked_s)
         for req in over:
@@ -213,6 +215,11 @@ class Migrations:
         """An abort has come, before it is looked for among the requests here."""
         self.outgoing_migrations.aborted(matches)
         self.incoming_migrations.aborted(rid, matches, self.states.pass_info.now)
+
+    def moving(self) -> set[str]:
+        """The ids of the requests on their way out of here or in."""
+        both = (self.outgoing_migrations.under_way, self.incoming_migrations.under_way)
+        return {each.rid for under_way in both for each in under_way.values()}
 
     def describe(self) -> dict[str, Any]:
         """For `GET /pascal/status`."""

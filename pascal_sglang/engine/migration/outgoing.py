@@ -11,6 +11,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.runtime_context import get_parallel
 
+from pascal_sglang import clock
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.control_channel import CONTROLLER
 from pascal_sglang.cluster.messages import Message
@@ -21,7 +22,9 @@ from pascal_sglang.engine.migration.control_receiver import Rank0Sender
 from pascal_sglang.engine.migration.outgoing_kv import OutgoingKV, find
 from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.request_snapshot import export_state, why_not_migratable
+from pascal_sglang.engine.migration.trace_link import end_trace
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
+from pascal_sglang.engine.observability.tracing import span
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -43,6 +46,8 @@ class OutgoingMigration(MigrationSource):
     # The instance it goes to.
     target: int
     kv: OutgoingKV
+    # When it was ordered, in seconds.
+    began: float = 0.0
     # Its client gave it up after the Handover.
     aborted: bool = False
     # When it was told to leave the batch, in seconds; 0 while it runs.
@@ -88,7 +93,13 @@ class OutgoingMigration(MigrationSource):
             self.side.states.stopped(self.req, status)
 
     def release(self) -> None:
+        self.note("moved")
+        end_trace(self.req)
         self.kv.let_go()
+
+    def note(self, outcome: str) -> None:
+        """The migration is over: a span of the request's trace, where it has one."""
+        span(self.req, "migration", self.began, clock.now(), to=self.target, outcome=outcome)
 
     def lose(self) -> None:
         self.kv.let_go()
@@ -163,6 +174,7 @@ class OutgoingMigrations:
             side=self,
             target=order.target,
             kv=kv,
+            began=now,
         )
         # Its last token has no KV yet.
         windows = self.states.paused_requests.pool.windows
@@ -266,6 +278,8 @@ class OutgoingMigrations:
         if done or out.state is SourceState.LOST:
             self.left(out.req)
         outcome = "moved" if done else f"kept:{out.why}"
+        if not done:
+            out.note(outcome)
         self.counts[outcome] += 1
         if self.metrics is not None:
             self.metrics.ended("out", outcome)

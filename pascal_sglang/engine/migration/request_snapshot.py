@@ -28,13 +28,14 @@ from pascal_sglang.engine.migration.snapshot_fields import (
     TIMES,
     refused_by,
 )
+from pascal_sglang.engine.migration.trace_link import TraceLink, export_trace, import_trace
 from pascal_sglang.engine.req_attributes import state_of, support_of, timeline_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Break, Phase, PhaseTimeline
 
 # Goes up with every change to what the snapshot says.
-VERSION = 4
+VERSION = 5
 
 TokenIds = Annotated[list[Count], msgspec.Meta(min_length=1)]
 
@@ -67,6 +68,8 @@ class RequestSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     grammar: bool
     # What a draft model keeps of it; empty without one.
     drafted: dict[str, DraftRow]
+    # Of a request that SGLang traces.
+    trace: TraceLink | None
     # Seconds; the reader has been kept waiting since then.
     blocked_since: float
     version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
@@ -111,6 +114,7 @@ def export_state(req: Req, blocked_since: float, drafted: DraftState | None = No
             policy=PolicyState(mine.phase, mine.phase_tokens, mine.total_tokens, mine.credit),
             grammar=req.grammar is not None,
             drafted=pack(drafted),
+            trace=export_trace(req),
             blocked_since=blocked_since,
             version=VERSION,
         )
@@ -196,8 +200,9 @@ def import_state(scheduler: SchedulerProtocol, snapshot: RequestSnapshot) -> Req
 
 
 def restore_state(req: Req, snapshot: RequestSnapshot) -> None:
-    """What the policy knows of it; the request's state is made already."""
+    """What the policy knows of it, whose state is made already; and its trace goes on here."""
     mine, was = state_of(req), snapshot.policy
+    import_trace(req, snapshot.trace)
     mine.pacer = _pacer(snapshot)
     mine.phase = was.phase
     mine.phase_tokens = was.phase_tokens

@@ -13,6 +13,8 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 
+from pascal_sglang.engine.migration.trace_link import travels
+
 # Arguments of `Req` that are plain values and attributes of the same name.
 GIVEN = (
     "rid",
@@ -268,7 +270,7 @@ TIMES_REBUILT: dict[str, tuple[str, ...]] = {
     "of the clocks of two machines": ("diff_realtime_monotonic",),
     "polls before the first prefill": ("_storage_prefetch_wait", "_storage_staging_wait"),
     "set where times arrive from another process": ("has_timing_data",),
-    "refused where it traces": ("trace_ctx",),
+    "of `trace_link`": ("trace_ctx",),
 }
 
 
@@ -292,4 +294,4 @@ def refused_by(req: Req) -> str | None:
         for reason, names in refused.items():
             if any(is_set(getattr(part, name)) for name in names):
                 return reason
-    return "tracing" if req.time_stats.trace_ctx.tracing_enable else None
+    return None if travels(req) else "asynchronous tracing"

@@ -1,5 +1,5 @@
-"""Why a request waited or was paused, and when: metrics, its timeline, and one line of JSON per
-decision if asked for."""
+"""Why a request waited or was paused, and when: metrics, its timeline, spans of its trace, and one
+line of JSON per decision if asked for, in SGLang's log or in a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import logging
 from collections import Counter
 from typing import Any
 
+from pascal_sglang import clock
+from pascal_sglang.cluster.decision_file import DecisionFile
 from pascal_sglang.engine.observability.metrics import DecisionMetrics
+from pascal_sglang.engine.observability.tracing import span
 from pascal_sglang.engine.req_attributes import timeline_of
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.ranking import PassInfo, Tuning
@@ -21,7 +24,9 @@ logger = logging.getLogger("pascal_sglang.decisions")
 class DecisionLog:
     """Takes note of every decision about a user's request.
 
-    metrics: None on ranks that do not report.
+    log: whether SGLang's log gets a line per decision.
+    metrics, file: where else they go; None on ranks that do not report.
+    traces: whether SGLang traces requests.
     counts: decisions by kind and class, for the status route.
     """
 
@@ -36,6 +41,8 @@ class DecisionLog:
         self.policy = policy
         self.tuning = tuning
         self.log = log
+        self.file: DecisionFile | None = None
+        self.traces = False
         if log:
             logger.setLevel(logging.INFO)  # Asked for, whatever --log-level says of the rest.
 
@@ -53,10 +60,18 @@ class DecisionLog:
         if state.internal:
             return
         name = self.class_of(state, pass_info)
+        if self.traces:
+            state.handle.pascal_paused = why
         self.counts[f"pause:{name}:{why}"] += 1
         if self.metrics is not None:
             self.metrics.paused(name, why)
         self._write("pause", state, pass_info, name, why=why)
+
+    def resumed(self, state: RequestState, began: float) -> None:
+        """`state`, still in its place of waiting, is being brought back since `began`, in seconds;
+        where copies overlap decoding, its copy has been begun."""
+        if self.traces and not state.internal:
+            span(state.handle, "resume", began, clock.now(), tier=state.status.value)
 
     def unpausable(self, reason: str) -> None:
         """A user's request arrived that is not paused, and why."""
@@ -67,6 +82,10 @@ class DecisionLog:
         """The KV of a paused request is now on `tier`."""
         if state.internal:
             return
+        if self.traces and (why := state.handle.__dict__.pop("pascal_paused", None)) is not None:
+            began = timeline_of(state.handle).breaks[-1].start
+            about = {"why": why, "tier": tier.value, "kv_tokens": state.kv_tokens}
+            span(state.handle, "pause", began, pass_info.now, **about)
         if self.metrics is not None:
             self.metrics.left_device(tier, state.kv_tokens)
         self._write("tier", state, pass_info, self.class_of(state, pass_info), tier=tier.value)
@@ -78,6 +97,9 @@ class DecisionLog:
             return
         name = self.class_of(state, pass_info)
         waited_s = max(0.0, pass_info.now - state.since) if state.since else 0.0
+        if self.traces and state.since:
+            about = {"class": name, "status": state.status.value, "phase": state.phase.value}
+            span(state.handle, "wait", state.since, pass_info.now, **about)
         self.counts[f"start:{name}:{state.status.value}"] += 1
         if self.metrics is not None:
             self.metrics.started(name, state.status.value, waited_s)
@@ -106,7 +128,7 @@ class DecisionLog:
     def _write(
         self, decision: str, state: RequestState, pass_info: PassInfo, name: str, **more: object
     ) -> None:
-        if not self.log:
+        if not (self.log or self.file):
             return
         line: dict[str, Any] = {
             "decision": decision,
@@ -118,4 +140,7 @@ class DecisionLog:
             "kv_tokens": state.kv_tokens,
             **more,
         }
-        logger.info(json.dumps(line))
+        if self.log:
+            logger.info(json.dumps(line))
+        if self.file is not None:
+            self.file.append(line)

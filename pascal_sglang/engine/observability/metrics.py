@@ -132,7 +132,10 @@ class ForecastMetrics:
 class DecisionMetrics:
     """What the policy decided and why: pauses, resumes, waits, queues, what the passes cost."""
 
-    def __init__(self, labels: Mapping[str, str], kv_bytes_per_token: float) -> None:
+    def __init__(
+        self, labels: Mapping[str, str], kv_bytes_per_token: float, host_kv_capacity: int
+    ) -> None:
+        """host_kv_capacity: tokens of paused KV that host memory holds."""
         from prometheus_client import Counter, Gauge, Histogram
 
         self._labels = dict(labels)
@@ -192,6 +195,28 @@ class DecisionMetrics:
             [*names, "class", "status"],
             multiprocess_mode="mostrecent",
         )
+        self._host_kv = Gauge(
+            "pascal:host_kv_tokens",
+            "Paused KV in host memory, in tokens.",
+            names,
+            multiprocess_mode="mostrecent",
+        ).labels(**labels)
+        Gauge(
+            "pascal:host_kv_capacity_tokens",
+            "Tokens of paused KV that host memory holds; what does not fit is recomputed.",
+            names,
+            multiprocess_mode="mostrecent",
+        ).labels(**labels).set(host_kv_capacity)
+        self._host_kv.set(0)  # Shown from the start too.
+        self._host_kv_shown = 0
+        self._longest = Gauge(
+            "pascal:longest_wait_seconds",
+            "How long the request has waited that has waited longest, by class. An answer ahead of "
+            "its reader does not wait.",
+            [*names, "class"],
+            multiprocess_mode="mostrecent",
+        )
+        self._longest_shown: dict[str, float] = {}
         self._reported: dict[str, float] = dict.fromkeys(self._totals, 0.0)
         # Shown from the start: none so far is an answer too.
         for series in self._totals.values():
@@ -222,8 +247,14 @@ class DecisionMetrics:
     def blocked(self, shortage: str) -> None:
         self._blocked.labels(**self._labels, shortage=shortage).inc()
 
-    def update(self, totals: Mapping[str, float], queued: Mapping[tuple[str, str], int]) -> None:
-        """Report what has changed: running totals, and requests queued by (class, status)."""
+    def update(
+        self,
+        totals: Mapping[str, float],
+        queued: Mapping[tuple[str, str], int],
+        host_kv_tokens: int,
+    ) -> None:
+        """Report what has changed: running totals, requests queued by (class, status), and tokens
+        of paused KV in host memory."""
         for name, total in totals.items():
             if total != self._reported[name]:
                 self._totals[name].labels(**self._labels).inc(total - self._reported[name])
@@ -233,3 +264,14 @@ class DecisionMetrics:
                 where = {**self._labels, "class": key[0], "status": key[1]}
                 self._queued.labels(**where).set(count)
                 self._shown[key] = count
+        if host_kv_tokens != self._host_kv_shown:
+            self._host_kv.set(host_kv_tokens)
+            self._host_kv_shown = host_kv_tokens
+
+    def waiting(self, longest: Mapping[str, float]) -> None:
+        """Report the longest wait of each class, in seconds; none where nobody of it waits."""
+        for name in {*self._longest_shown, *longest}:
+            wait_s = longest.get(name, 0.0)
+            if self._longest_shown.get(name) != wait_s:
+                self._longest.labels(**self._labels, **{"class": name}).set(wait_s)
+                self._longest_shown[name] = wait_s

@@ -138,6 +138,13 @@ def describe(req: Req) -> dict[str, Any]:
     }
 
 
+def describe_live(req: Req, now: float, status: str, name: str | None) -> dict[str, Any]:
+    """One request that has not ended. status: `waiting`, `running`, `resident`, `host`, or `moving`
+    between instances. name: its class. `age_s` is since its arrival."""
+    about = describe(req)
+    return {**about, "status": status, "class": name, "age_s": now - timeline_of(req).arrival}
+
+
 def count_phases(reqs: Iterable[Req]) -> dict[str, int]:
     """How many of the given requests are in each phase."""
     counts = {Phase.REASONING.value: 0, Phase.ANSWERING.value: 0}

@@ -19,6 +19,7 @@ from sglang.srt.managers.schedule_batch import Req
 
 from pascal_sglang import clock
 from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.policy.queue import WaitQueue
 
 # SGLang's own words, which clients may look for.
 MESSAGE = "Request waiting timeout reached."
@@ -40,6 +41,16 @@ def waiting_since(req: Req) -> float:
     entered: float = req.time_stats.wait_queue_entry_time
     pacer = state_of(req).pacer
     return max(entered, pacer.shown) if pacer.delivered else entered
+
+
+def longest_waits(queue: WaitQueue, now: float) -> dict[str, float]:
+    """Seconds for which the request that has waited longest has, by the name of its class."""
+    found: dict[str, float] = {}
+    for state in queue.requests():
+        if not state.internal and (since := waiting_since(state.handle)) > 0:
+            name = queue.policy.class_names[state.priority_class]
+            found[name] = max(found.get(name, 0.0), now - since)
+    return found
 
 
 def with_paused(
