@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from evals import workload
 from evals.arms import Arm, load_plan, serve
 from evals.bench import pair
 from evals.compare import target_of
@@ -103,15 +102,13 @@ def main() -> None:
     parser.add_argument("--weight", type=float, default=10.0, help="of the heavy tenant")
     parser.add_argument("--rounds", type=int, default=3, help="runs without and with (%(default)s)")
     options, model, processor = pair.parse(parser)
-    plan = load_plan(PLAN)
+    plan = dataclasses.replace(load_plan(PLAN), requests=options.requests)
     arm = Arm(name="pascal", command="pascal", role="candidate")
     runs: dict[str, list[tuple[Tenants, Replies]]] = {name: [] for name in FAIRNESS}
     with serve(arm, plan, model) as server:
         target = target_of(plan, server, processor)
         for number in range(options.rounds):
-            items = workload.generate(
-                plan.preset, options.requests, options.rate, number, scale=plan.scale, cv=plan.cv
-            )
+            items = plan.items(options.rate, number)
             tenants = split(items, options.weight, number)
             # Each goes first in every other round.
             for name in list(FAIRNESS)[:: 1 if number % 2 == 0 else -1]:
