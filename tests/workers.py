@@ -13,6 +13,8 @@ GROUPS = (
     (
         *("e2e/test_parallel", "engine/test_ray", "engine/test_soak", "e2e/test_entry_points"),
         *("e2e/test_clients", "e2e/test_evals_accuracy", "engine/test_phases"),
+        *("e2e/test_status", "e2e/test_monitoring"),
+        *("engine/test_forecasts", "engine/test_run_time_config"),
     ),
     ("engine/test_migration",),
     ("engine/test_migration_states",),
