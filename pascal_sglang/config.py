@@ -124,13 +124,19 @@ class PascalConfig:
         least=0,
     )
     # Only with several instances that are placed by phase. None: `adaptive` or `off`, as the
-    # policy's record says. `always` is PASCAL without its adaptive override.
+    # policy's record says. `always` is PASCAL without its adaptive override. Whatever it is but
+    # `off`, an instance that is drained is emptied by moves.
     migration: str | None = _field(
         None,
         "with --dp-size above 1: whether a request may move to another instance at the end of its "
-        "thinking; adaptive: where that helps, always: by counts alone (default: adaptive for "
-        "paper, off for the others)",
-        choices=("adaptive", "always", "off"),
+        "thinking; adaptive: where that helps, always: by counts alone; drain: only off an "
+        "instance that is drained, at any time (default: adaptive for paper, off for the others)",
+        choices=("adaptive", "always", "drain", "off"),
+    )
+    drain_on_term: bool = _field(
+        False,
+        "with --dp-size above 1: an instance whose process gets SIGTERM is drained before it ends, "
+        "as long as another one takes requests; a second SIGTERM ends it at once",
     )
     live_migration: bool = _field(
         True, "copy KV while the request still decodes; otherwise it stops first"
@@ -328,6 +334,13 @@ class PascalConfig:
         if not self.places:
             return False
         return self.force_migration > 0 or self.migration_mode != "off"
+
+    @property
+    def moves_at_boundary(self) -> bool:
+        """Whether they may at the end of their thinking."""
+        if not self.can_migrate:
+            return False
+        return self.force_migration > 0 or self.migration_mode != "drain"
 
     @property
     def migration_mode(self) -> str:

@@ -30,6 +30,7 @@ from pascal_sglang.entrypoints.preflight import (
     OneLineParser,
     check_arguments,
     check_decision_log,
+    check_drain_on_term,
     check_frontend,
     check_given,
     check_machine,
@@ -127,6 +128,7 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     check_frontend(config, server_args)
     check_migrations(config, server_args)
     check_decision_log(config)
+    check_drain_on_term(config, server_args)
     check_temporary_folder(server_args)
     print(config.banner(), file=sys.stderr, flush=True)
     print(f"{PROG}: level {support} by the arguments", file=sys.stderr, flush=True)

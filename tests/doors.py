@@ -41,7 +41,7 @@ TABLE = (
     Door("Ranks of an instance", "scheduler", r"tcp 127\.0\.0\.1:\d+", user=True),
     Door("Mooncake", "scheduler", r"tcp (0\.0\.0\.0|::):1\d{4}", user=True),
     Door("Mooncake's journal", "scheduler", r"datagram @[0-9a-f]{5}", user=None),
-    Door("Control messages", ".*", rf"unix {TEMPORARY}/pascal-[^/]+/(controller|\d+)"),
+    Door("Control messages", ".*", rf"unix {TEMPORARY}/pascal-[^/]+/(controller|http|\d+)"),
     Door("Controller's status", ".*", rf"file {TEMPORARY}/pascal-[^/]+/controller\.json"),
     Door("Folder's lock", ".*", rf"file {TEMPORARY}/pascal-[^/]+/pascal_sglang\.lock"),
     Door("SGLang's messages", ".*", rf"unix {TEMPORARY}/tmp[^/]+"),

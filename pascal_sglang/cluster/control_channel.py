@@ -1,4 +1,5 @@
-"""Sockets between the controller and its instances: one for each, in a private folder.
+"""Sockets between the controller and its instances: one for each, in a private folder. The process
+that serves HTTP has one too, once it has asked the controller something.
 
 The controller makes the folder, readable by its user alone, and names it in the environment of the
 schedulers that it starts. A message to a process that does not listen is dropped, never waited for.
@@ -17,12 +18,13 @@ from pascal_sglang.cluster.codec import MAX_HANDOVER_BYTES, BadMessage, pack, un
 # The folder's address; inherited by the schedulers, which the controller starts.
 CONTROL_ENV = "PASCAL_SGLANG_CONTROL_DIR"
 CONTROLLER = "controller"
+FRONT_END = "http"
 # Messages that wait for a slow reader before further ones are dropped.
 WAITING = 4096
 
 
 def address_of(folder: str, name: str | int) -> str:
-    """The address of the control socket of the controller or of an instance."""
+    """The address of the control socket of the controller, the front end or an instance."""
     return f"ipc://{os.path.join(folder, str(name))}"
 
 

@@ -7,6 +7,7 @@ orders moves by Algorithm 2 (`policy.placement`), unless SGLang's own balancing 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import Counter
@@ -25,21 +26,27 @@ from pascal_sglang import clock
 from pascal_sglang.cluster.control_channel import (
     CONTROL_ENV,
     CONTROLLER,
+    FRONT_END,
     ControlReceiver,
     ControlSender,
 )
+from pascal_sglang.cluster.drains import Drains
 from pascal_sglang.cluster.instance_failures import InstanceFailures
 from pascal_sglang.cluster.internal_requests import is_health_probe, is_internal
 from pascal_sglang.cluster.load_tracker import LoadTracker
 from pascal_sglang.cluster.location_check import LocationCheck
 from pascal_sglang.cluster.messages import (
     ControlAnswered,
+    DrainReply,
+    DrainRequest,
     InstanceDown,
     LoadReport,
     LocationReply,
+    MayEnd,
     MigrationEnded,
     ReasoningEnded,
     RequestFinished,
+    Terminating,
 )
 from pascal_sglang.cluster.metrics import ControllerMetrics
 from pascal_sglang.cluster.migration_coordinator import MigrationCoordinator
@@ -48,7 +55,11 @@ from pascal_sglang.cluster.private_folder import PrivateFolder, remove_ownerless
 from pascal_sglang.cluster.request_locations import RequestLocations
 from pascal_sglang.cluster.scheduler_processes import SchedulerProcesses
 from pascal_sglang.cluster.status_file import StatusFile
-from pascal_sglang.cluster.watched_controller import WatchedController
+from pascal_sglang.cluster.watched_controller import (
+    RETRY_MS,
+    InstanceUnavailable,
+    WatchedController,
+)
 from pascal_sglang.config import ConfigError, PascalConfig
 from pascal_sglang.handshake import (
     change_in,
@@ -58,7 +69,9 @@ from pascal_sglang.handshake import (
     support_of,
 )
 from pascal_sglang.policy.placement import Instance, Placement, PlacementRule
-from pascal_sglang.support import EVERYTHING, Support
+from pascal_sglang.support import EVERYTHING, Level, Support
+
+logger = logging.getLogger(__name__)
 
 # How often to look which instances have fallen silent, in seconds.
 LOOK_S = 0.2
@@ -91,17 +104,23 @@ class PascalController(WatchedController):
             adaptive=config.migration != "always",
             predict=rule.predict,
         )
+        self.request_locations = RequestLocations()
         self.coordinator = MigrationCoordinator(
             self.load_tracker,
             self.placement,
             self.control_sender.send,
             force_migration=config.force_migration > 0,
         )
+        self.drains = Drains(
+            self.request_locations,
+            self.coordinator,
+            lambda found: self.placement.place(self.placement.in_sight(found), 0),
+            "" if self._support.level >= Level.MOVE else self._support.reason,
+        )
         self._active: list[Instance] = []
         self._active_at = -math.inf
         self.placed: Counter[str] = Counter()
         self._probes = 0
-        self.request_locations = RequestLocations()
         self.instance_failures = InstanceFailures(
             self.request_locations, self.coordinator, self._fail
         )
@@ -159,12 +178,16 @@ class PascalController(WatchedController):
         return [i for i in self._active_workers if self.load_tracker.is_silent(i, now)]
 
     def active(self) -> list[Instance]:
-        """Instances that take requests; those that have fallen silent only if there are no others.
-        Raises: RuntimeError if there are none."""
+        """Instances that take requests, and are not drained; those that have fallen silent only if
+        there are no others. Raises: RuntimeError if there are none."""
         now = clock.now()
         if now - self._active_at < LOOK_S:
             return self._active
-        found = [self.load_tracker.instances[i] for i in self._active_workers if self.status[i]]
+        found = [
+            self.load_tracker.instances[i]
+            for i in self._active_workers
+            if self.status[i] and not self.drains.holds(i)
+        ]
         if not found:
             raise RuntimeError("no active instance to send a request to")
         self._active = [i for i in found if not self.load_tracker.is_silent(i.index, now)] or found
@@ -190,6 +213,12 @@ class PascalController(WatchedController):
         self._note(req, index, blocks)
         sock_send(self.workers[index], req)
 
+    def maybe_external_dp_rank_routing(self, req: Any) -> bool:
+        """Raises: InstanceUnavailable for an instance that is drained, too."""
+        if req.routed_dp_rank is not None and self.drains.holds(req.routed_dp_rank):
+            raise InstanceUnavailable(f"Instance {req.routed_dp_rank} is drained.")
+        return super().maybe_external_dp_rank_routing(req)
+
     def _note(self, req: Any, index: int, blocks: list[int]) -> None:
         if isinstance(req, TokenizedGenerateReqInput):  # Instances count those alone.
             self.load_tracker.sent(index, len(req.input_ids or ()))
@@ -205,6 +234,10 @@ class PascalController(WatchedController):
         super().on_instance_down(instance)
         self._active_at = -math.inf
         self.prefixes.forget(instance)
+        for lifted in self.drains.died(instance, self._active_workers):
+            logger.warning(
+                "pascal_sglang: instance %d takes requests again: no other is left", lifted
+            )
         self.hear_all()
         self.instance_failures.died(instance, clock.now())
         for index in self._active_workers:
@@ -231,6 +264,12 @@ class PascalController(WatchedController):
                     going.rid, going.target if message.done else going.source
                 )
                 self.instance_failures.settled(going.rid)
+            if going is not None:
+                self.drains.settled(going, done=message.done, why=message.why, now=now)
+        elif isinstance(message, DrainRequest):
+            self._drain(message, now)
+        elif isinstance(message, Terminating):
+            self._terminating(message.dp_rank, now)
         elif isinstance(message, RequestFinished):
             self.request_locations.gone(message.rid)
             self.prefixes.ended(message.dp_rank, message.blocks)
@@ -241,8 +280,46 @@ class PascalController(WatchedController):
         else:
             self.control_receiver.rejected["not for the controller"] += 1
 
+    def _drain(self, asked: DrainRequest, now: float) -> None:
+        """Drain an instance, or let it take requests again, and say how far it is."""
+        problem = ""
+        if not self.pascal_config.places:
+            problem = "SGLang's own balancing places the requests of this server."
+        elif asked.drain:
+            problem = self.drains.begin(asked.dp_rank, self._active_workers, now)
+        else:
+            self.drains.end(asked.dp_rank)
+        self._active_at = -math.inf
+        self._step_drains(now)
+        progress = self.drains.progress(asked.dp_rank, now)
+        self.control_sender.send(FRONT_END, DrainReply(asked.number, problem, progress))
+
+    def _terminating(self, instance: int, now: float) -> None:
+        """An instance was told to end: it is drained first, unless it is the last one."""
+        problem = self.drains.begin(instance, self._active_workers, now)
+        if problem:
+            self.control_sender.send(instance, MayEnd(problem))
+            return
+        logger.info("pascal_sglang: instance %d was told to end, and is drained", instance)
+        self.drains.terminating(instance)
+        self._active_at = -math.inf
+
+    def _step_drains(self, now: float) -> None:
+        """Order what is to move off instances that are drained."""
+        if not self.drains:
+            return
+        silent = self.silent()
+        serving = [i for i in self.active() if i.index not in silent]
+        for instance in self.drains.step(serving, now):
+            if self.control_sender.send(instance, MayEnd("")):
+                self.drains.terminating(instance, waits=False)
+
+    def wake_ms(self) -> int:
+        return RETRY_MS if self.drains else super().wake_ms()
+
     def _tick(self, now: float) -> None:
         super()._tick(now)
+        self._step_drains(now)
         self.coordinator.forget_old(now)
         self.instance_failures.tick(now)
         self.locations.tick(now, {i: self.load_tracker.dispatched(i) for i in self._active_workers})
@@ -252,6 +329,8 @@ class PascalController(WatchedController):
             self.metrics.follow("boundary_decisions", self.coordinator.decisions)
             self.metrics.follow("controller_rejected", self.control_receiver.rejected)
             self.metrics.follow("controller_errors", self.errors.counts)
+            self.metrics.follow("drain_moves", self.drains.outcomes)
+            self.metrics.count_undrained(self.drains.left())
             self.metrics.count_instances(Counter(self.states().values()))
 
     def describe(self) -> dict[str, Any]:
@@ -275,4 +354,5 @@ class PascalController(WatchedController):
             "silent_s": [None if at is None else round(now - at, 3) for at in heard],
             "silent": [i for i in states if states[i] == "silent"],
             "dead": sorted(self.instance_failures.dead),
+            "drains": self.drains.describe(now),
         }

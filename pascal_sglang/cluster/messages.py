@@ -10,7 +10,7 @@ that it took the last.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -18,11 +18,15 @@ from msgspec import Meta
 # Characters of a text, and members of a list.
 MAX_TEXT = 1024
 MAX_ITEMS = 4096
+# Reasons for which requests stay, of which a drain tells, and characters of one.
+MAX_REASONS = 32
+MAX_REASON = 128
 # A request's state holds its prompt and answer: five bytes per token at most.
 MAX_STATE_BYTES = 32 * 1024 * 1024
 
 Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+Reason = Annotated[str, Meta(max_length=MAX_REASON)]
 Texts = Annotated[list[Text], Meta(max_length=MAX_ITEMS)]
 Counts = Annotated[list[Count], Meta(max_length=MAX_ITEMS)]
 State = Annotated[bytes, Meta(max_length=MAX_STATE_BYTES)]
@@ -139,6 +143,13 @@ class MigrateCommand(ControlMessage, frozen=True):
     target: Count
 
 
+class DrainCommand(MigrateCommand, frozen=True):
+    """Controller to instance, which is being drained: move the request in whatever state it is, one
+    that waits too. without_kv: it is prefilled again on `target`, which had no memory for it."""
+
+    without_kv: bool
+
+
 class MigrationEnded(ControlMessage, frozen=True):
     """Either instance to controller: a move has ended. `done`: the request is the target's;
     otherwise `why` it stays."""
@@ -179,6 +190,56 @@ class InstanceDown(ControlMessage, frozen=True):
     """Controller to instances: the instance is no more."""
 
     dp_rank: Count
+
+
+class DrainRequest(ControlMessage, frozen=True):
+    """HTTP process to controller: drain the instance, or let it take requests again. `number` names
+    the question."""
+
+    number: Count
+    dp_rank: Count
+    drain: bool
+
+
+class DrainProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far an instance is drained; requests unless said otherwise."""
+
+    # `serving`, `draining`, or `drained`: no request is left.
+    state: Text
+    # On the instance now, and of these on their way to another one.
+    left: Count
+    moving: Count
+    # That have gone on elsewhere since the drain began.
+    moved: Count
+    # That are left and did not move when they were told to, by reason.
+    kept: Annotated[dict[Reason, Count], Meta(max_length=MAX_REASONS)]
+    # Since the drain began.
+    seconds: Annotated[float, Meta(ge=0)]
+
+    def describe(self) -> dict[str, Any]:
+        """For the reply, and for `GET /pascal/status`."""
+        return msgspec.structs.asdict(self)
+
+
+class DrainReply(ControlMessage, frozen=True):
+    """Controller to HTTP process. problem: why nothing was done; empty if it was."""
+
+    number: Count
+    problem: Text
+    progress: DrainProgress
+
+
+class Terminating(ControlMessage, frozen=True):
+    """Instance to controller: it was told to end, and asks to be drained first."""
+
+    dp_rank: Count
+
+
+class MayEnd(ControlMessage, frozen=True):
+    """Controller to instance, which was told to end: no request is left on it. problem: why it is
+    not drained first; empty if it was."""
+
+    problem: Text
 
 
 class ControlAnswered(ControlMessage, frozen=True):
@@ -223,11 +284,16 @@ AnyMessage = (
     | WriteQuery
     | ReasoningEnded
     | MigrateCommand
+    | DrainCommand
     | MigrationEnded
     | RequestFinished
     | InstanceDown
     | LocationQuery
     | LocationReply
+    | DrainRequest
+    | DrainReply
+    | Terminating
+    | MayEnd
     | ControlAnswered
     | LoadReport
 )

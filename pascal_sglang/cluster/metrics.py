@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pascal_sglang.cluster.metric_files import survive_a_full_disk
 
@@ -58,12 +58,29 @@ class ControllerMetrics:
                     "doing",
                     "Errors that the controller survived, by what it was doing.",
                 ),
+                (
+                    "drain_moves",
+                    "outcome",
+                    "Moves off instances that are drained: moved, or kept:REASON.",
+                ),
             )
         }
         self._instances = Gauge(
             "pascal:instances",
             "Instances by state: live, silent or dead.",
             ["model_name", "state"],
+            multiprocess_mode="mostrecent",
+        )
+        self._drained = Gauge(
+            "pascal:drained_instances",
+            "Instances that take no new requests, because they are drained.",
+            ["model_name"],
+            multiprocess_mode="mostrecent",
+        )
+        self._undrained = Gauge(
+            "pascal:undrained_requests",
+            "Requests left on instances that are drained.",
+            ["model_name"],
             multiprocess_mode="mostrecent",
         )
         self._reported: dict[tuple[str, str], int] = {}
@@ -80,3 +97,8 @@ class ControllerMetrics:
         """Report how many instances are in each state."""
         for state in STATES:
             self._instances.labels(self._model, state).set(counts.get(state, 0))
+
+    def count_undrained(self, left: Sequence[int]) -> None:
+        """Report how many requests are left on each instance that is drained."""
+        self._drained.labels(self._model).set(len(left))
+        self._undrained.labels(self._model).set(sum(left))

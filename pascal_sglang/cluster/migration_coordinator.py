@@ -7,11 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pascal_sglang.cluster.load_tracker import LoadTracker
-from pascal_sglang.cluster.messages import MigrateCommand, MigrationEnded, ReasoningEnded
+from pascal_sglang.cluster.messages import (
+    DrainCommand,
+    MigrateCommand,
+    MigrationEnded,
+    ReasoningEnded,
+)
 from pascal_sglang.policy.placement import Answer, Decision, Instance, Placement
 
 # A move whose end nobody reports, in seconds: its instances stop counting it.
 FORGET_S = 60.0
+# Why a move ended that its source could not be told of.
+UNREACHABLE = "unreachable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +28,8 @@ class UnderWay:
     target: int
     kv_tokens: int
     since: float
+    # It was ordered to empty its instance, and the placement does not count it.
+    drained: bool = False
 
 
 class MigrationCoordinator:
@@ -64,13 +73,32 @@ class MigrationCoordinator:
             decision = self.placement.at_boundary(candidates, answer)
         self.decisions[decision.why] += 1
         if decision.target != at.dp_rank:
-            self._count += 1
-            migration = f"{at.dp_rank}-{decision.target}-{self._count}"
-            going = UnderWay(at.rid, at.dp_rank, decision.target, at.kv_tokens, now)
-            self.under_way[migration] = going
-            if not self.order(at.dp_rank, MigrateCommand(migration, at.rid, decision.target)):
-                self._end(migration, done=False, why="unreachable")
+            migration = self._name(at.dp_rank, decision.target)
+            self._begin(
+                MigrateCommand(migration, at.rid, decision.target),
+                UnderWay(at.rid, at.dp_rank, decision.target, at.kv_tokens, now),
+            )
         return decision
+
+    def drain(
+        self, rid: str, source: int, target: int, now: float, *, without_kv: bool
+    ) -> UnderWay | None:
+        """Order a request to leave an instance that is drained. Returns the move if its instance
+        cannot be reached: it is over then."""
+        return self._begin(
+            DrainCommand(self._name(source, target), rid, target, without_kv),
+            UnderWay(rid, source, target, 0, now, drained=True),
+        )
+
+    def _name(self, source: int, target: int) -> str:
+        self._count += 1
+        return f"{source}-{target}-{self._count}"
+
+    def _begin(self, command: MigrateCommand, going: UnderWay) -> UnderWay | None:
+        self.under_way[command.migration] = going
+        if self.order(going.source, command):
+            return None
+        return self._end(command.migration, done=False, why=UNREACHABLE)
 
     def migrating(self) -> set[str]:
         """Ids of the requests whose migration is under way."""
@@ -93,7 +121,7 @@ class MigrationCoordinator:
         if going is None:
             return None
         self.ended["moved" if done else f"kept:{why}"] += 1
-        if not self.force_migration:
+        if not (self.force_migration or going.drained):
             instances = self.load_tracker.instances
             self.placement.moved(
                 instances[going.source], instances[going.target], going.kv_tokens, done=done

@@ -44,8 +44,8 @@ LOOK_FOR_ENDED_S = 0.1
 TAKE_IN = 64
 
 
-class DeadInstance(RuntimeError):
-    """A request asks for an instance that has died."""
+class InstanceUnavailable(RuntimeError):
+    """A request asks for an instance that takes none; the text says why."""
 
 
 class WatchedController(DataParallelController):
@@ -89,6 +89,10 @@ class WatchedController(DataParallelController):
         """Live instances that have stopped to say how they are."""
         return []
 
+    def wake_ms(self) -> int:
+        """How long to wait for a message, at most."""
+        return RETRY_MS if any(self.workers) else WAKE_MS
+
     def hear_all(self) -> None:
         """Take in everything that the instances have said."""
 
@@ -116,9 +120,9 @@ class WatchedController(DataParallelController):
         self.replies.sent(obj, set(self._active_workers) - absent.keys(), absent)
 
     def maybe_external_dp_rank_routing(self, req: Any) -> bool:
-        """Raises: InstanceDown for an instance that has died."""
+        """Raises: InstanceUnavailable for an instance that has died."""
         if req.routed_dp_rank in self.instance_failures.dead:
-            raise DeadInstance(f"Instance {req.routed_dp_rank} has died.")
+            raise InstanceUnavailable(f"Instance {req.routed_dp_rank} has died.")
         routed: bool = super().maybe_external_dp_rank_routing(req)
         return routed
 
@@ -128,7 +132,7 @@ class WatchedController(DataParallelController):
         try:
             super().dispatching_with_trace(req, refresh_load_budget)
         except Exception as error:
-            if not isinstance(error, DeadInstance):
+            if not isinstance(error, InstanceUnavailable):
                 self.errors.note("dispatch", error)
             self.request_locations.gone(req.rid)
             self._end(req.rid, req.http_worker_ipc, str(error) or repr(error))
@@ -189,7 +193,7 @@ class WatchedController(DataParallelController):
         while not self._over:
             self.soft_watchdog.feed()
             unsent = [worker for worker in self.workers if worker]
-            ready: dict[Any, int] = dict(self._poller.poll(RETRY_MS if unsent else WAKE_MS))
+            ready: dict[Any, int] = dict(self._poller.poll(self.wake_ms()))
             with self.errors.kept("housekeeping"):
                 self._tick(clock.now())
             for worker in unsent:

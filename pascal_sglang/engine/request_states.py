@@ -138,6 +138,11 @@ class RequestStates:
             state_of(req).head_start = PREFIX_HEAD_START * cached.tokens // whole
         self.stopped(req, RequestStatus.WAITING)
 
+    def queue_again(self, req: Req) -> None:
+        """The request has waited elsewhere, and waits here from now on."""
+        self.scheduler.waiting_queue.append(req)
+        self.queued(req)
+
     def wait_again(self, req: Req) -> None:
         """The request, which holds no KV, waits to be prefilled again."""
         self.stopped(req, RequestStatus.WAITING)

@@ -54,6 +54,7 @@ from pascal_sglang.engine.penalties import count_inputs, count_prefilled, counti
 from pascal_sglang.engine.pipeline import StageTurn
 from pascal_sglang.engine.rendezvous import meet_on_loopback
 from pascal_sglang.engine.req_attributes import state_of
+from pascal_sglang.engine.termination import Termination
 from pascal_sglang.engine.thinking_budget import with_default_budget
 from pascal_sglang.handshake import INIT_INFO_KEY, change_in, introduced
 from pascal_sglang.instances import instance_count, own_instance, speaks, step_together
@@ -111,6 +112,7 @@ class PascalScheduler(OperationsScheduler):
     # The level that this instance runs at.
     support: Support
     location_replies: LocationReplies | None = None
+    termination: Termination | None = None
 
     def __init__(self, server_args: Any, port_args: Any) -> None:
         config = PascalConfig.from_env()
@@ -264,12 +266,24 @@ class PascalScheduler(OperationsScheduler):
                 )
                 if self.migrations is not None:
                     self.migrations.locate = self.location_replies.reply
+            self._listen_for_the_end()
+
+    def _listen_for_the_end(self) -> None:
+        folder = control_folder(self.pascal_config)
+        if not self.pascal_config.drain_on_term or folder is None or step_together():
+            return
+        self.termination = Termination(self, folder)
+        for listener in (self.migrations, self.location_replies):
+            if listener is not None:
+                listener.end = self.termination.may_end
 
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
     ) -> Any:
         if self.plan_executor is not None:
             running_batch = self.plan_executor.govern(running_batch, last_batch)
+        if self.termination is not None:
+            self.termination.step()
         plan = super().get_next_batch_to_run(running_batch=running_batch, last_batch=last_batch)
         if self.load_reporter is not None and self.plan_executor is not None:
             now = self.plan_executor.request_states.pass_info.now

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from sglang.srt.managers.io_struct import ShutdownReq
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 
@@ -78,6 +79,9 @@ class SchedulerProtocol(Protocol):
 
     def _release_aborted_request(self, req: Req) -> None:
         """Give back what a request holds outside of the KV pools."""
+
+    def handle_shutdown(self, recv_req: ShutdownReq) -> None:
+        """The loop ends with this pass."""
 
     def end_early(self, req: Req, problem: str | None) -> None:
         """End a request that holds no KV any more (`OperationsScheduler`)."""

@@ -170,13 +170,15 @@ def _remove_load_file(port_args: Any) -> None:
 
 
 def add_routes(crash: CrashShutdown, facts: ServerFacts) -> None:
-    """Serve `GET /pascal/status`, the page that shows it, `GET` and `PUT /pascal/config`, and
-    `instances=1` of `GET /health`."""
+    """Serve our own routes, and `instances=1` of `GET /health`."""
     from fastapi import HTTPException, Request
     from fastapi.responses import HTMLResponse, JSONResponse
     from sglang.srt.entrypoints import http_server
     from sglang.srt.utils.auth import AuthLevel, auth_level
     from starlette.routing import Route
+
+    from pascal_sglang.entrypoints import drain_routes
+    from pascal_sglang.instances import instance_count
 
     # Ids of everybody's requests: for the operator, as SGLang's route that aborts by id.
     @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
@@ -246,6 +248,7 @@ def add_routes(crash: CrashShutdown, facts: ServerFacts) -> None:
         routes.append(own)
         http_server.app.get(PAGE_PATH, response_class=HTMLResponse)(live_page)
         http_server.app.add_middleware(MetricNames)
+        drain_routes.add_routes(http_server.app, _status_files, instance_count())
         # Before SGLang's: the first that matches is taken. FastAPI's own kind of route would take
         # `request` for a query parameter: it does not find the name of its type from here.
         routes.insert(0, Route(HEALTH_PATH, health, methods=["GET"], include_in_schema=False))

@@ -126,6 +126,21 @@ def check_decision_log(config: PascalConfig) -> None:
         ) from None
 
 
+def check_drain_on_term(config: PascalConfig, server_args: Any) -> None:
+    """Refuse `--pascal-drain-on-term` where no instance can end alone."""
+    if not config.drain_on_term:
+        return
+    why = None
+    if support.instances_of(server_args) == 1:
+        why = "needs several instances"
+    elif not config.places:
+        why = "needs a policy that places requests, and no --load-balance-method"
+    elif server_args.enable_dp_attention:
+        why = "has no use with DP attention, whose instances end together"
+    if why is not None:
+        raise LaunchError(f"--pascal-drain-on-term {why}")
+
+
 def idle_transport(config: PascalConfig, server_args: Any) -> str | None:
     """A KV transport that was asked for where no request moves, as one line; None if there is
     none."""

@@ -115,6 +115,43 @@ def test_the_configuration_is_the_operators_and_every_instance_changes(two_insta
     assert two_instances.get("/pascal/config")["config"] == before
 
 
+def asked(server, path, body, key=OPERATOR):
+    """Status and answer of a route for the operator."""
+    request = urllib.request.Request(
+        f"{server.base_url}{path}",
+        body,
+        {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as refused:
+        return refused.code, json.loads(refused.read() or b"null")
+
+
+def test_without_moves_a_drain_keeps_new_requests_away_and_the_others_end_there(two_instances):
+    body = b'{"dp_rank": 1}'
+    assert asked(two_instances, "/pascal/drain", body, key="somebody")[0] == 401
+    assert asked(two_instances, "/pascal/drain", b"no JSON")[0] == 400
+    here = generate("Here", 3, 900, routed_dp_rank=1, rid=uuid.uuid4().hex)
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(two_instances.post, "/generate", here)
+        while here["rid"] not in {r["rid"] for r in two_instances.instances()[1]["requests"]}:
+            assert not whole.done()
+        code, progress = asked(two_instances, "/pascal/drain", body)
+        assert (code, progress["state"], progress["left"]) == (200, "draining", 1)
+        assert progress["kept"] == {"--pascal-migration off": 1}
+        before = answered(two_instances)
+        ids(two_instances)
+        assert answered(two_instances)[0] - before[0] == len(PROMPTS)
+        assert len(whole.result()["output_ids"]) == 900
+    assert two_instances.recent(here["rid"])["dp_rank"] == 1
+    assert asked(two_instances, "/pascal/drain", body)[1]["state"] == "drained"
+    assert asked(two_instances, "/pascal/drain", b'{"dp_rank": 0}')[0] == 409
+    assert asked(two_instances, "/pascal/undrain", body)[1]["state"] == "serving"
+    two_instances.post("/generate", {**here, "rid": uuid.uuid4().hex})
+
+
 @pytest.fixture(scope="module")
 def balanced_by_sglang(tiny_model):
     """Two instances of two ranks; requests that do not say whether they think do."""
@@ -131,6 +168,11 @@ def test_sglangs_own_balancing_on_request(balanced_by_sglang):
     for turn in range(6):
         server.post("/generate", generate("once upon a time " * 60 + str(turn), 3, 8))
     assert [b - a for a, b in zip(before, answered(server), strict=True)] == [3, 3]
+
+
+def test_under_sglangs_balancing_nothing_is_drained(balanced_by_sglang):
+    code, told = asked(balanced_by_sglang, "/pascal/drain", b'{"dp_rank": 1}')
+    assert (code, "balancing" in told["message"]) == (409, True)
 
 
 def test_two_tensor_parallel_ranks(pascal_server, balanced_by_sglang):

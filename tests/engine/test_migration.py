@@ -2,10 +2,12 @@
 lost, nothing stays behind. Streams, stop strings and aborts are those of `tests.engine.load`."""
 
 import json
+import os
 import signal
 import socket
 import sys
 import time
+import urllib.error
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +18,7 @@ from pascal_sglang.engine.migration.receive_buffer import SLOTS
 from pascal_sglang.request_ids import MAX_ID
 from tests.doors import check
 from tests.engine.conftest import LATE, SERVE
-from tests.engine.load import LETTERS, run
+from tests.engine.load import LETTERS, abort, bodies, run
 from tests.engine.odds import assert_same, odds
 from tests.requests import generate
 
@@ -182,7 +184,8 @@ def disconnect(server, body, tokens):
 @pytest.fixture(scope="module")
 def flooded(serve):
     binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
-    with serve({"force_migration": 0.05}, ["--dp-size", "3"], LATE, **binding) as server:
+    settings = {"force_migration": 0.05, "drain_on_term": True}
+    with serve(settings, ["--dp-size", "3"], LATE, **binding) as server:
         yield server
         server.stop(signal.SIGTERM)
 
@@ -280,6 +283,143 @@ def test_the_next_turn_goes_where_the_last_one_ended(flooded):
         if home:
             return
     raise AssertionError("no conversation was moved")
+
+
+def drained(server, rank):
+    """The progress of a drain, once nothing is left; and that nothing is."""
+    shown = wait_for(
+        server, lambda shown: shown["controller"]["drains"][str(rank)]["state"] == "drained"
+    )
+    (instance,) = (i for i in shown["instances"] if i["dp_rank"] == rank)
+    assert (instance["requests"], instance["paused"]) == ([], 0)
+    nothing_left([instance])
+    return shown["controller"]["drains"][str(rank)]
+
+
+def burst(server, pool, count, **more):
+    """The first of the load's requests, all at once; each ends with its output and why it did."""
+
+    def one(body):
+        reply = server.post("/generate", {**body, **more}, timeout=300)
+        return reply["output_ids"], reply["meta_info"]["finish_reason"]["type"]
+
+    return [pool.submit(one, body) for body in bodies(count)]
+
+
+def same(futures, reference):
+    both = [(f.result(), whole) for f, whole in zip(futures, reference, strict=False)]
+    return [i for i, (found, whole) in enumerate(both) if whole is not None and found != whole]
+
+
+def refusal(server, path, body):
+    """Status and text of an answer that is none."""
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.post(path, body)
+    told = json.load(refused.value)
+    return refused.value.code, told.get("message") or told["error"]["message"]
+
+
+def test_a_drain_moves_everything_off_live_and_none_comes_until_it_is_lifted(flooded, reference):
+    """Thinking, answering and waiting requests, while the others have their own load."""
+    at_rest(flooded)
+    count = 90
+    with ThreadPoolExecutor(count + 1) as pool:
+        load = pool.submit(run, flooded, 40)
+        futures = burst(flooded, pool, count, routed_dp_rank=1)
+        wait_for(
+            flooded,
+            lambda shown: (
+                {"reasoning", "answering"}
+                <= {k for k, n in shown["instances"][1]["running"].items() if n}
+                and shown["instances"][1]["waiting"]
+            ),
+        )
+        first = flooded.post("/pascal/drain", {"dp_rank": 1})
+        assert (first["dp_rank"], first["state"]) == (1, "draining")
+        assert first["left"] > 20
+        again = flooded.post("/pascal/drain", {"dp_rank": 1})
+        assert again["seconds"] >= first["seconds"]
+        progress = drained(flooded, 1)
+        going = sum(not f.done() for f in futures)
+        assert going > 0, "they ended where they were: this shows nothing"
+        why = "Instance 1 is drained."
+        refused = refusal(flooded, "/generate", generate("no", 3, 8, routed_dp_rank=1))
+        assert refused == (503, why)
+        rid = uuid.uuid4().hex
+        flooded.post("/generate", generate("yes", 3, 8, rid=rid))
+        assert flooded.recent(rid)["dp_rank"] != 1
+        assert same(futures, reference) == []
+        assert differences(load.result()[0], reference) == []
+    assert progress["moved"] > 20
+    assert progress["kept"] == {}
+    instances = at_rest(flooded)
+    nothing_left(instances)
+    ended = [r for i in instances if i["dp_rank"] != 1 for r in i["recent"]]
+    starts = [(r, s) for r in ended for kind, s, _ in r["breaks"] if kind == "moved"]
+    assert any(s < r["ttft_s"] + (r["reasoning_time_s"] or 0) for r, s in starts), "none thought"
+    assert 'pascal:drain_moves_total{model_name="' in flooded.get("/metrics")
+    # The two others.
+    assert flooded.post("/pascal/drain", {"dp_rank": 0})["state"] in ("draining", "drained")
+    assert refusal(flooded, "/pascal/drain", {"dp_rank": 2}) == (
+        409,
+        "Instance 2 is the last one that takes requests.",
+    )
+    assert flooded.post("/pascal/undrain", {"dp_rank": 0})["state"] == "serving"
+    assert flooded.post("/pascal/undrain", {"dp_rank": 1})["state"] == "serving"
+    before = flooded.get("/pascal/status")["controller"]["placed"].get("1", 0)
+    for i in range(6):
+        flooded.post("/generate", generate(f"back {i}", 3, 8))
+    wait_for(flooded, lambda shown: shown["controller"]["placed"].get("1", 0) > before)
+
+
+def test_a_drain_that_is_lifted_in_the_middle_loses_nothing(flooded, reference):
+    at_rest(flooded)
+    with ThreadPoolExecutor(60) as pool:
+        futures = burst(flooded, pool, 60, routed_dp_rank=0)
+        wait_for(flooded, lambda shown: shown["instances"][0]["running"]["reasoning"] > 9)
+        flooded.post("/pascal/drain", {"dp_rank": 0})
+        aborted = {i for i in range(60) if reference[i] is None}
+        for i in aborted:
+            abort(flooded, f"{i}-")
+        assert flooded.post("/pascal/undrain", {"dp_rank": 0})["state"] == "serving"
+        assert same(futures, reference) == []
+    nothing_left(at_rest(flooded))
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"dp_rank": 3}, "dp_rank must be a whole number from 0 to 2"),
+        ({"dp_rank": -1}, "dp_rank must be a whole number"),
+        ({"dp_rank": True}, "dp_rank must be a whole number"),
+        ({"dp_rank": "1"}, "dp_rank must be a whole number"),
+        ({}, "must have a dp_rank"),
+        ([1], "must have a dp_rank"),
+        ({"dp_rank": 1, "force": True}, "unknown fields: force"),
+    ],
+)
+def test_a_drain_of_nothing_is_one_clear_refusal(flooded, body, says):
+    for path in ("/pascal/drain", "/pascal/undrain"):
+        code, text = refusal(flooded, path, body)
+        assert code == 400
+        assert says in text
+    assert flooded.get("/pascal/status")["controller"]["drains"] == {}
+
+
+def test_an_instance_that_is_told_to_end_is_drained_first(flooded, reference):
+    """As a node that is taken away tells it. Its requests go on; then it has ended in order."""
+    instances = at_rest(flooded)
+    taken = total(instances[:2], "incoming", "taken")
+    with ThreadPoolExecutor(60) as pool:
+        futures = burst(flooded, pool, 60, routed_dp_rank=2)
+        wait_for(flooded, lambda shown: shown["instances"][2]["running"]["reasoning"] > 9)
+        os.kill(instances[2]["pid"], signal.SIGTERM)
+        assert same(futures, reference) == []
+    shown = wait_for(flooded, lambda shown: shown["controller"]["dead"] == [2])
+    assert total(alive(flooded), "incoming", "taken") > taken
+    assert shown["controller"]["drains"] == {}
+    assert refusal(flooded, "/pascal/drain", {"dp_rank": 2}) == (409, "Instance 2 has died.")
+    nothing_left(at_rest(flooded))
 
 
 def test_nothing_outlives_the_launching_process(flooded):

@@ -95,8 +95,11 @@ class World:
     than it asked for has corrupted KV.
     """
 
-    def __init__(self, terms=TERMS, kv=100, limit=160):
-        self.now, self.kv, self.limit = 0.0, kv, limit
+    def __init__(self, terms=TERMS, kv=100, limit=160, *, waits=False):
+        """waits: for its prefill, and so it has no KV."""
+        if waits:
+            kv = limit = 0
+        self.now, self.kv, self.limit, self.waits = 0.0, kv, limit, waits
         self.running, self.events, self.taken = True, [], None
         # Tokens whose KV has come, and those of them with entries of windows.
         self.slot, self.received, self.windows = (0, 0, 0, False), 0, set()
@@ -147,7 +150,7 @@ class World:
             self.to_source += self.target.tick(self.now)
 
     def _step_source(self):
-        if self.running:
+        if self.running and not self.waits:
             self.kv = min(self.limit - 1, self.kv + 1)
         before = before_of(self.kv)
         still = not self.running

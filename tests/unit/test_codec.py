@@ -18,17 +18,24 @@ from pascal_sglang.cluster.control_channel import CONTROLLER, ControlReceiver, C
 from pascal_sglang.cluster.location_check import MAX_ASKED, MAX_CHARACTERS
 from pascal_sglang.cluster.messages import (
     MAX_ITEMS,
+    MAX_REASON,
+    MAX_REASONS,
     MAX_STATE_BYTES,
     MAX_TEXT,
     ChunkAck,
     CommitAck,
     ControlAnswered,
+    DrainCommand,
+    DrainProgress,
+    DrainReply,
+    DrainRequest,
     Handover,
     InstanceDown,
     KVChunk,
     LoadReport,
     LocationQuery,
     LocationReply,
+    MayEnd,
     MigrateCommand,
     MigrationCancelled,
     MigrationEnded,
@@ -37,6 +44,7 @@ from pascal_sglang.cluster.messages import (
     RequestFinished,
     ReserveGranted,
     ReserveRequest,
+    Terminating,
     WriteQuery,
 )
 from pascal_sglang.cluster.prefix_index import block_names
@@ -70,7 +78,12 @@ ALL = [
     WriteQuery("m"),
     ReasoningEnded(1, "r", 70, 200, 100, 4),
     MigrateCommand("m", "r", 1),
+    DrainCommand("m", "r", 1, True),
     MigrationEnded(1, "m", False, "full"),
+    DrainRequest(3, 1, False),
+    DrainReply(3, "", DrainProgress("draining", 5, 2, 7, {"a session": 1}, 1.5)),
+    Terminating(1),
+    MayEnd("the last one"),
     RequestFinished(1, "r", [1, 2**47]),
     InstanceDown(0),
     LocationQuery(3, ["r", "s"]),
@@ -88,11 +101,16 @@ def test_a_message_survives_the_wire(message):
 # The longest texts and numbers there are: each character takes four bytes.
 TEXT, NUMBER = "\U0010ffff" * MAX_TEXT, (1 << 53) - 1
 IDS = [TEXT[: MAX_CHARACTERS // MAX_ASKED]] * MAX_ASKED
+REASONS = {f"{i:02}{TEXT[: MAX_REASON - 2]}": NUMBER for i in range(MAX_REASONS)}
 LONGEST = [
     ReserveRequest("m" * 32, TEXT, NUMBER, NUMBER, TEXT),
     ReserveGranted("m" * 32, ["x" * 300] * 64, NUMBER, NUMBER),
     ReasoningEnded(1, TEXT, NUMBER, NUMBER, NUMBER, NUMBER),
     MigrateCommand("m" * 32, TEXT, 1),
+    DrainCommand("m" * 32, TEXT, 1, False),
+    DrainReply(
+        NUMBER, TEXT, DrainProgress("draining", NUMBER, NUMBER, NUMBER, REASONS, float(NUMBER))
+    ),
     MigrationEnded(1, "m" * 32, False, TEXT),
     RequestFinished(1, TEXT, [(1 << 48) - 1] * MAX_ITEMS),
     LocationQuery(NUMBER, IDS),

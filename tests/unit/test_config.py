@@ -62,7 +62,7 @@ def test_is_frozen():
         ('{"host_kv_gb": "3"}', "host_kv_gb must be a number of at least 0"),
         ('{"quantum_tokens": 0}', "quantum_tokens must be a whole number of at least 1"),
         ('{"answer_bias": 0}', "answer_bias must be a number above 0"),
-        ('{"migration": "on"}', "migration must be one of adaptive, always, off"),
+        ('{"migration": "on"}', "migration must be one of adaptive, always, drain, off"),
         ('{"max_ttfo": 0}', "max_ttfo must be a number above 0"),
         ('{"brownout": "P50"}', "brownout must be one of P75, P90, off"),
         *(

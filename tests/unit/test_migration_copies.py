@@ -27,6 +27,7 @@ from pascal_sglang.policy.kv_tier import Costs
 from tests.unit.test_host_copies import Broken, pool_of
 
 TOKENS = 40
+STATE = SimpleNamespace(pausable=True)
 
 
 class LateCopies(HostCopies):
@@ -93,6 +94,7 @@ class Instance:
             tree_cache=None,
             device="cpu",
             running_batch=SimpleNamespace(reqs=[Request()]),
+            waiting_queue=[],
             enable_overlap=False,
             attn_tp_cpu_group=SimpleNamespace(size=lambda: 1),
             spec_algorithm=SpeculativeAlgorithm.NONE,
@@ -162,23 +164,29 @@ class Instance:
 
 
 @pytest.fixture
-def sides(monkeypatch):
-    """A source whose request has been granted a move, and the target of it."""
+def pair(monkeypatch):
+    """Two instances, the first with a request."""
     there = "pascal_sglang.engine"
     parallel = SimpleNamespace(attn_tp_size=1, dp_rank=0, attn_tp_rank=0)
     for module in ("engine.migration.outgoing", "engine.kv.serializer", "instances"):
         monkeypatch.setattr(f"pascal_sglang.{module}.get_parallel", lambda: parallel)
     monkeypatch.setattr(f"{there}.migration.outgoing.why_not_migratable", lambda req: None)
-    monkeypatch.setattr(f"{there}.migration.outgoing.state_of", lambda req: None)
+    monkeypatch.setattr(f"{there}.migration.outgoing.state_of", lambda req: STATE)
     monkeypatch.setattr(f"{there}.migration.outgoing.remaining_of", lambda req, member: 20)
     timeline = SimpleNamespace(stopped=lambda why, now: None, last_answer=1.0)
     monkeypatch.setattr(f"{there}.migration.outgoing.timeline_of", lambda req: timeline)
-    snapshot = SimpleNamespace(blocked_since=1.0, grammar=False, drafted={})
+    snapshot = SimpleNamespace(blocked_since=1.0, grammar=False, drafted={}, output_ids=[1])
     monkeypatch.setattr(f"{there}.migration.outgoing.export_state", lambda *_: b"")
     monkeypatch.setattr(f"{there}.migration.incoming.read_snapshot", lambda *_: snapshot)
     monkeypatch.setattr(f"{there}.migration.incoming.import_state", lambda *_: Request())
     monkeypatch.setattr(f"{there}.migration.incoming.restore_state", lambda *_: None)
-    source, target = Instance(), Instance()
+    return Instance(), Instance()
+
+
+@pytest.fixture
+def sides(pair):
+    """A source whose request has been granted a move, and the target of it."""
+    source, target = pair
     source.outgoing_migrations.ordered(MigrateCommand("m", "r", 1), 1.0)
     (ask,) = source.take(messages.ReserveRequest)
     target.incoming_migrations.asked(0, ask, 1.0)

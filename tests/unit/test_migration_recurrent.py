@@ -98,6 +98,17 @@ def test_the_slot_of_a_state_is_the_requests_or_comes_back(sides):
     assert target.states.free == SLOTS
 
 
+def test_a_request_that_comes_without_kv_needs_no_state(sides):
+    _, target = sides
+    for _ in range(SLOTS):
+        target.states.take()
+    coming = target.receive_buffer.reserve("m", 0, 0, 0)
+    assert target.receive_buffer.fetch(coming, 0, 0, 0, stopped=True)
+    assert coming.reading is None, "nothing of its slot is read"
+    target.receive_buffer.keep(coming, 0, 0, 1.0)
+    assert (target.states.free, target.receive_buffer.reserved) == (0, 0)
+
+
 def test_nothing_is_reserved_without_a_slot_for_the_state(sides):
     _, target = sides
     taken = [target.states.take() for _ in range(SLOTS)]

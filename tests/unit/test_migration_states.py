@@ -40,10 +40,10 @@ migrations = st.lists(
 )
 
 
-@given(migrations, st.booleans())
+@given(migrations, st.booleans(), st.booleans())
 @settings(max_examples=500, deadline=None)
-def test_one_owner_whatever_the_network_does(script, live):
-    world = World(terms(live=live))
+def test_one_owner_whatever_the_network_does(script, live, waits):
+    world = World(terms(live=live), waits=waits)
     ended = False
     for what, n in script:
         there, back = world.to_target, world.to_source
@@ -98,6 +98,17 @@ def test_without_trouble_it_moves_and_stops_for_the_tail_alone():
     assert world.check() == (False, True)
     assert world.events == ["stop", "take", "release"]
     assert world.taken == b"%d" % world.kv
+
+
+def test_a_request_that_waits_moves_in_one_word():
+    world = World(waits=True)
+    assert world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1) == []
+    assert world.source.copy(0.1, 0, still=False) == []
+    assert world.source.copy(0.1, 0, still=True) == [Handover("m1", 0, 0, 0, b"0")]
+    world = World(waits=True)
+    world.settle()
+    assert world.check() == (False, True)
+    assert world.events == ["stop", "take", "release"]
 
 
 def test_the_last_piece_before_the_stop_says_so():

@@ -176,7 +176,7 @@ def test_a_state_that_no_message_takes_is_an_error():
         ({"more": 1}, "does not read"),
         ({"policy": {"phase": "answering", "phase_tokens": 1, "total_tokens": 1}}, "does not read"),
         ({"prompt_ids": []}, "does not read"),
-        ({"output_ids": []}, "does not read"),
+        ({"output_ids": []}, "different lengths"),
         ({"output_ids": ["1", 2, 3]}, "does not read"),
         ({"output_ids": [1.0, 2, 3]}, "does not read"),
         ({"output_ids": [2**63, 2, 3]}, "does not read"),
@@ -215,6 +215,13 @@ def test_a_request_longer_than_this_instance_serves_is_refused():
         read_snapshot(altered(), KV, len(PROMPT) + 49)
     with pytest.raises(BadSnapshot, match=r"^state and KV of different lengths$"):
         read_snapshot(altered(), KV + 1, LONGEST)
+
+
+def test_one_that_waits_travels_without_kv():
+    """It may have begun, or not."""
+    for output in ([], OUTPUT):
+        snapshot = read_snapshot(altered(output_ids=list(output)), 0, LONGEST)
+        assert list(import_state(SCHEDULER, snapshot).output_ids) == list(output)
 
 
 def test_what_is_not_listed_stays():

@@ -14,7 +14,8 @@ from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.policy.request import RequestStatus
 from tests.unit import test_arriving, test_migration_copies
 
-executor, sides = test_arriving.executor, test_migration_copies.sides
+executor = test_arriving.executor
+pair, sides = test_migration_copies.pair, test_migration_copies.sides
 OWN = test_arriving.OWN
 
 

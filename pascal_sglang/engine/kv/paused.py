@@ -41,6 +41,7 @@ class PauseStatus(Enum):
     | LEAVING | is out of the batch, its KV untouched | `finish_pauses` | RESIDENT, HOST or none |
     | RESIDENT | has its KV on the device and no row | `resume` | none: it runs |
     | RESIDENT | | `spill` | HOST or none |
+    | none | waits, and sets out for another instance | `set_out` | DROPPED |
     | HOST | has its KV in host memory | `resume` | ARRIVING |
     | ARRIVING | has a row and KV on the device again | `arrive` | none: it runs |
     | any | is aborted, ended or retracted | `let_go` | none; DROPPED while it migrates |
@@ -168,6 +169,11 @@ class PausedRequests:
         """A request that is here leaves for another instance."""
         assert req in self._table
         self._migrating[req] = None
+
+    def set_out(self, req: Req) -> None:
+        """A request that has no KV, and is in no queue any more, leaves for another instance."""
+        self._enter(req, PauseStatus.DROPPED)
+        self.begin_migration(req)
 
     def end_migration(self, req: Req) -> None:
         """The request leaves for no other instance, or has left."""
@@ -339,7 +345,7 @@ class PausedRequests:
         release(req)
         if not copied:
             req.reset_for_retract()
-            self._remove(req)
+            self._remove_kv(req)
             self._count(KVTier.RECOMPUTE, tokens)
             return KVTier.RECOMPUTE
         req.prefix_len = 0

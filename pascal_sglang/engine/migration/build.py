@@ -107,5 +107,6 @@ def build_migrations(
         incoming_migrations=incoming_migrations,
         control_sender=control_sender,
         force_migration=config.force_migration,
+        moves_at_boundary=config.moves_at_boundary,
     )
     return migrations, support

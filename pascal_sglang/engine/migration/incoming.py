@@ -82,6 +82,8 @@ class IncomingMigration(MigrationTarget):
         except (TypeError, ValueError, KeyError, AttributeError):
             logger.exception("pascal_sglang: a request cannot be continued here")
             return "state that cannot be continued"
+        if self.tokens and not tokens:
+            return "KV that does not come"
         if self.snapshot.grammar:
             restored = restore_grammar(self.req, scheduler.grammar_manager)
             if not all_agree(scheduler, restored):
@@ -96,9 +98,15 @@ class IncomingMigration(MigrationTarget):
         )
         states.arrived(req)
         restore_state(req, snapshot)
-        states.paused_requests.adopt(req, locations, before, self.reservation.state, self.drafted)
-        states.stopped(req, RequestStatus.RESIDENT)
-        self.side.arrived[req] = snapshot.blocked_since
+        if tokens:
+            states.paused_requests.adopt(
+                req, locations, before, self.reservation.state, self.drafted
+            )
+            states.stopped(req, RequestStatus.RESIDENT)
+        else:
+            states.queue_again(req)
+        if snapshot.output_ids:
+            self.side.arrived[req] = snapshot.blocked_since
         self.taken = weakref.ref(req)
 
     def drop(self) -> None:
@@ -191,6 +199,8 @@ class IncomingMigrations:
             return "busy"
         if ask.before > ask.tokens:
             return "a hole in the KV"
+        if not ask.tokens:
+            return None
         running = len(self.scheduler.running_batch.reqs) + self.states.paused_requests.count(
             PauseStatus.ARRIVING
         )

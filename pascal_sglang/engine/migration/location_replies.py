@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pascal_sglang.cluster.codec import BadMessage, unpack
-from pascal_sglang.cluster.messages import LocationQuery
+from pascal_sglang.cluster.messages import LocationQuery, MayEnd
 from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.load_reporter import LoadReporter
 from pascal_sglang.engine.migration.control_receiver import ControlBatch
@@ -23,9 +24,11 @@ class LocationReplies:
     scheduler: SchedulerProtocol
     paused_requests: PausedRequests
     load_reporter: LoadReporter
+    # Lets the instance end, which was told to.
+    end: Callable[[MayEnd], None] = lambda word: None
 
     def hear(self, control_batch: ControlBatch) -> None:
-        """Answer the controller where no requests move; nothing else is for such an instance."""
+        """Take in what the controller says where no requests move."""
         for data in control_batch.messages:
             try:
                 _, message = unpack(data, instance_count())
@@ -34,6 +37,8 @@ class LocationReplies:
                 continue
             if isinstance(message, LocationQuery):
                 self.reply(message)
+            elif isinstance(message, MayEnd):
+                self.end(message)
 
     def reply(self, query: LocationQuery) -> None:
         """Say which of some requests live here, those on their way out included."""

@@ -57,6 +57,9 @@ class Migrations:
     control_sender: Rank0Sender
     # For tests: the chance per pass that an answer asks to move again.
     force_migration: float
+    # Whether requests may move at the end of their thinking; otherwise only off an instance that is
+    # drained.
+    moves_at_boundary: bool = True
     # Requests that ended their reasoning and cannot move, by reason.
     unmovable: Counter[str] = field(default_factory=Counter)
     # Malformed messages, by reason.
@@ -68,6 +71,8 @@ class Migrations:
     metrics: MigrationMetrics | None = None
     # Answers the controller which requests live here.
     locate: Callable[[messages.LocationQuery], None] = lambda query: None
+    # Lets the instance end, which was told to.
+    end: Callable[[messages.MayEnd], None] = lambda word: None
     _dice: random.Random = field(default_factory=lambda: random.Random(0))
     _dp_rank: int = field(default_factory=own_instance)
     _instances: int = field(default_factory=instance_count)
@@ -143,6 +148,8 @@ class Migrations:
             self.incoming_migrations.hear(sender, message, now)
         elif isinstance(message, messages.LocationQuery):
             self.locate(message)
+        elif isinstance(message, messages.MayEnd):
+            self.end(message)
         else:
             self._reject("not for an instance")
 
@@ -174,6 +181,8 @@ class Migrations:
 
     def reasoning_ended(self, req: Req) -> None:
         """The request has just ended its reasoning: ask the controller where it goes on."""
+        if not self.moves_at_boundary:
+            return
         reason = why_not_migratable(req)
         if reason is not None:
             self.unmovable[reason] += 1

@@ -20,6 +20,7 @@ from pascal_sglang.cluster.transport import Transport
 from pascal_sglang.engine.kv.serializer import KVSerializer
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
 from pascal_sglang.engine.migration.outgoing_kv import OutgoingKV, find
+from pascal_sglang.engine.migration.outgoing_waiting import OutgoingWaiting
 from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.request_snapshot import export_state, why_not_migratable
 from pascal_sglang.engine.migration.trace_link import end_trace
@@ -66,18 +67,19 @@ class OutgoingMigration(MigrationSource):
     def stop(self) -> None:
         side, states = self.side, self.side.states
         assert side.running is not None
-        if self.terms.live:
+        if self.terms.live and self.reserve:
             # What it has produced last is told after the step that begins now.
             side.prefill_gate.ask(states.pass_info.pass_no, 1)
         self.stopped_at = states.pass_info.now
-        timeline_of(self.req).stopped("moved", self.stopped_at)
+        if self.req.output_ids:
+            timeline_of(self.req).stopped("moved", self.stopped_at)
         self.kv.take_out(side.running, states.ended)
 
     def snapshot(self) -> bytes:
         # When its last token left; for one that was paused, when the migration began to hold it.
         timeline = timeline_of(self.req)
         last_token = timeline.last_answer or timeline.reasoning_end or 0.0
-        drafted = self.side.states.paused_requests.drafted(self.req)
+        drafted = self.side.states.paused_requests.drafted(self.req) if self.reserve else None
         return export_state(self.req, max(self.stopped_at, last_token), drafted)
 
     def resume(self) -> None:
@@ -147,7 +149,14 @@ class OutgoingMigrations:
         return any(out.state is not SourceState.REVOKING for out in self.under_way.values())
 
     def ordered(self, order: messages.MigrateCommand, now: float) -> None:
+        """The controller wants a request to go on elsewhere; where this instance is drained, one
+        that waits, too."""
+        drains = isinstance(order, messages.DrainCommand)
         req = find(order.rid, self.scheduler, self.states.paused_requests)
+        without_kv = isinstance(order, messages.DrainCommand) and order.without_kv
+        if req is None and drains:
+            req = next((r for r in self.scheduler.waiting_queue if r.rid == order.rid), None)
+            without_kv = req is not None
         problem = "not here" if req is None else why_not_migratable(req)
         if self.scheduler._engine_paused:
             problem = "generation paused"
@@ -159,13 +168,18 @@ class OutgoingMigrations:
         held = len(req.origin_input_ids) + len(req.output_ids)
         growth = GROWTH + held // self.slot_tokens
         reserve = held + min(remaining_of(req, state_of(req)), growth) + 2
-        kv = OutgoingKV(
-            req=req,
-            paused_requests=self.states.paused_requests,
-            transport=self.transport,
-            serializer=self.kv,
-            tp_rank=self._tp_rank,
-        )
+        parts: dict[str, Any] = {
+            "req": req,
+            "paused_requests": self.states.paused_requests,
+            "transport": self.transport,
+            "serializer": self.kv,
+            "tp_rank": self._tp_rank,
+        }
+        kv: OutgoingKV
+        if without_kv:
+            reserve, kv = 0, OutgoingWaiting(scheduler=self.scheduler, **parts)
+        else:
+            kv = OutgoingKV(**parts)
         out = self.under_way[order.migration] = OutgoingMigration(
             migration=order.migration,
             rid=req.rid,
@@ -178,7 +192,7 @@ class OutgoingMigrations:
         )
         # Its last token has no KV yet.
         windows = self.states.paused_requests.pool.windows
-        before = 0 if windows is None else windows.before(held - 1)
+        before = 0 if windows is None or without_kv else windows.before(held - 1)
         self.control_sender.send(order.target, out.begin(now, self.kv.layout, before))
 
     def hear(self, sender: int, message: Message, now: float) -> None:
@@ -213,7 +227,7 @@ class OutgoingMigrations:
     def _advance(self, out: OutgoingMigration, alive: set[Req], now: float) -> None:
         if out.state not in OPEN:
             return
-        why = "recompute" if out.kv.status(alive) is RequestStatus.WAITING else None
+        why = "recompute" if out.kv.is_lost(alive) else None
         if out.req.finished() or out.req.to_finish is not None:
             why = "ended"
         if why is not None:
@@ -232,7 +246,7 @@ class OutgoingMigrations:
     def _copy(self, out: OutgoingMigration, alive: set[Req], now: float) -> bool:
         """Send what can be sent; True if the request was told to stop by this."""
         status = out.kv.status(alive)
-        if status is None or status is RequestStatus.WAITING:
+        if status is None or out.kv.is_lost(alive):
             return False
         before, runs = out.state, status is RequestStatus.RUNNING
         still = not runs and self.states.paused_requests.is_migrating(out.req)

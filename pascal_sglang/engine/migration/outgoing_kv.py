@@ -51,6 +51,10 @@ class OutgoingKV:
         between = paused in (PauseStatus.LEAVING, PauseStatus.ARRIVING)
         return None if between else RequestStatus.WAITING
 
+    def is_lost(self, running: set[Req]) -> bool:
+        """Whether its KV is here no more: it is to be prefilled again."""
+        return self.status(running) is RequestStatus.WAITING
+
     def tokens(self, status: RequestStatus, in_flight: bool) -> int:
         """KV entries that are written for good."""
         if status is RequestStatus.HOST:

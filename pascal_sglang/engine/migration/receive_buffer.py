@@ -68,13 +68,15 @@ class ReceiveBuffer:
 
     def reserve(self, migration: str, sender: int, tokens: int, before: int) -> Reservation | None:
         """Memory for `tokens` KV entries, the first `before` without those of sliding windows, and
-        a recurrent state if there are any, and a slot; None if there is none."""
+        a recurrent state if there are any, and a slot; None if there is none. A request without KV
+        has no state either."""
         before = self.in_whole_pages(before)
         locations = self.pool.take(self.pool.in_pages(tokens), before)
         if locations is None:
             return None
-        state = None if self.pool.states is None else self.pool.take_state()
-        if self.pool.states is not None and state is None:
+        with_state = tokens > 0 and self.pool.states is not None
+        state = self.pool.take_state() if with_state else None
+        if with_state and state is None:
             self.pool.give(locations, before)
             return None
         reservation = Reservation(migration, sender, locations, before, state, self.slots.take())
@@ -104,7 +106,8 @@ class ReceiveBuffer:
         if end - begin > self.slot_tokens or before < reservation.before:
             return False
         before = max(0, before - begin)
-        at, size = self.offset(reservation), self.kv.size(end - begin, before, state=stopped)
+        with_state = stopped and reservation.state is not None
+        at, size = self.offset(reservation), self.kv.size(end - begin, before, state=with_state)
         if not size:
             return True
         # Of every rank, whether it fails or not: slots are free again in the same pass.
@@ -113,7 +116,7 @@ class ReceiveBuffer:
             memory = self.memory[at : at + size]
             where = reservation.locations[begin:end]
             parts = self.kv.copy_in(where, before, memory) if begin < end else []
-            if stopped and reservation.state is not None:
+            if with_state and reservation.state is not None:
                 parts += self.kv.state_in(reservation.state, memory)
             reservation.reading = parts
         except Exception:  # Whatever it is: the other ranks are told so, and wait for that.

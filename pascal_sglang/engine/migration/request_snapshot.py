@@ -57,7 +57,8 @@ class RequestSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprobs: dict[str, Any]
     times: dict[str, Any]
     prompt_ids: TokenIds
-    output_ids: TokenIds
+    # Empty for one that has waited so far.
+    output_ids: list[Count]
     sampling: SamplingParams
     top_logprobs_num: int
     token_ids_logprob: list[int] | None
@@ -150,7 +151,8 @@ def read_snapshot(state: bytes, kv_tokens: int, longest: int) -> RequestSnapshot
     except (*UNREADABLE, TypeError, ValueError, KeyError) as error:
         raise BadSnapshot("state that does not read") from error
     prompt, output = len(snapshot.prompt_ids), len(snapshot.output_ids)
-    if kv_tokens != prompt + output - 1:
+    # One without KV waits.
+    if kv_tokens and (not output or kv_tokens != prompt + output - 1):
         raise BadSnapshot("state and KV of different lengths")
     logprobs = (*PROMPT_LOGPROBS, *OUTPUT_LOGPROBS) if snapshot.logprobs else ()
     named = {"given": GIVEN, "plain": PLAIN, "times": TIMES, "logprobs": logprobs}

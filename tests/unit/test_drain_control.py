@@ -1,0 +1,177 @@
+"""Our controller drains an instance: what it says to whom. Instances are mere sockets."""
+
+import asyncio
+import time
+
+import pytest
+
+from pascal_sglang.cluster.control_channel import (
+    CONTROLLER,
+    FRONT_END,
+    ControlReceiver,
+    ControlSender,
+)
+from pascal_sglang.cluster.messages import (
+    DrainCommand,
+    DrainReply,
+    InstanceDown,
+    LocationQuery,
+    MayEnd,
+    MigrationEnded,
+    RequestFinished,
+    Terminating,
+)
+from pascal_sglang.entrypoints.drain_routes import ControllerLine, rank_in
+from tests.unit import test_watched_controller
+from tests.unit.test_watched_controller import BOUND_S, request
+
+scene = test_watched_controller.scene
+
+
+class Side:
+    """An instance's control sockets."""
+
+    def __init__(self, scene, index):
+        folder = scene.controller._folder.path
+        self.index, self.inbox = index, ControlReceiver(folder, index, 2)
+        self.sender = ControlSender(folder, index)
+        self.found = []
+
+    def say(self, message):
+        self.sender.send(CONTROLLER, message)
+
+    def hear(self, kind):
+        deadline = time.monotonic() + BOUND_S
+        while time.monotonic() < deadline:
+            self.found += [self.inbox.read(data)[1] for data in self.inbox.receive()]
+            for message in self.found:
+                if isinstance(message, kind):
+                    self.found.remove(message)
+                    return message
+            time.sleep(0.005)
+        raise AssertionError(f"no {kind.__name__}")
+
+    def is_quiet(self):
+        time.sleep(0.1)
+        self.found += [self.inbox.read(data)[1] for data in self.inbox.receive()]
+        return [m for m in self.found if not isinstance(m, LocationQuery | InstanceDown)] == []
+
+
+@pytest.fixture
+def one(scene):
+    made = scene(migration="drain")
+    line = ControllerLine(made.controller._folder.path, 2)
+    made.ask = lambda rank, drain=True: asyncio.run(line.ask(rank, drain=drain))
+    made.sides = [Side(made, index) for index in range(2)]
+    return made
+
+
+def test_a_drain_is_ordered_told_and_lifted(one):
+    for rid in ("a", "b"):
+        one.send(request(rid, routed_dp_rank=1))
+        one.hear(one.instances[1])
+    reply = one.ask(1)
+    assert (reply.problem, reply.progress.state, reply.progress.left) == ("", "draining", 2)
+    orders = [one.sides[1].hear(DrainCommand) for _ in range(2)]
+    assert sorted(o.rid for o in orders) == ["a", "b"]
+    assert {(o.target, o.without_kv) for o in orders} == {(0, False)}
+    one.send(request("c"))
+    assert one.hear(one.instances[0]).rid == "c"
+    one.send(request("d", routed_dp_rank=1))
+    ended = one.hear(one.manager)
+    assert (ended.rid, ended.finished_reason["status_code"]) == ("d", 503)
+    assert ended.finished_reason["message"] == "Instance 1 is drained."
+    one.sides[1].say(MigrationEnded(1, orders[0].migration, False, "a session"))
+    one.sides[0].say(MigrationEnded(0, orders[1].migration, True, ""))
+    deadline = time.monotonic() + BOUND_S
+    while (progress := one.ask(1).progress).moved == 0:
+        assert time.monotonic() < deadline
+    assert (progress.left, progress.moved, progress.kept) == (1, 1, {"a session": 1})
+    assert one.controller.describe()["drains"]["1"]["moved"] == 1
+    assert one.sides[1].hear(DrainCommand).rid == orders[0].rid, "it is tried again"
+    assert one.ask(0).problem == "Instance 0 is the last one that takes requests."
+    assert one.ask(1, drain=False).progress.state == "serving"
+    one.send(request("e", routed_dp_rank=1))
+    assert one.hear(one.instances[1]).rid == "e"
+    assert one.controller.describe()["drains"] == {}
+    assert one.controller.errors.counts == {}
+
+
+def test_an_instance_that_is_told_to_end_may_when_it_is_empty(one):
+    one.send(request("a", routed_dp_rank=1))
+    one.hear(one.instances[1])
+    one.sides[1].say(Terminating(1))
+    one.sides[1].hear(DrainCommand)
+    assert one.sides[1].is_quiet()
+    one.sides[1].say(RequestFinished(1, "a", []))
+    assert one.sides[1].hear(MayEnd) == MayEnd("")
+    assert one.sides[1].is_quiet(), "once"
+    one.sides[0].say(Terminating(0))
+    assert "last one" in one.sides[0].hear(MayEnd).problem
+    one.processes[1].end(0)
+    deadline = time.monotonic() + BOUND_S
+    while one.controller._active_workers != [0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert one.thread.is_alive()
+    assert one.ask(1).problem == "Instance 1 has died."
+
+
+def test_a_drain_is_lifted_when_the_last_other_instance_dies(one, caplog):
+    one.ask(1)
+    one.kill(0)
+    deadline = time.monotonic() + BOUND_S
+    while one.controller.drains:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    one.send(request("a"))
+    assert one.hear(one.instances[1]).rid == "a"
+    assert "instance 1 takes requests again: no other is left" in caplog.text
+
+
+def test_under_sglangs_balancing_no_instance_is_drained(scene):
+    made = scene(placement="sglang")
+    line = ControllerLine(made.controller._folder.path, 2)
+    reply = asyncio.run(line.ask(1, drain=True))
+    assert "SGLang's own balancing" in reply.problem
+    assert not made.controller.drains
+
+
+def test_a_reply_that_comes_too_late_is_dropped(one, monkeypatch):
+    line = ControllerLine(one.controller._folder.path, 2)
+    told = ControlSender(one.controller._folder.path)
+    progress = one.controller.drains.progress(0, 0.0)
+    monkeypatch.setattr("pascal_sglang.entrypoints.drain_routes.ANSWER_S", 0.0)
+    monkeypatch.setattr(line._sender, "send", lambda to, asked: True)
+    assert asyncio.run(line.ask(0, drain=True)) is None
+    told.send(FRONT_END, DrainReply(0, "late", progress))
+    told.send(FRONT_END, DrainReply(1, "in time", progress))
+    monkeypatch.setattr("pascal_sglang.entrypoints.drain_routes.ANSWER_S", BOUND_S)
+    assert asyncio.run(line.ask(0, drain=True)).problem == "in time"
+    assert line._replies == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "must be JSON"),
+        (b"\xff{", "must be JSON"),
+        (b"[0]", "must have a dp_rank"),
+        (b"{}", "must have a dp_rank"),
+        (b'{"dp_rank": 2}', "from 0 to 1"),
+        (b'{"dp_rank": -1}', "from 0 to 1"),
+        (b'{"dp_rank": true}', "whole number"),
+        (b'{"dp_rank": 1.0}', "whole number"),
+        (b'{"dp_rank": "1"}', "whole number"),
+        (b'{"dp_rank": null}', "whole number"),
+        (b'{"dp_rank": 1, "now": 2}', "unknown fields: now"),
+    ],
+)
+def test_what_names_no_instance_is_refused_in_one_line(body, says):
+    with pytest.raises(ValueError, match=says) as refused:
+        rank_in(body, 2)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_instance_is_named_by_its_rank():
+    assert rank_in(b'{"dp_rank": 1}', 2) == 1
