@@ -36,6 +36,8 @@ class Shown:
     thinking: dict[str, float]
     requests: dict[str, list[float]]
     age_s: float
+    # A request that arrives now may get here; otherwise the instance is drained.
+    takes_requests: bool = True
 
     @property
     def has_backlog(self) -> bool:
@@ -50,7 +52,8 @@ BACKLOG_SHARE = 0.2
 
 @dataclass(slots=True)
 class ForecastFiles:
-    """Reads what instances show, by instance. states: says of each whether it is `live`."""
+    """Reads what instances show, by instance. states: says of each whether it is `live`, or
+    `drained`."""
 
     folder: Path
     states: Callable[[], Sequence[str]]
@@ -65,18 +68,26 @@ class ForecastFiles:
             states = self.states()
             self._shown = {}
             for instance, state in enumerate(states):
-                found = _read(self.folder / file_name(instance)) if state == "live" else None
+                if state not in ("live", "drained"):
+                    continue
+                found = _read(self.folder / file_name(instance), state == "live")
                 if found is not None:
                     self._shown[instance] = found
         return self._shown
 
 
-def _read(path: Path) -> Shown | None:
+def _read(path: Path, takes_requests: bool) -> Shown | None:
     try:
         told: dict[str, Any] = status_file.read(str(path))
         age_s: float = told["shown_s_ago"]
         if age_s > OLD_S and not told["idle"]:
             return None
-        return Shown(ArrivalOutlook(**told["arrival"]), told["thinking"], told["requests"], age_s)
+        return Shown(
+            ArrivalOutlook(**told["arrival"]),
+            told["thinking"],
+            told["requests"],
+            age_s,
+            takes_requests,
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None  # None yet, or of a process that has died.

@@ -92,7 +92,7 @@ class AnswerEta:
         if (effort := getattr(obj, EFFORT, None)) is not None:
             exchange.budget = (effort, "effort")
             self._count("capped", "effort")
-        shown = self.files.shown()
+        shown = {i: each for i, each in self.files.shown().items() if each.takes_requests}
         if (pinned := getattr(obj, "routed_dp_rank", None)) is not None:
             shown = {i: each for i, each in shown.items() if i == pinned}
         customs = [params.get("custom_params") for params in _sampling_params(obj)]

@@ -140,7 +140,7 @@ def run_http_server(
     add_routes(crash, ServerFacts(manager))
     model = str(server_args.served_model_name)
     metrics = FrontendMetrics(model) if server_args.enable_metrics else None
-    answer_eta.activate(config, instance_states, metrics)
+    answer_eta.activate(config, states_and_drains, metrics)
     watch.start()
     try:
         original(
@@ -315,6 +315,15 @@ def instance_states() -> list[str]:
     shown = controller()
     states: list[str] = shown.get("states", [])
     return states if shown.get("shown_s_ago", SHOWN_S) < SHOWN_S else ["unknown"] * len(states)
+
+
+def states_and_drains() -> list[str]:
+    """The same, and `drained` for a live one that takes no new requests."""
+    drains = controller().get("drains", {}) if _status_files else {}
+    return [
+        "drained" if state == "live" and str(instance) in drains else state
+        for instance, state in enumerate(instance_states())
+    ]
 
 
 async def withhold_status(

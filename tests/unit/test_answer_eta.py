@@ -15,7 +15,7 @@ from pascal_sglang.cluster import forecast_files
 from pascal_sglang.cluster.forecast_files import ForecastFiles, file_name
 from pascal_sglang.cluster.status_file import StatusFile
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.entrypoints import answer_eta
+from pascal_sglang.entrypoints import answer_eta, http_server
 from pascal_sglang.entrypoints.answer_eta import AnswerEta, AnswerEtaMiddleware, Overloaded
 from pascal_sglang.policy.forecast import ArrivalOutlook
 from pascal_sglang.streaming.followed import followed
@@ -123,6 +123,18 @@ def test_placement_goes_where_the_answer_is_first(served):
     assert served(asking(routed_dp_rank=0), both).headers[eta] == "10.00;25.00"
     assert served(asking(), both, placement="sglang").headers[eta] == "10.00;25.00"
     assert served(asking(), ("live", "dead")).headers[eta] == "10.00;25.00"
+    assert served(asking(), ("live", "drained")).headers[eta] == "10.00;25.00"
+
+
+def test_an_instance_that_is_drained_is_told_from_those_that_take_requests(tmp_path, monkeypatch):
+    shown = {"states": ["live", "live", "dead"], "drains": {"1": {"left": 3}}}
+    StatusFile(str(tmp_path)).show(0.0, lambda: shown)
+    monkeypatch.setattr(http_server, "_status_files", [str(tmp_path / "controller.json")])
+    assert http_server.instance_states() == ["live", "live", "dead"]
+    assert http_server.states_and_drains() == ["live", "drained", "dead"]
+    show(tmp_path, 1, requests={"r": [4.0, 9.0]})
+    here = ForecastFiles(tmp_path, http_server.states_and_drains).shown()[1]
+    assert (here.takes_requests, here.requests) == (False, {"r": [4.0, 9.0]})
 
 
 def test_where_nothing_is_known_nothing_is_said(served):

@@ -35,7 +35,7 @@ from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Break, Phase, PhaseTimeline
 
 # Goes up with every change to what the snapshot says.
-VERSION = 5
+VERSION = 6
 
 TokenIds = Annotated[list[Count], msgspec.Meta(min_length=1)]
 
