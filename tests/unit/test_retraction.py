@@ -112,7 +112,9 @@ def test_a_target_that_pauses_refuses_and_the_source_has_dropped_the_kv(sides):
     waiting = []
     source.states.scheduler = SimpleNamespace(waiting_queue=waiting)
     source.states.wait_again = partial(RequestStates.wait_again, source.states)
-    request.time_stats = SimpleNamespace(set_wait_queue_entry_time=lambda: None)
+    request.time_stats = SimpleNamespace(
+        **vars(request.time_stats), set_wait_queue_entry_time=lambda: None
+    )
     source.outgoing_migrations.give_up("generation paused")
     assert source.outgoing_migrations.under_way, "it may be the target's"
     assert source.paused_requests.drop() == [request]

@@ -97,7 +97,7 @@ def test_every_field_of_our_own_is_decided_on():
     carried = ("pacer", "phase", "phase_tokens", "total_tokens", "credit")
     made_here = (
         *("seq", "handle", "pausable", "keeps_kv", "recomputes"),
-        *("internal", "reader", "priority"),
+        *("internal", "reader", "priority", "tenant"),
     )
     of_its_place = ("status", "since", "since_pass", "kv_tokens", "remaining", "head_start")
     of_its_place += ("ran_from", "ticket", "priority_class")
