@@ -65,13 +65,13 @@ def open_receiver(control_receiver, folder, name, instances):
         outgoing.GROWTH = GROWTH
 
 
-def copy(source, now, kv_tokens, *, still):
+def copy(source, now, kv_tokens, *, still, before=0):
     if source.state is SourceState.COPYING and kv_tokens < stop_at():
         return []
     if still and told("hold-still"):
         (FOLDER / "held-still").touch()
         still = False
-    return sound_copy(source, now, kv_tokens, still=still)
+    return sound_copy(source, now, kv_tokens, still=still, before=before)
 
 
 def far_enough(source, kv_tokens, left):
