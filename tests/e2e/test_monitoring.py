@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evals.load.server import free_port
 from launch.monitoring.dashboard import OUT
+from tests.ports import free_port
 from tests.promql import queries
 from tests.requests import generate
 from tests.scrapers import ACCEPTS
