@@ -2,13 +2,14 @@
 # Serves the demo model on this machine's CPU, sends a few chats, and shows what their user feels.
 # Then the same burst of a dozen requests on little memory, in SGLang's order and in ours.
 #
-#   bash launch/quickstart.sh [--once] [--port N] [any launch_server flag]
+#   bash launch/quickstart.sh [--once] [--port N] [--requests N] [any launch_server flag]
 #
-# Leaves the server up until Ctrl-C; with --once it stops after the burst.
+# Leaves the server up until Ctrl-C; with --once it stops after the burst, which has N requests.
 set -euo pipefail
 
 once=false
 port=30000
+requests=12
 # Memory for about half of what the burst needs, so that the order matters. Both may be given anew.
 flags=(--max-total-tokens 640 --context-length 640)
 while [ $# -gt 0 ]; do
@@ -17,6 +18,8 @@ while [ $# -gt 0 ]; do
     --once) once=true ;;
     --port) port="${2:?--port wants a number}"; shift ;;
     --port=*) port="${1#--port=}" ;;
+    --requests) requests="${2:?--requests wants a number}"; shift ;;
+    --requests=*) requests="${1#--requests=}" ;;
     --api-key) export OPENAI_API_KEY="${2:?--api-key wants a key}"; flags+=("$1" "$2"); shift ;;
     --api-key=*) export OPENAI_API_KEY="${1#--api-key=}"; flags+=("$1") ;;
     *) flags+=("$1") ;;
@@ -66,9 +69,9 @@ serve "$logs/fcfs.log" --port "$other" --pascal-policy fcfs
 run launch/demo_chat.py --base-url "http://127.0.0.1:$port" \
     --server-pid "$server" --server-id "$server_id" --log "$logs/pascal.log"
 
-pascal_say "the same dozen requests at once, first in SGLang's order (fcfs), then in ours"
+pascal_say "the same $requests requests at once, first in SGLang's order (fcfs), then in ours"
 pascal_say "  (as a page: http://127.0.0.1:$port/pascal/)"
-run -m evals.burst --ready-check-timeout-sec 240 \
+run -m evals.burst --requests "$requests" --ready-check-timeout-sec 240 \
     "fcfs=http://127.0.0.1:$other" "pascal=http://127.0.0.1:$port"
 
 if ! $once; then
