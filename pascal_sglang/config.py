@@ -375,7 +375,7 @@ class PascalConfig:
         """
         fields = {name: (kind, declared) for name, kind, _, declared in _declared()}
         unknown = sorted(set(values) - set(fields))
-        _require(not unknown, f"the configuration has no {', '.join(unknown):.200}")
+        _require(not unknown, f"the configuration has no {', '.join(map(ascii, unknown)):.200}")
         fixed = sorted(name for name in values if not fields[name][1]["changeable"])
         _require(not fixed, f"{', '.join(fixed)} cannot change while the server runs")
         checked = dataclasses.asdict(dataclasses.replace(self, **values))

@@ -29,7 +29,7 @@ class Shown:
 
     arrival: how a request fares that arrives now. thinking: the percentiles `P75` and `P90` of
     thinking tokens here. requests: seconds until the answer, the median and the P90, of requests
-    that asked for it, when the file was `age_s` old.
+    that asked for it, when the file was `age_s` old. idle: it had no request.
     """
 
     arrival: ArrivalOutlook
@@ -38,6 +38,7 @@ class Shown:
     age_s: float
     # A request that arrives now may get here; otherwise the instance is drained.
     takes_requests: bool = True
+    idle: bool = False
 
     @property
     def has_backlog(self) -> bool:
@@ -88,6 +89,7 @@ def _read(path: Path, takes_requests: bool) -> Shown | None:
             told["requests"],
             age_s,
             takes_requests,
+            bool(told["idle"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None  # None yet, or of a process that has died.

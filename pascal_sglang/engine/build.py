@@ -89,7 +89,9 @@ def build_executor(
     )
     executor.request_states.strips_thinking = get_serving().strip_thinking_cache
     if get_parallel().attn_tp_rank == 0 and executor.pipeline.leads:
-        executor.forecasts = Forecasts(scheduler, config, executor.planner, executor.request_states)
+        executor.forecasts = Forecasts(
+            scheduler, config, policy, executor.planner.tuning, executor.request_states
+        )
     executor.decision_log.file = decision_file(config)
     executor.decision_log.traces = get_observability().enable_trace
     return executor, support

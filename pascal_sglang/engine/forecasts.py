@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
@@ -35,7 +36,8 @@ from pascal_sglang.policy.forecast import (
     Outlook,
     Present,
 )
-from pascal_sglang.policy.plan import Planner
+from pascal_sglang.policy.ranking import Tuning
+from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.request_checks import asked
 
@@ -60,12 +62,14 @@ class Forecasts:
         self,
         scheduler: SchedulerProtocol,
         config: PascalConfig,
-        planner: Planner,
+        policy: Policy,
+        tuning: Tuning,
         request_states: RequestStates,
     ) -> None:
+        """policy: without tenants, of whom a forecast knows nothing."""
         self.scheduler = scheduler
         self.request_states = request_states
-        self.forecaster = Forecaster(planner.policy, planner.tuning, config.answer_tpot_ms / 1000)
+        self.forecaster = Forecaster(policy, tuning, config.answer_tpot_ms / 1000)
         self.calibration = Calibration()
         self.metrics: ForecastMetrics | None = None
         self.outlook: Outlook | None = None
@@ -83,10 +87,17 @@ class Forecasts:
         self._shows_idle = False
         self._next_at = self._next_look = 0.0
 
+    def retune(self, tuning: Tuning, config: PascalConfig) -> None:
+        """Forecast by other values from now on; a forecast under way ends with the old ones."""
+        self.forecaster.tuning, self.forecaster.tpot = tuning, config.answer_tpot_ms / 1000
+
     def arrived(self, req: Req) -> None:
         """A request has come."""
-        if is_internal(req):
-            return
+        with self._survived("an arrival was not learnt from"):
+            if not is_internal(req):
+                self._arrived(req)
+
+    def _arrived(self, req: Req) -> None:
         now, prompt = self.request_states.pass_info.now, len(req.origin_input_ids)
         thinks = self._thinks(req)
         self.forecaster.arrivals.add(now, prompt, thinks)
@@ -94,6 +105,15 @@ class Forecasts:
             limit = remaining_of(req, state_of(req))
             estimate = self.outlook.arrival.estimate(prompt, thinks=thinks, limit=limit)
             self.calibration.arrived(state_of(req), timeline_of(req).arrival, estimate)
+
+    @contextmanager
+    def _survived(self, what: str) -> Iterator[None]:
+        """An error of ours here is no reason for requests to end."""
+        try:
+            yield
+        except Exception:
+            self.errors += 1
+            logger.exception("pascal_sglang: %s", what)
 
     def _thinks(self, req: Req) -> bool:
         """Whether a request thinks, or will before it answers."""
@@ -103,14 +123,15 @@ class Forecasts:
 
     def observe(self, reasoning_ended: Iterable[Req], over: Iterable[Req]) -> None:
         """Requests have ended their reasoning and go on, and others have ended."""
-        for req in reasoning_ended:
-            state, tokens = state_of(req), timeline_of(req).reasoning_tokens
-            budget = asked_budget(req)
-            cut = budget is not None and tokens >= budget
-            self.forecaster.ended(state, Phase.REASONING, tokens, cut=cut)
-        for req in over:
-            if not is_internal(req):
-                self._ended(req)
+        with self._survived("the end of a phase was not learnt from"):
+            for req in reasoning_ended:
+                state, tokens = state_of(req), timeline_of(req).reasoning_tokens
+                budget = asked_budget(req)
+                cut = budget is not None and tokens >= budget
+                self.forecaster.ended(state, Phase.REASONING, tokens, cut=cut)
+            for req in over:
+                if not is_internal(req):
+                    self._ended(req)
 
     def _ended(self, req: Req) -> None:
         state, timeline = state_of(req), timeline_of(req)

@@ -258,14 +258,14 @@ class PascalScheduler(OperationsScheduler):
                 self, self.plan_executor, self.pascal_config, self.support
             )
             self.plan_executor.migrations = self.invariant_checker.migrations = self.migrations
-            if self.load_reporter is not None:
-                self.location_replies = LocationReplies(
-                    scheduler=self,
-                    paused_requests=self.plan_executor.paused_requests,
-                    load_reporter=self.load_reporter,
-                )
-                if self.migrations is not None:
-                    self.migrations.locate = self.location_replies.reply
+            # Every rank listens: all of them end in the same pass.
+            self.location_replies = LocationReplies(
+                scheduler=self,
+                paused_requests=self.plan_executor.paused_requests,
+                load_reporter=self.load_reporter,
+            )
+            if self.migrations is not None:
+                self.migrations.locate = self.location_replies.reply
             self._listen_for_the_end()
 
     def _listen_for_the_end(self) -> None:
@@ -276,6 +276,11 @@ class PascalScheduler(OperationsScheduler):
         for listener in (self.migrations, self.location_replies):
             if listener is not None:
                 listener.end = self.termination.may_end
+
+    def _record_scheduler_state_for_paused_engine(self) -> None:
+        super()._record_scheduler_state_for_paused_engine()
+        if self.termination is not None:
+            self.termination.step()  # There are no passes meanwhile.
 
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None

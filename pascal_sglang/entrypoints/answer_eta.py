@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -41,6 +41,7 @@ RETRY_S = (1, 300)
 EFFORT = "pascal_effort_budget"
 # Characters of a prompt that is not tokenized yet, per token.
 TOKEN_CHARACTERS = 4
+ABOUT_BODIES = (b"content-type", b"content-length", b"content-encoding")
 
 
 class Overloaded(ValueError):
@@ -102,7 +103,8 @@ class AnswerEta:
             return
         self._cap(obj, exchange, list(shown.values()))
         exchange.estimate = self._estimate(obj, list(shown.values()))
-        self._refuse_if_late(exchange, customs)
+        idle = any(each.idle for each in shown.values())
+        self._refuse_if_late(exchange, customs, idle=idle)
 
     def _estimate(self, obj: Any, shown: list[Shown]) -> Estimate:
         """Where placement goes by the forecast, of the best instance; else of the worst."""
@@ -120,11 +122,13 @@ class AnswerEta:
         choose = min if self.config.places else max
         return choose(found, key=lambda estimate: estimate.p50)
 
-    def _refuse_if_late(self, exchange: Exchange, customs: list[Any]) -> None:
+    def _refuse_if_late(self, exchange: Exchange, customs: list[Any], *, idle: bool) -> None:
+        """idle: an instance has no request. The operator's limit is for overload: there it would
+        refuse everybody for ever, because nothing would be learnt that changes the forecast."""
         assert exchange.estimate is not None
         deadlines = [asked(custom, "ttfo_deadline_s") for custom in customs]
         own = min((float(d) for d in deadlines if is_number(d)), default=math.inf)
-        operators = self.config.max_ttfo or math.inf
+        operators = math.inf if idle else self.config.max_ttfo or math.inf
         most_s = min(own, operators)
         expected_s = exchange.estimate.p50
         if expected_s <= most_s:
@@ -132,6 +136,7 @@ class AnswerEta:
         name = "deadline" if own < operators else "max_ttfo"
         whose = "the request's ttfo_deadline_s" if own < operators else "this server's limit"
         self._count("refused", name)
+        exchange.budget = None
         exchange.retry_s = min(max(math.ceil(expected_s - most_s), RETRY_S[0]), RETRY_S[1])
         exchange.refusal = (
             f"An answer would begin in about {expected_s:.1f} s, later than {whose} of "
@@ -149,8 +154,11 @@ class AnswerEta:
         budget = max(LEAST_BUDGET, int(max(each.thinking[level] for each in shown)))
         for params in _sampling_params(obj):
             custom = params.get("custom_params")
+            custom = {} if custom is None else custom
+            if not isinstance(custom, dict):
+                continue  # SGLang's to refuse.
             if budget_of(obj, params) is None and asked(custom, "brownout") is not False:
-                params["custom_params"] = {**(custom or {}), "thinking_budget": budget}
+                params["custom_params"] = {**custom, "thinking_budget": budget}
                 exchange.budget = (budget, "brownout")
                 self._count("capped", "brownout")
 
@@ -270,7 +278,9 @@ class AnswerEtaMiddleware:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or _active is None:
+        # SGLang takes `PUT /generate` as well.
+        takes = scope["type"] == "http" and scope["method"] in ("POST", "PUT")
+        if not takes or _active is None:
             await self.app(scope, receive, send)
             return
         exchange = Exchange()
@@ -278,6 +288,10 @@ class AnswerEtaMiddleware:
         response = Response(send, exchange, _active)
         try:
             await self.app(scope, receive, response.send)
+        except Overloaded:
+            # A route that answers no ValueError. Once a reply has begun, it can only break off.
+            if not await response.refuse():
+                raise
         finally:
             response.end()
             _exchange.reset(token)
@@ -292,7 +306,7 @@ class Response:
         self._eta = eta
         self._lock = asyncio.Lock()
         self._comments: asyncio.Task[None] | None = None
-        self._replaced = False
+        self._begun = self._replaced = False
         self._over = False
 
     async def send(self, message: Message) -> None:
@@ -305,20 +319,31 @@ class Response:
             self._over = self._over or not message.get("more_body", False)
             await self._send(message)
 
+    async def refuse(self, headers: Iterable[tuple[bytes, bytes]] = ()) -> bool:
+        """Answer 503 where that has been decided and no reply has begun; whether it was."""
+        exchange = self._exchange
+        if exchange.refusal is None or self._begun:
+            return False
+        self._begun = self._replaced = True
+        await self._refuse(exchange.refusal, exchange.retry_s, headers)
+        return True
+
     async def _start(self, message: Message) -> None:
         exchange = self._exchange
-        if exchange.refusal is not None:
-            self._replaced = True
-            await self._refuse(exchange.refusal, exchange.retry_s)
+        if await self.refuse(message.get("headers", ())):
             return
+        self._begun = True
         headers = [*message.get("headers", ()), *headers_of(exchange)]
         await self._send({**message, "headers": headers})
         kind = dict(headers).get(b"content-type", b"")
         if exchange.followed is not None and kind.startswith(b"text/event-stream"):
             self._comments = asyncio.create_task(self._comment())
 
-    async def _refuse(self, why: str, retry_s: int) -> None:
-        """503 instead of whatever SGLang makes of the error, in its form of one."""
+    async def _refuse(
+        self, why: str, retry_s: int, replaced: Iterable[tuple[bytes, bytes]]
+    ) -> None:
+        """503 instead of whatever SGLang makes of the error, in its form of one. replaced: headers
+        of that, of which those about its body go."""
         status = HTTPStatus.SERVICE_UNAVAILABLE
         error = {
             "object": "error",
@@ -329,6 +354,7 @@ class Response:
         }
         body = json.dumps({**error, "error": error}).encode()
         headers = [
+            *(each for each in replaced if each[0].lower() not in ABOUT_BODIES),
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"retry-after", str(retry_s).encode()),

@@ -71,7 +71,7 @@ def rank_in(body: bytes, instances: int) -> int:
     if not isinstance(asked, dict) or "dp_rank" not in asked:
         raise ValueError('the body must have a dp_rank: {"dp_rank": 0}')
     if unknown := sorted(asked.keys() - {"dp_rank"}):
-        raise ValueError(f"the body has unknown fields: {', '.join(unknown)[:200]}")
+        raise ValueError(f"the body has unknown fields: {', '.join(map(ascii, unknown))[:200]}")
     rank = asked["dp_rank"]
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < instances:
         raise ValueError(f"dp_rank must be a whole number from 0 to {instances - 1}")

@@ -285,7 +285,7 @@ async def change_configuration(body: bytes) -> None:
     """
     try:
         values = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"the body is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError("the body must be a JSON object with fields of the configuration")

@@ -137,6 +137,8 @@ def check_drain_on_term(config: PascalConfig, server_args: Any) -> None:
         why = "needs a policy that places requests, and no --load-balance-method"
     elif server_args.enable_dp_attention:
         why = "has no use with DP attention, whose instances end together"
+    elif server_args.pp_size > 1:
+        why = "does not work with pipeline parallelism, whose loop asks nobody whether to end"
     if why is not None:
         raise LaunchError(f"--pascal-drain-on-term {why}")
 

@@ -72,7 +72,8 @@ async def labelled(
     if request is not None:
         body = None
         if config.fairness == "user":
-            with suppress(ValueError, RuntimeError):  # A body that is no JSON has no such field.
+            # A body that is no JSON has no such field, and gRPC's requests have none at all.
+            with suppress(ValueError, RuntimeError, AttributeError):
                 body = await request.json()  # Parsed once and cached by Starlette.
         name = name_of(config.fairness, request.headers, body)
     label(obj, digest(name))

@@ -81,12 +81,15 @@ class TenantCounters:
         present = dict.fromkeys(queue.tenants)
         for tenant in present:
             self._served.setdefault(tenant, self._begins_at)
+        charged = 0.0
         for request in running:
             tenant = request.tenant
             present[tenant] = None
-            served = self._served.setdefault(tenant, self._begins_at)
-            self._served[tenant] = served + seconds * self._held(request) / self.capacity
-        self._begins_at += seconds / len(present)
+            charge = seconds * self._held(request) / self.capacity
+            charged += charge
+            self._served[tenant] = self._served.setdefault(tenant, self._begins_at) + charge
+        # Not of the whole pool: what is short may be slots, of which a full number fills little.
+        self._begins_at += charged / len(present)
         waiting = min(self._served[tenant] for tenant in queue.tenants)
         self._begins_at = max(self._begins_at, waiting)
         self._bring_up(present)

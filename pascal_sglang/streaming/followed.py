@@ -26,14 +26,23 @@ async def _followed(
 ) -> AsyncGenerator[Chunk, None]:
     try:
         async for chunk in stream:
-            meta = chunk.get("meta_info")
-            if isinstance(meta, dict):
-                ended = meta.get("finish_reason") is not None
-                exchange.answers = exchange.answers or ended or answer_tokens(chunk) > MAY_OPEN
-                if exchange.budget is not None:
-                    tokens, why = exchange.budget
-                    told = {"thinking_budget": tokens, "why": why}
-                    chunk = {**chunk, "meta_info": {**meta, "pascal": told}}
-            yield chunk
+            # Whole replies to a batch, or to a request with several answers, come as a list.
+            if isinstance(chunk, list):
+                yield [_seen(each, exchange) for each in chunk]
+            else:
+                yield _seen(chunk, exchange)
     finally:
         await stream.aclose()
+
+
+def _seen(chunk: Chunk, exchange: answer_eta.Exchange) -> Chunk:
+    """A reply, or the next part of one, with the budget that its request got here."""
+    meta = chunk.get("meta_info")
+    if not isinstance(meta, dict):
+        return chunk
+    ended = meta.get("finish_reason") is not None
+    exchange.answers = exchange.answers or ended or answer_tokens(chunk) > MAY_OPEN
+    if exchange.budget is None:
+        return chunk
+    tokens, why = exchange.budget
+    return {**chunk, "meta_info": {**meta, "pascal": {"thinking_budget": tokens, "why": why}}}

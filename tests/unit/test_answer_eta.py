@@ -318,3 +318,90 @@ def test_a_budget_from_an_effort_is_said_and_not_capped(served):
     setattr(obj, answer_eta.EFFORT, 4096)
     reply = served(obj, brownout="P75")
     assert reply.headers["x-pascal-thinking-budget"] == "4096;effort"
+
+
+def test_whole_replies_to_a_batch_come_as_a_list(served):
+    """With something to say of each, and nothing of them is lost."""
+    show(served.folder, arrival=BACKLOG)
+    reply = [thought(9, 3), thought(7, 2)]
+    capped = served(asking(), chunks=[reply], brownout="P75")
+    (said,) = [orjson.loads(line[6:]) for line in capped.body.splitlines() if line]
+    assert [each["meta_info"]["completion_tokens"] for each in said] == [9, 7]
+    assert [each["meta_info"]["pascal"]["why"] for each in said] == ["brownout"] * 2
+    commented = served(asking(pascal={"eta_comments": True}), chunks=[reply])
+    assert orjson.loads(commented.body.splitlines()[0][6:]) == reply
+
+
+def test_an_idle_instance_refuses_nobody_for_the_operator(served):
+    """Its forecast would never change: it learns from requests that it has."""
+    show(served.folder, idle=True)
+    assert served(asking(), max_ttfo=1.0).status == 200
+    assert served(asking(pascal={"ttfo_deadline_s": 1.0}), max_ttfo=1.0).status == 503
+    show(served.folder, idle=False)
+    assert served(asking(), max_ttfo=1.0).status == 503
+    show(served.folder, 1, idle=True)
+    assert served(asking(), ("live", "live"), max_ttfo=1.0).status == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_every_method_of_generate_is_decided_on(served, method):
+    show(served.folder)
+    assert served(asking(), max_ttfo=1.0, method=method).status == 503
+
+
+def test_a_route_that_answers_no_error_is_answered_for(tmp_path, monkeypatch):
+    """SGLang's routes for Ollama raise what they are told."""
+    show(tmp_path)
+    config = PascalConfig(max_ttfo=1.0)
+    eta = AnswerEta(config, ForecastFiles(tmp_path, lambda: ["live"]), None)
+    monkeypatch.setattr(answer_eta, "_active", eta)
+
+    def run(begins):
+        sent = []
+
+        async def app(scope, receive, send):
+            if begins:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+            answer_eta.decide(asking())
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/api/chat"}
+        asyncio.run(AnswerEtaMiddleware(app)(scope, None, send))
+        return [message.get("status") for message in sent]
+
+    assert run(begins=False) == [503, None]
+    with pytest.raises(Overloaded):
+        run(begins=True)
+
+
+def test_a_refusal_keeps_headers_of_the_reply_that_it_replaces(tmp_path, monkeypatch):
+    show(tmp_path)
+    eta = AnswerEta(PascalConfig(max_ttfo=1.0), ForecastFiles(tmp_path, lambda: ["live"]), None)
+    monkeypatch.setattr(answer_eta, "_active", eta)
+    sent = []
+
+    async def app(scope, receive, send):
+        with pytest.raises(Overloaded):
+            answer_eta.decide(asking())
+        head = [(b"access-control-allow-origin", b"*"), (b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 400, "headers": head})
+        await send({"type": "http.response.body", "body": b"no"})
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/generate"}
+    asyncio.run(AnswerEtaMiddleware(app)(scope, None, send))
+    headers = [name for name, _ in sent[0]["headers"]]
+    assert headers.count(b"content-length") == 1
+    assert b"access-control-allow-origin" in headers
+
+
+def test_parameters_that_are_no_object_are_sglangs_to_refuse(served):
+    show(served.folder, arrival=BACKLOG)
+    obj = asking()
+    obj.sampling_params["custom_params"] = "abc"
+    assert served(obj, brownout="P75").status == 200
+    assert obj.sampling_params["custom_params"] == "abc"

@@ -121,8 +121,8 @@ def test_what_may_change_while_serving_is_marked_once_and_changes():
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"quantum": 7}, "the configuration has no quantum"),
-        ({"quantum_tokens": 7, "no": 1, "such": 2}, "the configuration has no no, such"),
+        ({"quantum": 7}, "the configuration has no 'quantum'"),
+        ({"quantum_tokens": 7, "no": 1, "such": 2}, "the configuration has no 'no', 'such'"),
         ({"policy": "rr"}, "policy cannot change while the server runs"),
         ({"quantum_tokens": 7, "host_kv_gb": 1}, "host_kv_gb cannot change"),
         ({"chaos": 0.5}, "chaos cannot change"),

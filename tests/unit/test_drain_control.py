@@ -164,7 +164,7 @@ def test_a_reply_that_comes_too_late_is_dropped(one, monkeypatch):
         (b'{"dp_rank": 1.0}', "whole number"),
         (b'{"dp_rank": "1"}', "whole number"),
         (b'{"dp_rank": null}', "whole number"),
-        (b'{"dp_rank": 1, "now": 2}', "unknown fields: now"),
+        (b'{"dp_rank": 1, "now": 2}', "unknown fields: 'now'"),
     ],
 )
 def test_what_names_no_instance_is_refused_in_one_line(body, says):

@@ -53,6 +53,20 @@ def test_one_that_waits_waits_on_the_target_next(pair):
     moves(source, target)
 
 
+def test_one_without_kv_has_no_rows_of_a_draft_model_either(pair, monkeypatch):
+    """`unpack` refuses rows that are not the draft model's, which none are."""
+
+    def unpack(rows, scheduler):
+        raise ValueError("other rows than the draft model has")
+
+    monkeypatch.setattr("pascal_sglang.engine.migration.incoming.unpack", unpack)
+    source, target = pair
+    waiting_on(source)
+    granted(source, target, DrainCommand("m", "r", 1, False))
+    source.step()
+    moves(source, target)
+
+
 def test_one_whose_kv_was_promised_does_not_come_without(pair):
     source, target = pair
     waiting_on(source)

@@ -520,6 +520,13 @@ def test_decisions_are_counted_by_the_class_that_a_user_knows(phase, tokens, rea
     assert decision_log.class_of(state, PassInfo(1, 1.0, 0.01)) == name
 
 
+def test_other_numbers_do_not_end_the_decision_file_or_traces():
+    decision_log = DecisionLog(POLICIES["pascal"], Tuning(), log=False)
+    decision_log.file, decision_log.traces = file, _ = SimpleNamespace(), True
+    decision_log.retune(POLICIES["pascal"], Tuning(quantum=7), log=False)
+    assert (decision_log.file, decision_log.traces) == (file, True)
+
+
 def test_a_resume_matches_its_prefix_once_and_again_only_after_a_change(executor, monkeypatch):
     tree = RadixCache.create_simulated(mock_allocator=Allocator())
     executor.scheduler.tree_cache, matches = tree, []

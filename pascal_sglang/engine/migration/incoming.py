@@ -76,7 +76,8 @@ class IncomingMigration(MigrationTarget):
         try:
             self.snapshot = read_snapshot(state, tokens, scheduler.max_req_len)
             self.req = import_state(scheduler, self.snapshot)
-            self.drafted = unpack(self.snapshot.drafted, scheduler)
+            # Without KV there is none of a draft model either: it is prefilled with the rest.
+            self.drafted = unpack(self.snapshot.drafted, scheduler) if tokens else None
         except BadSnapshot as error:
             return str(error)
         except (TypeError, ValueError, KeyError, AttributeError):
@@ -93,11 +94,11 @@ class IncomingMigration(MigrationTarget):
     def take(self, state: bytes, tokens: int) -> None:
         req, snapshot, states = self.req, self.snapshot, self.side.states
         assert snapshot is not None
+        states.arrived(req)
+        restore_state(req, snapshot)
         locations, before = self.side.receive_buffer.keep(
             self.reservation, tokens, self.before, states.pass_info.now
         )
-        states.arrived(req)
-        restore_state(req, snapshot)
         if tokens:
             states.paused_requests.adopt(
                 req, locations, before, self.reservation.state, self.drafted
@@ -225,7 +226,7 @@ class IncomingMigrations:
         self.control_sender.send(
             CONTROLLER, [messages.MigrationEnded(self._dp_rank, migration, taken, incoming.why)]
         )
-        incoming.req = incoming.snapshot = None
+        incoming.req = incoming.snapshot = incoming.drafted = None
         reservation = incoming.reservation
         reservation.locations = reservation.locations[:0].clone()
         self._past[migration] = incoming

@@ -23,7 +23,8 @@ class LocationReplies:
 
     scheduler: SchedulerProtocol
     paused_requests: PausedRequests
-    load_reporter: LoadReporter
+    # None on the ranks that do not report.
+    load_reporter: LoadReporter | None
     # Lets the instance end, which was told to.
     end: Callable[[MayEnd], None] = lambda word: None
 
@@ -42,6 +43,8 @@ class LocationReplies:
 
     def reply(self, query: LocationQuery) -> None:
         """Say which of some requests live here, those on their way out included."""
+        if self.load_reporter is None:
+            return
         scheduler = self.scheduler
         held = self.paused_requests.held()
         queues = (scheduler.waiting_queue, scheduler.grammar_manager.grammar_queue, held)

@@ -95,9 +95,9 @@ class OutgoingMigration(MigrationSource):
             self.side.states.stopped(self.req, status)
 
     def release(self) -> None:
+        self.kv.let_go()
         self.note("moved")
         end_trace(self.req)
-        self.kv.let_go()
 
     def note(self, outcome: str) -> None:
         """The migration is over: a span of the request's trace, where it has one."""

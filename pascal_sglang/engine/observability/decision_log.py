@@ -33,6 +33,8 @@ class DecisionLog:
     def __init__(self, policy: Policy, tuning: Tuning, *, log: bool) -> None:
         self.retune(policy, tuning, log=log)
         self.metrics: DecisionMetrics | None = None
+        self.file: DecisionFile | None = None
+        self.traces = False
         self.counts: Counter[str] = Counter()
         self._last_blocked: tuple[RequestState, str] | None = None
 
@@ -41,8 +43,6 @@ class DecisionLog:
         self.policy = policy
         self.tuning = tuning
         self.log = log
-        self.file: DecisionFile | None = None
-        self.traces = False
         if log:
             logger.setLevel(logging.INFO)  # Asked for, whatever --log-level says of the rest.
 
