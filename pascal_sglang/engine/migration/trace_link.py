@@ -8,9 +8,9 @@ import msgspec
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.observability.trace import TraceReqContext
 
-from pascal_sglang.cluster.messages import Count
 from pascal_sglang.engine.observability.tracing import is_traced
 
+Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 # Numbers of up to 128 bits, which MessagePack does not have.
 Hexadecimal = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{1,32}$")]
 
@@ -25,7 +25,7 @@ class TraceLink(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str
     module_name: str
     trace_level: int
-    start_time_ns: Count | None
+    start_time_ns: Nanoseconds | None
     bootstrap_room: int | None
 
 
@@ -80,6 +80,7 @@ def import_trace(req: Req, link: TraceLink | None) -> None:
     )
     if context.tracing_enable:
         context.rebuild_thread_context()
+        end_trace(req)  # What it was made with.
         req.time_stats.trace_ctx = context
 
 
