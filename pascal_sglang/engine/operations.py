@@ -20,6 +20,7 @@ from pascal_sglang.engine.load_reporter import LoadReporter
 from pascal_sglang.engine.migration.manager import Migrations
 from pascal_sglang.engine.observability.phases import PhaseTracker
 from pascal_sglang.engine.stock_load_figures import ReportingScheduler, held_back
+from pascal_sglang.engine.termination import Termination
 
 
 class OperationsScheduler(ReportingScheduler):
@@ -31,6 +32,7 @@ class OperationsScheduler(ReportingScheduler):
     enable_priority_scheduling: bool
 
     load_reporter: LoadReporter | None = None
+    termination: Termination | None = None
     migrations: Migrations | None = None
     phase_tracker: PhaseTracker
 
@@ -73,10 +75,13 @@ class OperationsScheduler(ReportingScheduler):
         super().record_weight_version_change(new_version)
 
     def _record_scheduler_state_for_paused_engine(self) -> None:
-        """An instance whose generation is paused still reports to the controller."""
+        """An instance whose generation is paused still reports to the controller, and may be told to
+        end."""
         super()._record_scheduler_state_for_paused_engine()
         if self.load_reporter is not None:
             self.load_reporter.tell(None, clock.now())  # There are no passes meanwhile.
+        if self.termination is not None:
+            self.termination.step()
 
     def send_abort_output(self, abort_req: AbortReq, req: Req) -> None:
         """End a request outside of a batch.

@@ -112,7 +112,6 @@ class PascalScheduler(OperationsScheduler):
     # The level that this instance runs at.
     support: Support
     location_replies: LocationReplies | None = None
-    termination: Termination | None = None
 
     def __init__(self, server_args: Any, port_args: Any) -> None:
         config = PascalConfig.from_env()
@@ -276,11 +275,6 @@ class PascalScheduler(OperationsScheduler):
         for listener in (self.migrations, self.location_replies):
             if listener is not None:
                 listener.end = self.termination.may_end
-
-    def _record_scheduler_state_for_paused_engine(self) -> None:
-        super()._record_scheduler_state_for_paused_engine()
-        if self.termination is not None:
-            self.termination.step()  # There are no passes meanwhile.
 
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
