@@ -75,7 +75,7 @@ class OperationsScheduler(ReportingScheduler):
         super().record_weight_version_change(new_version)
 
     def _record_scheduler_state_for_paused_engine(self) -> None:
-        """An instance whose generation is paused still reports to the controller, and may be told to
+        """An instance whose generation is paused still reports to the controller, and may have to
         end."""
         super()._record_scheduler_state_for_paused_engine()
         if self.load_reporter is not None:
