@@ -395,7 +395,7 @@ def test_a_drain_that_is_lifted_in_the_middle_loses_nothing(flooded, reference):
         ({"dp_rank": "1"}, "dp_rank must be a whole number"),
         ({}, "must have a dp_rank"),
         ([1], "must have a dp_rank"),
-        ({"dp_rank": 1, "force": True}, "unknown fields: force"),
+        ({"dp_rank": 1, "force": True}, "unknown fields: 'force'"),
     ],
 )
 def test_a_drain_of_nothing_is_one_clear_refusal(flooded, body, says):

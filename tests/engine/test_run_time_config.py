@@ -71,7 +71,7 @@ def test_a_stream_is_paced_from_the_change_on(server):
         (b"\xff", "the body is not JSON"),
         (b"", "the body is not JSON"),
         ([1], "must be a JSON object"),
-        ({"answer_tpot_ms": 40, "nothing": 1}, "the configuration has no nothing"),
+        ({"answer_tpot_ms": 40, "nothing": 1}, "the configuration has no 'nothing'"),
         ({"answer_tpot_ms": 40, "policy": "rr"}, "policy cannot change while the server runs"),
         ({"answer_tpot_ms": 40, "quantum_tokens": 0}, "quantum_tokens must be a whole number"),
         ({"answer_tpot_ms": 40, "pace_stream": "yes"}, "pace_stream must be true or false"),
