@@ -390,9 +390,13 @@ class PascalConfig:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
+    def shown(self) -> dict[str, Any]:
+        """Every value, as an operator is shown it."""
+        return dataclasses.asdict(self) | {"migration": self.migration_mode}
+
     def banner(self) -> str:
         """The one start line: policy first, then every value."""
-        values = dataclasses.asdict(self) | {"migration": self.migration_mode}
+        values = self.shown()
         values.pop("policy")
         shown = " ".join(f"{name}={value}" for name, value in values.items())
         return f"pascal_sglang: policy={self.policy} {shown}"

@@ -42,6 +42,13 @@ def tenant_of(custom_params: object) -> str:
     return tenant if isinstance(tenant, str) else ""
 
 
+def thinking_budget_of(custom_params: object) -> int | None:
+    """Thinking tokens after which the request's thinking is closed, as SGLang's logit processors
+    read it; None where it asks for no end."""
+    budget = custom_params.get("thinking_budget") if isinstance(custom_params, dict) else None
+    return budget if isinstance(budget, int) and budget >= 0 else None
+
+
 def reader_of(streamed: bool, sampling: object) -> Reader:
     """Who reads the answer: what the request says, a human where it names a pace, or else a
     program, unless it is streamed free text.

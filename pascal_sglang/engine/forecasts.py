@@ -39,7 +39,7 @@ from pascal_sglang.policy.forecast import (
 from pascal_sglang.policy.ranking import Tuning
 from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.timeline import Phase
-from pascal_sglang.request_checks import asked
+from pascal_sglang.request_checks import asked, thinking_budget_of
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Forecasts:
         with self._survived("the end of a phase was not learnt from"):
             for req in reasoning_ended:
                 state, tokens = state_of(req), timeline_of(req).reasoning_tokens
-                budget = asked_budget(req)
+                budget = thinking_budget_of(_custom(req))
                 cut = budget is not None and tokens >= budget
                 self.forecaster.ended(state, Phase.REASONING, tokens, cut=cut)
             for req in over:
@@ -291,10 +291,3 @@ def _rounded(estimate: Estimate) -> dict[str, float]:
 
 def _custom(req: Req) -> Any:
     return req.sampling_params.custom_params
-
-
-def asked_budget(req: Req) -> int | None:
-    """Thinking tokens after which something closes the request's thinking; None if nothing does."""
-    custom = _custom(req)
-    budget = custom.get("thinking_budget") if isinstance(custom, dict) else None
-    return budget if isinstance(budget, int) and budget >= 0 else None

@@ -30,7 +30,7 @@ from pascal_sglang.policy.ranking import PREFIX_HEAD_START, PassInfo, fastest_pa
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.running_mean import running_mean
 from pascal_sglang.policy.timeline import Phase, PhaseTimeline
-from pascal_sglang.request_checks import reader_of, tenant_of
+from pascal_sglang.request_checks import reader_of, tenant_of, thinking_budget_of
 from pascal_sglang.support import (
     EVERYTHING,
     NOT_RECOMPUTED,
@@ -265,9 +265,7 @@ def remaining_of(req: Req, state: RequestState) -> int:
     left = UNLIMITED
     if params.max_new_tokens is not None:
         left = params.max_new_tokens - len(req.output_ids)
-    custom = params.custom_params
-    if state.phase is Phase.REASONING and isinstance(custom, dict):
-        budget = custom.get("thinking_budget")
-        if isinstance(budget, int) and budget >= 0:
-            left = min(left, budget + 1 - state.phase_tokens)
+    budget = thinking_budget_of(params.custom_params)
+    if state.phase is Phase.REASONING and budget is not None:
+        left = min(left, budget + 1 - state.phase_tokens)
     return max(0, left)

@@ -25,7 +25,7 @@ from pascal_sglang.cluster.forecast_files import FOLDER_ENV, ForecastFiles, Show
 from pascal_sglang.cluster.metrics import FrontendMetrics
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.policy.forecast import Estimate
-from pascal_sglang.request_checks import asked, is_number
+from pascal_sglang.request_checks import asked, is_number, thinking_budget_of
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -153,12 +153,9 @@ class AnswerEta:
             return
         budget = max(LEAST_BUDGET, int(max(each.thinking[level] for each in shown)))
         for params in _sampling_params(obj):
-            custom = params.get("custom_params")
-            custom = {} if custom is None else custom
-            if not isinstance(custom, dict):
-                continue  # SGLang's to refuse.
-            if budget_of(obj, params) is None and asked(custom, "brownout") is not False:
-                params["custom_params"] = {**custom, "thinking_budget": budget}
+            if asked(params.get("custom_params"), "brownout") is False:
+                continue
+            if give_budget(obj, params, budget):
                 exchange.budget = (budget, "brownout")
                 self._count("capped", "brownout")
 
@@ -225,9 +222,7 @@ def apply_effort(original: Callable[..., Any], serving: Any, request: Any, *args
     if budget is None or not getattr(adapted, "require_reasoning", False):
         return adapted, processed
     for params in _sampling_params(adapted):
-        if budget_of(adapted, params) is None:
-            custom = params.get("custom_params") or {}
-            params["custom_params"] = {**custom, "thinking_budget": budget}
+        if give_budget(adapted, params, budget):
             setattr(adapted, EFFORT, budget)
     return adapted, processed
 
@@ -235,10 +230,20 @@ def apply_effort(original: Callable[..., Any], serving: Any, request: Any, *args
 def budget_of(obj: Any, params: dict[str, Any]) -> int | None:
     """The thinking budget that a request brings."""
     own = getattr(obj, "max_thinking_tokens", None)
-    custom = params.get("custom_params")
-    if own is None and isinstance(custom, dict):
-        own = custom.get("thinking_budget")
+    if own is None:
+        own = thinking_budget_of(params.get("custom_params"))
     return own if isinstance(own, int) and not isinstance(own, bool) and own >= 0 else None
+
+
+def give_budget(obj: Any, params: dict[str, Any], budget: int) -> bool:
+    """Give a request that brings no thinking budget this one; whether it got it."""
+    custom = params.get("custom_params")
+    custom = {} if custom is None else custom
+    # What is no object is SGLang's to refuse.
+    if budget_of(obj, params) is not None or not isinstance(custom, dict):
+        return False
+    params["custom_params"] = {**custom, "thinking_budget": budget}
+    return True
 
 
 def _sampling_params(obj: Any) -> list[dict[str, Any]]:

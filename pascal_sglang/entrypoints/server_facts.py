@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 from typing import Any
 
@@ -32,7 +31,7 @@ class ServerFacts:
             "model": self._manager.served_model_name,
             "model_path": self._manager.model_path,
             "uptime_s": clock.now() - self._began,
-            "config": dataclasses.asdict(config) | {"migration": config.migration_mode},
+            "config": config.shown(),
         }
 
 

@@ -66,11 +66,9 @@ def collected(serve):
                 list(pool.map(lambda body: server.post("/generate", body), bodies))
             recent = {r["rid"]: r for i in server.instances() for r in i["recent"]}
             deadline = time.monotonic() + 20
-            while not set(roots(collector).values()) >= {body["rid"] for body in bodies}:
+            while not all(whole(collector, body["rid"]) for body in bodies):
                 assert time.monotonic() < deadline, collector.spans
                 time.sleep(0.1)
-            # Those of the schedulers leave on their own.
-            time.sleep(1)
             assert call(server, "/flush_cache")[0] == 200
         yield collector, recent
     finally:
@@ -81,6 +79,15 @@ def roots(collector):
     """The root spans that have ended, by trace."""
     found = (s for s in collector.spans if not s.parent_span_id and s.name.startswith(" Req"))
     return {span.trace_id: about(span)["rid"] for span in found}
+
+
+def whole(collector, rid):
+    """Whether the request's own span has come, and that of every instance it was on."""
+    traces = [trace for trace, name in roots(collector).items() if name == rid]
+    spans = [s for s in collector.spans if s.trace_id in traces]
+    moves = [s for s in spans if s.name == "pascal_migration" and about(s)["outcome"] == "moved"]
+    instances = [s for s in spans if "dp_rank" in about(s)]
+    return bool(traces) and len(instances) > len(moves)
 
 
 def test_every_span_of_ours_is_one_of_its_requests_trace(collected):

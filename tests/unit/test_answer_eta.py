@@ -399,9 +399,15 @@ def test_a_refusal_keeps_headers_of_the_reply_that_it_replaces(tmp_path, monkeyp
     assert b"access-control-allow-origin" in headers
 
 
-def test_parameters_that_are_no_object_are_sglangs_to_refuse(served):
+def test_parameters_that_are_no_object_are_sglangs_to_refuse(served, monkeypatch):
+    """By brownout as by an effort."""
     show(served.folder, arrival=BACKLOG)
     obj = asking()
     obj.sampling_params["custom_params"] = "abc"
     assert served(obj, brownout="P75").status == 200
+    assert obj.sampling_params["custom_params"] == "abc"
+    config = PascalConfig(effort_budgets="low=64")
+    monkeypatch.setenv("PASCAL_SGLANG_CONFIG", config.to_json())
+    effort = SimpleNamespace(reasoning_effort="low")
+    answer_eta.apply_effort(lambda *_: (obj, "p"), None, effort, None)
     assert obj.sampling_params["custom_params"] == "abc"
