@@ -26,7 +26,7 @@ from evals.load.client import Target, open_loop, replay
 from evals.load.items import Item
 from evals.load.record import Record
 from evals.options import base_url, count, positive
-from evals.reporting.metrics import Request, measure
+from evals.reporting.metrics import QOE_OBJECTIVE, Request, measure
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 CELL_S = 0.5
@@ -149,7 +149,7 @@ def summary(arm: Arm, figures: Sequence[Request]) -> str:
     mean = f"{statistics.fmean(ttfo):5.2f} s" if ttfo else "none"
     return (
         f"{arm.name:>8}: mean TTFO {mean}, "
-        f"{on_pace} of {len(figures)} answers at the reader's pace (QoE 0.95)"
+        f"{on_pace} of {len(figures)} answers at the reader's pace (QoE {QOE_OBJECTIVE})"
     )
 
 

@@ -31,7 +31,7 @@ pascal_pip_progress() {
     line="$(grep -aE '^ *(Downloading|Processing|Building wheel|Installing collected)' "$1" | tail -n 1 || true)"
     case "$line" in
     *"Installing collected"*)
-        packages="$(find "$pascal_venv"/lib/python*/site-packages -maxdepth 1 -name '*.dist-info' | wc -l)"
+        packages="$(find "$pascal_venv"/lib/python*/site-packages -maxdepth 1 -name '*.dist-info' ! -name 'pip-*' | wc -l)"
         size="$(du -sh "$pascal_venv" 2>/dev/null | cut -f1)"
         echo "unpacking: $packages of $(tr ',' '\n' <<<"$line" | wc -l) packages, $size" ;;
     *Building*) echo "building ${line##*wheel for }" ;;
