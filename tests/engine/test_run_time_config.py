@@ -139,15 +139,15 @@ def send(server, tenant, body):
 
 
 def crowd(server):
-    """When the requests of each tenant ended: one sends 100, then the other 8."""
-    with ThreadPoolExecutor(108) as pool:
-        body = generate("Heavy", think=100, total=130)
-        heavy = [pool.submit(send, server, "heavy", body) for _ in range(100)]
+    """When the requests of each tenant ended: one sends 150, then the other 8. The first ones' are
+    many times the bound, however fast the machine is."""
+    with ThreadPoolExecutor(158) as pool:
+        body = generate("Heavy", think=250, total=300)
+        heavy = [pool.submit(send, server, "heavy", body) for _ in range(150)]
         deadline = time.monotonic() + 60
         while sum(i["waiting"] + i["paused"] for i in server.instances()) < 20:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        time.sleep(0.6)  # Heavy gets ahead.
         bodies = [generate("Light", think=100, total=130), chat("Light", think=100, total=130)] * 4
         light = [pool.submit(send, server, "light", body) for body in bodies]
         shown = []
@@ -163,14 +163,10 @@ def overtaken(heavy, light):
 
 
 def test_a_light_tenant_does_not_wait_behind_a_heavy_one(server):
-    """Both came by the same order before; nothing of it is decided by a priority or a pace."""
-    heavy, light, shown = crowd(server)
-    assert shown == []
-    before = overtaken(heavy, light)
+    """Nothing of it is decided by a priority or a pace: by arrival alone the light one is last."""
     server.put("/pascal/config", {"fairness": "header:x-tenant"})
     heavy, light, shown = crowd(server)
-    after = overtaken(heavy, light)
-    assert after < before - 0.1, (before, after)
+    assert overtaken(heavy, light) < 0.8
     one, other = digest("heavy"), digest("light")
     leads = [s["ahead_s"] for s in shown if s["ahead_s"].keys() >= {one, other}]
     assert max(each[one] - each[other] for each in leads) > 0
