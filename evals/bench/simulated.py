@@ -1,8 +1,8 @@
 """Simulated against live: the same requests on a server and in the simulator.
 
 `python -m evals.bench.simulated evals/arms/simulated.toml --out simulated.json` starts each arm,
-fits the simulator's costs to one run (its own seed and load), replays other runs, and compares
-means.
+fits the simulator's costs to one run before every other one, with a seed of its own, because
+machines change their speed, and compares means of the others.
 `--again simulated.json` simulates what was measured once more, without servers.
 """
 
@@ -98,27 +98,29 @@ def simulated(plan: Plan, arm: Arm, found: Fit, per_s: float, seed: int) -> dict
 
 
 def measure_arm(plan: Plan, arm: Arm, model: Path, processor: str, seeds: int) -> dict[str, Any]:
-    """Fit one run of an arm, then measure the others."""
+    """Measure runs of an arm, each after one that costs are fitted to."""
     with serve(arm, plan, model) as server:
         target = target_of(plan, server, processor)
-        middle = sum(rate.per_s for rate in plan.rates) / len(plan.rates)
-        replay(items_of(plan, middle, CALIBRATION_SEED + 1)[:20], target, seed=1)  # Warms it up.
-        server.flush()
-        items = items_of(plan, middle, CALIBRATION_SEED)
-        back = replay(items, target, seed=CALIBRATION_SEED)
-        streams = [
-            Stream(item.prompt_tokens, record.token_s)
-            for item, record in zip(items, back.records, strict=True)
-        ]
+
+        def run(per_s: float, seed: int, most: int | None = None) -> tuple[list[Item], Any]:
+            server.flush()
+            items = items_of(plan, per_s, seed)[:most]
+            return items, replay(items, target, seed=seed)
+
+        run(plan.rates[0].per_s, CALIBRATION_SEED - 1, 20)  # Warms it up.
         runs = []
         for rate in plan.rates:
             for seed in range(seeds):
-                server.flush()
-                items = items_of(plan, rate.per_s, seed)
-                back = replay(items, target, seed=seed)
+                items, back = run(rate.per_s, CALIBRATION_SEED + seed)
+                streams = [
+                    Stream(item.prompt_tokens, record.token_s)
+                    for item, record in zip(items, back.records, strict=True)
+                ]
+                found = dataclasses.asdict(fit(streams))
+                items, back = run(rate.per_s, seed)
                 live = live_figures(back.records, items, plan.target_tpot_ms / 1e3)
-                runs.append({"rate": rate.per_s, "seed": seed, "live": live})
-    return {"fit": dataclasses.asdict(fit(streams)), "runs": runs}
+                runs.append({"rate": rate.per_s, "seed": seed, "fit": found, "live": live})
+    return {"runs": runs}
 
 
 def compare(plan: Plan, told: dict[str, Any]) -> list[str]:
@@ -132,9 +134,9 @@ def compare(plan: Plan, told: dict[str, Any]) -> list[str]:
     for arm in plan.arms:
         if arm.name not in told:
             continue
-        mine = told[arm.name]
-        for run in mine["runs"]:
-            sim = simulated(plan, arm, Fit(**mine["fit"]), run["rate"], run["seed"])
+        for run in told[arm.name]["runs"]:
+            found = Fit(**run["fit"])
+            sim = simulated(plan, arm, found, run["rate"], run["seed"])
             run["simulated"] = sim
             line = f"{arm.name:<12}{run['rate']:>6g}{run['seed']:>5}"
             for name in FIGURES:
@@ -144,13 +146,13 @@ def compare(plan: Plan, told: dict[str, Any]) -> list[str]:
                 line += f"{unit * live:>12.2f}{unit * sim[name]:>8.2f}{error:>+8.1%}"
             violated = run["live"]["slo_violations"], sim["slo_violations"]
             lines.append(line + f"{violated[0]:>11.1%}{violated[1]:>7.1%}")
-        found = Fit(**mine["fit"])
-        lines.append(
-            f"  step {1e3 * found.step_s:.2f} ms + {1e3 * found.request_s:.3f} ms per request + "
-            f"{1e6 * found.kv_token_s:.3f} us per KV token; prefill {1e3 * found.prefill_s:.2f} ms"
-            f" + {1e6 * found.prefill_token_s:.0f} us per token; "
-            f"{found.gaps} gaps, {found.error:.0%} of one unexplained"
-        )
+            lines.append(
+                f"  step {1e3 * found.step_s:.2f} ms + {1e3 * found.request_s:.3f} ms per request"
+                f" + {1e6 * found.kv_token_s:.3f} us per KV token; "
+                f"prefill {1e3 * found.prefill_s:.2f} ms"
+                f" + {1e6 * found.prefill_token_s:.0f} us per token; "
+                f"{found.gaps} gaps, {found.error:.0%} of one unexplained"
+            )
     lines.append("TTFO and e2e in seconds, TPOT in milliseconds, means over requests")
     for name, each in errors.items():
         lines.append(

@@ -13,7 +13,7 @@ KNOWN = Cost(
 )  # fmt: skip
 
 
-def streams(noise_s=0.0):
+def streams(noise_s=0.0, longest=64):
     """A server that runs everybody at once, one step or prefill after the other."""
     dice = np.random.default_rng(0)
     due = np.cumsum(dice.exponential(0.2, 150)).tolist()
@@ -22,7 +22,7 @@ def streams(noise_s=0.0):
         fresh = []
         while due and due[0] <= now:
             due.pop(0)
-            fresh.append((int(dice.integers(8, 64)), [], int(dice.integers(20, 200))))
+            fresh.append((int(dice.integers(8, longest)), [], int(dice.integers(20, 200))))
         if fresh:
             now += KNOWN.prefill(sum(prompt for prompt, _, _ in fresh))
             for _, seen, _ in fresh:
@@ -46,6 +46,14 @@ def test_known_costs_are_found_again():
     assert found.kv_token_s == pytest.approx(KNOWN.kv_token_s, rel=0.1)
     assert found.prefill_s == pytest.approx(KNOWN.prefill_s, rel=0.1)
     assert found.error < 0.01
+
+
+@pytest.mark.parametrize("noise_s", [0.0, 2e-3])
+def test_a_long_prefill_is_no_pause(noise_s):
+    """Up to a hundred milliseconds, in which nobody gets a token."""
+    found = fit(streams(noise_s, longest=2000))
+    assert found.prefill_token_s == pytest.approx(KNOWN.prefill_token_s, rel=0.03)
+    assert found.step_s + 10 * found.request_s == pytest.approx(6e-3, rel=0.05)
 
 
 def test_late_clients_blur_but_do_not_shift_it():

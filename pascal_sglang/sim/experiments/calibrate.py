@@ -9,7 +9,8 @@ import numpy as np
 
 from pascal_sglang.sim.loads.lengths import Floats
 
-# A gap this many times its stream's median is a pause, not a step.
+# A gap this many times its stream's median is a pause if somebody else got a token meanwhile. If
+# nobody did, the engine was busy with a long prompt.
 PAUSE_FACTOR = 6.0
 # Tokens of one step reach different clients within this many seconds.
 SAME_STEP_S = 1e-4
@@ -68,12 +69,17 @@ def _samples(streams: Sequence[Stream]) -> tuple[Floats, Floats, Floats]:
     weight that counts every step once."""
     begins, ends, lengths = [], [], []
     idle: list[tuple[float, float]] = []
+    # By when a decode step had ended.
+    decoded = np.sort(np.concatenate([s.token_s[1:] for s in streams]))
     for stream in streams:
         at = np.asarray(stream.token_s, dtype=float)
         gap = np.diff(at)
         steps = gap > SAME_STEP_S
         usual = np.median(gap[steps]) if steps.any() else 0.0
-        pauses = gap > PAUSE_FACTOR * usual
+        after = np.searchsorted(decoded, at[:-1] + usual / 2)
+        pauses = (gap > PAUSE_FACTOR * usual) & (
+            np.searchsorted(decoded, at[1:] - usual / 2) > after
+        )
         idle += zip(at[:-1][pauses].tolist(), at[1:][pauses].tolist(), strict=True)
         use = steps & ~pauses
         begins.append(at[:-1][use])
