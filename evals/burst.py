@@ -34,8 +34,8 @@ NUMBER_COLUMNS = 4
 REFRESH_S = 0.25
 SPREAD_S = 2.0
 PROMPT_TOKENS = 16
-THINKING_TOKENS = (16, 48)
-ANSWER_TOKENS = (24, 48)
+THINKING_TOKENS = (6, 26)
+ANSWER_TOKENS = (24, 40)
 ALONE = Item(arrival_s=0.0, prompt_tokens=PROMPT_TOKENS, thinking_tokens=4, answer_tokens=8)
 # The reader takes a token in the time in which the server, alone with it, decodes this many.
 READER_SLOWER = 4.0
@@ -121,7 +121,7 @@ def picture(arm: Arm, records: Sequence[Record], until_s: float, columns: int) -
 def legend(tpot_s: float) -> Text:
     line = Text()
     for kind, (letter, style) in LOOK.items():
-        line.append(letter, style).append(f" {kind}   ")
+        line.append(letter, style).append(f" {kind}  ")
     return line.append(f"a reader takes {1 / tpot_s:.1f} tokens a second", "dim")
 
 

@@ -10,8 +10,9 @@ set -euo pipefail
 once=false
 port=30000
 requests=12
-# Memory for about half of what the burst needs, so that the order matters. Both may be given anew.
-flags=(--max-total-tokens 640 --context-length 640)
+# Memory for less than half of what the burst needs, so that the order matters. Both may be given
+# anew.
+flags=(--max-total-tokens 320 --context-length 320)
 while [ $# -gt 0 ]; do
     case "$1" in
     -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
@@ -47,27 +48,22 @@ run() {
     client=
 }
 
-# serve LOG FLAGS...: a demo server whose messages go to a file.
-serve() {
-    supervised "$PASCAL_PYTHON" -m pascal_sglang.launch_server --demo --host 127.0.0.1 \
-        --sleep-on-idle ${flags[@]+"${flags[@]}"} "${@:2}" >"$1" 2>&1
-}
-
 cd "$pascal_root"
 run -m pascal_sglang.demo.smollm2 >/dev/null
 logs="$(mktemp -d "${TMPDIR:-/tmp}/pascal_sglang-quickstart-XXXXXX")"
 other="$("$PASCAL_PYTHON" -c 'from evals.load.server import free_port; print(free_port())')"
-pascal_say "starting the demo server on http://127.0.0.1:$port and one in SGLang's order beside it"
-pascal_say "  (about a minute; their messages: $logs/*.log)"
+pascal_say "starting a demo server on http://127.0.0.1:$port and one in SGLang's order beside it"
+pascal_say "  (their messages: $logs/*.log)"
 # Shown by a server's status, so that the chats are not another server's on the same port.
 server_id="$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"
 export PASCAL_SGLANG_SERVER_ID="$server_id"
-serve "$logs/pascal.log" --port "$port"
-server=$supervised
-serve "$logs/fcfs.log" --port "$other" --pascal-policy fcfs
+supervised "$PASCAL_PYTHON" -m pascal_sglang.demo.servers --host 127.0.0.1 --sleep-on-idle \
+    ${flags[@]+"${flags[@]}"} --log "$logs/pascal.log" --port "$port" \
+    --log "$logs/fcfs.log" --port "$other" --pascal-policy fcfs >>"$logs/pascal.log" 2>&1
+servers=$supervised
 
 run launch/demo_chat.py --base-url "http://127.0.0.1:$port" \
-    --server-pid "$server" --server-id "$server_id" --log "$logs/pascal.log"
+    --server-pid "$servers" --server-id "$server_id" --log "$logs/pascal.log"
 
 pascal_say "the same $requests requests at once, first in SGLang's order (fcfs), then in ours"
 pascal_say "  (as a page: http://127.0.0.1:$port/pascal/)"
@@ -77,5 +73,5 @@ run -m evals.burst --requests "$requests" --ready-check-timeout-sec 240 \
 if ! $once; then
     pascal_say "the server stays up; try it with any OpenAI client, or: curl http://127.0.0.1:$port/pascal/status"
     pascal_say "Ctrl-C stops it"
-    wait "$server"
+    wait "$servers"
 fi

@@ -15,10 +15,8 @@ prove what a worker process imports by itself.
 """
 
 import contextlib
-import gc
 import importlib
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -28,26 +26,13 @@ import socket
 import sys
 import traceback
 import types
-import warnings
 from pathlib import Path
-
-IMPORTS = (
-    "sglang.cli.main",
-    "sglang.launch_server",
-    "sglang.srt.entrypoints.http_server",
-    "sglang.srt.managers.data_parallel_controller",
-    "sglang.srt.managers.detokenizer_manager",
-    "sglang.srt.managers.scheduler",
-    # It has the platform put its kernels in their places, which models bind.
-    "sglang.srt.model_executor.model_runner",
-    # All models: a scheduler imports them before it loads one.
-    "sglang.srt.models.registry",
-    "sglang.srt.constrained.xgrammar_backend",
-)
 
 
 def serve(command, environment, folder, log):
     """In the fork: what `command` does in a shell. The exit code."""
+    from pascal_sglang.demo.servers import fork_workers
+
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.clear()
@@ -65,9 +50,7 @@ def serve(command, environment, folder, log):
     random.seed()
     _draw_ports(environment.get("TEST_PORTS"))
     _share_what_plugins_look_for()
-    # SGLang asks for workers that import everything anew.
-    multiprocessing.set_start_method("fork", force=True)
-    multiprocessing.set_start_method = lambda *_, **__: None
+    fork_workers()
     try:
         _run(command)
     except SystemExit as end:
@@ -188,13 +171,12 @@ class Forks:
 
 
 def warm_up():
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"sglang\.")
-    for name in IMPORTS:
-        importlib.import_module(name)
+    from pascal_sglang.demo import servers
+
+    servers.preload()
+    importlib.import_module("sglang.cli.main")
     look_ahead()
-    # No fork looks for garbage in what all of them have, and so copies it.
-    gc.collect()
-    gc.freeze()
+    servers.freeze()
 
 
 def main(path, keep=False):

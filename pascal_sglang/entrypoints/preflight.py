@@ -35,8 +35,9 @@ class OneLineParser(argparse.ArgumentParser):
 def check_machine(argv: list[str]) -> None:
     """Choose the reference CPU platform for `--device cpu`; must run before SGLang is imported.
 
-    Respects a platform somebody else chose. Ranks share the cores evenly: two ranks that each spin
-    a full set of OpenMP threads slow each other down many times over.
+    Respects a platform somebody else chose. Ranks share the cores evenly, but for one that is left
+    to the server's other processes: OpenMP threads that wait for a thread without a core spin, and
+    slow each other down many times over.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--device", default=None)
@@ -55,7 +56,7 @@ def check_machine(argv: list[str]) -> None:
     if not seen.enable_dp_attention:  # With it, instances share the ranks of one.
         ranks *= max(1, seen.dp_size)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores) // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (len(cores) - 1) // ranks)))
     if ranks > 1:
         # SGLang refuses more ranks than NUMA nodes without it; it binds nothing on this platform.
         binding = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))

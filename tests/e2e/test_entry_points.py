@@ -48,6 +48,7 @@ def test_the_demo_thinks_and_answers_and_ctrl_c_ends_it():
         assert "(no answer)" not in said
         assert said.count("thinking + ") == 3
         assert said.count("pascal_sglang: policy=") == 1
+        assert f"http://127.0.0.1:{port}/pascal/" in said
         # The same burst in both orders, whole.
         assert re.findall(r"^ *(\w+): mean TTFO +[\d.]+ s, \d of 3", said, re.M) == [
             "fcfs",

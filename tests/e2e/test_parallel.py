@@ -35,6 +35,8 @@ def answered(server):
 
 @pytest.fixture(scope="module")
 def two_instances(tiny_model):
+    """From a shell, as a user starts it: its five processes import SGLang one by one, which is most
+    of what this fixture costs. Other servers of ours are forks."""
     flags = ["--model-path", str(tiny_model), *TINY_FLAGS, "--dp-size", "2"]
     with Server(PASCAL, [*flags, "--admin-api-key", OPERATOR]) as server:
         server.headers = {"Authorization": f"Bearer {OPERATOR}"}

@@ -16,7 +16,7 @@ from tests.harness import BASH
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 TIMEOUT_S = 20
-# Stands for the launcher: as it does, this ends by SIGINT, and its child is in its process group.
+# Stands for the servers: as they do, this ends by SIGINT, and its child is in its process group.
 SERVER = """
 import os, signal, subprocess, sys
 child = subprocess.Popen(["sleep", "60"])
@@ -28,19 +28,19 @@ try:
 except KeyboardInterrupt:
     sys.exit(0)
 """
-# Waits until both servers are there, and then as long as the test says.
+# Waits until the servers are there, and then as long as the test says.
 CHAT = """
 import os, time
 from pathlib import Path
 pids = Path(os.environ["PIDS"])
-while not pids.exists() or pids.read_text().count(chr(10)) < 2:
+while not (pids.exists() and pids.read_text()):
     time.sleep(0.01)
 print("chatting", flush=True)
 time.sleep(float(os.environ["CHAT_S"]))
 """
 PYTHON = f"""#!/usr/bin/env bash
 case "$1 $2" in
-"-m pascal_sglang.launch_server" | "-m evals.gpu.check") exec {sys.executable} -c '{SERVER}' ;;
+"-m pascal_sglang.demo.servers" | "-m evals.gpu.check") exec {sys.executable} -c '{SERVER}' ;;
 "-m "*) exit 0 ;;
 "launch/demo_chat.py "*) exec {sys.executable} -c '{CHAT}' ;;
 *) exec {sys.executable} "$@" ;;

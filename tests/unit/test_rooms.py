@@ -50,8 +50,8 @@ PACKAGE = {
     "older_sglang": ({"seams"}, {"msgspec", "sglang"}),
     "platforms": ({"older_sglang"}, {"sglang", "torch"}),
     "demo": (
-        {"config"},
-        {"filelock", "safetensors", "sglang", "tokenizers", "torch", "transformers"},
+        {"config", "entrypoints", "launch_server"},
+        {"filelock", "psutil", "safetensors", "sglang", "tokenizers", "torch", "transformers"},
     ),
 }
 # Of the package, a command that measures knows the benchmarks of its parts alone, and the workloads
