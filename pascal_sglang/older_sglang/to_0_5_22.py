@@ -25,7 +25,12 @@ def _platforms(module: Any) -> None:
     def mla_pool(self: Any) -> Any:
         from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
-        return MLATokenToKVPool
+        def build(size: int, *, index_head_dim: int | None, **kwargs: Any) -> Any:
+            if index_head_dim is not None:
+                raise NotImplementedError("a pool with index keys")
+            return MLATokenToKVPool(size, **kwargs)
+
+        return build
 
     def allocator(self: Any) -> Any:
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
@@ -103,6 +108,7 @@ def _sampling_params(module: Any) -> None:
 
 def _runtime_context(module: Any) -> None:
     module.ParallelContext.num_dp_ranks = property(lambda self: self.dp_size)
+    module.ParallelContext.attn_dp_enabled = property(lambda self: self.enable_dp_attention)
 
 
 @dataclasses.dataclass
@@ -126,6 +132,8 @@ def _base_prefix_cache(module: Any) -> None:
     def path_device_indices(self: Any, node: Any) -> Any:
         raise NotImplementedError
 
+    # Of a cache without prefixes, which is a class of its own.
+    module.BasePrefixCache.root_node = None
     module.BasePrefixCache.path_device_indices = path_device_indices
     module.BasePrefixCache.supports_prefix_sharing = lambda self: not self.is_chunk_cache()
     module.BasePrefixCache.lock = lock
@@ -211,6 +219,30 @@ def _invariant_checker(module: Any) -> None:
     )
 
 
+def _overlap_utils(module: Any) -> None:
+    """What a request brings of its drafts may be no more than where its row is. Tensors of a CPU
+    take no note of streams."""
+
+    def make_staged_spec_input(self: Any, future_indices: Any) -> Any:
+        from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+        from sglang.srt.speculative.eagle_info import EagleDraftInput
+
+        alone = self.spec_algo.is_standalone()
+        return EagleDraftInput(
+            capture_hidden_mode=CaptureHiddenMode.NULL if alone else CaptureHiddenMode.LAST,
+            future_indices=future_indices,
+            future_dsa_topk_indices_available=self.dsa_topk_indices_buf is not None,
+        )
+
+    module.FutureMap.make_staged_spec_input = make_staged_spec_input
+    patch(
+        module.FutureMap,
+        "_resolve_spec_extras",
+        ("indices.record_stream(", 'if indices.device.type != "cpu": indices.record_stream('),
+        (" and draft_input.draft_probs is not None:", ":"),
+    )
+
+
 def _scheduler(module: Any) -> None:
     scheduler = module.Scheduler
     scheduler.reads_hybrid_pools = False
@@ -289,6 +321,7 @@ PARTS = {
     "sglang.srt.managers.scheduler_components.pool_stats_observer": _pool_stats,
     "sglang.srt.mem_cache.allocation": _allocation,
     "sglang.srt.managers.scheduler_components.invariant_checker": _invariant_checker,
+    "sglang.srt.managers.overlap_utils": _overlap_utils,
     "sglang.srt.managers.scheduler": _scheduler,
     "sglang.srt.managers.data_parallel_controller": _controller,
     "sglang.srt.entrypoints.http_server": _http_server,

@@ -75,7 +75,7 @@ def _flush_wrapper(module: Any) -> None:
 
 
 def _schedule_batch(module: Any) -> None:
-    """Fields that requests do not have yet."""
+    """Fields that requests do not have yet, and states of recurrent layers on a CPU."""
     module.Req._think_start_match_len = 0
     module.Req.mm_token_counts_ready = False
     module.Req.dllm_has_literal_mask = False
@@ -84,10 +84,34 @@ def _schedule_batch(module: Any) -> None:
         slots = self.mamba_ping_pong_track_buffer
         return None if slots is None else [slot == -1 for slot in slots.tolist()]
 
+    # Memory that only a device needs.
+    pinned = ("pin_memory=True", 'pin_memory=all_buffers.device.type != "cpu"')
+    patch(module, "set_mamba_track_indices_from_reqs", pinned)
     module.ReqKvInfo.mamba_ping_pong_empty = property(empty, lambda self, value: None)
     module.ReqKvInfo.mamba_untracked_decode_batch_idx = property(
         lambda self: None, lambda self, value: None
     )
+
+
+def _memory_pool(module: Any) -> None:
+    """Only pools of another class have scales beside MLA's KV."""
+    module.MLATokenToKVPool.kv_scale_buffer = None
+
+
+def _pool_stats(module: Any) -> None:
+    """Only pools of sliding windows say their capacity."""
+    stock = module.SchedulerPoolStatsObserver.get_pool_stats
+
+    def get_pool_stats(self: Any) -> Any:
+        stats = stock(self)
+        if stats.full_capacity is None:
+            stats.full_capacity = self.max_total_num_tokens
+            if stats.is_hybrid_ssm:
+                size = self.token_to_kv_pool_allocator.size
+                stats.full_capacity = self.req_to_token_pool.schedulable_token_capacity(size)
+        return stats
+
+    module.SchedulerPoolStatsObserver.get_pool_stats = get_pool_stats
 
 
 def _base_prefix_cache(module: Any) -> None:
@@ -112,6 +136,22 @@ def _parallel_state(module: Any) -> None:
         return stock(*args, use_pynccl=use_pynccl, **kwargs)
 
     module.init_model_parallel_group = init_model_parallel_group
+
+
+def _speculative_hook(module: Any) -> None:
+    """A platform is asked whether it serves a draft model before SGLang chooses what runs with
+    one. What it says decides nothing yet."""
+    stock = module._handle_eagle_family
+
+    def handle_eagle_family(server_args: Any) -> None:
+        from sglang.srt.platforms import current_platform
+
+        if current_platform.is_out_of_tree():
+            algorithm = module.resolving_view(server_args).speculative_algorithm
+            current_platform.supports_speculative_algorithm(algorithm)
+        stock(server_args)
+
+    module._handle_eagle_family = handle_eagle_family
 
 
 def _spec_info(module: Any) -> None:
@@ -171,6 +211,15 @@ def _eagle_utils(module: Any) -> None:
         )
         module.tree_speculative_sampling_target_only = None
         module.top_k_renorm_prob = module.top_p_renorm_prob = None
+
+
+def _eagle_worker(module: Any) -> None:
+    """On a CPU no draft model has graphs, whoever's platform that is."""
+    patch(
+        module.EagleDraftWorker,
+        "_capture_cuda_graphs",
+        ("if _is_cpu or", 'if self.target_worker.device == "cpu" or'),
+    )
 
 
 def _linear_attention(module: Any) -> None:
@@ -260,11 +309,15 @@ def _ray_engine(module: Any) -> None:
 PARTS = {
     "sglang.srt.platforms.interface": _platforms,
     "sglang.srt.distributed.parallel_state": _parallel_state,
+    "sglang.srt.arg_groups.speculative_hook": _speculative_hook,
     "sglang.srt.speculative.spec_info": _spec_info,
     "sglang.srt.speculative.eagle_utils": _eagle_utils,
     "sglang.srt.speculative.eagle_worker_common": _eagle_worker_common,
+    "sglang.srt.speculative.eagle_worker_v2": _eagle_worker,
     "sglang.kernels.ops.attention.linear": _linear_attention,
     "sglang.srt.mem_cache.base_prefix_cache": _base_prefix_cache,
+    "sglang.srt.mem_cache.memory_pool": _memory_pool,
+    "sglang.srt.managers.scheduler_components.pool_stats_observer": _pool_stats,
     "sglang.srt.managers.schedule_batch": _schedule_batch,
     "sglang.srt.managers.scheduler": _scheduler,
     "sglang.srt.managers.scheduler_components.flush_wrapper": _flush_wrapper,

@@ -57,6 +57,8 @@ def _functions() -> dict[str, dict[str, Callable[..., Any]]]:
             "assign_draft_cache_locs_contiguous_func": draft_locations,
             "fill_bonus_tokens_func": last_accepted,
         },
+        # Changed in older releases alone.
+        "sglang.srt.speculative.eagle_worker_v2": {},
     }
 
 

@@ -1,5 +1,6 @@
 """What cannot be served is refused with one clear line, and nothing stays behind."""
 
+import json
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ import pytest
 
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
 from pascal_sglang.seams import installed
+from tests.engine.inproc.models import FLAGS, build
 from tests.harness import PASCAL, STOCK, TINY_FLAGS, environment, fork
 from tests.ports import not_drawn
 
@@ -119,24 +121,37 @@ def test_so_it_does_from_a_shell(altered_copy, tiny_model):
     is_refused(*run(ENGINE, ["--model-path", str(tiny_model)], env))
 
 
-def test_a_process_without_the_plugin_is_refused(tiny_model):
-    """The launcher's own process is fine, but a whitelist keeps the plugin out of its children."""
-    code = (
-        "import os, sys; from pascal_sglang import launch_server as l; "
-        "import sglang.srt.entrypoints.engine as e; "
-        "launch = e.Engine._launch_scheduler_processes.__func__\n"
-        "def without(cls, *a, **k):\n"
-        "    os.environ['SGLANG_PLUGINS'] = 'nothing'\n"
-        "    return launch(cls, *a, **k)\n"
-        "e.Engine._launch_scheduler_processes = classmethod(without)\n"
-        "if __name__ == '__main__': sys.exit(l.main(sys.argv[1:]))"
-    )
-    script = tiny_model.parent / "whitelist.py"
-    script.write_text(code)
+WITHOUT_PLUGIN = """
+import multiprocessing, os, sys
+from sglang.srt.entrypoints.engine import Engine
+from pascal_sglang import launch_server
+
+launch = Engine._launch_scheduler_processes.__func__
+start_by = multiprocessing.context._default_context.set_start_method
+
+def without(cls, *args, **kwargs):
+    os.environ["SGLANG_PLUGINS"] = "nothing"
+    start_by("spawn", force=True)  # A fork would have the plugin already.
+    try:
+        return launch(cls, *args, **kwargs)
+    finally:
+        start_by("fork", force=True)
+
+Engine._launch_scheduler_processes = classmethod(without)
+if __name__ == "__main__":
+    sys.exit(launch_server.main(sys.argv[1:]))
+"""
+
+
+def test_a_process_without_the_plugin_is_refused(tiny_model, forked, tmp_path):
+    """The launcher's own process is fine, but a whitelist keeps the plugin out of its schedulers,
+    which import everything themselves."""
+    script = tmp_path / "whitelist.py"
+    script.write_text(WITHOUT_PLUGIN)
     env = {"SGLANG_PLATFORM": "pascal_cpu"}
     flags = ["--model-path", str(tiny_model), *TINY_FLAGS, *not_drawn()]
-    status, output = run((sys.executable, str(script)), flags, env)
-    assert status == 2
+    code, output = forked(flags, (sys.executable, str(script)), env)
+    assert code == 2
     assert any("runs without the plugin" in line for line in our_lines(output))
 
 
@@ -159,6 +174,28 @@ def test_what_would_not_work_here_ends_in_one_line(forked, tiny_model, asked, sa
     assert code == 2
     (line,) = our_lines(output)
     assert says in line
+
+
+@pytest.fixture(scope="module")
+def windows_alone(tmp_path_factory):
+    """A model without a layer of full attention. Arguments do not tell which pool that takes."""
+    folder = build("gpt_oss", tmp_path_factory.mktemp("windows") / "model")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def test_a_model_whose_pool_alone_gets_less_ends_in_one_line(forked, windows_alone):
+    asked = ["--dp-size", "2", "--pascal-migration", "adaptive", "--pascal-require", "move"]
+    flags = ["--model-path", str(windows_alone), *TINY_FLAGS, *FLAGS["gpt_oss"], *asked]
+    code, output = forked(flags, env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
+    assert code == 2
+    assert "level move by the arguments" in output
+    (line,) = [line for line in our_lines(output) if "error" in line]
+    assert "--pascal-require move: the level here is order, because of a pool of sliding" in line
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@ no token."""
 
 import pytest
 
+from tests.engine.inproc.conftest import HYBRID_POOLS
 from tests.engine.inproc.models import FLAGS
 from tests.engine.load import run
 from tests.engine.test_migration import at_rest, differences, nothing_left, total
 
+pytestmark = HYBRID_POOLS
 COUNT = 60
 CROWDED = {"chaos": 0.03, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
 TIGHT = ["--max-total-tokens", "2500", "--chunked-prefill-size", "64"]

@@ -18,6 +18,7 @@ from pascal_sglang.engine.migration.receive_buffer import SLOTS
 from pascal_sglang.request_ids import MAX_ID
 from tests.doors import check
 from tests.engine.conftest import LATE, SERVE
+from tests.engine.inproc.conftest import arms
 from tests.engine.load import LETTERS, abort, bodies, run
 from tests.engine.odds import assert_same, odds
 from tests.requests import generate
@@ -131,7 +132,7 @@ def flood(server, count, reference):
         assert series in metrics
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", arms(ARMS))
 def test_a_flood_of_moves_is_invisible(arm, serve, reference, stock_server):
     count, command, flags, settings = ARMS[arm]
     mooncake = settings.get("kv_transport") == "mooncake"

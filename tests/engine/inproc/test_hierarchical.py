@@ -5,8 +5,9 @@ import itertools
 import pytest
 
 from tests.engine.inproc.bed import Request, run
-from tests.engine.inproc.conftest import PAGES
+from tests.engine.inproc.conftest import HOST_POOL, PAGES
 
+pytestmark = HOST_POOL
 CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
 FLAGS = "--enable-hierarchical-cache --hicache-io-backend direct --hicache-ratio 8".split()
 COUNT, PROMPTS = 64, 32

@@ -2,12 +2,12 @@
 
 import json
 import random
-import uuid
-from itertools import chain, product
+from itertools import chain
 
 import pytest
 
 from pascal_sglang.demo.tiny import END_THINK_ID
+from tests.engine import adapters
 from tests.engine.inproc.bed import Request, differing, run
 
 CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
@@ -141,52 +141,14 @@ def test_a_grammar_goes_on_after_pauses_and_elsewhere(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_model, tmp_path_factory):
-    """Three LoRA adapters of the tiny model: the flags that load them, of which a batch takes two,
-    or one beside requests without any; and the ids by which requests name them."""
-    from safetensors.torch import save_file
-    from torch import Generator, randn
-
-    model = json.loads((tiny_model / "config.json").read_text())
-    width, dice = model["hidden_size"], Generator().manual_seed(0)
-    keys = width * model["num_key_value_heads"] // model["num_attention_heads"]
-    paths = {}
-    for name in "abc":
-        folder = paths[name] = tmp_path_factory.mktemp("lora") / name
-        folder.mkdir()
-        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
-        config |= {"target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": ""}
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        weights = {}
-        layers = range(model["num_hidden_layers"])
-        for layer, (module, out) in product(layers, (("q_proj", width), ("v_proj", keys))):
-            at = f"base_model.model.model.layers.{layer}.self_attn.{module}"
-            weights[f"{at}.lora_A.weight"] = randn(4, width, generator=dice) / width**0.5
-            weights[f"{at}.lora_B.weight"] = randn(out, 4, generator=dice)
-        save_file(weights, folder / "adapter_model.safetensors")
-    flags = ["--lora-backend", "torch_native", "--max-loras-per-batch", "2"]
-    flags += ["--lora-paths", *(f"{name}={path}" for name, path in paths.items())]
-    # As SGLang names what it loads at start.
-    ids = [uuid.uuid5(uuid.NAMESPACE_URL, f"{name}\0{path}").hex for name, path in paths.items()]
-    return flags, ids
+def loras(tiny_model, tmp_path_factory):
+    return adapters.build(tiny_model, tmp_path_factory.mktemp("lora"))
 
 
-def pin_nothing():
-    """SGLang pins what its LoRA backends make on the host, and there is no device to pin it for."""
-    import torch
-
-    def unpinned(make):
-        return lambda *args, pin_memory=False, **more: make(*args, **more)
-
-    torch.Tensor.pin_memory = lambda tensor: tensor
-    for name in ("tensor", "empty", "zeros", "arange"):
-        setattr(torch, name, unpinned(getattr(torch, name)))
-
-
-def test_a_request_comes_back_when_its_adapter_fits(tiny_model, adapters):
-    flags, ids = adapters
+def test_a_request_comes_back_when_its_adapter_fits(tiny_model, loras):
+    flags, ids = adapters.flags(loras), [lora_id for _, lora_id in loras.values()]
     asked = requests([({}, {"lora_id": each}) for each in (*ids, None)], 28)
-    hook = {"prepare": f"{__name__}:pin_nothing"}
+    hook = {"prepare": f"{adapters.__name__}:pin_nothing"}
     stock = serve(tiny_model, asked, None, [*flags, *ROOMY], **hook)
     plain = serve(tiny_model, requests([({}, {})], 28), None, ROOMY)
     with_adapter = [i for i in range(28) if i % 4 < 3]
