@@ -57,6 +57,7 @@ def metrics() -> str:
         ForecastMetrics,
         PhaseMetrics,
         SupportMetrics,
+        ToolMetrics,
     )
     from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
     from pascal_sglang.support import EVERYTHING
@@ -67,6 +68,7 @@ def metrics() -> str:
     PhaseMetrics(labels, 0.95)
     DecisionMetrics(labels, 1.0, 0)
     ForecastMetrics(labels)
+    ToolMetrics(labels, (), 0)
     MigrationMetrics(labels)
     ControllerMetrics("")
     FrontendMetrics("")
@@ -105,6 +107,13 @@ def support() -> str:
             level = f"`{row.level}`" if row.recomputes else f"`{row.level}`, without recomputing"
             found.append((f"{what} {_named(row.name)}", level, row.why))
     return _table(("", "level", "why no higher one"), found)
+
+
+def tool_kv() -> str:
+    """The features with which no KV is kept for conversations that wait for a tool."""
+    from pascal_sglang import support as table
+
+    return _table(("feature", "why"), ((_named(row.name), row.why) for row in table.TOOL_KV))
 
 
 def families() -> str:
@@ -151,6 +160,7 @@ PARTS = {
     "compatibility.md": {
         "levels": levels,
         "support": support,
+        "tool_kv": tool_kv,
         "families": families,
         "settings": settings,
     },

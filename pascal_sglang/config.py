@@ -123,6 +123,13 @@ class PascalConfig:
         "host memory for paused KV, per instance (default: by the device pool's size)",
         least=0,
     )
+    tool_kv: float = _field(
+        0.0,
+        "share of that memory for KV of conversations whose last reply called tools: under memory "
+        "pressure it waits there for the next turn, for as long as tools take here; 0: none does",
+        least=0,
+        most=0.9,
+    )
     # Only with several instances that are placed by phase. None: `adaptive` or `off`, as the
     # policy's record says. `always` is PASCAL without its adaptive override. Whatever it is but
     # `off`, an instance that is drained is emptied by moves.
@@ -193,7 +200,7 @@ class PascalConfig:
         "treat /generate requests that do not say require_reasoning as reasoning",
         changeable=True,
     )
-    # A request's tenant is found in the process that serves HTTP (`entrypoints.tenants`).
+    # A request's tenant is found in the process that serves HTTP (`entrypoints.request_notes`).
     fairness: str = _field(
         "off",
         "bound how far one tenant gets ahead of another while requests wait, by the KV that it "
@@ -238,9 +245,9 @@ class PascalConfig:
             self._require_one_address()
         if self.effort_budgets is not None:
             _budgets(self.effort_budgets)
-        self._require_tenants()
+        self._require_scheduling()
 
-    def _require_tenants(self) -> None:
+    def _require_scheduling(self) -> None:
         known = isinstance(self.fairness, str) and (
             self.fairness in ("off", "api-key", "user")
             or re.fullmatch(FAIRNESS_HEADER + r"[A-Za-z0-9_-]{1,64}", self.fairness)
@@ -250,6 +257,10 @@ class PascalConfig:
         _require(
             self.fairness == "off" or self.record.schedules,
             f"fairness is for a policy that schedules, not for {self.policy}",
+        )
+        _require(
+            not self.tool_kv or self.record.schedules,
+            f"tool_kv is for a policy that schedules, not for {self.policy}",
         )
 
     def _require_one_address(self) -> None:
@@ -306,8 +317,12 @@ class PascalConfig:
             for rid in (getattr(obj, "rid", None), override):
                 if (problem := request_ids.problem_with(rid)) is not None:
                     return problem
-        params = getattr(obj, "sampling_params", None)
-        return request_checks.problem_with(params) if self.paces else None
+        if not self.paces:
+            return None
+        problem = request_checks.problem_with(getattr(obj, "sampling_params", None))
+        if problem is None and self.tool_kv:
+            problem = request_checks.problem_with_hints(getattr(obj, "kv_hints", None))
+        return problem
 
     def budget_of_effort(self, effort: str) -> int | None:
         """The thinking budget that the operator gives to a `reasoning_effort`; None for none."""
@@ -357,7 +372,7 @@ class PascalConfig:
     def effective(self, server_args: Any) -> PascalConfig:
         """What schedules and places with these arguments: at the level OBSERVE that is `fcfs`."""
         if self.record.schedules and self.support(server_args).level is Level.OBSERVE:
-            return dataclasses.replace(self, policy="fcfs", fairness="off")
+            return dataclasses.replace(self, policy="fcfs", fairness="off", tool_kv=0.0)
         return self
 
     def require_level(self, support: Support) -> None:

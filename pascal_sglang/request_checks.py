@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypeGuard
 
 from pascal_sglang.policy.request import Reader
+from pascal_sglang.policy.tool_waits import MOST_KEEP_S
 
 # Milliseconds per answering token that a request may ask for, both included. Nobody reads faster,
 # and what `--pascal-pace-stream` holds back at most (1,024 tokens) leaves within three hours.
@@ -21,6 +23,11 @@ MOST_DEADLINE_S = 86_400.0
 # What a request says by true or false: whether comments in its stream forecast its answer, and
 # whether `--pascal-brownout` may cap its thinking.
 SWITCHES = ("eta_comments", "brownout")
+# What `tools` says of a request, as the process that serves HTTP noted it: the reply may call one
+# of the tools that were offered, or must.
+TOOLS = ("auto", "required")
+# The action of SGLang's `kv_hints` that asks for the same; its payload is `{"seconds": ...}`.
+HINT_TYPE, HINT_VERSION = "pascal.tool_wait", "1"
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -40,6 +47,47 @@ def tenant_of(custom_params: object) -> str:
     """Whose the request is, as the process that serves HTTP noted it; empty where it did not."""
     tenant = asked(custom_params, "tenant")
     return tenant if isinstance(tenant, str) else ""
+
+
+def tools_of(custom_params: object) -> str:
+    """Whether the reply may or must call tools, one of `TOOLS`; empty where none were offered."""
+    tools = asked(custom_params, "tools")
+    return tools if isinstance(tools, str) and tools in TOOLS else ""
+
+
+def asked_tool_wait_s(custom_params: object, kv_hints: object) -> float | None:
+    """For how long the request asks that its KV be kept for a next one, in seconds, 0 for not at
+    all; None where it does not say. Its `kv_hints` go before its parameters."""
+    for said in (*_hinted(kv_hints), asked(custom_params, "tool_wait_s")):
+        if is_number(said) and 0 <= said <= MOST_KEEP_S:
+            return float(said)
+    return None
+
+
+def _hinted(kv_hints: object) -> Iterator[object]:
+    """What actions of ours in an envelope of SGLang's say, whatever it is. An envelope is JSON
+    before SGLang takes it, and an object of SGLang's later."""
+
+    def get(holder: object, name: str) -> object:
+        return holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+
+    actions = get(kv_hints, "actions")
+    for action in actions if isinstance(actions, list) else []:
+        if (get(action, "action_type"), get(action, "action_version")) == (HINT_TYPE, HINT_VERSION):
+            yield get(get(action, "payload"), "seconds")
+
+
+def problem_with_hints(kv_hints: object) -> str | None:
+    """What is wrong with the actions of ours in the `kv_hints` of a request, or of all requests of
+    a batch; None if nothing is."""
+    for envelope in kv_hints if isinstance(kv_hints, list) else [kv_hints]:
+        for said in _hinted(envelope):
+            if not (is_number(said) and 0 <= said <= MOST_KEEP_S):
+                return (
+                    f"the payload of a {HINT_TYPE} action in kv_hints must have seconds from 0 to "
+                    f"{MOST_KEEP_S:g}, not {said!r:.40}"
+                )
+    return None
 
 
 def thinking_budget_of(custom_params: object) -> int | None:
@@ -88,6 +136,12 @@ def problem_with(sampling_params: Any) -> str | None:
             return (
                 "custom_params.pascal.ttfo_deadline_s must be a number of seconds above 0 and at "
                 f"most {MOST_DEADLINE_S:g}, not {deadline!r:.40}"
+            )
+        wait = asked(custom, "tool_wait_s")
+        if wait is not None and not (is_number(wait) and 0 <= wait <= MOST_KEEP_S):
+            return (
+                "custom_params.pascal.tool_wait_s must be a number of seconds from 0 to "
+                f"{MOST_KEEP_S:g}, not {wait!r:.40}"
             )
         for name in SWITCHES:
             value = asked(custom, name)

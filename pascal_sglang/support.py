@@ -325,6 +325,40 @@ COPIES = (
         "the form of a copy is the pool's own",
     ),
 )
+# Of a scheduler whose pools exist and whose pauses keep KV: where one holds, or one of `COPIES`, no
+# KV is kept for conversations that wait for a tool.
+TOOL_KV = (
+    Row(
+        "--disable-radix-cache",
+        Level.PAUSE,
+        lambda s: s.tree_cache.disable,
+        "the next turn finds it in the prefix cache",
+    ),
+    Row(
+        "--enable-hierarchical-cache",
+        Level.PAUSE,
+        lambda s: getattr(s.tree_cache, "cache_controller", None) is not None,
+        "its host pool keeps whole prefixes by itself",
+    ),
+    Row(
+        "sliding windows",
+        Level.PAUSE,
+        lambda s: s.is_hybrid_swa,
+        "a part of a prefix has no window at its end",
+    ),
+    Row(
+        "recurrent states",
+        Level.PAUSE,
+        lambda s: s.is_hybrid_ssm,
+        "a part of a prefix has no state at its end",
+    ),
+    Row(
+        "speculative decoding",
+        Level.PAUSE,
+        lambda s: s.spec_algorithm.is_some(),
+        "the prefix cache goes by pairs of tokens there, which has not been tried",
+    ),
+)
 # Of SGLang's server arguments: where one holds, no request migrates.
 INSTANCES = (
     Row("one instance", Level.PAUSE, lambda a: instances_of(a) == 1, "there is no other one"),

@@ -207,6 +207,16 @@ ROWS: dict[str, list[Panel]] = {
             {f"{INSTANCE}: {{{{reason}}}}": by_instance(gauge("pascal:support_level"), "reason")},
         ),
         Panel(
+            "What became of conversations that waited for a tool?",
+            "Per second. copied: the next turn got its KV from host memory. resident: the device "
+            "had it still. lost: it was prefilled again. expired: no next turn came in time. "
+            "forgotten: there were too many.",
+            {"{{outcome}}": rate("tool_turns_total", "outcome")},
+            "ops",
+            stack=True,
+            none="--pascal-tool-kv is off.",
+        ),
+        Panel(
             "Who comes back, and from where?",
             "Starts per second: admissions from waiting, resumes from resident and host.",
             {"{{class}} from {{status}}": rate("starts_total", "class, status")},

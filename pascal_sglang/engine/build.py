@@ -7,6 +7,7 @@ import os
 
 from sglang.srt.managers import schedule_policy
 from sglang.srt.runtime_context import (
+    get_memory,
     get_observability,
     get_parallel,
     get_schedule,
@@ -20,17 +21,20 @@ from pascal_sglang.engine.forecasts import Forecasts
 from pascal_sglang.engine.host_memory import host_memory
 from pascal_sglang.engine.kv import host_cache
 from pascal_sglang.engine.kv.drafts import drafts
-from pascal_sglang.engine.kv.host_copies import HostCopies
+from pascal_sglang.engine.kv.host_copies import EntryCopies, HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
 from pascal_sglang.engine.kv.pool_copies import PoolCopies
+from pascal_sglang.engine.kv.tool_kv import ToolKV
 from pascal_sglang.engine.pipeline import pipeline_of
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.priorities import take_over
+from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
+from pascal_sglang.engine.tool_calls import ToolCalls
 from pascal_sglang.engine.tp_ranks import agree
 from pascal_sglang.instances import instance_count, own_instance, speaks
 from pascal_sglang.policy.kv_tier import Costs
-from pascal_sglang.support import COPIES, POOLS, Level, Support
+from pascal_sglang.support import COPIES, POOLS, TOOL_KV, Level, Support, first
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +71,10 @@ def build_executor(
         # The plan says what fits; the adder is not to reserve more than it.
         schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_TOKENS
     tokens, states, windows = agree(scheduler, *host_budget(copies, scheduler, config))
-    copies.reserve(int(tokens))
+    waiting = memory_for_tools(scheduler, config, copies, support)
+    copies.reserve(int(tokens * (1 - config.tool_kv)) if waiting is not None else int(tokens))
+    if waiting is not None:
+        waiting.reserve(int(tokens * config.tool_kv))
     if copies.states is not None:
         copies.states.reserve(int(states))
     if copies.windows is not None:
@@ -92,6 +99,17 @@ def build_executor(
         executor.forecasts = Forecasts(
             scheduler, config, policy, executor.planner.tuning, executor.request_states
         )
+    if waiting is not None:
+        queue = executor.planner.queue
+        executor.tool_kv = ToolKV(
+            scheduler,
+            executor.pool,
+            waiting,
+            costs,
+            ToolCalls(scheduler).wait_of,
+            lambda req: queue.holds(state_of(req)),
+            lru=get_memory().radix_eviction_policy.lower() == "lru",
+        )
     executor.decision_log.file = decision_file(config)
     executor.decision_log.traces = get_observability().enable_trace
     return executor, support
@@ -103,6 +121,23 @@ def decision_file(config: PascalConfig) -> DecisionFile | None:
     if config.decision_log is None or not speaks():
         return None
     return DecisionFile(config.decision_log, own_instance())
+
+
+def memory_for_tools(
+    scheduler: SchedulerProtocol, config: PascalConfig, copies: HostCopies, support: Support
+) -> EntryCopies | None:
+    """Host memory for the KV of conversations that wait for a tool; None where that is not asked
+    for, or a feature keeps it from being kept, which is logged."""
+    if not config.tool_kv:
+        return None
+    because = first(COPIES, copies) or first(TOOL_KV, scheduler)
+    if support.level < Level.PAUSE:
+        because = support.because
+    if because is None:
+        return copies.beside()
+    if speaks():
+        logger.warning("pascal_sglang: --pascal-tool-kv has no effect, because of %s", because)
+    return None
 
 
 def host_copies_of(scheduler: SchedulerProtocol, *, kept: bool) -> HostCopies:

@@ -72,7 +72,17 @@ class OperationsScheduler(ReportingScheduler):
         changes = new_version is not None and new_version != get_serving().weight_version
         if self.migrations is not None and changes:
             self.migrations.give_up("weights changed")
+        if self.plan_executor is not None and self.plan_executor.tool_kv is not None:
+            # Whatever SGLang is told to do with its prefix cache, and also without a version.
+            self.plan_executor.tool_kv.drop()
         super().record_weight_version_change(new_version)
+
+    def flush_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """With the prefix cache, what was saved from it for later turns is dropped."""
+        flushed: bool = super().flush_cache(*args, **kwargs)
+        if flushed and self.plan_executor is not None and self.plan_executor.tool_kv is not None:
+            self.plan_executor.tool_kv.drop()
+        return flushed
 
     def _record_scheduler_state_for_paused_engine(self) -> None:
         """An instance whose generation is paused still reports to the controller, and may have to

@@ -18,8 +18,10 @@ from pascal_sglang.engine.forecasts import Forecasts
 from pascal_sglang.engine.kv.drafts import step_tokens, taken_ahead
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
+from pascal_sglang.engine.kv.tool_kv import ToolKV
 from pascal_sglang.engine.lora_slots import LoraSlots
 from pascal_sglang.engine.observability.decision_log import DecisionLog
+from pascal_sglang.engine.observability.metrics import ToolMetrics
 from pascal_sglang.engine.observability.phases import PhaseTracker
 from pascal_sglang.engine.observability.queue_times import longest_waits
 from pascal_sglang.engine.pipeline import Pipeline
@@ -123,6 +125,9 @@ class PlanExecutor:
         self.phase_tracker: PhaseTracker | None = None
         self.migrations: Migrations | None = None
         self.forecasts: Forecasts | None = None
+        # None where no KV is kept for conversations that wait for a tool.
+        self.tool_kv: ToolKV | None = None
+        self.tool_metrics: ToolMetrics | None = None
         self._chaos = Chaos(config.chaos) if config.chaos else None
         self._extended_before = 0
         self._reported = self._reported_waits = 0.0
@@ -193,6 +198,11 @@ class PlanExecutor:
             self.decision_log.metrics.update(
                 totals, self.planner.queue.lengths(), self.paused_requests.host_tokens
             )
+            if self.tool_kv is not None and self.tool_metrics is not None:
+                kept = self.tool_kv
+                self.tool_metrics.update(
+                    len(kept.waits), kept.host_bytes, kept.waits.times.keep_s, kept.counts
+                )
         if now - self._reported_waits >= REPORT_WAITS_S:
             self._reported_waits = now
             self.decision_log.metrics.waiting(longest_waits(self.planner.queue, now))
@@ -238,6 +248,8 @@ class PlanExecutor:
         running = self._running = self.paused_requests.arrive(running)
         if self.migrations is not None:
             self.migrations.step(running)
+        if self.tool_kv is not None:
+            self.tool_kv.step(pass_info.now, self.capacity.spare_tokens(running, last))
         self.admission.check(thorough=self._chaos is not None)
         self.admission.plan = []
         if self.tenants is not None:
@@ -264,6 +276,8 @@ class PlanExecutor:
             if self._chaos is not None and self._chaos.strikes():
                 continue
             if state.status is RequestStatus.WAITING:
+                if self.tool_kv is not None:
+                    self.tool_kv.bring_back(state.handle)
                 self.admission.plan.append(state.handle)
                 continue
             if not self.lora_slots.take(state.handle):
@@ -412,6 +426,8 @@ class PlanExecutor:
         reasoning_ended = self.request_states.observe(live)
         if self.forecasts is not None:
             self.forecasts.observe(reasoning_ended, over)
+        if self.tool_kv is not None and over:
+            self.tool_kv.ended(over)
         if self.migrations is not None:
             self.migrations.observe(live, over, now)
             for req in reasoning_ended:

@@ -30,6 +30,7 @@ from pascal_sglang.cluster.metric_files import survive_a_full_disk
 from pascal_sglang.config import ConfigError, PascalConfig
 from pascal_sglang.engine.build import build_executor
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
+from pascal_sglang.engine.kv.tool_kv import OUTCOMES
 from pascal_sglang.engine.load_reporter import build_load_reporter, load_figures
 from pascal_sglang.engine.migration.build import build_migrations, control_folder
 from pascal_sglang.engine.migration.control_receiver import ControlBatch, PascalRequestReceiver
@@ -41,6 +42,7 @@ from pascal_sglang.engine.observability.metrics import (
     ForecastMetrics,
     PhaseMetrics,
     SupportMetrics,
+    ToolMetrics,
 )
 from pascal_sglang.engine.observability.migration_metrics import MigrationMetrics
 from pascal_sglang.engine.observability.phases import (
@@ -141,6 +143,9 @@ class PascalScheduler(OperationsScheduler):
             )
             if self.plan_executor.forecasts is not None:
                 self.plan_executor.forecasts.metrics = ForecastMetrics(labels)
+            if (kept := self.plan_executor.tool_kv) is not None:
+                capacity = kept.copies.capacity * kept.copies.bytes_per_entry
+                self.plan_executor.tool_metrics = ToolMetrics(labels, OUTCOMES, capacity)
         if reports and self.migrations is not None:
             self.migrations.report_to(MigrationMetrics(labels))
         self.phase_tracker = PhaseTracker(
@@ -241,6 +246,8 @@ class PascalScheduler(OperationsScheduler):
             super()._add_request_to_queue(req, is_retracted=is_retracted)
             if self.waiting_queue and self.waiting_queue[-1] is req:
                 self.plan_executor.request_states.queued(req)
+                if self.plan_executor.tool_kv is not None:
+                    self.plan_executor.tool_kv.arrived(req)
 
     def init_invariant_checker(self) -> None:
         """The pools exist by now: build the executor, and let SGLang's leak checks count the KV of
@@ -364,6 +371,11 @@ class PascalScheduler(OperationsScheduler):
             return
         for req in self.plan_executor.paused_requests.forget(lambda r: matches(r.rid)):
             self.end_early(req, None)
+        if (kept := self.plan_executor.tool_kv) is not None:
+            if recv_req.abort_all:
+                kept.drop()
+            else:
+                kept.forget(matches)
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> Any:
         """With a change of the configuration in it, that is made first: in the same pass on all TP
@@ -430,6 +442,9 @@ class PascalScheduler(OperationsScheduler):
             "tenants": None
             if executor is None or executor.tenants is None
             else executor.tenants.describe(),
+            "tool_calls": None
+            if executor is None or executor.tool_kv is None
+            else executor.tool_kv.describe(),
             "migrations": None if self.migrations is None else self.migrations.describe(),
             "unpausable": {} if executor is None else dict(executor.request_states.unpausable),
             "policy_errors": 0 if executor is None else executor.errors,

@@ -208,6 +208,7 @@ def check_frontend(config: PascalConfig, server_args: Any) -> None:
         **forecast,
         **ends,
         "--pascal-fairness": config.fairness != "off",
+        "--pascal-tool-kv": config.tool_kv > 0,
     }
     served = support.first(support.FRONT_ENDS, server_args)
     if served and (name := _first(wanted)):

@@ -52,6 +52,12 @@ class Costs:
             return None
         return 2 * (self.copy_s + tokens * self.copy_token_s)
 
+    def copy_pays(self, tokens: int) -> bool:
+        """Whether bringing `tokens` back by a copy takes less than prefilling them again."""
+        if self.prefill_token_s is None:
+            return True
+        return self.copy_s + tokens * self.copy_token_s < tokens * self.prefill_token_s
+
     def describe(self) -> dict[str, float | None]:
         """The figures by name, in seconds."""
         return {

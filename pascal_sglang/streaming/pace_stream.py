@@ -16,7 +16,7 @@ from pascal_sglang.clock import now
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.entrypoints import answer_eta
 from pascal_sglang.entrypoints.crash import is_ending
-from pascal_sglang.entrypoints.tenants import labelled
+from pascal_sglang.entrypoints.request_notes import noted, takes_notes
 from pascal_sglang.streaming.followed import followed
 from pascal_sglang.streaming.held_chunks import Chunk
 from pascal_sglang.streaming.pacing import Pacing
@@ -100,9 +100,9 @@ def generate_request(
     answer_eta.decide(obj)
     start = partial(original, manager, obj, *args, **kwargs)
     # Embeddings have no stream, and no scheduling of ours.
-    if config is not None and config.fairness != "off" and hasattr(obj, "stream"):
+    if config is not None and takes_notes(config) and hasattr(obj, "stream"):
         request = args[0] if args else kwargs.get("request")
-        stream = labelled(start, obj, request, config)
+        stream = noted(start, obj, request, config)
     else:
         stream = start()
     if config is None or not config.pace_stream or not getattr(obj, "stream", False):

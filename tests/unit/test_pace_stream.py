@@ -241,7 +241,13 @@ def arguments(workers=1, smg=False, grpc=False):
     return SimpleNamespace(tokenizer_worker_num=workers, smg_grpc_mode=smg, grpc_mode=grpc)
 
 
-WANTED = ({"pace_stream": True}, {"assume_reasoning": True}, {"max_ttfo": 9.0}, {"brownout": "P75"})
+WANTED = (
+    {"pace_stream": True},
+    {"assume_reasoning": True},
+    {"max_ttfo": 9.0},
+    {"brownout": "P75"},
+    {"tool_kv": 0.2},
+)
 
 
 @pytest.mark.parametrize("flag", WANTED)

@@ -7,7 +7,8 @@ import pytest
 from starlette.datastructures import Headers
 
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.entrypoints.tenants import digest, label, labelled, name_of
+from pascal_sglang.entrypoints.request_notes import note, noted
+from pascal_sglang.entrypoints.tenants import digest, name_of
 from pascal_sglang.request_checks import problem_with, tenant_of
 
 
@@ -53,7 +54,7 @@ def test_a_name_travels_as_a_digest():
 def test_the_scheduler_is_told_and_what_a_client_says_itself_is_overwritten(params):
     before = repr(params)
     obj = SimpleNamespace(sampling_params=params)
-    label(obj, "t1")
+    note(obj, {"tenant": "t1"})
     own = obj.sampling_params["custom_params"]
     assert tenant_of(own) == "t1"
     assert repr(params) == before, "the client's own object stays"
@@ -62,14 +63,14 @@ def test_the_scheduler_is_told_and_what_a_client_says_itself_is_overwritten(para
     )
     assert problem_with(obj.sampling_params) is None
     batch = SimpleNamespace(sampling_params=[params, {}])
-    label(batch, "t2")
+    note(batch, {"tenant": "t2"})
     assert [tenant_of(each["custom_params"]) for each in batch.sampling_params] == ["t2", "t2"]
 
 
 @pytest.mark.parametrize("params", [7, {"custom_params": "x"}, {"custom_params": {"pascal": 3}}])
 def test_parameters_that_are_none_are_left_for_sglang_to_refuse(params):
     obj = SimpleNamespace(sampling_params=params)
-    label(obj, "t1")
+    note(obj, {"tenant": "t1"})
     assert obj.sampling_params == params
 
 
@@ -92,7 +93,7 @@ def test_a_request_begins_once_it_has_its_tenant(says):
 
     async def first(request):
         config = PascalConfig(fairness="user")
-        chunks = labelled(stream, obj, request, config)
+        chunks = noted(stream, obj, request, config)
         assert await anext(chunks) == 1
         await chunks.aclose()
 

@@ -153,20 +153,22 @@ class EntryCopies:
         self._pieces = RangeAllocator(entries)
         self.capacity = entries
 
+    def take(self, entries: int) -> HostKV:
+        """Memory for that many entries, at most `room`, into which nothing is copied yet."""
+        start = self._pieces.take(entries)
+        if start is None or self.buffers is None:
+            raise RuntimeError(f"no host memory for {entries} entries")
+        return HostKV([block[start : start + entries] for block in self._memory], start=start)
+
     def to_host(self, locations: torch.Tensor) -> HostKV:
         """Begin to copy the entries at `locations`, shape (entries,), at most `room` of them, which
         no step in flight writes. If the device fails, `wait` says so; until the copy is freed its
         memory is taken, as it is on ranks that did not fail."""
-        count = len(locations)
-        start = self._pieces.take(count)
-        if start is None or self.buffers is None:
-            raise RuntimeError(f"no host memory for {count} entries")
-        kv = HostKV([block[start : start + count] for block in self._memory], start=start)
-        return self.read(locations, kv)
+        return self.read(locations, self.take(len(locations)))
 
-    def read(self, locations: torch.Tensor, kv: HostKV) -> HostKV:
+    def read(self, locations: torch.Tensor, kv: HostKV, *, after_steps: bool = False) -> HostKV:
         """Begin to copy the entries at `locations`, as `to_host` does, into memory of the caller's
-        choice."""
+        choice. after_steps: a step in flight may write them, and is waited for."""
         buffers = self.buffers
         assert buffers is not None
 
@@ -175,7 +177,7 @@ class EntryCopies:
                 for some in _chunks(len(locations)):
                     part[some].copy_(buffer[locations[some]], non_blocking=True)
 
-        self._begin(kv, copy, locations, after_steps=False)
+        self._begin(kv, copy, locations, after_steps=after_steps)
         return kv
 
     def _begin(
@@ -299,6 +301,10 @@ class HostCopies(EntryCopies):
     def window_tokens(self) -> int:
         """Entries of sliding windows that a paused request has at most."""
         return 0 if self._window_pool is None else self._window_pool.most
+
+    def beside(self) -> EntryCopies:
+        """More host memory for plain KV, apart from this. Copies of both run in one order."""
+        return EntryCopies(self.buffers, self._stream, pins=self._pins)
 
     def window_peers(self, locations: torch.Tensor) -> torch.Tensor:
         """Where in the pool for sliding windows the entries of those at `locations` are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.plan import SHORTAGES
@@ -127,6 +127,62 @@ class ForecastMetrics:
 
     def came_out(self, made: str, outcome: str) -> None:
         self._forecasts.labels(**self._labels, made=made, outcome=outcome).inc()
+
+
+class ToolMetrics:
+    """KV of conversations that wait for a tool, and what came of it."""
+
+    def __init__(self, labels: Mapping[str, str], outcomes: Sequence[str], capacity: int) -> None:
+        """capacity: bytes of such KV that host memory holds."""
+        from prometheus_client import Counter, Gauge
+
+        names = list(labels)
+
+        def gauge(name: str, text: str) -> Gauge:
+            whole = f"pascal:{name}"
+            return Gauge(whole, text, names, multiprocess_mode="mostrecent").labels(**labels)
+
+        self._waiting = gauge(
+            "tool_conversations", "Conversations whose last reply called tools, remembered here."
+        )
+        self._bytes = gauge(
+            "tool_kv_bytes",
+            "KV of conversations that wait for a tool in host memory, in bytes, per rank.",
+        )
+        gauge("tool_kv_capacity_bytes", "Bytes of such KV that host memory holds.").set(capacity)
+        self._keep = gauge(
+            "tool_keep_seconds", "For how long such KV is kept, as learnt from earlier waits."
+        )
+        outcome = Counter(
+            "pascal:tool_turns",
+            "Conversations that waited for a tool, by what came of their KV. copied: the next turn "
+            "got it back from host memory; resident: the device had it still; lost: neither had "
+            "it, or a copy takes longer than a prefill; expired: no next turn came in time; "
+            "forgotten: there were too many.",
+            [*names, "outcome"],
+        )
+        tokens = Counter(
+            "pascal:tool_kv_tokens",
+            "Tokens of such KV that were saved to host memory (saved) and brought back (copied).",
+            [*names, "way"],
+        )
+        self._counters = {each: outcome.labels(**labels, outcome=each) for each in outcomes}
+        for way in ("saved", "copied"):
+            self._counters[f"{way}_tokens"] = tokens.labels(**labels, way=way)
+        self._reported: dict[str, int] = {}
+
+    def update(
+        self, waiting: int, host_bytes: int, keep_s: float, counts: Mapping[str, int]
+    ) -> None:
+        """counts: of outcomes and tokens so far."""
+        self._waiting.set(waiting)
+        self._bytes.set(host_bytes)
+        self._keep.set(keep_s)
+        for name, counter in self._counters.items():
+            count = counts.get(name, 0)
+            if count != self._reported.get(name, 0):
+                counter.inc(count - self._reported.get(name, 0))
+                self._reported[name] = count
 
 
 class DecisionMetrics:
