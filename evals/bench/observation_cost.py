@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.engine.observability.phases import PhaseTracker
@@ -29,7 +30,9 @@ def observe_us(running: int, pass_s: float, thinking: float) -> float:
     dice = random.Random(0)
     config = PascalConfig()
     # The observation needs nothing that a scheduler holds.
-    scheduler = SimpleNamespace(enable_priority_scheduling=False)
+    scheduler = SimpleNamespace(
+        enable_priority_scheduling=False, spec_algorithm=SpeculativeAlgorithm.NONE
+    )
     states = RequestStates(scheduler, config, None, None, None)  # type: ignore[arg-type]
     tracker = PhaseTracker(None, lambda live, _over, _now: states.observe(live))
     reqs = []

@@ -4,8 +4,8 @@
 later does so under a new name, and whatever is late from the first is recognised by it.
 
 KV itself never goes this way. It goes through the target's slot of the receive buffer
-(`cluster.transport`), one piece at a time: the next one is written only once the target has said
-that it took the last.
+(`cluster.transport`), piece by piece: one is written into a window of the slot only once the target
+has said that it took what was there before.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ class ReserveRequest(Message, frozen=True):
 
 
 class ReserveGranted(Message, frozen=True):
-    """Target to source: memory is reserved, and so is a slot of `slot_tokens` KV entries. It begins
-    at byte `offset` of the receive buffers at the addresses `receive_buffers`, one per TP rank."""
+    """Target to source: memory is reserved, and so is a slot, whose windows take `slot_tokens` KV
+    entries each. It begins at byte `offset` of the receive buffers at the addresses
+    `receive_buffers`, one per TP rank."""
 
     receive_buffers: Texts
     offset: Count
@@ -79,9 +80,9 @@ class ReserveRefused(Message, frozen=True):
 
 
 class KVChunk(Message, frozen=True):
-    """Source to target: KV of the tokens `begin`..`end` is in the slot; behind it, for a model with
-    sliding windows, that of its layers with windows, without the request's first `before` tokens.
-    last: there is no more yet, and the request stops once the target has this."""
+    """Source to target: KV of the tokens `begin`..`end` is in the slot's next window; behind it,
+    for a model with sliding windows, that of its layers with windows, without the request's first
+    `before` tokens. last: there is no more yet, and the request stops once the target has this."""
 
     begin: Count
     end: Count
@@ -90,15 +91,15 @@ class KVChunk(Message, frozen=True):
 
 
 class ChunkAck(Message, frozen=True):
-    """Target to source: KV up to token `upto` is in place; the slot is free again."""
+    """Target to source: KV up to token `upto` is in place; the windows it was in are free again."""
 
     upto: Count
 
 
 class Handover(Message, frozen=True):
     """Source to target: it is yours. The request stopped at `kv_tokens`; their KV from `begin` on
-    is in the slot as in a `KVChunk`, behind it the recurrent state of a model that has them, and
-    `state` is all else that it needs. Repeated until answered."""
+    is at the slot's beginning as in a `KVChunk`, behind it the recurrent state of a model that has
+    them, and `state` is all else that it needs. Repeated until answered."""
 
     begin: Count
     kv_tokens: Count

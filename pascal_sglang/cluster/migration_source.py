@@ -4,15 +4,20 @@
 |---|---|---|---|
 | ASKING | decodes here | ReserveGranted | COPYING |
 | COPYING | decodes here, KV follows | little is left, or stop-and-copy | STOPPING |
+| COPYING | has filled what was reserved | a piece or less is left | STOPPING |
+| COPYING | | more is left | KEPT |
 | STOPPING | leaves the batch; the rest is copied | it stands still, one slot is left | HANDED |
 | HANDED | the target's, unless it refuses; KV kept | CommitAck | DONE: frees its KV |
 | REVOKING | has ended with an error | ReserveRefused | LOST |
 | KEPT | goes on here | | |
 
 ReserveRefused, a time-out, the end or abort of the request, or the target's death lead from the
-first three to KEPT. The Handover is the one decision of a migration. After it the source waits for
-the target's word, CommitAck or ReserveRefused, and says it again: silence may mean that the target
-decodes already. ReserveRefused leads to KEPT; the target's death ends the request (LOST).
+first three to KEPT. The target's slot has `WINDOWS` windows, which pieces take in turn, so that one
+is written while another is read. The Handover comes when all of them are free, and may use the
+whole slot. It is the one decision of a migration. After it
+the source waits for the target's word, CommitAck or ReserveRefused, and says it again: silence may
+mean that the target decodes already. ReserveRefused leads to KEPT; the target's death ends the
+request (LOST).
 
 A target that does not answer `Terms.handovers` times, which takes ten seconds, is stopped. It may
 have taken over before, so the source must not go on. The request ends with an error, and the source
@@ -25,6 +30,7 @@ seconds: a source that was stopped itself hears what has come meanwhile before i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -55,6 +61,8 @@ class SourceState(Enum):
 
 OPEN = frozenset({SourceState.ASKING, SourceState.COPYING, SourceState.STOPPING})
 OVER = frozenset({SourceState.KEPT, SourceState.LOST, SourceState.DONE})
+# Pieces in flight at a time.
+WINDOWS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +100,23 @@ class MigrationSource(ABC):
     reserve: int
     state: SourceState = SourceState.ASKING
     why: str = ""
+    # KV entries of the reserve that are left for tokens which arrive while it stops.
+    spare: int = 2
     sent: int = 0
-    acked: int = 0
+    # KV entries that a window takes, and what a piece has at most by what the link carries in a
+    # step, if that is known.
     slot_tokens: int = 0
+    link_tokens: int | None = None
+    # Passes since the target granted it, and pieces written in them; until it stops.
+    passes: int = 0
+    pieces: int = 0
+    # The piece that is being written; the target is told of it by `written`.
+    writing: KVChunk | None = None
     heard: float = 0.0
+    # Of each piece in flight, oldest first: its end, and `passes` when it was begun.
+    _in_flight: deque[tuple[int, int]] = field(default_factory=deque)
+    # The most passes between the beginning of a piece and the target's word that it is read.
+    _piece_passes: int = 0
     _said: float = 0.0
     _times: int = 0
     _handover: Handover | None = field(default=None)
@@ -103,6 +124,10 @@ class MigrationSource(ABC):
     @abstractmethod
     def stop(self) -> None:
         """The request has to leave the batch. Called once."""
+
+    @abstractmethod
+    def learn(self) -> None:
+        """Copying beside the decoding is over: `pieces` have been begun in `passes`."""
 
     @abstractmethod
     def snapshot(self) -> bytes:
@@ -143,31 +168,69 @@ class MigrationSource(ABC):
         if isinstance(message, ReserveGranted) and self.state is SourceState.ASKING:
             self.state, self.slot_tokens = SourceState.COPYING, message.slot_tokens
         if isinstance(message, ChunkAck):
-            self.acked = max(self.acked, message.upto)
+            while self._in_flight and self._in_flight[0][0] <= message.upto:
+                _, begun = self._in_flight.popleft()
+                self._piece_passes = max(self._piece_passes, self.passes + 1 - begun)
         return []
 
     def copy(self, now: float, kv_tokens: int, *, still: bool, before: int = 0) -> list[Message]:
         """Once per pass: the request holds `kv_tokens`, the first `before` of which no sliding
-        window sees any more, and `still` says that it has stopped and will hold no more. Send what
-        is new; stop it when little is."""
+        window sees any more, and `still` says that it has stopped and will hold no more. What is
+        returned has to be written into the slot first: a KVChunk is sent by `written`. It is
+        stopped when little is left. When its reserve is full it stays if more is left than a piece
+        takes, and is stopped otherwise, whatever is in flight."""
         if self.state not in (SourceState.COPYING, SourceState.STOPPING):
-            return []
-        if self.acked < self.sent:
             return []
         left = kv_tokens - self.sent
         if self.state is SourceState.COPYING:
-            if self._far_enough(kv_tokens, left):
+            self.passes += 1
+            is_full = kv_tokens + self.spare >= self.reserve
+            if is_full and self.terms.live and left > self.piece_tokens:
+                self.learn()
+                return self.keep("outgrew its reservation")
+            is_little = not self.terms.live or left <= self.tail
+            if is_full or (is_little and not self._in_flight):
+                if self.terms.live:
+                    self.learn()
                 self.state = SourceState.STOPPING
                 self.stop()
                 return []
-        elif not still:
+            if left <= self.tail:
+                return []
+        if self.state is SourceState.STOPPING:
+            if not still:
+                return []
+            if left <= self.slot_tokens:
+                return [] if self._in_flight else [self._hand(now, kv_tokens, before)]
+        if self.writing is not None or len(self._in_flight) == WINDOWS:
             return []
-        elif left <= self.slot_tokens:
-            return [self._hand(now, kv_tokens, before)]
         return [self._chunk(kv_tokens, before)]
 
+    @property
+    def piece_tokens(self) -> int:
+        """KV entries that a piece has at most: what the link carries in a step, if that is
+        known."""
+        if self.link_tokens is None:
+            return self.slot_tokens
+        return min(self.slot_tokens, self.link_tokens)
+
+    @property
+    def tail(self) -> int:
+        """Stop once this little is left: it is written while the reader waits."""
+        # More than what it gains while the last piece goes, or it never stops: the next one would
+        # be due before the target, whose passes may be longer, has said that it has read this one.
+        # `spare` is what it gains in two passes.
+        gained = min((self._piece_passes + 1) * self.spare // 2, self.piece_tokens)
+        return min(max(self.terms.tail, 4 * self.spare, gained), self.slot_tokens)
+
+    def written(self) -> list[Message]:
+        """The piece that was being written is in its window."""
+        chunk, self.writing = self.writing, None
+        return [] if chunk is None or self.state not in OPEN else [chunk]
+
     def unsent(self, why: str) -> list[Message]:
-        """What `copy` has just returned could not be put into the slot: the request stays."""
+        """What `copy` has returned could not be put into the slot: the request stays."""
+        self.writing = None
         if self.state is SourceState.HANDED:
             self._stay(why)
             return [MigrationCancelled(self.migration)]
@@ -233,17 +296,14 @@ class MigrationSource(ABC):
         if stopped:
             self.resume()
 
-    def _far_enough(self, kv_tokens: int, left: int) -> bool:
-        # The last of what was reserved is left for tokens that arrive while it stops.
-        full = kv_tokens + 2 >= self.reserve
-        return not self.terms.live or left <= min(self.terms.tail, self.slot_tokens) or full
-
     def _chunk(self, kv_tokens: int, before: int) -> KVChunk:
-        end = min(kv_tokens, self.sent + self.slot_tokens)
+        end = min(kv_tokens, self.sent + self.piece_tokens)
         last = self.state is SourceState.COPYING and end == kv_tokens
-        chunk = KVChunk(self.migration, self.sent, end, before, last)
+        self.writing = KVChunk(self.migration, self.sent, end, before, last)
         self.sent = end
-        return chunk
+        self.pieces += 1
+        self._in_flight.append((end, self.passes))
+        return self.writing
 
     def _hand(self, now: float, kv_tokens: int, before: int) -> Handover:
         handover = Handover(self.migration, self.sent, kv_tokens, before, self.snapshot())

@@ -16,7 +16,8 @@ neither OWNED nor DROPPED is ever left, so that a repeated Handover is always to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from enum import Enum
 
 from pascal_sglang.cluster.messages import (
@@ -56,13 +57,23 @@ class MigrationTarget(ABC):
     state: TargetState = TargetState.RECEIVING
     why: str = ""
     upto: int = 0
+    # The source has been told that so much is in place.
+    acked: int = 0
     heard: float = 0.0
+    # Ends of the pieces that are being read, oldest first.
+    _reading: deque[int] = field(default_factory=deque)
 
     @abstractmethod
     def fetch(self, begin: int, end: int, before: int, *, stopped: bool) -> bool:
-        """Take KV of the tokens `begin`..`end` out of the slot, the first `before` of the request's
-        without entries of sliding windows; whether that worked. stopped: what a request has besides
-        KV is there too."""
+        """Begin to take KV of the tokens `begin`..`end` out of the slot, the first `before` of the
+        request's without entries of sliding windows; whether that worked. A piece is in the next
+        window; stopped: it is the last one, which begins where the slot does, and what a request
+        has besides KV is there too."""
+
+    @abstractmethod
+    def has_read(self) -> bool | None:
+        """Whether the oldest piece fetched is in place, and its window free; None while it is being
+        read, False if that failed. Asked again for the next one once it is."""
 
     @abstractmethod
     def problem(self, state: bytes, tokens: int) -> str | None:
@@ -94,9 +105,22 @@ class MigrationTarget(ABC):
         return []
 
     def tick(self, now: float) -> list[Message]:
+        """Once per pass: say what is in place; give up waiting."""
+        said = self._acks()
         if self.state is TargetState.RECEIVING and now - self.heard > self.terms.patience_s:
             return self.give_up("timeout")
-        return []
+        return said
+
+    def _acks(self) -> list[Message]:
+        before = self.acked
+        while self.state is TargetState.RECEIVING and self._reading:
+            read = self.has_read()
+            if read is None:
+                break
+            if not read:
+                return self.give_up("transport")
+            self.acked = self._reading.popleft()
+        return [ChunkAck(self.migration, self.acked)] if self.acked > before else []
 
     def give_up(self, why: str) -> list[Message]:
         """What has come so far is dropped; nothing happens to a request that is ours."""
@@ -116,14 +140,16 @@ class MigrationTarget(ABC):
         if self.state is not TargetState.RECEIVING:
             return [ReserveRefused(self.migration, self.why)]
         self.heard = now
-        # Only the next piece is in the slot. An earlier one said again is there already, and a
-        # later one cannot be: the source waits for our word before it writes.
-        if chunk.begin == self.upto:
-            if chunk.before < self.before:
-                return self.give_up("a hole in the KV")
-            if not self._fetched(chunk.begin, chunk.end, chunk.before, stopped=False):
-                return self.give_up("transport")
-        return [ChunkAck(self.migration, self.upto)]
+        # Only the next piece is taken. An earlier one said again has been, and its window may hold
+        # another one by now; of a later one, the one before is lost.
+        if chunk.begin != self.upto:
+            return [ChunkAck(self.migration, self.acked)]
+        if chunk.before < self.before:
+            return self.give_up("a hole in the KV")
+        if not self._fetched(chunk.begin, chunk.end, chunk.before, stopped=False):
+            return self.give_up("transport")
+        self._reading.append(chunk.end)
+        return self._acks()
 
     def _handover(self, handover: Handover, now: float) -> list[Message]:
         if self.state is not TargetState.RECEIVING:

@@ -25,6 +25,7 @@ from pascal_sglang.engine.kv.host_copies import EntryCopies, HostCopies
 from pascal_sglang.engine.kv.pool import measure_costs
 from pascal_sglang.engine.kv.pool_copies import PoolCopies
 from pascal_sglang.engine.kv.tool_kv import ToolKV
+from pascal_sglang.engine.migration.build import receive_bytes
 from pascal_sglang.engine.pipeline import pipeline_of
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.priorities import take_over
@@ -70,7 +71,9 @@ def build_executor(
     if support.level >= Level.RECOMPUTE and CLIP_ENV not in os.environ:
         # The plan says what fits; the adder is not to reserve more than it.
         schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_TOKENS
-    tokens, states, windows = agree(scheduler, *host_budget(copies, scheduler, config))
+    beside = receive_bytes(scheduler, copies, config, support)
+    budget = host_budget(copies, scheduler, config, beside)
+    tokens, states, windows = agree(scheduler, *budget)
     waiting = memory_for_tools(scheduler, config, copies, support)
     copies.reserve(int(tokens * (1 - config.tool_kv)) if waiting is not None else int(tokens))
     if waiting is not None:
@@ -151,10 +154,11 @@ def host_copies_of(scheduler: SchedulerProtocol, *, kept: bool) -> HostCopies:
 
 
 def host_budget(
-    copies: HostCopies, scheduler: SchedulerProtocol, config: PascalConfig
+    copies: HostCopies, scheduler: SchedulerProtocol, config: PascalConfig, beside: int = 0
 ) -> tuple[float, float, float]:
     """Tokens of paused KV that this rank may hold in host memory, recurrent states, and entries of
-    sliding windows: as many of each as the device has, times the same factor."""
+    sliding windows: as many of each as the device has, times the same factor. beside: bytes that
+    each rank takes for its receive buffer, of the same memory."""
     parallel = get_parallel()
     if not copies.copies:
         return 0.0, 0.0, 0.0
@@ -173,12 +177,15 @@ def host_budget(
     else:
         ranks: int = instance_count() * parallel.attn_tp_size
         memory = host_memory()
-        factor = min(2.0, memory.free / 4 / ranks / device)
+        left = max(0, memory.free - ranks * beside)
+        factor = min(2.0, left / 4 / ranks / device)
         logger.info(
             "pascal_sglang: each of %d ranks takes %.2f GiB of host memory for paused KV: twice "
-            "its pool on the device, at most a quarter of the %s (--pascal-host-kv-gb)",
+            "its pool on the device, at most a quarter of the %s, less %.2f GiB for requests that "
+            "move (--pascal-host-kv-gb)",
             ranks,
             factor * device / 2**30,
             memory,
+            ranks * beside / 2**30,
         )
     return factor * tokens, factor * states, factor * windows

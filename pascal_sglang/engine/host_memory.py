@@ -1,4 +1,4 @@
-"""How much host memory this process may still take: the machine's, or that of its control group.
+"""How much host memory this process may take: the machine's, or that of its control group.
 
 A container's limit is in none of the figures of the machine. Both versions of control groups are
 read (`cgroup-v1/memory.rst` and `cgroup-v2.rst` of Linux's `Documentation/admin-guide`), and every
@@ -18,10 +18,12 @@ PROC = Path("/proc/self")
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """free: bytes. limited: whether a control group leaves less than the machine has."""
+    """free: bytes. limited: whether a control group leaves less than the machine has. total: bytes
+    that are free when nothing is taken; the same for all processes of a group."""
 
     free: int
     limited: bool
+    total: int
 
     def __str__(self) -> str:
         whose = "this process's control group" if self.limited else "this machine"
@@ -42,14 +44,17 @@ VERSION_2 = Files("memory.max", "memory.current", "inactive_file")
 
 
 def host_memory(proc: Path = PROC) -> HostMemory:
-    machine: int = psutil.virtual_memory().available
-    groups = [free for free in _free_of_groups(proc) if free is not None]
-    least = min(groups, default=machine)
-    return HostMemory(min(machine, least), least < machine)
+    memory = psutil.virtual_memory()
+    machine: int = memory.available
+    groups = [found for found in _groups(proc) if found is not None]
+    least = min((free for _, free in groups), default=machine)
+    total = min([memory.total, *(limit for limit, _ in groups)])
+    return HostMemory(min(machine, least), least < machine, total)
 
 
-def _free_of_groups(proc: Path) -> Iterator[int | None]:
-    """Bytes that each group above the process leaves it; None where there is no limit."""
+def _groups(proc: Path) -> Iterator[tuple[int, int] | None]:
+    """The limit of each group above the process, and the bytes that it leaves; None where there is
+    no limit."""
     try:
         paths = dict(_paths((proc / "cgroup").read_text()))
         mounts = (proc / "mountinfo").read_text()
@@ -72,7 +77,7 @@ def _free_of_groups(proc: Path) -> Iterator[int | None]:
         group = Path(mounted, inside.lstrip("/"))
         for folder in (group, *group.parents):
             if folder.is_relative_to(mounted):
-                yield _free(folder, files)
+                yield _limit_and_free(folder, files)
 
 
 def _paths(text: str) -> Iterator[tuple[str, str]]:
@@ -83,7 +88,7 @@ def _paths(text: str) -> Iterator[tuple[str, str]]:
             yield controller, path
 
 
-def _free(folder: Path, files: Files) -> int | None:
+def _limit_and_free(folder: Path, files: Files) -> tuple[int, int] | None:
     try:
         limit = (folder / files.limit).read_text().strip()
         if limit == "max":
@@ -91,6 +96,6 @@ def _free(folder: Path, files: Files) -> int | None:
         used = int((folder / files.used).read_text())
         rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
         cached = next((int(value) for name, value in rows if name == files.cached), 0)
-        return max(0, int(limit) - used + cached)
+        return int(limit), max(0, int(limit) - used + cached)
     except (OSError, ValueError):
         return None

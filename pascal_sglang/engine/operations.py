@@ -46,11 +46,15 @@ class OperationsScheduler(ReportingScheduler):
         )
 
     def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
-        """Held requests count as running. With `ignore_waiting`, which SGLang asks for before it
-        drops all KV while generation is paused, a migration counts only if it holds KV here."""
+        """Held requests count as running, and so do copies that may still read or write KV here,
+        until a pass knows that they are complete. With `ignore_waiting`, which SGLang asks for
+        before it drops all KV while generation is paused, a migration counts only if it holds KV
+        here. A health check is no matter of copies: they end without an output to answer it."""
         idle: bool = super().is_fully_idle(for_health_check, ignore_waiting)
         if self.plan_executor is not None:
-            idle = idle and self.plan_executor.paused_requests.is_empty()
+            paused_requests = self.plan_executor.paused_requests
+            copied = for_health_check or paused_requests.transfers.is_empty
+            idle = idle and paused_requests.is_empty() and copied
         if self.migrations is not None:
             idle = idle and (
                 self.migrations.holds_no_kv() if ignore_waiting else self.migrations.is_empty()
@@ -60,11 +64,17 @@ class OperationsScheduler(ReportingScheduler):
     def pause_generation(self, recv_req: PauseGenerationReqInput) -> None:
         """`retract` sends every held request back to the waiting queue, as SGLang does with those
         that run, and their KV is dropped. `in_place` leaves all as it is: there are no passes
-        meanwhile, and so no pause, no resume and no step of a migration."""
+        meanwhile, and so no pause, no resume and no step of a migration. Copies under way are
+        waited for in any case: KV memory may be unmapped next, and no pass would say that they are
+        complete."""
         super().pause_generation(recv_req)
-        if self.plan_executor is not None and recv_req.mode == "retract":
-            if self.migrations is not None:
-                self.migrations.give_up("generation paused")
+        if self.plan_executor is None:
+            return
+        retracts = recv_req.mode == "retract"
+        if retracts and self.migrations is not None:
+            self.migrations.give_up("generation paused")
+        self.plan_executor.paused_requests.transfers.finish_all()
+        if retracts:
             self.plan_executor.request_states.retract_held()
 
     def record_weight_version_change(self, new_version: str | None) -> None:

@@ -28,7 +28,13 @@ from pascal_sglang.engine.pipeline import Pipeline
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.request_states import RequestStates
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
-from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, agree, catch_on_all_ranks, is_alone
+from pascal_sglang.engine.tp_ranks import (
+    ERRORS_LOGGED,
+    catch_on_all_ranks,
+    is_alone,
+    least,
+    own_word,
+)
 from pascal_sglang.policy.fairness import TenantCounters, with_fairness
 from pascal_sglang.policy.kv_tier import TYPICAL_QUANTA, Costs, KVTier
 from pascal_sglang.policy.plan import KVAccounting, Plan, Planner
@@ -162,9 +168,7 @@ class PlanExecutor:
         """Begin a pass. An error of ours is logged and counted, and SGLang's order stands in.
         Raises: RanksDiverged if it is not the same on all TP ranks."""
         begin = clock.now()
-        now = self.pipeline.now
-        if now is None:
-            now = begin if self._alone else agree(self.scheduler, begin)
+        now = self._meet()
         self._tick(now, running, last)
         if not self._alone:
             begin = clock.now()  # Waiting for the other ranks is no cost of the policy.
@@ -183,6 +187,18 @@ class PlanExecutor:
         self.policy_s += clock.now() - begin
         self._report(now)
         return self._running
+
+    def _meet(self) -> float:
+        """The clock of this pass: TP rank 0's, or the first pipeline stage's. The ranks say with it
+        which copies are complete; stages, which do not, wait for all of them."""
+        transfers, now = self.paused_requests.transfers, self.pipeline.now
+        if now is not None:
+            transfers.finish_all()
+            return now
+        clock_word = own_word(self.scheduler, clock.now())
+        now, *copied = least(self.scheduler, clock_word, *transfers.progress())
+        transfers.heard(*copied)
+        return now
 
     def _report(self, now: float) -> None:
         """Bring the metrics up to date, now and then."""
@@ -227,6 +243,8 @@ class PlanExecutor:
         if busy and last is not None:
             pass_s = running_mean(pass_s, step)
             self.batch = running_mean(self.batch, len(running.reqs))
+        if self.migrations is not None:
+            self.migrations.passed(step if busy and last is not None else None)
         self.request_states.pass_info = PassInfo(
             before.pass_no + 1, now, pass_s, self.request_states.pass_tokens
         )
@@ -244,8 +262,9 @@ class PlanExecutor:
         pass_info = self.request_states.pass_info
         if self._chaos is not None:
             self.paused_requests.copies.deferred = self._chaos.defers()
-        self.request_states.finish_pauses()
-        running = self._running = self.paused_requests.arrive(running)
+        # Where nothing else is to do, copies are waited for.
+        self.request_states.finish_pauses(wait=running.is_empty())
+        running = self._arrive(running)
         if self.migrations is not None:
             self.migrations.step(running)
         if self.tool_kv is not None:
@@ -271,7 +290,7 @@ class PlanExecutor:
             staying = [m for m in states if m not in plan.pause]
             self._pause_by_chance(self._chaos, staying, running)
         for state in plan.spill:
-            self._spill(state)
+            self._spill(state, wait=running.is_empty())
         for state in plan.start:
             if self._chaos is not None and self._chaos.strikes():
                 continue
@@ -282,10 +301,16 @@ class PlanExecutor:
                 continue
             if not self.lora_slots.take(state.handle):
                 continue
-            resumed = self._resume(state.handle, running, joining)
-            if resumed is None:
+            if not self._resume(state.handle, running, joining):
                 break
-            running = resumed
+        self._arrive(running)
+
+    def _arrive(self, running: ScheduleBatch) -> ScheduleBatch:
+        """The batch to go on with, with those who come back and whose KV is there."""
+        self._running = self.paused_requests.arrive(
+            running, self.request_states.lost, wait=running.is_empty()
+        )
+        return self._running
 
     def _at_work(
         self, running: ScheduleBatch, last: ScheduleBatch | None
@@ -337,25 +362,23 @@ class PlanExecutor:
             lambda req: tier(req) if state_of(req).keeps_kv else KVTier.RECOMPUTE,
         )
 
-    def _spill(self, state: RequestState, *, at_any_price: bool = False) -> None:
-        tier = self.paused_requests.spill(state.handle, at_any_price=at_any_price)
+    def _spill(self, state: RequestState, *, wait: bool = True, at_any_price: bool = False) -> None:
+        tier = self.paused_requests.spill(state.handle, wait=wait, at_any_price=at_any_price)
         if tier is not KVTier.RESIDENT:
             self.request_states.spilled(state.handle, tier)
 
-    def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> ScheduleBatch | None:
-        """Bring a paused request back into the running batch; None if it does not fit now."""
+    def _resume(self, req: Req, running: ScheduleBatch, joining: int) -> bool:
+        """Begin to bring a paused request back into the running batch; False if it does not fit
+        now."""
         began = clock.now()
         growing = len(running.reqs) + self.paused_requests.count(PauseStatus.ARRIVING) + joining
         ahead = self.capacity.taken_ahead * (growing + 1)
         keep = self.capacity.promised_tokens() + ahead
         keep_windows = self.capacity.promised_windows() + ahead
-        resumed = (
-            self.paused_requests.resume(req, running)
-            if self.paused_requests.can_resume(req, keep, keep_windows)
-            else None
-        )
-        if resumed is not None:
-            self._running = resumed
+        resumed = self.paused_requests.can_resume(
+            req, keep, keep_windows
+        ) and self.paused_requests.resume(req)
+        if resumed:
             self.decision_log.resumed(state_of(req), began)
             self.request_states.resumed(req)
         elif not self.paused_requests.holds(req):
@@ -367,15 +390,14 @@ class PlanExecutor:
         is paused comes back before them."""
         self.request_states.finish_pauses()
         self.pool.changed()
-        running = self._running = self.paused_requests.arrive(self._running)
+        running = self._arrive(self._running)
         self.lora_slots.read(running, self.scheduler.last_batch)
         for req in sorted(self.paused_requests.paused(), key=_by_arrival):
             if not self.lora_slots.take(req):
                 continue
-            resumed = self._resume(req, running, joining=len(running.reqs))
-            if resumed is None:
+            if not self._resume(req, running, joining=len(running.reqs)):
                 break
-            running = resumed
+        self._arrive(running)
 
     def relieve(self, running: ScheduleBatch) -> bool:
         """Before SGLang retracts because this very step does not fit: who is paused with its KV on
@@ -400,7 +422,11 @@ class PlanExecutor:
             if running.is_empty() or self._fits(running):
                 return False
         if self.paused_requests.releasing_tokens > 0:
-            return True
+            self.request_states.finish_pauses(wait=True)
+            if self._fits(running):
+                return False
+            if self.paused_requests.releasing_tokens > 0:
+                return True
         # SGLang would drop the KV of a running request next.
         for state in self.planner.queue.resident_worst_first(self.request_states.pass_info):
             self._spill(state, at_any_price=True)

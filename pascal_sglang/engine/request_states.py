@@ -160,11 +160,15 @@ class RequestStates:
         state.kv_tokens = req.kv.kv_committed_len
         self.decision_log.paused(state, self.pass_info, why)
 
-    def finish_pauses(self) -> None:
-        """Handle the KV of the requests that left the batch and whose last token has arrived."""
+    def finish_pauses(self, *, wait: bool = False) -> None:
+        """Handle the KV of the requests that left the batch and whose last token has arrived, and
+        of those that spill. wait: for copies that are under way, too."""
         paused = self.paused_requests
-        for req, tier in paused.finish_pauses():
+        for req, tier in paused.finish_pauses(wait=wait):
             if paused.is_migrating(req):
+                continue
+            if state_of(req).status is RequestStatus.RESIDENT:
+                self.spilled(req, tier)
                 continue
             self.stopped(req, STATUSES[tier])
             self._left_device(req, tier)
@@ -174,6 +178,11 @@ class RequestStates:
         self._update_resume_cost(req, STATUSES[tier])
         self.queue.spilled(state_of(req), STATUSES[tier])
         self._left_device(req, tier)
+
+    def lost(self, req: Req) -> None:
+        """A request was coming back, and its KV could not be copied: it is prefilled again."""
+        self.stopped(req, RequestStatus.WAITING)
+        self._left_device(req, KVTier.RECOMPUTE)
 
     def resumed(self, req: Req) -> None:
         """A paused request is in the running batch again."""

@@ -47,7 +47,6 @@ class SchedulerProtocol(Protocol):
     device: Any
     enable_overlap: bool
     prefill_decode_interval: int | None
-    schedule_stream: Any
     forward_stream: Any
     forward_stream_ctx: AbstractContextManager[Any]
     future_map: Any

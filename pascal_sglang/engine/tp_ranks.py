@@ -22,6 +22,9 @@ from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 
 # Errors of one kind that a process writes to its log; the rest are counted.
 ERRORS_LOGGED = 5
+# Values of one agreement at most. Each is as long as this, so that ranks that agree on different
+# things still meet, and notice.
+VALUES = 8
 
 
 class RanksDiverged(Exception):
@@ -48,16 +51,30 @@ def is_alone(scheduler: SchedulerProtocol) -> bool:
 
 def agree(scheduler: SchedulerProtocol, *values: float) -> Any:
     """TP rank 0's value on every rank; a list if several are given. Raises: RanksDiverged."""
-    if is_alone(scheduler):
-        return list(values) if len(values) > 1 else values[0]
-    leads = torch.distributed.get_rank(scheduler.attn_tp_cpu_group) == 0
-    shared = [_least(scheduler, "value", value if leads else math.inf) for value in values]
+    shared = least(scheduler, *(own_word(scheduler, value) for value in values))
     return shared if len(values) > 1 else shared[0]
+
+
+def own_word(scheduler: SchedulerProtocol, value: float) -> float:
+    """What a rank gives to `least` where TP rank 0's value is to be had."""
+    if is_alone(scheduler):
+        return value
+    leads = torch.distributed.get_rank(scheduler.attn_tp_cpu_group) == 0
+    return value if leads else math.inf
+
+
+def least(scheduler: SchedulerProtocol, *values: float) -> list[float]:
+    """The least of each value that any TP rank gives, by one collective for up to `VALUES`.
+    Raises: RanksDiverged."""
+    if is_alone(scheduler):
+        return list(values)
+    parts = [values[at : at + VALUES] for at in range(0, len(values), VALUES)]
+    return [found for part in parts for found in _least(scheduler, "values", *part)]
 
 
 def all_agree(scheduler: SchedulerProtocol, holds: bool) -> bool:
     """Whether something holds on every TP rank. Raises: RanksDiverged."""
-    return holds if is_alone(scheduler) else bool(_least(scheduler, "holds", float(holds)))
+    return holds if is_alone(scheduler) else bool(_least(scheduler, "holds", float(holds))[0])
 
 
 def catch_on_all_ranks(scheduler: SchedulerProtocol, work: Callable[[], None]) -> Exception | None:
@@ -75,7 +92,7 @@ def catch_on_all_ranks(scheduler: SchedulerProtocol, work: Callable[[], None]) -
     if failed is not None:
         _note(scheduler, failed)
     try:
-        _least(scheduler, "outcome", 0.0)
+        _least(scheduler, "outcome")
     except RanksDiverged as diverged:
         raise diverged from failed
     return failed
@@ -99,16 +116,19 @@ def _state_of(scheduler: SchedulerProtocol) -> RankState:
     return state
 
 
-def _least(scheduler: SchedulerProtocol, what: str, value: float) -> float:
-    """The least `value` of all ranks. One collective for everything that ranks agree on, so that
-    ranks at different places of a pass take part in the same one, and notice."""
+def _least(scheduler: SchedulerProtocol, what: str, *values: float) -> list[float]:
+    """The least of all ranks, of each value. One collective for everything that ranks agree on, so
+    that ranks at different places of a pass take part in the same one, and notice."""
     state = _state_of(scheduler)
     state.agreements += 1
-    checksum = zlib.crc32(f"{state.agreements} {what}".encode(), state.failures)
-    tensor = torch.tensor([value, checksum, -checksum], dtype=torch.float64)
+    kind = f"{state.agreements} {what} {len(values)}"
+    checksum = zlib.crc32(kind.encode(), state.failures)
+    given = [*values, *[math.inf] * (VALUES - len(values))]
+    tensor = torch.tensor([*given, checksum, -checksum], dtype=torch.float64)
     op = torch.distributed.ReduceOp.MIN
     torch.distributed.all_reduce(tensor, op=op, group=scheduler.attn_tp_cpu_group)
-    least, low, high = tensor.tolist()
+    everything: list[float] = tensor.tolist()
+    *found, low, high = everything
     if low != -high:
         here = f"here: {state.failed}" if state.failed else "not here"
         raise RanksDiverged(
@@ -116,7 +136,7 @@ def _least(scheduler: SchedulerProtocol, what: str, value: float) -> float:
             "do the same, and it ends"
         )
     state.failed = ""
-    return float(least)
+    return found[: len(values)]
 
 
 def from_every_rank(scheduler: SchedulerProtocol, value: str) -> list[str]:

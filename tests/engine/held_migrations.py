@@ -22,9 +22,9 @@ FOLDER = Path(os.environ["HOLD_FOLDER"])
 LATER_S = 1000.0
 GROWTH = 2000
 sound_open, sound_receive = ControlReceiver.__init__, ControlReceiver.receive
-sound_copy, sound_far, ticks = (
+sound_copy, sound_tail, ticks = (
     MigrationSource.copy,
-    MigrationSource._far_enough,
+    MigrationSource.tail,
     (MigrationSource.tick, MigrationTarget.tick),
 )
 sound_due = MigrationSource._is_due
@@ -59,10 +59,10 @@ def open_receiver(control_receiver, folder, name, instances):
     sound_open(control_receiver, folder, name, instances)
     control_receiver.held = []
     if name != "controller":
-        from pascal_sglang.engine.migration import outgoing
+        from pascal_sglang.cluster import migration_pace
 
         # Nobody outgrows what was reserved for it, however long it is held.
-        outgoing.GROWTH = GROWTH
+        migration_pace.GROWTH = GROWTH
 
 
 def copy(source, now, kv_tokens, *, still, before=0):
@@ -74,8 +74,8 @@ def copy(source, now, kv_tokens, *, still, before=0):
     return sound_copy(source, now, kv_tokens, still=still, before=before)
 
 
-def far_enough(source, kv_tokens, left):
-    return told("stop-at") or sound_far(source, kv_tokens, left)
+def tail(source):
+    return source.slot_tokens if told("stop-at") else sound_tail.fget(source)
 
 
 def is_due(source, now, at_most):
@@ -87,7 +87,7 @@ def late(tick):
 
 
 ControlReceiver.__init__, ControlReceiver.receive = open_receiver, receive
-MigrationSource.copy, MigrationSource._far_enough = copy, far_enough
+MigrationSource.copy, MigrationSource.tail = copy, property(tail)
 MigrationSource.tick, MigrationTarget.tick, MigrationSource._is_due = *map(late, ticks), is_due
 # A test looks around while it holds something.
 Terms.__init__.__kwdefaults__["patience_s"] = Terms.__init__.__kwdefaults__["repeat_at_most_s"] = (

@@ -3,7 +3,8 @@
 - What a step hands to the next one (`FutureMap.stash` on the forward stream) lands when the next
   step begins, or when the result of that step is read.
 - A copy of KV between device and host memory lands when it is waited for, or when a step begins
-  that was told to wait for it, and takes all copies before it along.
+  that was told to wait for it, and takes all copies before it along. Asked whether it is complete,
+  it may land, sooner on one rank than on another.
 
 What is written on the scheduler's own stream lands at once. Rows of requests that have ended are
 handed out first: a step in flight may still write there. The server says so once per process when
@@ -12,6 +13,7 @@ this holds in all of them.
 """
 
 import functools
+import random
 import sys
 from collections import deque
 
@@ -19,11 +21,21 @@ from sglang.srt.managers import scheduler as sglang_scheduler
 from sglang.srt.managers.overlap_utils import FutureMap
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.engine.kv import host_copies
 from pascal_sglang.engine.kv.copy_stream import CopyStream
 
+# How often a copy lands when it is asked whether it has.
+LANDS = 0.4
 SAME_ROW = "A STEP IN FLIGHT AND A REQUEST THAT COMES BACK WRITE THE SAME ROW"
+
+
+@functools.cache
+def dice():
+    """Other ones on each rank."""
+    parallel = get_parallel()
+    return random.Random(100 * parallel.pp_rank + parallel.tp_rank)
 
 
 class Stream:
@@ -92,6 +104,13 @@ class Done:
         except RuntimeError as error:
             self.error = error
         del self.copy
+
+    def query(self):
+        if self.stream.done < self.place and dice().random() < LANDS:
+            self.stream.land(self.place)
+        if self.error is not None:
+            raise self.error
+        return self.stream.done >= self.place
 
     def synchronize(self):
         self.stream.land(self.place)

@@ -192,13 +192,14 @@ def assert_it_stays(scene, reader):
     assert scene.gained("incoming", "taken") == 0
 
 
-@pytest.mark.parametrize("lost", ["ReserveRequest", "ReserveGranted", "KVChunk", "ChunkAck"])
+@pytest.mark.parametrize("lost", ["ReserveRequest", "ReserveGranted", "KVChunk"])
 def test_a_lost_message_is_not_waited_for(lost, scene):
     assert_it_stays(scene, start_and_lose(scene, lost))
 
 
-@pytest.mark.parametrize("lost", ["Handover", "CommitAck"])
-def test_a_lost_decision_is_said_again(lost, scene):
+@pytest.mark.parametrize("lost", ["ChunkAck", "Handover", "CommitAck"])
+def test_a_lost_word_is_said_again(lost, scene):
+    """The next piece's word is that of the one before, too."""
     reader = start_and_lose(scene, lost)
     assert reader.end() == (scene.alone["mover"], ["length"])
     scene.over()

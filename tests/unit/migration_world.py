@@ -1,15 +1,17 @@
 """Two sides of a move with a network in between that a test may disturb."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pascal_sglang.cluster.messages import Handover, KVChunk, ReserveGranted, ReserveRequest
-from pascal_sglang.cluster.migration_source import MigrationSource, Terms
+from pascal_sglang.cluster.migration_source import WINDOWS, MigrationSource, Terms
 from pascal_sglang.cluster.migration_target import MigrationTarget, TargetState
 
 SLOT_TOKENS = 40
 # Tokens that a sliding window sees.
 WINDOW = 25
+# The place in a slot of what is left when a request has stopped.
+LAST = "last"
 
 
 def terms(**more):
@@ -29,6 +31,9 @@ class Source(MigrationSource):
         assert self.world.running
         self.world.running = False
         self.world.events.append("stop")
+
+    def learn(self):
+        assert self.world.running
 
     def snapshot(self):
         assert not self.world.running
@@ -51,18 +56,30 @@ class Source(MigrationSource):
 @dataclass(kw_only=True, slots=True, eq=False)
 class Target(MigrationTarget):
     """A target whose memory is in a world. wrong: what is wrong with every state. unreadable:
-    nothing can be read from the slot."""
+    nothing can be read from the slot. fetched: pieces so far; busy: windows that are being read."""
 
     world: Any
     wrong: str | None = None
     unreadable: bool = False
+    fetched: int = 0
+    busy: list = field(default_factory=list)
 
     def fetch(self, begin, end, before, *, stopped):
         if self.unreadable:
             return False
-        assert (begin, end, before, stopped) == self.world.slot, "the slot holds something else"
+        window = LAST if stopped else self.fetched % WINDOWS
+        assert (begin, end, before) == self.world.slot[window], "the slot holds something else"
         self.world.received = end
         self.world.windows |= set(range(max(begin, before), end))
+        if not stopped:
+            self.fetched += 1
+            self.busy.append(window)
+        return True
+
+    def has_read(self):
+        if self.world.reads_late:
+            return None
+        self.busy.pop(0)
         return True
 
     def problem(self, state, tokens):
@@ -91,8 +108,9 @@ def before_of(kv_tokens):
 class World:
     """Two sides of a move and everything they own, with the network in between.
 
-    The slot of the receive buffer holds what was written last; a target that reads anything else
-    than it asked for has corrupted KV.
+    Each window of the slot holds what was written last; a target that reads anything else than it
+    asked for has corrupted KV, and a source that writes where it reads corrupts it. writes_late,
+    reads_late: copies are not complete yet.
     """
 
     def __init__(self, terms=TERMS, kv=100, limit=160, *, waits=False):
@@ -102,7 +120,8 @@ class World:
         self.now, self.kv, self.limit, self.waits = 0.0, kv, limit, waits
         self.running, self.events, self.taken = True, [], None
         # Tokens whose KV has come, and those of them with entries of windows.
-        self.slot, self.received, self.windows = (0, 0, 0, False), 0, set()
+        self.slot, self.received, self.windows = {}, 0, set()
+        self.writes_late = self.reads_late = False
         self.source = Source(migration="m1", rid="r", terms=terms, reserve=limit, world=self)
         before = before_of(kv)
         self.target = Target(
@@ -154,13 +173,23 @@ class World:
             self.kv = min(self.limit - 1, self.kv + 1)
         before = before_of(self.kv)
         still = not self.running
+        if not self.writes_late:
+            self.to_target += self.source.written()
         for message in self.source.copy(self.now, self.kv, still=still, before=before):
             if isinstance(message, KVChunk):
-                self.slot = (message.begin, message.end, message.before, False)
+                self.write((self.source.pieces - 1) % WINDOWS, message, message.end)
+                continue
             if isinstance(message, Handover):
-                self.slot = (message.begin, message.kv_tokens, message.before, True)
+                self.write(LAST, message, message.kv_tokens)
             self.to_target.append(message)
+        if not self.writes_late:
+            self.to_target += self.source.written()
         self.to_target += self.source.tick(self.now)
+
+    def write(self, window, piece, end):
+        busy = self.target.busy if self.target.state is TargetState.RECEIVING else ()
+        assert not busy if window == LAST else window not in busy, "it is being read"
+        self.slot[window] = (piece.begin, end, piece.before)
 
     def check(self):
         here = self.running
@@ -176,7 +205,7 @@ class World:
 
     def settle(self):
         """From now on nobody is stopped and nothing is lost: the move comes to an end."""
-        self.stopped = set()
+        self.stopped, self.writes_late, self.reads_late = set(), False, False
         for number in range(100):
             self.now += 0.2 if number < 80 else 10.0
             self.step()

@@ -76,6 +76,7 @@ def copies_of(pool, room=ENTRIES, rows=None):
         token_to_kv_pool_allocator=allocator,
         req_to_token_pool=rows,
         device="cpu",
+        attn_tp_cpu_group=SimpleNamespace(size=lambda: 1),
         max_total_num_tokens=ENTRIES - 1,
         spec_algorithm=SpeculativeAlgorithm.NONE,
     )
@@ -146,8 +147,23 @@ def test_kv_whose_state_is_more_than_we_know_is_not_copied(more):
 def test_copies_do_not_share_memory():
     copies, _ = copies_of(pool_of(MHATokenToKVPool))
     first, second = copies.to_host(torch.arange(10)), copies.to_host(torch.arange(10, 30))
-    assert torch.equal(first.parts[0], copies.buffers[0][:10])
-    assert torch.equal(second.parts[0], copies.buffers[0][10:30])
+    assert torch.equal(first.parts[0][:10], copies.buffers[0][:10])
+    assert torch.equal(second.parts[0][10:30], copies.buffers[0][10:30])
+
+
+def test_memory_that_lies_scattered_holds_a_copy_too():
+    copies, _ = copies_of(pool_of(MHATokenToKVPool), room=40)
+    kept = [copies.to_host(torch.arange(10 * i, 10 * i + 10)) for i in range(4)]
+    copies.free(kept[0])
+    copies.free(kept[2])
+    expected = [buffer[50:68].clone() for buffer in copies.buffers]
+    kv = copies.to_host(torch.arange(50, 68))
+    assert len(kv.ranges) == 2
+    copies.to_device(kv, torch.arange(70, 88))
+    assert all(map(torch.equal, [buffer[70:88] for buffer in copies.buffers], expected))
+    assert all(
+        map(torch.equal, [b[30:40] for b in kept[3].parts], [b[30:40] for b in copies.buffers])
+    )
 
 
 def test_without_room_nothing_is_copied():

@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from pascal_sglang.engine.host_memory import host_memory
+from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine import build
+from pascal_sglang.engine.host_memory import HostMemory, host_memory
 
 MIB = 2**20
 JOIN = 'echo $$ > "$1/cgroup.procs" && shift && exec "$@"'
@@ -139,3 +142,26 @@ def test_a_real_group_limits_a_real_process():
         finally:
             made.rmdir()
     pytest.skip("no memory control group can be made here")
+
+
+def test_the_total_is_the_least_limit_and_does_not_change_with_use(tmp_path):
+    mounted, at = version_2(tmp_path)
+    box = mounted / "pod" / "box"
+    group(box, 100 * MIB, 60 * MIB, 10 * MIB, version=2)
+    assert host_memory(at).total == 100 * MIB
+    (box / "memory.current").write_text(f"{90 * MIB}\n")
+    assert host_memory(at).total == 100 * MIB
+    (box / "memory.max").write_text("max\n")
+    assert host_memory(at).total == psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(("beside", "tokens"), [(0, 500), (100_000, 250), (300_000, 0)])
+def test_paused_kv_is_given_no_memory_that_moves_take(beside, tokens, monkeypatch):
+    memory = HostMemory(free=400_000, limited=False, total=800_000)
+    monkeypatch.setattr(build, "host_memory", lambda: memory)
+    monkeypatch.setattr(build, "instance_count", lambda: 2)
+    monkeypatch.setattr(build, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    copies = SimpleNamespace(copies=True, bytes_per_token=100, states=None, windows=None)
+    scheduler = SimpleNamespace(max_total_num_tokens=1000)
+    found = build.host_budget(copies, scheduler, PascalConfig(), beside)
+    assert found == (tokens, 0, 0)

@@ -10,18 +10,26 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang.cluster import messages, transport
 from pascal_sglang.cluster.messages import MigrateCommand
-from pascal_sglang.cluster.migration_source import Terms
+from pascal_sglang.cluster.migration_pace import MigrationPace
+from pascal_sglang.cluster.migration_source import WINDOWS, Terms
 from pascal_sglang.cluster.receive_slots import ASK_S, DEAD_S
-from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy, HostKV
+from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
+from pascal_sglang.engine.kv.host_kv import HostKV
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.serializer import KVSerializer
+from pascal_sglang.engine.migration import outgoing
 from pascal_sglang.engine.migration.incoming import IncomingMigrations
 from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
 from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import (
+    LEAST_TOKENS,
+    SHARE,
     SLOTS,
+    WINDOW_BYTES,
     ReceiveBuffer,
     receive_buffer_bytes,
+    window_bytes,
+    window_tokens,
 )
 from pascal_sglang.policy.kv_tier import Costs
 from tests.unit.test_host_copies import Broken, pool_of
@@ -31,7 +39,10 @@ STATE = SimpleNamespace(pausable=True)
 
 
 class LateCopies(HostCopies):
-    """As on CUDA: a copy is there when it is waited for, and not before."""
+    """As on CUDA: a copy is there when it is waited for, or found to be complete, and not before.
+    lands: whether it is, when asked."""
+
+    lands = True
 
     def __init__(self, scheduler):
         super().__init__(scheduler)
@@ -47,13 +58,17 @@ class LateCopies(HostCopies):
         self.held.append(kv)
 
     def later(self, kv, copy):
-        kv.done = SimpleNamespace(synchronize=lambda: self.finish(kv, copy))
+        kv.done = SimpleNamespace(
+            synchronize=lambda: self.finish(kv, copy),
+            query=lambda: self.lands and self.finish(kv, copy),
+        )
         self.under_way.append(kv)
         return kv
 
     def finish(self, kv, copy):
         self.under_way.remove(kv)
         copy()
+        return True
 
 
 class Request:
@@ -117,10 +132,13 @@ class Instance:
         )
         self.paused_requests = Resident(self.scheduler, self.copies, Costs())
         self.paused_requests.pool = self.pool
-        self.receive_buffer = ReceiveBuffer(self.pool, self.kv, self.transport.receive_buffer)
+        self.transfers = self.paused_requests.transfers
+        self.receive_buffer = ReceiveBuffer(
+            self.pool, self.kv, self.transport.receive_buffer, self.transfers
+        )
         self.states = SimpleNamespace(
             paused_requests=self.paused_requests,
-            pass_info=SimpleNamespace(now=1.0, pass_no=1),
+            pass_info=SimpleNamespace(now=1.0, pass_no=1, pass_s=0.02),
             ended=lambda req: None,
             finish_pauses=lambda: None,
             stopped=lambda req, status: self.said.append(("stopped", status)),
@@ -137,7 +155,7 @@ class Instance:
         self.outgoing_migrations = OutgoingMigrations(
             transport=self.transport,
             kv=self.kv,
-            slot_tokens=self.receive_buffer.slot_tokens,
+            pace=MigrationPace(self.receive_buffer.slot_tokens),
             prefill_gate=PrefillGate(),
             **shared,
         )
@@ -156,6 +174,7 @@ class Instance:
         return found
 
     def step(self):
+        self.transfers.heard(*self.transfers.progress())
         self.outgoing_migrations.step(self.scheduler.running_batch, 1.0)
         self.incoming_migrations.step(1.0)
 
@@ -209,7 +228,13 @@ def test_both_words_of_a_piece_come_when_its_copies_are_complete(sides):
     assert (chunk.begin, chunk.end) == (0, TOKENS)
     target.incoming_migrations.hear(0, chunk, 1.0)
     target.incoming_migrations.hear(0, chunk, 1.0)
-    assert target.said == [], "the slot is read; another piece would overwrite it"
+    said = target.take(messages.ChunkAck)
+    assert said == [messages.ChunkAck("m", 0)], "it is read; another piece would overwrite it"
+    assert target.copies.under_way, "nobody waits for it"
+    target.copies.lands = False
+    target.step()
+    assert target.said == []
+    target.copies.lands = True
     target.step()
     assert target.take(messages.ChunkAck) == [messages.ChunkAck("m", TOKENS)]
     target.receive_buffer.memory[:] = bytes(len(target.receive_buffer.memory))
@@ -264,6 +289,7 @@ def drop(source, target):
 @pytest.mark.parametrize("how", [end, abort, refuse, drop])
 def test_a_move_that_ends_meanwhile_leaves_nothing_on_its_way(how, sides):
     source, target = sides
+    source.copies.lands = False
     assert source.copies.under_way
     how(source, target)
     assert source.copies.under_way == []
@@ -305,10 +331,40 @@ def test_whatever_fails_on_a_rank_is_told_to_the_others_who_wait_for_its_word(si
     source.step()
     target.kv.copy_in = source.transport.room = None
     target.incoming_migrations.hear(0, *source.take(messages.KVChunk), 1.0)
+    assert target.said == [], "the ranks say so in the next pass"
+    target.step()
     assert target.take(messages.ReserveRefused) == [messages.ReserveRefused("m", "transport")]
     kv = source.outgoing_migrations.under_way["m"].kv
     kv.write(0, 5, 0, None)
     assert "reading KV failed" in kv.written()
+
+
+def test_pieces_go_through_the_windows_of_a_slot_in_turn(sides, monkeypatch):
+    """The second one is written while the first is read; a third waits for the first."""
+    source, target = sides
+    source.outgoing_migrations.under_way["m"].keep("a smaller piece is wanted")
+    source.outgoing_migrations.give_up("again")
+    source.said.clear()
+    target.incoming_migrations.give_up("again")
+    target.said.clear()
+    for side in (source, target):
+        side.receive_buffer.slot_tokens = 16
+    source.outgoing_migrations.ordered(MigrateCommand("n", "r", 1), 1.0)
+    target.incoming_migrations.asked(0, *source.take(messages.ReserveRequest), 1.0)
+    source.outgoing_migrations.hear(1, *target.take(messages.ReserveGranted), 1.0)
+    target.copies.lands, chunks = False, []
+    for _ in range(4):
+        source.step()
+        for chunk in source.take(messages.KVChunk):
+            chunks.append((chunk.begin, chunk.end))
+            target.incoming_migrations.hear(0, chunk, 1.0)
+    assert chunks == [(0, 16), (16, 32)], "both windows are taken"
+    expected = source.kv_at(torch.arange(1, 33))
+    target.copies.lands = True
+    target.step()
+    assert target.take(messages.ChunkAck) == [messages.ChunkAck("n", 32)]
+    arrived = target.kv_at(torch.arange(20, 52))
+    assert all(map(torch.equal, arrived, expected))
 
 
 def cancelled(target):
@@ -369,6 +425,29 @@ def test_a_paused_request_is_read_from_both_halves_of_its_copy(sides):
         assert all(map(torch.equal, got, [part[begin:stop] for part in whole]))
 
 
+@pytest.mark.parametrize(("others", "moves"), [(0, 1), (1, 1), (1, 2)])
+def test_kv_in_host_memory_goes_in_small_pieces_while_others_decode(
+    others, moves, pair, monkeypatch
+):
+    """The scheduler's thread copies it; what all moves send in a pass is bounded."""
+    source, target = pair
+    monkeypatch.setattr(outgoing, "HOST_PIECE_BYTES", 16 * source.kv.per_token)
+    requests = [request_of(source), Request()][:moves]
+    source.scheduler.running_batch.reqs = [Request() for _ in range(others)]
+    whole = source.kv_at(torch.arange(1, 1 + TOKENS))
+    for number, request in enumerate(requests):
+        request.rid = f"r{number}"
+        copy = HostCopy(TOKENS, 0, None, HostKV(whole))
+        source.paused_requests._enter(request, PauseStatus.HOST, copy=copy)
+        source.outgoing_migrations.ordered(MigrateCommand(f"m{number}", request.rid, 1), 1.0)
+        target.incoming_migrations.asked(0, *source.take(messages.ReserveRequest), 1.0)
+        source.outgoing_migrations.hear(1, *target.take(messages.ReserveGranted), 1.0)
+    source.step()
+    source.step()
+    sizes = [chunk.end - chunk.begin for chunk in source.take(messages.KVChunk)]
+    assert sizes == [16 // moves if others else TOKENS] * moves
+
+
 def test_a_piece_of_who_leaves_the_batch_meanwhile_is_good(sides):
     source, _ = sides
     request = source.scheduler.running_batch.reqs.pop()
@@ -391,3 +470,36 @@ def test_a_request_that_moves_on_is_told_of_once(sides):
     assert left == []
     source.outgoing_migrations.hear(1, *target.take(messages.CommitAck), 1.0)
     assert left == [request]
+
+
+def test_windows_are_small_on_a_small_machine(pair):
+    assert window_bytes(2 << 40, 8) == WINDOW_BYTES
+    small = window_bytes(16 << 30, 4)
+    assert 4 * SLOTS * WINDOWS * small == (16 << 30) * SHARE
+    kv = SimpleNamespace(per_token=128 << 10)
+    assert window_tokens(kv) == 512
+    assert window_tokens(kv, small) == 128
+    assert window_tokens(kv, small // 1000) == LEAST_TOKENS
+    here, _ = pair
+    most = 20 * here.kv.per_token
+    buffer = ReceiveBuffer(here.pool, here.kv, memoryview(b""), here.transfers, most)
+    assert buffer.slot_tokens == 20
+    assert buffer.slot_bytes * SLOTS == receive_buffer_bytes(here.kv, most)
+    assert receive_buffer_bytes(here.kv, most) == SLOTS * WINDOWS * here.kv.window_bytes(20)
+
+
+def test_the_buffer_of_an_instance_that_has_died_is_given_back_after_what_goes_there(
+    sides, monkeypatch
+):
+    source, target = sides
+    source.outgoing_migrations.open_peer(1, [target.transport.address])
+    closed = []
+    monkeypatch.setattr(
+        source.transport, "close_peer", lambda at: closed.append((at, *source.copies.under_way))
+    )
+    assert source.copies.under_way
+    source.outgoing_migrations.died(2)
+    assert closed == []
+    source.outgoing_migrations.died(1)
+    source.outgoing_migrations.died(1)
+    assert closed == [(target.transport.address,)]

@@ -10,6 +10,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from pascal_sglang.engine.kv.recurrent_states import RecurrentStates, bind
 from pascal_sglang.engine.kv.serializer import KVSerializer
+from pascal_sglang.engine.kv.transfers import Transfers
 from pascal_sglang.engine.migration.receive_buffer import ReceiveBuffer, receive_buffer_bytes
 from tests.unit.test_host_copies import SLOTS, copies_of, hybrid, pool_of, rows_of
 
@@ -37,7 +38,7 @@ class Side:
             give_windows=lambda locations: None,
         )
         memory = memoryview(bytearray(receive_buffer_bytes(self.kv)))
-        self.receive_buffer = ReceiveBuffer(pool, self.kv, memory)
+        self.receive_buffer = ReceiveBuffer(pool, self.kv, memory, Transfers(scheduler))
 
     def state(self, slot):
         return [buffer[slot].clone() for buffer in self.copies.states.buffers]
@@ -69,9 +70,11 @@ def test_a_state_goes_with_the_last_piece(sides, tokens, paused):
         assert source.copies.states.wait(kept)
         source.kv.state_host(kept, memory)
     else:
-        assert source.kv.wait(source.kv.state_out(slot, memory))
+        source.kv.state_out(slot, memory, parts := [])
+        assert source.kv.wait(parts)
     if tokens:
-        assert source.kv.wait(source.kv.copy_out(where, 0, memory))
+        source.kv.copy_out(where, 0, memory, parts := [])
+        assert source.kv.wait(parts)
     assert target.receive_buffer.fetch(second, 0, tokens, 0, stopped=True)
     arrived, was = target.state(second.state), source.state(slot)
     assert all(map(torch.equal, arrived, was))
@@ -104,7 +107,7 @@ def test_a_request_that_comes_without_kv_needs_no_state(sides):
         target.states.take()
     coming = target.receive_buffer.reserve("m", 0, 0, 0)
     assert target.receive_buffer.fetch(coming, 0, 0, 0, stopped=True)
-    assert coming.reading is None, "nothing of its slot is read"
+    assert not coming.reading, "nothing of its slot is read"
     target.receive_buffer.keep(coming, 0, 0, 1.0)
     assert (target.states.free, target.receive_buffer.reserved) == (0, 0)
 

@@ -13,9 +13,9 @@ from pascal_sglang.cluster.messages import (
     ReserveRefused,
     WriteQuery,
 )
-from pascal_sglang.cluster.migration_source import OVER, SourceState
+from pascal_sglang.cluster.migration_source import OVER, WINDOWS, SourceState
 from pascal_sglang.cluster.migration_target import TargetState
-from tests.unit.migration_world import SLOT_TOKENS, TERMS, World, terms
+from tests.unit.migration_world import LAST, SLOT_TOKENS, TERMS, World, terms
 
 migrations = st.lists(
     st.tuples(
@@ -32,6 +32,7 @@ migrations = st.lists(
                 "abort",
                 "end",
                 "stop",
+                "late",
             ]
         ),
         st.integers(0, 9),
@@ -53,6 +54,8 @@ def test_one_owner_whatever_the_network_does(script, live, waits):
             # One side, both or none, until this comes again.
             world.stopped = {side for side, bit in (("source", 1), ("target", 2)) if n & bit}
             world.now += n
+        elif what == "late":
+            world.writes_late, world.reads_late = bool(n & 1), bool(n & 2)
         elif what == "time":
             world.now += n / 5
         elif what in ("deliver", "again") and there:
@@ -117,7 +120,8 @@ def test_the_last_piece_before_the_stop_says_so():
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     pieces = []
     while not world.events:
-        for piece in world.source.copy(0.1, world.kv, still=False):
+        world.source.copy(0.1, world.kv, still=False)
+        for piece in world.source.written():
             pieces.append(piece)
             world.source.hear(ChunkAck("m1", piece.end), 0.1)
     assert [p.last for p in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -155,8 +159,11 @@ def test_silence_before_the_handover_leaves_the_request_here():
     assert world.source.why == "timeout"
     world = World()
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
-    world.source.copy(0.2, 100, still=False)
-    assert world.source.copy(0.3, 101, still=False) == [], "one piece at a time"
+    for _ in range(WINDOWS):
+        assert len(world.source.copy(0.2, 100, still=False)) == 1
+        assert world.source.copy(0.2, 100, still=False) == [], "the last one is being written"
+        assert len(world.source.written()) == 1
+    assert world.source.copy(0.3, 101, still=False) == [], "all windows are full"
     assert world.source.tick(2.5) == [MigrationCancelled("m1")]
     assert world.running
 
@@ -227,7 +234,7 @@ def test_a_source_that_was_stopped_itself_hears_before_it_gives_up():
 
 def test_a_target_that_took_over_drops_the_request_when_it_hears():
     world = World(terms(live=False), kv=0)
-    world.received, world.slot = 0, (0, 0, 0, True)
+    world.received, world.slot = 0, {LAST: (0, 0, 0)}
     handover = Handover("m1", 0, 0, 0, b"0")
     assert world.target.hear(handover, 0.1) == [CommitAck("m1")]
     for _ in range(2):
@@ -277,11 +284,28 @@ def test_a_dead_source_leaves_nothing_behind():
     ]
 
 
-def test_a_request_that_outgrows_its_reservation_stops_in_time():
+def test_a_request_that_fills_its_reservation_stops_if_little_is_left_and_stays_if_much_is():
+    """What is left when it stops is what its reader waits for."""
     world = World(limit=105)
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
-    world.source.copy(0.1, 103, still=False)
-    assert world.events == ["stop"]
+    assert world.source.copy(0.1, 103, still=False) == [MigrationCancelled("m1")]
+    assert (world.source.why, world.events) == ("outgrew its reservation", [])
+    world = World(limit=45, kv=40)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
+    world.source.copy(0.1, 40, still=False)
+    world.source.written()
+    assert world.source.copy(0.2, 42, still=False) == [], "the piece is on its way"
+    world.source.hear(ChunkAck("m1", 40), 0.3)
+    world.source.copy(0.3, 43, still=False)
+    assert (world.source.state, world.events) == (SourceState.STOPPING, ["stop"])
+
+
+def test_a_piece_is_what_the_link_carries_in_a_step():
+    world = World()
+    world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
+    world.source.link_tokens = 13
+    (piece,) = world.source.copy(0.1, 100, still=False)
+    assert (piece.begin, piece.end) == (0, 13)
 
 
 def test_a_target_refuses_what_it_cannot_continue_by_name():
@@ -311,7 +335,7 @@ def test_a_window_only_slides_on():
     world = World()
     assert world.target.hear(KVChunk("m1", 0, 40, 74, False), 0.1) == hole
     world = World()
-    world.slot = (0, 40, 80, False)
+    world.slot = {0: (0, 40, 80)}
     world.target.hear(KVChunk("m1", 0, 40, 80, False), 0.1)
     assert world.target.hear(Handover("m1", 40, 101, 79, b""), 0.2) == hole
     world = World(kv=0)
@@ -321,8 +345,7 @@ def test_a_window_only_slides_on():
 
 def test_a_piece_said_again_is_not_read_again():
     world = World()
-    world.slot = (0, 40, 75, False)
+    world.slot = {0: (0, 40, 75), 1: (40, 80, 76)}
     assert world.target.hear(KVChunk("m1", 0, 40, 75, False), 0.1) == [ChunkAck("m1", 40)]
-    world.slot = (40, 80, 76, False)
     assert world.target.hear(KVChunk("m1", 0, 40, 75, False), 0.2) == [ChunkAck("m1", 40)]
     assert world.target.hear(KVChunk("m1", 40, 80, 76, False), 0.3) == [ChunkAck("m1", 80)]

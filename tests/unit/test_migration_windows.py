@@ -6,9 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pascal_sglang.cluster.migration_source import WINDOWS
 from pascal_sglang.engine.kv.host_copies import HostCopies
+from pascal_sglang.engine.kv.host_kv import HostKV
 from pascal_sglang.engine.kv.pool import Pool
 from pascal_sglang.engine.kv.serializer import KVSerializer
+from pascal_sglang.engine.kv.transfers import Transfers
 from pascal_sglang.engine.migration.receive_buffer import ReceiveBuffer, receive_buffer_bytes
 from tests.unit.test_windows import content, request, scheduler_of
 
@@ -27,7 +30,7 @@ class Side:
         self.copies.windows.reserve(32)
         self.kv = KVSerializer(self.copies, "model", lambda: "default")
         memory = memoryview(bytearray(receive_buffer_bytes(self.kv)))
-        self.receive_buffer = ReceiveBuffer(self.pool, self.kv, memory)
+        self.receive_buffer = ReceiveBuffer(self.pool, self.kv, memory, Transfers(self.scheduler))
 
     @property
     def free(self):
@@ -38,7 +41,10 @@ class Side:
         return self.receive_buffer.reserved, self.receive_buffer.reserved_windows
 
     def slot(self, reservation, size):
+        """Where its next piece is."""
         at = self.receive_buffer.offset(reservation)
+        window = reservation.pieces % WINDOWS
+        at += window * self.kv.window_bytes(self.receive_buffer.slot_tokens)
         return self.receive_buffer.memory[at : at + size]
 
 
@@ -56,12 +62,14 @@ def send(source, target, where, reservation, kept=None):
         here = max(0, before - begin)
         memory = target.slot(reservation, source.kv.size(end - begin, here))
         if kept is None:
-            assert source.kv.wait(source.kv.copy_out(where[begin:end], here, memory))
+            source.kv.copy_out(where[begin:end], here, memory, parts := [])
+            assert source.kv.wait(parts)
         else:
             before = max(before, kept.before)
             here = max(0, before - begin)
             source.kv.copy_host(kept, begin, end, here, memory)
         assert target.receive_buffer.fetch(reservation, begin, end, before)
+        assert target.receive_buffer.has_read(reservation)
         memory[:] = bytes(len(memory))
     return before
 
@@ -116,3 +124,47 @@ def test_an_entry_that_was_not_reserved_is_not_read(sides):
     source, target = sides
     reservation = target.receive_buffer.reserve("m", 0, MOST, source.pool.windows.before(ASKED))
     assert not target.receive_buffer.fetch(reservation, 0, 16, reservation.before - 1)
+
+
+def fail(*_):
+    raise ValueError("not there")
+
+
+@pytest.mark.parametrize("way", ["copy_out", "copy_in"])
+@pytest.mark.parametrize("fails", ["the places", "the second copy"])
+def test_a_piece_that_fails_between_its_pools_is_not_forgotten_half_way(
+    sides, way, fails, monkeypatch
+):
+    """Memory that a copy under way reads or writes would be given to others."""
+    source, begun = sides[0], []
+    copy = "read" if way == "copy_out" else "to_device"
+    monkeypatch.setattr(source.copies, copy, lambda *both: begun.extend(both))
+    if fails == "the places":
+        monkeypatch.setattr(source.copies, "window_peers", fail)
+    else:
+        monkeypatch.setattr(source.copies.windows, copy, fail)
+    where = source.pool.take(16, 0)
+    memory = memoryview(bytearray(source.kv.size(16, 8)))
+    parts = []
+    with pytest.raises(ValueError, match="not there"):
+        getattr(source.kv, way)(where, 8, memory, parts)
+    known = [kv for _, kv in parts]
+    assert [each for each in begun if isinstance(each, HostKV)] == known[:1]
+    assert bool(known) == (fails == "the second copy")
+
+
+def test_a_pause_or_return_that_fails_has_begun_no_copy(sides, monkeypatch):
+    source, _ = sides
+    req, where, room = request(16), source.pool.take(24, 0), source.copies.room
+    copy = source.copies.save(req, where)
+    begun = []
+    for name in ("read", "to_device"):
+        monkeypatch.setattr(source.copies, name, lambda *both: begun.append(both))
+    monkeypatch.setattr(source.copies._window_pool, "peers", fail)
+    left = source.copies.room
+    assert left < room
+    with pytest.raises(ValueError, match="not there"):
+        source.copies.save(req, where)
+    with pytest.raises(ValueError, match="not there"):
+        source.copies.load(req, copy, where, 0)
+    assert (begun, source.copies.room) == ([], left)

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.io_struct import AbortReq, PauseGenerationReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 
+from pascal_sglang.engine.kv.transfers import Transfers
 from pascal_sglang.engine.operations import OperationsScheduler
 from tests.unit.test_request_snapshot import request
 
@@ -83,6 +84,63 @@ def test_who_has_not_begun_ends_as_in_sglang(governed):
         req.output_ids = array("q")
     scheduler.end(req)
     assert (scheduler.alone, scheduler.outputs) == ([req], [])
+
+
+class Device:
+    """Whose copies end when they are waited for."""
+
+    def __init__(self):
+        self.ended = []
+
+    def query(self, kv):
+        return kv in self.ended or None
+
+    def wait(self, kv):
+        self.ended.append(kv)
+        return True
+
+
+class Copying(OperationsScheduler):
+    """A scheduler with a copy under way, whose requests hold nothing any more."""
+
+    def __init__(self):
+        alone = SimpleNamespace(attn_tp_cpu_group=SimpleNamespace(size=lambda: 1))
+        self.device, self.transfers, self.done = Device(), Transfers(alone), []
+        self.transfers.begin([(self.device, "kv")])
+        table = SimpleNamespace(transfers=self.transfers, is_empty=lambda: True)
+        states = SimpleNamespace(retract_held=lambda: self.done.append(("retracted", self.copied)))
+        self.plan_executor = SimpleNamespace(paused_requests=table, request_states=states)
+        self.migrations = SimpleNamespace(
+            holds_no_kv=lambda: True,
+            is_empty=lambda: True,
+            give_up=lambda why: self.done.append((why, self.copied)),
+        )
+
+    @property
+    def copied(self):
+        return bool(self.device.ended)
+
+
+def test_a_scheduler_is_not_idle_while_its_kv_may_be_read_or_written(monkeypatch):
+    monkeypatch.setattr(Scheduler, "is_fully_idle", lambda *_: True)
+    scheduler = Copying()
+    assert not scheduler.is_fully_idle()
+    assert not scheduler.is_fully_idle(ignore_waiting=True)
+    assert scheduler.is_fully_idle(for_health_check=True), "no output will answer it"
+    scheduler.device.ended.append("kv")
+    scheduler.transfers.heard(*scheduler.transfers.progress())
+    assert scheduler.is_fully_idle()
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_a_pause_of_generation_waits_for_copies_which_no_pass_would(mode, monkeypatch):
+    monkeypatch.setattr(Scheduler, "pause_generation", lambda *_: None)
+    monkeypatch.setattr(Scheduler, "is_fully_idle", lambda *_: True)
+    scheduler = Copying()
+    scheduler.pause_generation(PauseGenerationReqInput(mode=mode))
+    assert scheduler.is_fully_idle(ignore_waiting=True)
+    retracts = [("generation paused", False), ("retracted", True)]
+    assert scheduler.done == (retracts if mode == "retract" else [])
 
 
 class Full(OperationsScheduler):

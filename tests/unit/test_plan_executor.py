@@ -148,8 +148,7 @@ def paused():
 
 
 @pytest.fixture
-def executor(monkeypatch):
-    monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda _, now: now)
+def executor():
     config = PascalConfig()
     return PlanExecutor(scheduler(), config, config.record, FailingCopies(), Costs())
 
@@ -197,7 +196,7 @@ def test_a_prefill_is_timed_when_its_result_was_waited_for(executor, monkeypatch
     prefill = SimpleNamespace(forward_mode=mode, extend_num_tokens=10)
     executor._alone = False
     clock = iter([1.0, 1.5, 1.7])
-    monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda *_: next(clock))
+    monkeypatch.setattr("pascal_sglang.engine.plan_executor.own_word", lambda *_: next(clock))
     for last in (None, prefill, None)[: passes + 1]:
         executor.govern(SimpleNamespace(reqs=[]), last)
     took = 0.5 if device == "cpu" else 0.2
@@ -209,14 +208,16 @@ def test_idle_passes_do_not_say_how_long_a_step_takes(executor, monkeypatch):
     executor._alone = False
     monkeypatch.setattr(executor, "_carry_out", lambda running, last: running)
     clock = iter([1.0, 1.02, 1.0201, 1.0202, 1.04])
-    monkeypatch.setattr("pascal_sglang.engine.plan_executor.agree", lambda *_: next(clock))
+    monkeypatch.setattr("pascal_sglang.engine.plan_executor.own_word", lambda *_: next(clock))
     decode = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: False))
-    seen = []
+    seen, passed = [], []
+    executor.migrations = SimpleNamespace(passed=passed.append)
     for last in (None, decode, None, None, decode):
         executor.govern(SimpleNamespace(reqs=[]), last)
         seen.append(executor.request_states.pass_info.pass_s)
     assert seen[1] > 0
     assert seen[1] == seen[2] == seen[3] < seen[4]
+    assert passed == [None, pytest.approx(0.02), None, None, pytest.approx(0.0198)]
 
 
 @pytest.mark.parametrize(("rows", "entries"), [(0, 10), (1, 0)])
@@ -225,7 +226,7 @@ def test_a_resume_the_pool_refuses_leaves_the_request_paused(executor, rows, ent
     paused_requests.scheduler = paused_requests.pool.scheduler = pool
     request, copy = paused(), HostCopy(tokens=10, shared=0, prefix=None, own=object())
     paused_requests._enter(request, PauseStatus.HOST, copy=copy)
-    assert paused_requests.resume(request, SimpleNamespace(reqs=[])) is None
+    assert paused_requests.resume(request) is False
     assert paused_requests.in_status(*PauseStatus) == [request]
     assert paused_requests.copy_of(request) is copy
     assert pool.req_to_token_pool.given == []
@@ -250,6 +251,7 @@ def test_a_copy_that_fails_turns_into_recompute(executor):
     assert paused_requests._begin_copy(request, torch.arange(10), None), (
         "other ranks may have begun it"
     )
+    assert not paused_requests.transfers.finish(paused_requests._table[request].transfer)
     assert paused_requests._off_device(request, 10, released.append) is KVTier.RECOMPUTE
     assert released == [request, "reset"]
     assert paused_requests.status_of(request) is None
@@ -496,6 +498,7 @@ def test_who_cannot_be_paused_waits_for_memory_that_is_on_its_way_back(executor)
     """SGLang would end the last request of a batch whose step does not fit."""
     stays, leaves = running(pausable=False), running(pausable=True)
     batch = Running(reqs=[stays, leaves])
+    executor.scheduler.result_queue = [(Running(reqs=[stays, leaves]), None)]
     assert executor.relieve(batch)
     assert batch.reqs == [stays]
     assert executor.paused_requests.in_status(*PauseStatus) == [leaves]
@@ -539,7 +542,7 @@ def test_a_resume_matches_its_prefix_once_and_again_only_after_a_change(executor
     paused_requests._enter(request, PauseStatus.HOST, copy=HostCopy(4, 3, None, None))
     assert paused_requests.needs(request) == 4, "the prefix is taken from what can be evicted"
     assert paused_requests.can_resume(request, 0)
-    assert paused_requests.resume(request, SimpleNamespace(reqs=[])) is None
+    assert paused_requests.resume(request) is False
     assert len(matches) == 1
     # The resume locked the prefix and let it go again.
     assert paused_requests.needs(request) == 4

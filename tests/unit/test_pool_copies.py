@@ -103,7 +103,7 @@ def test_a_device_that_fails_says_so(caplog):
     copy = copies.save(REQ, torch.arange(5))
     scheduler.token_to_kv_pool_allocator.load_cpu_copy = fail
     copies.load(REQ, copy, torch.arange(5), 0)
-    assert copy.failed
+    assert copy.own.failed
     scheduler.token_to_kv_pool_allocator.get_cpu_copy = fail
     failed = copies.save(REQ, torch.arange(5))
     assert not copies.wait(failed.own)

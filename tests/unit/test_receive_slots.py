@@ -13,7 +13,13 @@ from pascal_sglang.cluster.messages import (
     ReserveRequest,
 )
 from pascal_sglang.cluster.messages import WriteQuery as Query
-from pascal_sglang.cluster.migration_source import OVER, MigrationSource, SourceState, Terms
+from pascal_sglang.cluster.migration_source import (
+    OVER,
+    WINDOWS,
+    MigrationSource,
+    SourceState,
+    Terms,
+)
 from pascal_sglang.cluster.migration_target import MigrationTarget
 from pascal_sglang.cluster.receive_slots import ASK_AT_MOST_S, ASK_S, DEAD_S, ReceiveSlots
 
@@ -65,7 +71,7 @@ class Source(MigrationSource):
     def nothing(self):
         pass
 
-    stop = resume = release = lose = nothing
+    stop = learn = resume = release = lose = nothing
 
     def snapshot(self):
         return b""
@@ -76,10 +82,16 @@ class Target(MigrationTarget):
     """A target with a slot of a world's receive buffer."""
 
     move: Any
+    pieces: int = 0
 
     def fetch(self, begin, end, before, *, stopped):
-        written = self.move.world.memory[self.move.slot]
+        window = 0 if stopped else self.pieces % WINDOWS
+        self.pieces += not stopped
+        written = self.move.world.memory[self.move.slot, window]
         assert begin == end or written == (self.migration, begin, end), "torn KV"
+        return True
+
+    def has_read(self):
         return True
 
     def problem(self, state, tokens):
@@ -188,8 +200,10 @@ class World:
             assert holder in (None, migration.name), (
                 f"{migration.name} writes into the slot of {holder}"
             )
-            self.memory[migration.at] = (migration.name, message.begin, end)
-        self.say(-1, migration.sender, [message])
+            window = 0 if isinstance(message, Handover) else migration.source.pieces - 1
+            self.memory[migration.at, window % WINDOWS] = (migration.name, message.begin, end)
+        said = [message] if isinstance(message, Handover) else migration.source.written()
+        self.say(-1, migration.sender, said)
 
     def memory_holder(self, slot):
         """The move that the slot is given to now."""

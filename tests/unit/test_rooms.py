@@ -23,7 +23,10 @@ PACKAGE = {
         {"policy", "support", *ENTRY},
         {"mooncake", "msgspec", "orjson", "prometheus_client", "psutil", "sglang", "zmq"},
     ),
-    "engine.kv": ({"clock", "engine", "instances", "policy"}, {"sglang", "torch"}),
+    "engine.kv": (
+        {"clock", "engine", "instances", "policy"},
+        {"sgl_kernel", "sglang", "torch", "triton"},
+    ),
     "engine.observability": (
         {"clock", "cluster", "engine", "policy", "support"},
         {"prometheus_client", "sglang"},
@@ -57,7 +60,7 @@ PACKAGE = {
 # Of the package, a command that measures knows the benchmarks of its parts alone, and the workloads
 # that it shares with the simulator.
 EVALS = {
-    "bench": {"cluster", "config", "engine", "engine.observability", "policy", "sim"},
+    "bench": {"cluster", "config", "engine", "engine.kv", "engine.observability", "policy", "sim"},
     "sources": {"sim"},
     "": {"sim"},
 }

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import gc
 import multiprocessing
 import socket
 import types
+import weakref
 
 import pytest
 
@@ -150,6 +152,20 @@ def test_a_peer_that_is_opened_is_pinned_before_anything_is_written_to_it():
     assert pinned == [4096, 4096]
     peer.room(here.address, 0, 16)
     assert pinned == [4096, 4096]
+
+
+def test_the_buffer_of_a_peer_that_has_died_is_unpinned_and_given_back():
+    given_back, nothing = [], lambda memory: None
+    here = transport.make("shm", 4096, 0)
+    peer = transport.make("shm", 4096, 0, nothing, None, lambda m: given_back.append(len(m)))
+    peer.open_peer(here.address)
+    mapped = weakref.ref(peer._peers[here.address].obj)
+    peer.close_peer(here.address)
+    peer.close_peer(here.address)
+    peer.close_peer("/proc/1/fd/no receive buffer")
+    assert given_back == [4096]
+    gc.collect()
+    assert mapped() is None
 
 
 NOT_HERE = (("tcp", "127.0.0.2"), ("tcp6", "::1"))

@@ -44,6 +44,7 @@ def scheduler_of(page):
         tree_cache=tree,
         page_size=page,
         device="cpu",
+        attn_tp_cpu_group=SimpleNamespace(size=lambda: 1),
         max_total_num_tokens=size,
         chunked_prefill_size=None,
         spec_algorithm=SpeculativeAlgorithm.NONE,

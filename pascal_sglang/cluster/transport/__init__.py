@@ -37,6 +37,11 @@ class Transport(ABC):
         it."""
         return
 
+    def close_peer(self, address: str) -> None:
+        """Give back what the way to a peer's receive buffer takes: it has died, and nothing is on
+        its way there."""
+        return
+
     @abstractmethod
     def room(self, address: str, offset: int, size: int) -> memoryview:
         """Where to write the `size` bytes that `put` then brings to `offset` of a peer's receive
@@ -61,15 +66,17 @@ def make(
     staging: int,
     pin: Callable[[memoryview], None] = lambda memory: None,
     listen: str | None = None,
+    unpin: Callable[[memoryview], None] = lambda memory: None,
 ) -> Transport:
     """A transport of a kind; `receive_buffer` is its bytes of memory, `staging` of what one `put`
     brings. `auto` is `shm`: all instances of one controller run on its host. `pin` is given all
-    memory that a device reads or writes, once. `listen` is the address at which peers on a network
+    memory that a device reads or writes, once, and `unpin` what is given back before the end.
+    `listen` is the address at which peers on a network
     reach this one, none by default. Raises: `TransportError`."""
     if kind in ("auto", "shm"):
         from pascal_sglang.cluster.transport.shm import SharedMemory
 
-        return SharedMemory(receive_buffer, pin)
+        return SharedMemory(receive_buffer, pin, unpin)
     if kind == "mooncake":
         from pascal_sglang.cluster.transport.mooncake import Mooncake
 

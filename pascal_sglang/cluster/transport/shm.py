@@ -17,7 +17,7 @@ from contextlib import suppress
 from pascal_sglang.cluster.transport import Transport, TransportError
 
 _ADDRESS = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
-# Landings of peers that stay open.
+# Receive buffers of peers that stay open.
 PEERS = 1024
 
 
@@ -25,7 +25,12 @@ class SharedMemory(Transport):
     kind = "shm"
     direct = True
 
-    def __init__(self, receive_buffer: int, pin: Callable[[memoryview], None]) -> None:
+    def __init__(
+        self,
+        receive_buffer: int,
+        pin: Callable[[memoryview], None],
+        unpin: Callable[[memoryview], None],
+    ) -> None:
         try:
             self._file = os.memfd_create("pascal-kv-receive")
             os.fchmod(self._file, 0o600)
@@ -38,12 +43,17 @@ class SharedMemory(Transport):
         self.address = f"/proc/{os.getpid()}/fd/{self._file}"
         self.receive_buffer = memoryview(self._memory)
         self._peers: dict[str, memoryview] = {}
-        self._pin = pin
+        self._pin, self._unpin = pin, unpin
         pin(self.receive_buffer)
 
     def open_peer(self, address: str) -> None:
         with suppress(TransportError):
             self._peer(address)
+
+    def close_peer(self, address: str) -> None:
+        found = self._peers.pop(address, None)
+        if found is not None:
+            self._unpin(found)
 
     def room(self, address: str, offset: int, size: int) -> memoryview:
         peer = self._peer(address)

@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from sglang.srt.managers.utils import allocate_distinct_stream
 
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 
@@ -39,8 +38,10 @@ class CudaCopyStream(CopyStream):
 
     def __init__(self, scheduler: SchedulerProtocol) -> None:
         self._scheduler = scheduler
-        used = (scheduler.forward_stream, scheduler.schedule_stream)
-        self._stream = allocate_distinct_stream(torch.cuda, used)
+        # PyTorch hands streams out again when it has none left, and has a set of its own for each
+        # priority: all of SGLang's are of the other one. A stream that another's work shares would
+        # wait for it, or keep it waiting.
+        self._stream = torch.cuda.Stream(priority=-1)
 
     def run(self, copy: Callable[[], None], locations: torch.Tensor, *, after_steps: bool) -> Any:
         stream = self._stream

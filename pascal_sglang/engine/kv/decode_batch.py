@@ -1,6 +1,8 @@
-"""A request whose KV is on the device, as a batch that decodes in the next step without prefill."""
+"""Requests whose KV is on the device, as a batch that decodes in the next step without prefill."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -22,12 +24,12 @@ def joined(running: ScheduleBatch, batch: ScheduleBatch) -> ScheduleBatch:
 
 
 def decoding(
-    req: Req, scheduler: SchedulerProtocol, drafted: DraftState | None = None
+    reqs: list[Req], scheduler: SchedulerProtocol, drafted: Sequence[DraftState | None] = ()
 ) -> ScheduleBatch:
-    """The batch of one, to be merged into the running one. `req` holds a row and all its KV but the
-    last token's. drafted: its state in the draft model, if there is one."""
+    """A batch to be merged into the running one. Each of `reqs` holds a row and all its KV but the
+    last token's. drafted: their states in the draft model, if there is one."""
     batch = ScheduleBatch.init_new(
-        [req],
+        reqs,
         scheduler.req_to_token_pool,
         scheduler.token_to_kv_pool_allocator,
         scheduler.tree_cache,
@@ -37,19 +39,28 @@ def decoding(
     )
     batch.prepare_for_prebuilt()
     batch.forward_mode = ForwardMode.DECODE
-    if drafted is not None and not scheduler.enable_overlap:
-        batch.spec_info = input_of(drafted)
+    state = _stacked([rows for rows in drafted if rows is not None])
+    if state is not None and not scheduler.enable_overlap:
+        batch.spec_info = input_of(state)
         return batch
-    if drafted is None:
+    if state is None:
         # The next step counts the last one, which goes into it.
-        count_outputs(batch, [req.output_ids[:-1]])
+        count_outputs(batch, [req.output_ids[:-1] for req in reqs])
         # Not a blocking copy: the scheduler would wait here for the step in flight.
-        last = async_h2d([req.output_ids[-1]], dtype=torch.int64, device=batch.device)
+        lasts = [req.output_ids[-1] for req in reqs]
+        last = async_h2d(lasts, dtype=torch.int64, device=batch.device)
         _relay(batch, {"bonus_tokens": last}, scheduler)
         return batch
-    _relay(batch, drafted, scheduler)
+    _relay(batch, state, scheduler)
     batch.spec_info = scheduler.future_map.make_staged_spec_input(batch.req_pool_indices)
     return batch
+
+
+def _stacked(states: Sequence[DraftState]) -> DraftState | None:
+    """The states of several requests as one; None of none."""
+    if not states:
+        return None
+    return {field: torch.cat([state[field] for state in states]) for field in states[0]}
 
 
 def _relay(batch: ScheduleBatch, state: DraftState, scheduler: SchedulerProtocol) -> None:

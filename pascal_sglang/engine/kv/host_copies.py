@@ -4,8 +4,9 @@ on CUDA, at once elsewhere."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from pascal_sglang.engine.kv import drafts
 from pascal_sglang.engine.kv.copy_stream import CopyStream, copy_stream_of
+from pascal_sglang.engine.kv.entry_kernels import EntryKernel, kernel_for
 from pascal_sglang.engine.kv.host_cache import HeldPrefix
-from pascal_sglang.engine.kv.pinning import pin
+from pascal_sglang.engine.kv.host_kv import HostKV
+from pascal_sglang.engine.kv.pinning import pin, unpin
 from pascal_sglang.engine.kv.range_allocator import RangeAllocator
 from pascal_sglang.engine.kv.recurrent_states import RecurrentStates, recurrent_states_of
 from pascal_sglang.engine.kv.windows import windows_of
@@ -29,27 +32,8 @@ from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED
 
 logger = logging.getLogger(__name__)
 
-# Tokens gathered at a time: what one layer of them takes on the device is all that a copy needs.
-CHUNK = 8192
-
-
-@dataclass(slots=True)
-class HostKV:
-    """Entries of a pool (KV of some tokens, or one state) in host memory, in the pool's own format.
-
-    parts: one tensor per buffer of the pool, shape (entries, ...). done: the event after which they
-    are complete; None if they are. start: where they are in the memory of `EntryCopies`; None
-    elsewhere. failed: the device did not copy them.
-    """
-
-    parts: list[torch.Tensor]
-    done: Any = None
-    start: int | None = None
-    failed: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return len(self.parts[0])
+# Entries gathered at a time: what one layer of them takes on the device is all that a copy needs.
+CHUNK = 2048
 
 
 @dataclass(slots=True)
@@ -85,22 +69,16 @@ class HostCopy:
         """The same of the entries of sliding windows, from the token `before` on."""
         return [half for half in (self.window_prefix, self.window) if half is not None]
 
-    @property
-    def failed(self) -> bool:
-        """Whether the device did not copy all of it."""
-        parts = (*self.halves(), *self.window_halves())
-        return any(p.failed for p in parts) or (self.state is not None and self.state.failed)
-
 
 class EntryCopies:
     """Host memory for entries of one device pool, and the copies there and back.
 
     All of the memory is taken at the start, and on CUDA pinned: pinning costs seconds for tens of
     GB, holds the device up, and fails, if it does, before anybody is served. On CUDA a copy runs on
-    a stream of its own, layer by layer, while the next step decodes: `deferred` says that whoever
-    asked for it must `wait` before the entries are freed. Every rank waits in the same pass,
-    whatever its event says, so that ranks go on alike. The stream keeps copies in order, so memory
-    that has been given back may be written by the next one at once.
+    a stream of its own while the next steps decode: `deferred` says that whoever asked for it must
+    know that it is complete before the entries are freed (`Transfers`: all ranks in the same pass).
+    The stream keeps copies in order, so memory that has been given back may be written by the next
+    one at once.
 
     buffers: the pool's, and those of a draft model's pool, each of shape (entries, ...); None if
     these entries are not copied. capacity: entries that the memory holds.
@@ -114,10 +92,11 @@ class EntryCopies:
         """pins: whether the device reads and writes pinned memory by itself."""
         self.buffers = buffers
         self._memory: list[torch.Tensor] = []
-        self._pieces = RangeAllocator(0)
+        self._places = RangeAllocator(0)
         self._stream = stream
         self.deferred = stream.deferred
         self._pins = pins
+        self._kernel: EntryKernel | None = None
         self._failures = 0
 
     @property
@@ -134,7 +113,7 @@ class EntryCopies:
     @property
     def room(self) -> int:
         """Entries of the largest copy that the memory has room for."""
-        return self._pieces.largest
+        return self._places.free
 
     def reserve(self, entries: int) -> None:
         """Take host memory for that many. Raises: RuntimeError if there is not enough."""
@@ -150,15 +129,17 @@ class EntryCopies:
                     f"(CUDA error {failed}); lower --pascal-host-kv-gb"
                 )
             self._memory.append(block)
-        self._pieces = RangeAllocator(entries)
+        self._places = RangeAllocator(entries)
         self.capacity = entries
+        if self._pins and entries:
+            self._kernel = kernel_for(self.buffers, self._memory)
 
     def take(self, entries: int) -> HostKV:
         """Memory for that many entries, at most `room`, into which nothing is copied yet."""
-        start = self._pieces.take(entries)
-        if start is None or self.buffers is None:
+        ranges = self._places.take(entries)
+        if ranges is None or self.buffers is None:
             raise RuntimeError(f"no host memory for {entries} entries")
-        return HostKV([block[start : start + entries] for block in self._memory], start=start)
+        return HostKV(self._memory, ranges=ranges, pinned=self._pins)
 
     def to_host(self, locations: torch.Tensor) -> HostKV:
         """Begin to copy the entries at `locations`, shape (entries,), at most `room` of them, which
@@ -169,23 +150,29 @@ class EntryCopies:
     def read(self, locations: torch.Tensor, kv: HostKV, *, after_steps: bool = False) -> HostKV:
         """Begin to copy the entries at `locations`, as `to_host` does, into memory of the caller's
         choice. after_steps: a step in flight may write them, and is waited for."""
-        buffers = self.buffers
-        assert buffers is not None
-
-        def copy() -> None:
-            for buffer, part in zip(buffers, kv.parts, strict=True):
-                for some in _chunks(len(locations)):
-                    part[some].copy_(buffer[locations[some]], non_blocking=True)
-
+        kernel = self._kernel_for(kv)
+        copy = partial(_copy_out, self.buffers) if kernel is None else kernel.copy_out
         self._begin(kv, copy, locations, after_steps=after_steps)
         return kv
 
+    def _kernel_for(self, kv: HostKV) -> EntryKernel | None:
+        """What copies to or from there by one launch; None if PyTorch does."""
+        kernel = self._kernel
+        return kernel if kernel is not None and kernel.takes(kv) else None
+
     def _begin(
-        self, kv: HostKV, copy: Callable[[], None], locations: torch.Tensor, *, after_steps: bool
+        self,
+        kv: HostKV,
+        copy: Callable[[HostKV, torch.Tensor], None],
+        locations: torch.Tensor,
+        *,
+        after_steps: bool,
     ) -> None:
         try:
-            kv.done = self._stream.run(copy, locations, after_steps=after_steps)
-        except RuntimeError:
+            # Request rows are int32, of which each index into a buffer would make an int64 again.
+            where = locations.to(torch.int64)
+            kv.done = self._stream.run(partial(copy, kv, where), where, after_steps=after_steps)
+        except Exception:  # Whatever it is that a kernel raises: the other ranks wait for a word.
             self._failed(kv)
 
     def _failed(self, kv: HostKV) -> None:
@@ -204,18 +191,22 @@ class EntryCopies:
         kv.done = None
         return not kv.failed
 
+    def query(self, kv: HostKV) -> bool | None:
+        """The same without waiting; None while the copy is under way."""
+        try:
+            if kv.done is not None and not kv.done.query():
+                return None
+        except RuntimeError:
+            self._failed(kv)
+        kv.done = None
+        return not kv.failed
+
     def to_device(self, kv: HostKV, locations: torch.Tensor) -> None:
         """Begin to write the entries to `locations`. Steps see them once `wait` has returned or
         after `hold_steps`; until then the host memory is read. If the device fails, `kv.failed` and
         `wait` say so."""
-        buffers = self.buffers
-        assert buffers is not None
-
-        def copy() -> None:
-            for buffer, part in zip(buffers, kv.parts, strict=True):
-                for some in _chunks(kv.tokens):
-                    buffer[locations[some]] = part[some].to(buffer.device, non_blocking=True)
-
+        kernel = self._kernel_for(kv)
+        copy = partial(_copy_in, self.buffers) if kernel is None else kernel.copy_in
         # A step in flight may still write entries that have just been freed and given to us.
         self._begin(kv, copy, locations, after_steps=True)
 
@@ -226,8 +217,8 @@ class EntryCopies:
 
     def free(self, kv: HostKV) -> None:
         """Give the host memory of a copy back, complete or not."""
-        assert kv.start is not None
-        self._pieces.give(kv.start, kv.tokens)
+        assert kv.ranges is not None
+        self._places.give(kv.ranges)
 
 
 class HostCopies(EntryCopies):
@@ -289,7 +280,7 @@ class HostCopies(EntryCopies):
             return 0
         if self.windows is not None and self.windows.room < self.window_tokens:
             return 0
-        return self._pieces.largest
+        return self._places.free
 
     @property
     def reserved_bytes(self) -> int:
@@ -316,14 +307,19 @@ class HostCopies(EntryCopies):
         prefix that the hierarchical cache holds."""
         tokens = len(locations)
         shared = min(req.kv.cache_protected_len, tokens)
+        # Where all of it is, before any is copied: what fails here leaves nothing under way.
+        state = None if self.states is None else RecurrentStates.location(req)
+        before = 0
+        peers: torch.Tensor | None = None
+        if self._window_pool is not None and self.windows is not None:
+            before = self._window_pool.before(tokens)
+            peers = self._window_pool.peers(locations[before:])
         prefix = self.to_host(locations[:shared]) if shared and held is None else None
         own = self.to_host(locations[shared:]) if shared < tokens else None
-        copy = HostCopy(tokens, shared, prefix, own, held)
-        if self.states is not None:
-            copy.state = self.states.to_host(RecurrentStates.location(req))
-        if self.windows is not None and self._window_pool is not None:
-            before = copy.before = self._window_pool.before(tokens)
-            peers = self._window_pool.peers(locations[before:])
+        copy = HostCopy(tokens, shared, prefix, own, held, before=before)
+        if self.states is not None and state is not None:
+            copy.state = self.states.to_host(state)
+        if self.windows is not None and peers is not None:
             split = max(0, shared - before)
             if split:
                 copy.window_prefix = self.windows.to_host(peers[:split])
@@ -334,16 +330,22 @@ class HostCopies(EntryCopies):
     def load(self, req: Req, copy: HostCopy, locations: torch.Tensor, shared: int) -> None:
         """Begin to write what a request has, its KV to `locations`, as `to_device` does. The first
         `shared` tokens are there."""
+        # As in `save`.
+        state: torch.Tensor | None = None
+        peers: torch.Tensor | None = None
+        if copy.state is not None and self.states is not None:
+            state = RecurrentStates.location(req)
+        if self._window_pool is not None and self.windows is not None:
+            peers = self._window_pool.peers(locations[copy.before :])
         if copy.prefix is not None and not shared:
             self.to_device(copy.prefix, locations[: copy.shared])
         if copy.own is not None:
             self.to_device(copy.own, locations[copy.shared :])
-        if copy.state is not None and self.states is not None:
+        if copy.state is not None and self.states is not None and state is not None:
             # A new slot is cleared in the next step otherwise.
             req.kv.mamba_needs_clear = False
-            self.states.to_device(copy.state, RecurrentStates.location(req))
-        if self.windows is not None and self._window_pool is not None:
-            peers = self._window_pool.peers(locations[copy.before :])
+            self.states.to_device(copy.state, state)
+        if self.windows is not None and peers is not None:
             split = max(0, copy.shared - copy.before)
             if copy.window_prefix is not None and not shared:
                 self.windows.to_device(copy.window_prefix, peers[:split])
@@ -358,6 +360,11 @@ class HostCopies(EntryCopies):
         if self.windows is not None:
             parts += [(self.windows, part) for part in copy.window_halves()]
         return parts
+
+    @property
+    def slots_pinned(self) -> bool:
+        """Whether the device reads and writes what moves use by itself."""
+        return self._pins and not self._unpinned
 
     def pin(self, memory: memoryview) -> None:
         """Have the device read and write `memory` by itself; if it cannot be pinned, which is
@@ -374,10 +381,31 @@ class HostCopies(EntryCopies):
                 failed,
             )
 
+    def unpin(self, memory: memoryview) -> None:
+        """The reverse of `pin`, before the memory is given back. No copy there is under way."""
+        if self._pins:
+            unpin(torch.frombuffer(memory, dtype=torch.uint8).data_ptr())
 
-def _chunks(tokens: int) -> Iterator[slice]:
-    for start in range(0, tokens, CHUNK):
-        yield slice(start, min(start + CHUNK, tokens))
+
+def _copy_out(buffers: list[torch.Tensor] | None, kv: HostKV, locations: torch.Tensor) -> None:
+    """Entries of a pool to host memory, a launch or two per buffer."""
+    assert buffers is not None
+    for at, first, last in kv.runs(CHUNK):
+        where = locations[at : at + last - first]
+        for buffer, part in zip(buffers, kv.parts, strict=True):
+            if buffer.device == part.device:
+                torch.index_select(buffer, 0, where, out=part[first:last])
+            else:
+                part[first:last].copy_(buffer[where], non_blocking=True)
+
+
+def _copy_in(buffers: list[torch.Tensor] | None, kv: HostKV, locations: torch.Tensor) -> None:
+    """The reverse."""
+    assert buffers is not None
+    for at, first, last in kv.runs(CHUNK):
+        where = locations[at : at + last - first]
+        for buffer, part in zip(buffers, kv.parts, strict=True):
+            buffer[where] = part[first:last].to(buffer.device, non_blocking=True)
 
 
 def _with_drafts(

@@ -3,8 +3,9 @@
 Tiers, cheapest first: the request gives back its slot and its KV stays; KV to host memory and back
 without recompute; or drop and recompute through the waiting queue. A request paused under overlap
 scheduling leaves the batch now and its KV follows one pass later, when its token in flight has
-arrived. Where copies run beside the decoding, its device memory is free one pass after that, and a
-request whose KV comes back joins the batch a pass after the copy began.
+arrived. Where copies run beside the decoding, its device memory is free once the copy is complete,
+and a request whose KV comes back joins the batch then; all ranks learn of both in the same pass
+(`transfers`). Copies are waited for only where memory is needed at once, or nothing else is to do.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from pascal_sglang.engine.kv.decode_batch import decoding, joined
 from pascal_sglang.engine.kv.drafts import DraftState, carries, state_in_batch, state_in_row
 from pascal_sglang.engine.kv.host_cache import HeldPrefix
-from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy, HostKV
+from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
+from pascal_sglang.engine.kv.host_kv import HostKV
 from pascal_sglang.engine.kv.pool import CachedPrefix, Pool
 from pascal_sglang.engine.kv.recurrent_states import bind
+from pascal_sglang.engine.kv.transfers import Transfer, Transfers
 from pascal_sglang.engine.kv.windows import set_before
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -39,11 +42,11 @@ class PauseStatus(Enum):
     | none | runs | `leave` | LEAVING |
     | none | comes from another instance | `adopt` | RESIDENT |
     | LEAVING | is out of the batch, its KV untouched | `finish_pauses` | RESIDENT, HOST or none |
-    | RESIDENT | has its KV on the device and no row | `resume` | none: it runs |
-    | RESIDENT | | `spill` | HOST or none |
+    | RESIDENT | has its KV on the device and no row | `resume` | ARRIVING |
+    | RESIDENT | | `spill`, and `finish_pauses` | HOST or none |
     | none | waits, and sets out for another instance | `set_out` | DROPPED |
     | HOST | has its KV in host memory | `resume` | ARRIVING |
-    | ARRIVING | has a row and KV on the device again | `arrive` | none: it runs |
+    | ARRIVING | has a row again, and KV or a copy of it under way | `arrive` | none: it runs |
     | any | is aborted, ended or retracted | `let_go` | none; DROPPED while it migrates |
     | DROPPED | migrates, and its KV here is gone | `end_migration` | none |
 
@@ -72,9 +75,11 @@ class Paused:
     tier: KVTier | None = None
     # RESIDENT: where on the device its KV is.
     locations: torch.Tensor | None = None
-    # HOST: its KV. ARRIVING: the copy it comes from. LEAVING, and while it spills: the copy that
-    # has begun.
+    # HOST: its KV. ARRIVING: the copy it comes from; None for one that was RESIDENT. LEAVING and
+    # RESIDENT: the copy that has begun.
     copy: HostCopy | None = None
+    # The copy that is under way in LEAVING, RESIDENT and ARRIVING.
+    transfer: Transfer | None = None
     # HOST: its shared prefix as last matched, and `Pool.changes` then.
     prefix: CachedPrefix | None = None
     matched_at: int = -1
@@ -94,10 +99,13 @@ class PausedRequests:
         self.scheduler = scheduler
         self.pool = Pool(scheduler)
         self.copies = copies
+        self.transfers = Transfers(scheduler)
         self.costs = costs
         self.host_tokens = 0
         self._drafts = carries(scheduler)
         self.counts = Counter()
+        # Resident requests that were told to spill.
+        self._spilling: dict[Req, None] = {}
         self._table: dict[Req, Paused] = {}
         # The requests of `_table` by status, in the order in which they entered it.
         self._by_status: dict[PauseStatus, dict[Req, None]] = {s: {} for s in PauseStatus}
@@ -142,6 +150,7 @@ class PausedRequests:
         tier: KVTier | None = None,
         locations: torch.Tensor | None = None,
         copy: HostCopy | None = None,
+        transfer: Transfer | None = None,
     ) -> None:
         """The request is in `status` from now on, and in no other."""
         before = self._table.get(req)
@@ -149,7 +158,7 @@ class PausedRequests:
         if before is not None:
             del self._by_status[before.status][req]
             drafted = before.drafted
-        self._table[req] = Paused(status, tier, locations, copy, drafted=drafted)
+        self._table[req] = Paused(status, tier, locations, copy, transfer, drafted=drafted)
         self._by_status[status][req] = None
 
     def _remove(self, req: Req) -> None:
@@ -244,51 +253,92 @@ class PausedRequests:
             self._enter(req, PauseStatus.LEAVING, tier=told)
             self._table[req].drafted = drafted.get(req)
 
-    def finish_pauses(self) -> Iterator[tuple[Req, KVTier]]:
-        """Handle the KV of everybody whose last token has arrived; yields each with its tier.
+    def finish_pauses(self, *, wait: bool = False) -> Iterator[tuple[Req, KVTier]]:
+        """Handle the KV of everybody whose last token has arrived, and of those that spill; yields
+        each with the tier that it has gone to. wait: for copies that are under way, too.
 
         Who is dropped for recompute has to go back to the waiting queue. Requests that finished
         with their last token were released by SGLang and are forgotten.
         """
-        if not self._by_status[PauseStatus.LEAVING]:
+        leaving = self._by_status[PauseStatus.LEAVING]
+        if not leaving and not self._spilling:
             return
-        in_flight = self._in_flight()
-        for req in self.in_status(PauseStatus.LEAVING):
-            if req in in_flight:
+        in_flight = self._in_flight() if leaving else set()
+        going = [req for req in leaving if req not in in_flight]
+        for req in going:
+            self._begin_pause(req)
+        spilling = [req for req in self._spilling if self.is_spilling(req)]
+        if wait or not self.copies.deferred:
+            under_way = [self._table[req].transfer for req in (*going, *spilling)]
+            self.transfers.finish(*(transfer for transfer in under_way if transfer is not None))
+        for req in going:
+            paused = self._table[req]
+            if paused.transfer is not None and paused.transfer.complete is None:
                 continue
             if req.finished() or not req.kv.holds_kv:
                 self._drop_copy(req)
                 self._remove_kv(req)
                 continue
-            tier = self._table[req].tier
-            if tier is KVTier.RESIDENT and self.copies.by_row:
-                tier = None
-            if self._drafts and self._table[req].drafted is None:
-                self._table[req].drafted = state_in_row(req, self.scheduler)
+            tier = paused.tier
             if tier is not KVTier.RESIDENT:
-                tokens = req.kv.kv_committed_len
-                started = self._table[req].copy is not None
-                begun = not started and self._begin_copy(req, self.pool.locations(req), tier)
-                if begun and self.copies.deferred:
-                    continue
-                tier = self._off_device(req, tokens, self.pool.release)
+                tier = self._off_device(req, req.kv.kv_committed_len, self.pool.release)
             if tier is KVTier.RESIDENT:
                 self.pool.give_back_ahead(req)
                 self._enter(req, PauseStatus.RESIDENT, locations=self.pool.locations(req))
                 self.pool.rows.free(req)
                 self._count(tier, req.kv.kv_committed_len)
             yield req, tier
+        for req in spilling:
+            transfer = self._table[req].transfer
+            if transfer is None or transfer.complete is None:
+                continue
+            tier = self._spilled(req)
+            if tier is not KVTier.RESIDENT:
+                yield req, tier
+        self._spilling = {req: None for req in spilling if self.is_spilling(req)}
 
-    def spill(self, req: Req, *, at_any_price: bool = False) -> KVTier:
+    def _begin_pause(self, req: Req) -> None:
+        """The last token of a request has arrived: its KV may be copied."""
+        paused = self._table[req]
+        if paused.transfer is not None or req.finished() or not req.kv.holds_kv:
+            return
+        if paused.tier is KVTier.RESIDENT and self.copies.by_row:
+            paused.tier = None
+        if self._drafts and paused.drafted is None:
+            paused.drafted = state_in_row(req, self.scheduler)
+        if paused.tier is not KVTier.RESIDENT:
+            self._begin_copy(req, self.pool.locations(req), paused.tier)
+
+    def is_spilling(self, req: Req) -> bool:
+        """Whether the request is resident and a copy of its KV is under way."""
+        paused = self._table.get(req)
+        resident = paused is not None and paused.status is PauseStatus.RESIDENT
+        return resident and paused is not None and paused.transfer is not None
+
+    def spill(self, req: Req, *, wait: bool = True, at_any_price: bool = False) -> KVTier:
         """Take the KV of a resident request off the device; returns the tier it went to, which is
-        RESIDENT if the KV can neither go to host memory nor, but `at_any_price`, be recomputed."""
+        RESIDENT if the KV can neither go to host memory nor, but `at_any_price`, be recomputed.
+        Unless asked to `wait`, it is RESIDENT, too, while a copy is under way: `finish_pauses` says
+        what came of it."""
+        paused = self._table[req]
+        if paused.transfer is None:
+            self._begin_copy(req, self.locations_of(req), None)
+        transfer = paused.transfer
+        if transfer is not None and transfer.complete is None:
+            if not wait and self.copies.deferred:
+                self._spilling[req] = None
+                return KVTier.RESIDENT
+            self.transfers.finish(transfer)
+        return self._spilled(req, recomputes=at_any_price)
+
+    def _spilled(self, req: Req, *, recomputes: bool = False) -> KVTier:
+        """A resident request's copy is complete, or there is none: give back its device memory."""
         locations = self.locations_of(req)
-        self._begin_copy(req, locations, None)
         tier = self._off_device(
             req,
             len(locations),
             lambda r: self.pool.release_rowless(r, locations),
-            recomputes=at_any_price,
+            recomputes=recomputes,
         )
         self.counts["spilled"] += tier is not KVTier.RESIDENT
         return tier
@@ -296,7 +346,8 @@ class PausedRequests:
     def leaves_device(self, req: Req) -> bool:
         """Whether a pause of the running request, or a spill of the resident one, can free its
         memory."""
-        return self._recomputes(req) or req.kv.kv_committed_len <= self.copies.room
+        fits = req.kv.kv_committed_len <= self.copies.room
+        return self._recomputes(req) or fits or self.is_spilling(req)
 
     def _recomputes(self, req: Req) -> bool:
         """Whether the request's KV may be dropped. A part that the pool holds by the row is lost
@@ -316,7 +367,9 @@ class PausedRequests:
             if held is not None and self.pool.host_cache is not None:
                 self.pool.host_cache.release(held)
             return False
-        self._table[req].copy = self.copies.save(req, locations, held)
+        copy = self.copies.save(req, locations, held)
+        paused = self._table[req]
+        paused.copy, paused.transfer = copy, self.transfers.begin(self.copies.parts_of(copy))
         self.host_tokens += copied
         self.counts["held_tokens"] += tokens - copied
         return True
@@ -339,7 +392,7 @@ class PausedRequests:
     ) -> KVTier:
         """Give back the device KV of a request, whose copy has begun if there is one. RESIDENT if
         there is none and the KV is not recomputed: nothing has changed then."""
-        copied = self._await_copy(req)
+        copied = self._has_copy(req)
         if not copied and not (recomputes or self._recomputes(req)):
             return KVTier.RESIDENT
         release(req)
@@ -359,14 +412,14 @@ class PausedRequests:
         self._count(KVTier.HOST, tokens)
         return KVTier.HOST
 
-    def _await_copy(self, req: Req) -> bool:
+    def _has_copy(self, req: Req) -> bool:
         """Whether there is a copy, complete on every rank: one that failed would leave that rank
         alone in prefilling the request again."""
-        copy = self._table[req].copy
-        if copy is None:
+        paused = self._table[req]
+        transfer, paused.transfer = paused.transfer, None
+        if transfer is None:
             return False
-        complete = [copies.wait(part) for copies, part in self.copies.parts_of(copy)]
-        if all_agree(self.scheduler, all(complete)):
+        if transfer.complete:
             return True
         self.counts["copy_failed"] += 1
         self._drop_copy(req)
@@ -375,7 +428,7 @@ class PausedRequests:
     def _drop_copy(self, req: Req) -> None:
         """Give back the host memory of a request's copy, if it has one."""
         paused = self._table[req]
-        copy, paused.copy = paused.copy, None
+        copy, paused.copy, paused.transfer = paused.copy, None, None
         if copy is not None:
             self.host_tokens -= copy.copied
             if copy.held is not None and self.pool.host_cache is not None:
@@ -448,43 +501,66 @@ class PausedRequests:
             paused.matched_at = self.pool.changes
         return paused.prefix
 
-    def resume(self, req: Req, running: ScheduleBatch) -> ScheduleBatch | None:
-        """Bring a paused request back; the running batch, in which it decodes without prefill in
-        the next step, or in the one after that if it is `arriving` while others decode.
+    def resume(self, req: Req) -> bool:
+        """Bring a paused request back: it is ARRIVING, and `arrive` puts it into the running batch,
+        in which it decodes without prefill.
 
-        None if the pool does not give what `can_resume` counted on, and the request stays paused,
-        or if a rank's device fails or the hierarchical cache has lost a prefix, and the request is
-        to be recomputed: nothing `holds` it.
+        False if the pool does not give what `can_resume` counted on, and the request stays paused,
+        or if the hierarchical cache has lost a prefix, and the request is to be recomputed: nothing
+        `holds` it.
         """
         if self.status_of(req) is PauseStatus.RESIDENT:
             if not self.pool.take_row(req):
-                return None
-            locations, drafted = self.locations_of(req), self._table[req].drafted
-            self._remove(req)
+                return False
+            self._drop_copy(req)
+            locations = self.locations_of(req)
             self.pool.rows.write((req.kv.req_pool_idx, slice(0, len(locations))), locations)
+            self._enter(req, PauseStatus.ARRIVING)
             self.counts["resumed"] += 1
-            return joined(running, decoding(req, self.scheduler, drafted))
+            return True
         copy = self.copy_of(req)
         if copy.held is not None and not self._has_held_prefix(req, copy):
             self.counts["lost_prefixes"] += 1
             self._recompute(req, copy)
-            return None
+            return False
         if not self._to_device(req, copy):
-            return None
-        if not all_agree(self.scheduler, not copy.failed):
-            self._give_up(req, copy)
-            return None
+            return False
+        # Its memory may be written by the copies that come after this one.
         self._drop_copy(req)
-        self._enter(req, PauseStatus.ARRIVING, copy=copy)
+        transfer = self.transfers.begin(self.copies.parts_of(copy))
+        self._enter(req, PauseStatus.ARRIVING, copy=copy, transfer=transfer)
         self.counts["resumed"] += 1
-        return running if self.copies.deferred and running.reqs else self.arrive(running)
+        return True
 
-    def arrive(self, running: ScheduleBatch) -> ScheduleBatch:
-        """The running batch with the requests that were arriving."""
-        for req in self.in_status(PauseStatus.ARRIVING):
-            self._hold_steps(self.copy_of(req))
-            drafted = self._table[req].drafted
-            running = joined(running, decoding(req, self.scheduler, drafted))
+    def arrive(
+        self, running: ScheduleBatch, lost: Callable[[Req], None], *, wait: bool = False
+    ) -> ScheduleBatch:
+        """The running batch with the requests that were arriving and whose KV is there. lost: told
+        of each whose KV could not be copied back, and which holds nothing any more. wait: for
+        copies that are under way, too."""
+        arriving = self.in_status(PauseStatus.ARRIVING)
+        if not arriving:
+            return running
+        under_way = [t for req in arriving if (t := self._table[req].transfer) is not None]
+        if wait or not self.copies.deferred:
+            self.transfers.finish(*under_way)
+        joining = []
+        for req in arriving:
+            paused = self._table[req]
+            complete = True if paused.transfer is None else paused.transfer.complete
+            if complete is None:
+                continue
+            if complete:
+                joining.append(req)
+                continue
+            assert paused.copy is not None
+            self._give_up(req, paused.copy)
+            lost(req)
+        if not joining:
+            return running
+        drafted = [self._table[req].drafted for req in joining]
+        running = joined(running, decoding(joining, self.scheduler, drafted))
+        for req in joining:
             self._remove(req)
         return running
 
@@ -501,7 +577,9 @@ class PausedRequests:
             copies.wait(part)  # Nothing may write there once it is given back.
         self.pool.release(req)
         self.counts["copy_failed"] += 1
-        self._recompute(req, copy)
+        self._remove(req)
+        req.reset_for_retract()
+        self._count(KVTier.RECOMPUTE, copy.tokens)
 
     def _recompute(self, req: Req, copy: HostCopy) -> None:
         """Give up a copy that does not bring its request back."""
@@ -572,10 +650,12 @@ class PausedRequests:
         if paused is None:
             return
         if paused.status is PauseStatus.RESIDENT:
+            self._drop_copy(req)
             self.pool.release_rowless(req, self.locations_of(req))
         elif paused.status is PauseStatus.ARRIVING:
             # Who gets its memory next writes there after the copy.
-            self._hold_steps(self.copy_of(req))
+            if paused.copy is not None:
+                self._hold_steps(paused.copy)
             self.pool.release(req)
         elif paused.status is PauseStatus.LEAVING:
             self._drop_copy(req)

@@ -17,6 +17,12 @@ def pin(at: int, size: int) -> int:
     return error
 
 
+def unpin(at: int) -> None:
+    """Undo `pin`, before the memory at that address is unmapped. No copy there is under way."""
+    if int(torch.cuda.cudart().cudaHostUnregister(at)):
+        clear_error()
+
+
 def clear_error() -> None:
     """Have CUDA forget this thread's last error, which the next kernel launch would report as its
     own. PyTorch's own binding of the runtime has no call for that."""

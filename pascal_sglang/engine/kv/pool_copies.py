@@ -17,7 +17,8 @@ from sglang.srt.mem_cache.memory_pool import (
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from pascal_sglang.engine.kv.host_cache import HeldPrefix
-from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy, HostKV
+from pascal_sglang.engine.kv.host_copies import HostCopies, HostCopy
+from pascal_sglang.engine.kv.host_kv import HostKV
 from pascal_sglang.engine.kv.recurrent_states import recurrent_states_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 

@@ -9,11 +9,10 @@ import torch
 from sglang.srt.runtime_context import get_parallel, get_serving
 
 from pascal_sglang.engine.kv.drafts import layout_name
-from pascal_sglang.engine.kv.host_copies import EntryCopies, HostCopies, HostCopy, HostKV
+from pascal_sglang.engine.kv.host_copies import EntryCopies, HostCopies, HostCopy
+from pascal_sglang.engine.kv.host_kv import HostKV
+from pascal_sglang.engine.kv.transfers import Parts
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
-
-# What is under way between a pool and a slot, each with whose copies it is among.
-Parts = list[tuple[EntryCopies, HostKV]]
 
 
 class KVSerializer:
@@ -31,7 +30,7 @@ class KVSerializer:
         if copies.windows is not None:
             self._pools.append(copies.windows)
         self.per_token: int = sum(pool.bytes_per_entry for pool in self._pools)
-        self.state_bytes = 0 if copies.states is None else _aligned(copies.states.bytes_per_entry)
+        self.state_bytes = 0 if copies.states is None else aligned(copies.states.bytes_per_entry)
         formats = []
         for pool in (copies, copies.windows, copies.states):
             buffers = [] if pool is None else pool.buffers or []
@@ -52,15 +51,20 @@ class KVSerializer:
         counts = self._counts(tokens, before)
         both = zip(self._pools, counts, strict=True)
         size = sum(count * pool.bytes_per_entry for pool, count in both)
-        return _aligned(size) + self.state_bytes if state and self.state_bytes else size
+        return aligned(size) + self.state_bytes if state and self.state_bytes else size
 
-    def copy_out(self, locations: torch.Tensor, before: int, memory: memoryview) -> Parts:
+    def window_bytes(self, tokens: int) -> int:
+        """Bytes of memory that takes pieces of up to so many tokens, before others like it."""
+        return aligned(self.size(tokens, 0))
+
+    def copy_out(
+        self, locations: torch.Tensor, before: int, memory: memoryview, parts: Parts
+    ) -> None:
         """Begin to write a piece, whose KV is at `locations`, shape (tokens,), to `memory`; it is
-        there when `wait` returns."""
-        return [
-            (pool, pool.read(where, HostKV(blocks)))
-            for pool, where, blocks in self._entries(locations, before, memory)
-        ]
+        there when `wait` returns. What has begun is added to `parts`, whatever fails after it."""
+        for pool, where, kv in self._entries(locations, before, memory):
+            parts.append((pool, kv))
+            pool.read(where, kv)
 
     def copy_host(
         self, copy: HostCopy, begin: int, end: int, before: int, memory: memoryview
@@ -75,32 +79,35 @@ class KVSerializer:
         for (kept, first, last), blocks in zip(halves, in_slot, strict=True):
             _gather(kept, first, last, blocks)
 
-    def copy_in(self, locations: torch.Tensor, before: int, memory: memoryview) -> Parts:
+    def copy_in(
+        self, locations: torch.Tensor, before: int, memory: memoryview, parts: Parts
+    ) -> None:
         """Begin the reverse of `copy_out`; `memory` is read until `wait` returns."""
-        parts: Parts = []
-        for pool, where, blocks in self._entries(locations, before, memory):
-            kv = HostKV(blocks)
-            pool.to_device(kv, where)
+        for pool, where, kv in self._entries(locations, before, memory):
             parts.append((pool, kv))
-        return parts
+            pool.to_device(kv, where)
 
-    def state_out(self, location: torch.Tensor, memory: memoryview) -> Parts:
+    def state_out(self, location: torch.Tensor, memory: memoryview, parts: Parts) -> None:
         """Begin to write the recurrent state at `location`, shape (1,), to the end of `memory`, as
         `copy_out` does."""
-        states = self.copies.states
+        states, kv = self.copies.states, self._in_slot(self._state(memory))
         assert states is not None
-        return [(states, states.read(location, HostKV(self._state(memory))))]
+        parts.append((states, kv))
+        states.read(location, kv)
 
     def state_host(self, state: HostKV, memory: memoryview) -> None:
         """Write a state that is complete in host memory to the end of `memory`."""
         _gather([state], 0, 1, self._state(memory))
 
-    def state_in(self, location: torch.Tensor, memory: memoryview) -> Parts:
+    def state_in(self, location: torch.Tensor, memory: memoryview, parts: Parts) -> None:
         """Begin the reverse of `state_out`."""
-        states, kv = self.copies.states, HostKV(self._state(memory))
+        states, kv = self.copies.states, self._in_slot(self._state(memory))
         assert states is not None
+        parts.append((states, kv))
         states.to_device(kv, location)
-        return [(states, kv)]
+
+    def _in_slot(self, blocks: list[torch.Tensor]) -> HostKV:
+        return HostKV(blocks, pinned=self.copies.slots_pinned)
 
     def _state(self, memory: memoryview) -> list[torch.Tensor]:
         """Where at the end of `memory` what of each buffer of states is."""
@@ -128,14 +135,15 @@ class KVSerializer:
 
     def _entries(
         self, locations: torch.Tensor, before: int, memory: memoryview
-    ) -> Iterator[tuple[EntryCopies, torch.Tensor, list[torch.Tensor]]]:
+    ) -> list[tuple[EntryCopies, torch.Tensor, HostKV]]:
         """The entries of a piece in each pool that has some: where they are there, and in
-        `memory`."""
-        blocks = self._blocks(memory, len(locations), before)
-        yield self.copies, locations, next(blocks)
-        for pool in self._pools[1:]:
+        `memory`. All is known before any is copied: what fails here leaves nothing under way."""
+        blocks = [self._in_slot(each) for each in self._blocks(memory, len(locations), before)]
+        found = [(self._pools[0], locations, blocks[0])]
+        for pool, kv in zip(self._pools[1:], blocks[1:], strict=True):
             if before < len(locations):
-                yield pool, self.copies.window_peers(locations[before:]), next(blocks)
+                found.append((pool, self.copies.window_peers(locations[before:]), kv))
+        return found
 
     def _blocks(self, memory: memoryview, tokens: int, before: int) -> Iterator[list[torch.Tensor]]:
         """For each pool, where in `memory` what of each of its buffers is."""
@@ -160,19 +168,23 @@ def _blocks(pool: EntryCopies, memory: memoryview, entries: int, at: int) -> lis
     return blocks
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Up to where the next thing in memory may begin, whatever it is."""
     return size + -size % 16
 
 
 def _gather(halves: Sequence[HostKV], begin: int, end: int, blocks: Sequence[torch.Tensor]) -> None:
     """Write the entries `begin`..`end` of what stands in `halves` one after the other."""
-    at = 0
+    before = 0
     for half in halves:
-        first, last = max(begin - at, 0), min(end - at, half.tokens)
-        if first < last:
-            for part, block in zip(half.parts, blocks, strict=True):
-                block[at + first - begin : at + last - begin] = part[first:last]
-        at += half.tokens
+        for at, first, last in half.runs(max(1, end)):
+            here = before + at
+            begins, ends = max(begin, here), min(end, here + last - first)
+            if begins < ends:
+                for part, block in zip(half.parts, blocks, strict=True):
+                    found = part[first + begins - here : first + ends - here]
+                    block[begins - begin : ends - begin] = found
+        before += half.tokens
 
 
 def kv_bytes_of(scheduler: SchedulerProtocol, copies: HostCopies) -> KVSerializer | str:

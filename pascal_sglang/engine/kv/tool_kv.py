@@ -21,7 +21,8 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.common import _req_radix_key
 
-from pascal_sglang.engine.kv.host_copies import EntryCopies, HostKV
+from pascal_sglang.engine.kv.host_copies import EntryCopies
+from pascal_sglang.engine.kv.host_kv import HostKV
 from pascal_sglang.engine.kv.pool import Pool
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -207,7 +208,7 @@ class ToolKV:
         if copy is None or end <= begin:
             return 0
         locations = self._pool.tree.path_device_indices(match.last_device_node)[begin:end]
-        piece = HostKV([part[begin:end] for part in copy.parts])
+        piece = copy.between(begin, end)
         # Entries of a request that has just ended may be another's too.
         self.copies.read(locations, piece, after_steps=self._just_ended)
         # No lock: it would look to the plan as if memory were short. Whose steps get these entries
@@ -294,7 +295,7 @@ class ToolKV:
     def _load(self, copy: HostKV, begin: int, end: int, locations: torch.Tensor) -> bool:
         """Begin to write tokens of a copy to `locations`; steps launched from now on see them.
         False if a rank's device failed: nothing is under way then."""
-        part = HostKV([each[begin:end] for each in copy.parts])
+        part = copy.between(begin, end)
         self.copies.to_device(part, locations)
         if all_agree(self._scheduler, not part.failed):
             self.copies.hold_steps(part)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 import os
 
+from sglang.srt.runtime_context import get_parallel
+
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.control_channel import CONTROL_ENV, ControlSender
+from pascal_sglang.cluster.migration_pace import WAITED_SHARE, MigrationPace
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.transport import TransportError, make
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.engine.host_memory import host_memory
+from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.serializer import kv_bytes_of
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
 from pascal_sglang.engine.migration.incoming import IncomingMigrations
@@ -18,8 +23,9 @@ from pascal_sglang.engine.migration.outgoing import OutgoingMigrations
 from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.receive_buffer import (
     ReceiveBuffer,
+    piece_bytes,
     receive_buffer_bytes,
-    slot_bytes,
+    window_bytes,
 )
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
@@ -41,6 +47,22 @@ def migration_folder(config: PascalConfig) -> str | None:
     return os.environ.get(CONTROL_ENV) if config.can_migrate and instance_count() > 1 else None
 
 
+def most_window_bytes() -> int:
+    """Bytes that a window of a receive buffer takes at most here; the same on all ranks."""
+    ranks = instance_count() * get_parallel().attn_tp_size
+    return window_bytes(host_memory().total, ranks)
+
+
+def receive_bytes(
+    scheduler: SchedulerProtocol, copies: HostCopies, config: PascalConfig, support: Support
+) -> int:
+    """Bytes of this rank's receive buffer, before it is made; 0 where requests do not move."""
+    if migration_folder(config) is None or support.level < Level.MOVE:
+        return 0
+    kv = kv_bytes_of(scheduler, copies)
+    return 0 if isinstance(kv, str) else receive_buffer_bytes(kv, most_window_bytes())
+
+
 def build_migrations(
     scheduler: SchedulerProtocol,
     executor: PlanExecutor | None,
@@ -57,11 +79,18 @@ def build_migrations(
         return None, support
     kv = kv_bytes_of(scheduler, executor.paused_requests.copies)
     problem = kv if isinstance(kv, str) else None
+    most = most_window_bytes()
     transport = None
     if problem is None and not isinstance(kv, str):
         try:
-            piece, size = slot_bytes(kv), receive_buffer_bytes(kv)
-            transport = make(config.kv_transport, size, piece, kv.copies.pin, config.kv_listen)
+            piece, size = piece_bytes(kv, most), receive_buffer_bytes(kv, most)
+            pin, unpin = kv.copies.pin, kv.copies.unpin
+            transport = make(config.kv_transport, size, piece, pin, config.kv_listen, unpin)
+            logger.info(
+                "pascal_sglang: each rank takes %.2f GiB of host memory for requests that move to "
+                "it",
+                size / 2**30,
+            )
         except TransportError as error:
             if config.kv_transport != "auto":
                 raise RuntimeError(f"KV transport {config.kv_transport}: {error}") from error
@@ -75,7 +104,9 @@ def build_migrations(
     leads = speaks()
     control_sender = Rank0Sender(ControlSender(folder, own_instance()) if leads else None)
     terms = Terms(live=config.live_migration)
-    receive_buffer = ReceiveBuffer(executor.pool, kv, transport.receive_buffer)
+    receive_buffer = ReceiveBuffer(
+        executor.pool, kv, transport.receive_buffer, executor.paused_requests.transfers, most
+    )
     receive_buffers = from_every_rank(scheduler, transport.address)
     for other in range(instance_count()):
         if other != own_instance():
@@ -87,7 +118,13 @@ def build_migrations(
         terms=terms,
         transport=transport,
         kv=kv,
-        slot_tokens=receive_buffer.slot_tokens,
+        pace=MigrationPace(
+            receive_buffer.slot_tokens,
+            executor.capacity.step_tokens,
+            executor.paused_requests.costs.copy_token_s or None,
+            # As `OutgoingMigrations._sent`: the scheduler waits for the others' pieces.
+            share=1.0 if kv.copies.deferred and transport.direct else WAITED_SHARE,
+        ),
         control_sender=control_sender,
         prefill_gate=prefill_gate,
     )

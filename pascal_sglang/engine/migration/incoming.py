@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -55,8 +55,6 @@ class IncomingMigration(MigrationTarget):
     snapshot: RequestSnapshot | None = None
     req: Req | None = None
     drafted: DraftState | None = None
-    # What is said once nothing reads the slot any more.
-    unsaid: Sequence[Message] = ()
     # The request, once it is this instance's.
     taken: weakref.ref[Req] | None = None
 
@@ -66,10 +64,11 @@ class IncomingMigration(MigrationTarget):
         return self.reservation.sender
 
     def fetch(self, begin: int, end: int, before: int, *, stopped: bool) -> bool:
-        fetched = self.side.receive_buffer.fetch(
-            self.reservation, begin, end, before, stopped=stopped
-        )
-        return all_agree(self.side.scheduler, fetched)
+        receive_buffer = self.side.receive_buffer
+        return receive_buffer.fetch(self.reservation, begin, end, before, stopped=stopped)
+
+    def has_read(self) -> bool | None:
+        return self.side.receive_buffer.has_read(self.reservation)
 
     def problem(self, state: bytes, tokens: int) -> str | None:
         scheduler = self.side.scheduler
@@ -245,28 +244,17 @@ class IncomingMigrations:
         incoming = self.under_way.get(message.migration) or self._past.get(message.migration)
         if incoming is None or incoming.sender != sender:
             return
-        said = incoming.hear(message, now)
-        if incoming.reservation.reading is not None and incoming.is_receiving():
-            # Said again or not, the source writes the next piece as soon as it hears this.
-            incoming.unsaid = said
-        else:
-            self.control_sender.send(sender, said)
+        self.control_sender.send(sender, incoming.hear(message, now))
         if isinstance(message, messages.KVChunk) and message.last:
             self.prefill_gate.ask(self.states.pass_info.pass_no, HANDOVER_PASSES)
         self._close_if_over(message.migration)
 
     def step(self, now: float) -> None:
         """Once per pass."""
-        if self.receive_buffer.closing:
-            # Before rank 0 grants one again, the other ranks must be done with it too.
-            all_agree(self.scheduler, self.receive_buffer.close(now))
+        self.receive_buffer.close(now)
         for sender, migration in self.receive_buffer.slots.tick(now):
             self.control_sender.send(sender, [messages.WriteQuery(migration)])
         for migration, incoming in list(self.under_way.items()):
-            if incoming.reservation.reading is not None:
-                done = all_agree(self.scheduler, self.receive_buffer.read(incoming.reservation))
-                said = incoming.unsaid if done else incoming.give_up("transport")
-                self.control_sender.send(incoming.sender, said)
             self.control_sender.send(incoming.sender, incoming.tick(now))
             self._close_if_over(migration)
 

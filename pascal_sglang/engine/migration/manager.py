@@ -43,8 +43,6 @@ TO_SOURCE = (
     messages.WriteQuery,
 )
 TO_TARGET = (messages.KVChunk, messages.Handover, messages.MigrationCancelled)
-# Passes that a move takes besides one per slot.
-PASSES = 4
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -141,7 +139,7 @@ class Migrations:
         elif isinstance(message, messages.ReserveRequest):
             self.incoming_migrations.asked(sender, message, now)
         elif isinstance(message, messages.ReceiveBuffers):
-            self.outgoing_migrations.open_peer(message.receive_buffers)
+            self.outgoing_migrations.open_peer(sender, message.receive_buffers)
         elif isinstance(message, TO_SOURCE):
             self.outgoing_migrations.hear(sender, message, now)
         elif isinstance(message, TO_TARGET):
@@ -160,6 +158,10 @@ class Migrations:
         self.rejected[reason] += 1
         if self.metrics is not None:
             self.metrics.rejected(reason)
+
+    def passed(self, seconds: float | None) -> None:
+        """A pass is over, which took so long; None where that says nothing of a step's length."""
+        self.outgoing_migrations.pace.passed(seconds)
 
     def step(self, running: ScheduleBatch) -> None:
         """Once per pass, before the plan."""
@@ -192,7 +194,8 @@ class Migrations:
         kv_tokens = len(req.origin_input_ids) + len(req.output_ids)
         remaining = remaining_of(req, state_of(req))
         likely = remaining if self.answer_tokens is None else int(self.answer_tokens)
-        passes = PASSES + kv_tokens // self.outgoing_migrations.slot_tokens
+        outgoing = self.outgoing_migrations
+        passes = outgoing.pace.passes(kv_tokens, outgoing.moves + 1)
         self.control_sender.send(
             CONTROLLER,
             [

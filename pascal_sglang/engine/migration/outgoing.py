@@ -15,9 +15,11 @@ from pascal_sglang import clock
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.control_channel import CONTROLLER
 from pascal_sglang.cluster.messages import Message
+from pascal_sglang.cluster.migration_pace import MigrationPace
 from pascal_sglang.cluster.migration_source import OPEN, OVER, MigrationSource, SourceState, Terms
 from pascal_sglang.cluster.transport import Transport
 from pascal_sglang.engine.kv.serializer import KVSerializer
+from pascal_sglang.engine.kv.transfers import Transfers
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
 from pascal_sglang.engine.migration.outgoing_kv import OutgoingKV, find
 from pascal_sglang.engine.migration.outgoing_waiting import OutgoingWaiting
@@ -29,14 +31,15 @@ from pascal_sglang.engine.observability.tracing import span
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
-from pascal_sglang.engine.tp_ranks import all_agree
+from pascal_sglang.engine.tp_ranks import least
 from pascal_sglang.instances import own_instance
 from pascal_sglang.policy.request import RequestStatus
 
 logger = logging.getLogger(__name__)
 
-# Tokens that a request may gain while it moves, beyond one per slot.
-GROWTH = 64
+# Of KV in host memory, which the scheduler's thread copies, all moves send so much in a pass while
+# others decode: half a millisecond.
+HOST_PIECE_BYTES = 4 << 20
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -53,8 +56,6 @@ class OutgoingMigration(MigrationSource):
     aborted: bool = False
     # When it was told to leave the batch, in seconds; 0 while it runs.
     stopped_at: float = 0.0
-    # What is said once the copy begun in the last pass is complete.
-    unsaid: messages.KVChunk | None = None
 
     @property
     def req(self) -> Req:
@@ -74,6 +75,9 @@ class OutgoingMigration(MigrationSource):
         if self.req.output_ids:
             timeline_of(self.req).stopped("moved", self.stopped_at)
         self.kv.take_out(side.running, states.ended)
+
+    def learn(self) -> None:
+        self.side.pace.copied(self.passes, self.pieces)
 
     def snapshot(self) -> bytes:
         # When its last token left; for one that was paused, when the migration began to hold it.
@@ -120,8 +124,7 @@ class OutgoingMigrations:
     terms: Terms
     transport: Transport
     kv: KVSerializer
-    # KV entries that go between two decode steps.
-    slot_tokens: int
+    pace: MigrationPace
     control_sender: Rank0Sender
     prefill_gate: PrefillGate
     under_way: dict[str, OutgoingMigration] = field(default_factory=dict)
@@ -134,19 +137,31 @@ class OutgoingMigrations:
     left: Callable[[Req], None] = lambda req: None
     # The running batch of this pass.
     running: ScheduleBatch | None = None
+    # Addresses of other instances' receive buffers for this rank.
+    _peers: dict[int, str] = field(default_factory=dict)
     _dp_rank: int = field(default_factory=own_instance)
     _tp_rank: int = field(default_factory=lambda: get_parallel().attn_tp_rank)
 
-    def open_peer(self, receive_buffers: Sequence[str]) -> None:
+    @property
+    def transfers(self) -> Transfers:
+        return self.states.paused_requests.transfers
+
+    def open_peer(self, instance: int, receive_buffers: Sequence[str]) -> None:
         """Open and pin another instance's receive buffer; `receive_buffers` are addresses, by TP
         rank."""
         if self._tp_rank < len(receive_buffers):
-            self.transport.open_peer(receive_buffers[self._tp_rank])
+            self._peers[instance] = receive_buffers[self._tp_rank]
+            self.transport.open_peer(self._peers[instance])
 
     @property
     def holds_requests(self) -> bool:
         """Whether a request that is under way may still be this instance's."""
         return any(out.state is not SourceState.REVOKING for out in self.under_way.values())
+
+    @property
+    def moves(self) -> int:
+        """Moves whose KV is on its way, or may be soon."""
+        return sum(out.state in OPEN and out.reserve > 0 for out in self.under_way.values())
 
     def ordered(self, order: messages.MigrateCommand, now: float) -> None:
         """The controller wants a request to go on elsewhere; where this instance is drained, one
@@ -166,8 +181,8 @@ class OutgoingMigrations:
             self.report(order.migration, False, problem or "to itself")
             return
         held = len(req.origin_input_ids) + len(req.output_ids)
-        growth = GROWTH + held // self.slot_tokens
-        reserve = held + min(remaining_of(req, state_of(req)), growth) + 2
+        growth = self.pace.growth(held, self.moves + 1)
+        reserve = held + min(remaining_of(req, state_of(req)), growth) + self.pace.spare
         parts: dict[str, Any] = {
             "req": req,
             "paused_requests": self.states.paused_requests,
@@ -185,6 +200,7 @@ class OutgoingMigrations:
             rid=req.rid,
             terms=self.terms,
             reserve=reserve,
+            spare=self.pace.spare,
             side=self,
             target=order.target,
             kv=kv,
@@ -220,8 +236,9 @@ class OutgoingMigrations:
     def _say(self, out: OutgoingMigration, said: Sequence[Message]) -> None:
         """Tell the target. If the move is over, it gives the slot to others: nothing may be on
         its way there."""
-        if out.is_over and out.unsaid is not None:
+        if out.is_over and out.writing is not None:
             self._wait(out)
+            out.writing = None
         self.control_sender.send(out.target, said)
 
     def _advance(self, out: OutgoingMigration, alive: set[Req], now: float) -> None:
@@ -234,8 +251,8 @@ class OutgoingMigrations:
             # Its KV may have changed hands since a copy of it was begun.
             self._say(out, out.keep(why))
             return
-        if (chunk := out.unsaid) is not None:
-            self._say(out, [chunk] if self._wait(out) else out.unsent("transport"))
+        if out.writing is not None and out.kv.is_written() is not None:
+            self._say(out, out.written() if self._wait(out) else out.unsent("transport"))
             if out.state not in OPEN:
                 return
         if self._copy(out, alive, now) and out.state is SourceState.STOPPING:
@@ -251,6 +268,7 @@ class OutgoingMigrations:
         before, runs = out.state, status is RequestStatus.RUNNING
         still = not runs and self.states.paused_requests.is_migrating(out.req)
         tokens = out.kv.tokens(status, runs and self.scheduler.enable_overlap)
+        out.link_tokens = self._link_tokens(status, waits=not alive)
         try:
             said = out.copy(now, tokens, still=still, before=out.kv.before(status, tokens))
         except (TypeError, ValueError, OverflowError):
@@ -262,25 +280,56 @@ class OutgoingMigrations:
         self._say(out, said)
         return before is not out.state
 
+    def _link_tokens(self, status: RequestStatus, *, waits: bool) -> int | None:
+        """What a piece has at most; None for no more than a window takes. waits: no request here
+        decodes meanwhile."""
+        link = self.pace.link_tokens(self.moves)
+        if status is not RequestStatus.HOST or waits:
+            return link
+        most = max(1, HOST_PIECE_BYTES // self.kv.per_token // max(1, self.moves))
+        return most if link is None else min(link, most)
+
     def _sent(self, out: OutgoingMigration, message: Any, status: RequestStatus) -> list[Message]:
         """Put the KV that `message` speaks of where the target finds it; what can be said now. The
-        device copies a Chunk while the next step decodes. A Handover is little, and its reader
+        device copies a KVChunk while the next steps decode. A Handover is little, and its reader
         waits for it."""
         chunk = message if isinstance(message, messages.KVChunk) else None
         end = message.kv_tokens if chunk is None else chunk.end
-        out.kv.write(message.begin, end, message.before, status, stopped=chunk is None)
-        if chunk is not None and self.kv.copies.deferred and self.transport.direct:
-            out.unsaid = chunk
+        began = clock.now()
+        beside = chunk is not None and self.kv.copies.deferred and self.transport.direct
+        stopped = chunk is None
+        out.kv.write(message.begin, end, message.before, status, stopped=stopped, beside=beside)
+        if beside:
             return []
-        return [message] if self._wait(out) else out.unsent("transport")
+        if not self._wait(out, end - message.begin, began, stopped=stopped):
+            return out.unsent("transport")
+        return [message] if chunk is None else out.written()
 
-    def _wait(self, out: OutgoingMigration) -> bool:
-        """Whether the KV last written is in the slot, on every rank: rank 0 speaks for all."""
-        out.unsaid = None
-        problem = out.kv.written()
+    def _wait(
+        self,
+        out: OutgoingMigration,
+        tokens: int = 0,
+        began: float = 0.0,
+        *,
+        stopped: bool = False,
+    ) -> bool:
+        """Whether the KV last written is in the slot, on every rank: rank 0 speaks for all.
+        tokens: those of a piece that is waited for since `began`, which says how fast they go, on
+        the slowest rank. stopped: it is the last one."""
+        if out.kv.writing is not None:
+            complete = out.kv.writing.complete
+            sent = self.transfers.finish(out.kv.writing) if complete is None else complete
+            out.kv.sent(sent)
+            problem = None if sent else "reading KV failed"
+        else:
+            problem = out.kv.written()
+            rate = tokens / max(1e-9, clock.now() - began) if problem is None else 0.0
+            (rate,) = least(self.scheduler, rate if tokens else float(problem is None))
+            sent = rate > 0
+            self.pace.went(tokens, rate, stopped=stopped)
         if problem is not None:
             logger.warning("pascal_sglang: %s stays: %s", out.req.rid, problem)
-        return all_agree(self.scheduler, problem is None)
+        return sent
 
     def _close_if_over(self, migration: str) -> None:
         out = self.under_way[migration]
@@ -328,3 +377,6 @@ class OutgoingMigrations:
                 out.target_died()
                 self._say(out, [])
                 self._close_if_over(migration)
+        # What was on its way there has been waited for.
+        if instance in self._peers:
+            self.transport.close_peer(self._peers.pop(instance))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,13 +10,17 @@ import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.cluster.messages import ReserveGranted
+from pascal_sglang.cluster.migration_source import WINDOWS
 from pascal_sglang.cluster.transport import Transport, TransportError
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.recurrent_states import RecurrentStates
-from pascal_sglang.engine.kv.serializer import KVSerializer, Parts
+from pascal_sglang.engine.kv.serializer import KVSerializer
+from pascal_sglang.engine.kv.transfers import Parts, Transfer
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.request import RequestStatus
+
+logger = logging.getLogger(__name__)
 
 # Where a paused request's KV can be read.
 KEPT: dict[PauseStatus | None, RequestStatus] = {
@@ -37,13 +42,19 @@ class OutgoingKV:
     granted: ReserveGranted | None = None
     # By this rank.
     bytes_sent: int = 0
+    # The piece that is copied beside the decoding.
+    writing: Transfer | None = None
+    _pieces: int = 0
     _copy: Parts | None = None
     _written: tuple[str, int, int] | None = None
     _problem: str | None = None
 
     def status(self, running: set[Req]) -> RequestStatus | None:
-        """Where the request is; None while its KV cannot be read (it leaves or joins the batch)."""
+        """Where the request is; None while its KV cannot be read (it leaves or joins the batch, or
+        its place may be given to others as soon as a copy of it is complete)."""
         paused = self.paused_requests.status_of(self.req)
+        if self.paused_requests.is_spilling(self.req):
+            return None
         if (kept := KEPT.get(paused)) is not None:
             return kept
         if self.req in running:
@@ -73,39 +84,74 @@ class OutgoingKV:
         return windows.before(tokens)
 
     def write(
-        self, begin: int, end: int, before: int, status: RequestStatus, *, stopped: bool = False
+        self,
+        begin: int,
+        end: int,
+        before: int,
+        status: RequestStatus,
+        *,
+        stopped: bool = False,
+        beside: bool = False,
     ) -> None:
         """Begin to put KV of the tokens `begin`..`end` into the target's slot, the first `before`
-        of the request's without entries of sliding windows; `written` says what came of it.
-        stopped: its recurrent state too."""
-        assert self.granted is not None
+        of the request's without entries of sliding windows. stopped: all that is left, and its
+        recurrent state too. `written` says what came of it; beside: `writing` does."""
         self._problem = self._written = self._copy = None
-        before = max(0, before - begin)
-        size = self.serializer.size(end - begin, before, state=stopped)
-        if not size:
-            return
-        with_state = stopped and self.serializer.state_bytes > 0
         try:
-            if self.tp_rank >= len(self.granted.receive_buffers):
-                raise TransportError("the target has fewer TP ranks")
-            there = (self.granted.receive_buffers[self.tp_rank], self.granted.offset, size)
-            memory = self.transport.room(*there)
-            if status is RequestStatus.HOST:
-                copy = self.paused_requests.copy_of(self.req)
-                self.serializer.copy_host(copy, begin, end, before, memory)
-                if with_state and copy.state is not None:
-                    self.serializer.state_host(copy.state, memory)
-            else:
-                where = self._locations(status)[begin:end]
-                self._copy = self.serializer.copy_out(where, before, memory) if len(where) else []
-                if with_state:
-                    state = RecurrentStates.location(self.req)
-                    self._copy += self.serializer.state_out(state, memory)
-            self._written = there
+            self._write(begin, end, max(0, before - begin), status, stopped=stopped)
         except TransportError as error:
             self._problem = str(error)
         except Exception as error:  # Whatever it is: the other ranks wait to be told so.
             self._problem = f"reading KV failed: {error}"
+        if beside:
+            if self._problem is not None:
+                logger.warning("pascal_sglang: %s", self._problem)
+            failed = self._problem is not None
+            self.writing = self.paused_requests.transfers.begin(self._copy or [], failed=failed)
+
+    def _write(
+        self, begin: int, end: int, before: int, status: RequestStatus, *, stopped: bool
+    ) -> None:
+        assert self.granted is not None
+        offset = self.granted.offset
+        if not stopped:
+            offset += (
+                self._pieces % WINDOWS * self.serializer.window_bytes(self.granted.slot_tokens)
+            )
+            self._pieces += 1
+        size = self.serializer.size(end - begin, before, state=stopped)
+        if not size:
+            return
+        with_state = stopped and self.serializer.state_bytes > 0
+        if self.tp_rank >= len(self.granted.receive_buffers):
+            raise TransportError("the target has fewer TP ranks")
+        there = (self.granted.receive_buffers[self.tp_rank], offset, size)
+        memory = self.transport.room(*there)
+        if status is RequestStatus.HOST:
+            copy = self.paused_requests.copy_of(self.req)
+            self.serializer.copy_host(copy, begin, end, before, memory)
+            if with_state and copy.state is not None:
+                self.serializer.state_host(copy.state, memory)
+        else:
+            where = self._locations(status)[begin:end]
+            state = RecurrentStates.location(self.req) if with_state else None
+            self._copy = []
+            if len(where):
+                self.serializer.copy_out(where, before, memory, self._copy)
+            if state is not None:
+                self.serializer.state_out(state, memory, self._copy)
+        self._written = there
+
+    def is_written(self) -> bool | None:
+        """Whether the piece that is copied beside the decoding is in the slot on every rank; None
+        while that is not known."""
+        return True if self.writing is None else self.writing.complete
+
+    def sent(self, complete: bool) -> None:
+        """The piece that was copied beside the decoding has been waited for."""
+        if complete and self._written is not None:
+            self.bytes_sent += self._written[2]
+        self.writing = self._copy = self._written = None
 
     def written(self) -> str | None:
         """Wait for what `write` began; None if it is in the slot, else why it is not."""

@@ -42,7 +42,14 @@ class OutgoingWaiting(OutgoingKV):
         return 0
 
     def write(
-        self, begin: int, end: int, before: int, status: RequestStatus, *, stopped: bool = False
+        self,
+        begin: int,
+        end: int,
+        before: int,
+        status: RequestStatus,
+        *,
+        stopped: bool = False,
+        beside: bool = False,
     ) -> None:
         """There is nothing to write, no recurrent state either: its prefill makes a new one."""
 

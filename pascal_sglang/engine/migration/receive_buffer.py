@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 import torch
 
+from pascal_sglang.cluster.migration_source import WINDOWS
 from pascal_sglang.cluster.receive_slots import ReceiveSlots
-from pascal_sglang.engine.kv.host_copies import HostKV
 from pascal_sglang.engine.kv.pool import Pool
-from pascal_sglang.engine.kv.serializer import KVSerializer, Parts
+from pascal_sglang.engine.kv.serializer import KVSerializer, aligned
+from pascal_sglang.engine.kv.transfers import Parts, Transfer, Transfers
 
 logger = logging.getLogger(__name__)
 
-# Windows of a receive buffer, and so moves that one instance takes in at a time.
+# Slots of a receive buffer, and so moves that one instance takes in at a time.
 SLOTS = 8
-SLOT_BYTES = 4 << 20
-SLOT_TOKENS = 512
+# A window of a slot takes so many bytes and tokens at most: on a link whose speed is not known yet
+# that is a piece. A device's link carries more in a step, but the memory is pinned.
+WINDOW_BYTES = 64 << 20
+WINDOW_TOKENS = 512
+# And it takes so many tokens at least, however little memory there is.
+LEAST_TOKENS = 16
+# What the windows of all ranks take of the machine's memory at most, or of the control group's.
+SHARE = 1 / 16
 
 
-def slot_tokens(kv: KVSerializer) -> int:
-    """KV entries that a slot takes: what is copied between two decode steps."""
-    return max(16, min(SLOT_TOKENS, SLOT_BYTES // kv.per_token))
+def window_bytes(total: int, ranks: int) -> int:
+    """Bytes that a window takes at most where so many ranks share `total` bytes of memory."""
+    return min(WINDOW_BYTES, int(total * SHARE / ranks / (SLOTS * WINDOWS)))
+
+
+def window_tokens(kv: KVSerializer, most: int = WINDOW_BYTES) -> int:
+    """KV entries that a window of a slot takes, which has `most` bytes at most."""
+    return max(LEAST_TOKENS, min(WINDOW_TOKENS, most // kv.per_token))
 
 
 @dataclass(slots=True, eq=False)
@@ -40,8 +53,9 @@ class Reservation:
     state: torch.Tensor | None
     # Number of its slot.
     slot: int
-    # The slot is being read, since the last pass.
-    reading: Parts | None = None
+    # Pieces that are being read, oldest first, and how many there have been.
+    reading: deque[Transfer] = field(default_factory=deque)
+    pieces: int = 0
     # The source writes into the slot no more.
     through: bool = False
     # The source has died.
@@ -56,12 +70,21 @@ class ReceiveBuffer:
     are read; `ReceiveSlots` knows which of the others a source may still write into.
     """
 
-    def __init__(self, pool: Pool, kv: KVSerializer, memory: memoryview) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        kv: KVSerializer,
+        memory: memoryview,
+        transfers: Transfers,
+        most: int = WINDOW_BYTES,
+    ) -> None:
+        """most: bytes of a window; `memory` is `receive_buffer_bytes` of them."""
         self.pool = pool
         self.kv = kv
+        self.transfers = transfers
         self.memory = memory
-        self.slot_tokens = slot_tokens(kv)
-        self.slot_bytes = slot_bytes(kv)
+        self.slot_tokens = window_tokens(kv, most)
+        self.slot_bytes = slot_bytes(kv, most)
         self.reserved = self.reserved_windows = 0
         self.closing: list[Reservation] = []
         self.slots = ReceiveSlots(SLOTS)
@@ -100,43 +123,60 @@ class ReceiveBuffer:
     def fetch(
         self, reservation: Reservation, begin: int, end: int, before: int, *, stopped: bool = False
     ) -> bool:
-        """Take KV of the tokens `begin`..`end` out of the slot, the first `before` of the request's
-        without entries of sliding windows; whether that worked. stopped: its recurrent state too.
-        Deferred copies read it until `read` returns."""
+        """Begin to take KV of the tokens `begin`..`end` out of the slot, the first `before` of the
+        request's without entries of sliding windows. Pieces are in windows in turn, and `has_read`
+        says when one is read. stopped: what is left is at the slot's beginning, and the recurrent
+        state is there too; whether that can be had, on all ranks."""
         if end - begin > self.slot_tokens or before < reservation.before:
             return False
+        at = self.offset(reservation)
+        if not stopped:
+            at += reservation.pieces % WINDOWS * self.kv.window_bytes(self.slot_tokens)
+            reservation.pieces += 1
         before = max(0, before - begin)
         with_state = stopped and reservation.state is not None
-        at, size = self.offset(reservation), self.kv.size(end - begin, before, state=with_state)
-        if not size:
+        size = self.kv.size(end - begin, before, state=with_state)
+        if stopped and not size:
             return True
-        # Of every rank, whether it fails or not: slots are free again in the same pass.
-        reservation.reading = [(self.kv.copies, HostKV([], failed=True))]
+        parts, failed = Parts(), False
         try:
             memory = self.memory[at : at + size]
             where = reservation.locations[begin:end]
-            parts = self.kv.copy_in(where, before, memory) if begin < end else []
+            if begin < end:
+                self.kv.copy_in(where, before, memory, parts)
             if with_state and reservation.state is not None:
-                parts += self.kv.state_in(reservation.state, memory)
-            reservation.reading = parts
+                self.kv.state_in(reservation.state, memory, parts)
         except Exception:  # Whatever it is: the other ranks are told so, and wait for that.
+            failed = True
             logger.exception("pascal_sglang: KV that arrived could not be written")
+        # On every rank, whether it fails or not.
+        reading = self.transfers.begin(parts, failed=failed)
+        reservation.reading.append(reading)
+        if not stopped:
+            return True
         if self.kv.copies.deferred:
-            return not any(kv.failed for _, kv in reservation.reading)
-        return self.read(reservation)
+            return self.transfers.is_begun(reading)
+        return self.transfers.finish(*reservation.reading)
 
-    def read(self, reservation: Reservation) -> bool:
-        """Wait until nothing reads the slot any more; False if the device failed."""
-        reading, reservation.reading = reservation.reading, None
-        return reading is None or self.kv.wait(reading)
+    def has_read(self, reservation: Reservation) -> bool | None:
+        """Whether the oldest piece is read, on every rank; None while that is not known, False if
+        the device failed. After that of the next one."""
+        oldest = reservation.reading[0]
+        if oldest.complete is None and not self.kv.copies.deferred:
+            self.transfers.finish(oldest)
+        if oldest.complete is not None:
+            reservation.reading.popleft()
+        return oldest.complete
 
-    def close(self, now: float) -> bool:
-        """The same for the slots of moves that are over."""
-        closed, self.closing = self.closing, []
-        failed = [reservation for reservation in closed if not self.read(reservation)]
-        for reservation in closed:
+    def close(self, now: float) -> None:
+        """Give up the slots of moves that are over once they are read."""
+        for reservation in self.closing:
+            while reservation.reading and self.has_read(reservation) is not None:
+                pass
+        read = [reservation for reservation in self.closing if not reservation.reading]
+        self.closing = [reservation for reservation in self.closing if reservation.reading]
+        for reservation in read:
             self._leave_slot(reservation, now)
-        return not failed
 
     def through(self, migration: str, sender: int) -> None:
         """The source of a move that is over writes no more."""
@@ -184,9 +224,10 @@ class ReceiveBuffer:
     def _leave(self, reservation: Reservation, now: float) -> None:
         """What is reserved is held by the move no longer."""
         self._count(reservation, -1)
-        if reservation.reading is not None:
-            # Steps that read this KV, or write where it is given back, come after the copy.
-            self.kv.hold_steps(reservation.reading)
+        if reservation.reading:
+            # Steps that read this KV, or write where it is given back, come after the copies.
+            for reading in reservation.reading:
+                self.kv.hold_steps(reading.parts)
             self.closing.append(reservation)
         else:
             self._leave_slot(reservation, now)
@@ -196,11 +237,16 @@ class ReceiveBuffer:
             self.pool.give(locations, before)
 
 
-def slot_bytes(kv: KVSerializer) -> int:
-    """Bytes of a slot: of what is copied at once, with a recurrent state at the end."""
-    return kv.size(slot_tokens(kv), 0, state=True)
+def piece_bytes(kv: KVSerializer, most: int = WINDOW_BYTES) -> int:
+    """Bytes of the largest piece, with a recurrent state at the end."""
+    return aligned(kv.size(window_tokens(kv, most), 0, state=True))
 
 
-def receive_buffer_bytes(kv: KVSerializer) -> int:
+def slot_bytes(kv: KVSerializer, most: int = WINDOW_BYTES) -> int:
+    """Bytes of a slot: of its windows, or of the last piece."""
+    return max(WINDOWS * kv.window_bytes(window_tokens(kv, most)), piece_bytes(kv, most))
+
+
+def receive_buffer_bytes(kv: KVSerializer, most: int = WINDOW_BYTES) -> int:
     """Bytes of a rank's receive buffer."""
-    return SLOTS * slot_bytes(kv)
+    return SLOTS * slot_bytes(kv, most)

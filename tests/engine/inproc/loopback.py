@@ -40,7 +40,7 @@ def prepare():
     build.migration_folder = lambda config: tempfile.gettempdir()
     build.ControlSender = Mailbox
     build.instance_count = manager.instance_count = lambda: 2
-    receive_buffer.SLOT_TOKENS = PIECE
+    receive_buffer.WINDOW_TOKENS = PIECE
 
 
 def moves(scheduler, reqs, passes):

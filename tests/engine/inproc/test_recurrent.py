@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.engine.inproc import loopback
+from tests.engine.inproc import late, loopback
 from tests.engine.inproc.bed import Request, run
 from tests.engine.inproc.conftest import HYBRID_POOLS
 from tests.engine.inproc.models import qwen3_next
@@ -98,9 +98,10 @@ def test_moves_change_no_token(model, answers):
     loopback.assert_moved(moved)
 
 
-def test_states_are_a_capacity_of_their_own(model, answers):
+@pytest.mark.parametrize("hooks", [{}, late.PAUSES], ids=["", "late device"])
+def test_states_are_a_capacity_of_their_own(model, answers, hooks):
     """There is KV for all, and states for four that run: whose state stays on the device gives it
     up for others."""
     flags = [*TRACKED, "--max-total-tokens", "16384", "--max-mamba-cache-size", "20"]
-    paused = paused_with_the_same_tokens(model, answers, flags)
+    paused = paused_with_the_same_tokens(model, answers, flags, **hooks)
     assert paused.pauses["spilled"] > 5

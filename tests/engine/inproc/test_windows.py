@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.engine.inproc import loopback, models
+from tests.engine.inproc import late, loopback, models
 from tests.engine.inproc.bed import Request, differing, run
 from tests.engine.inproc.conftest import HYBRID_POOLS, is_before
 
@@ -94,14 +94,18 @@ def test_copies_by_the_pools_own_code_change_no_token(model, stock):
 
 
 @pytest.mark.parametrize(
-    ("settings", "flags"),
+    ("settings", "flags", "hooks"),
     [
-        ({}, ()),
-        ({"live_migration": False}, ("--disable-overlap-schedule", *PAGES)),
+        ({}, (), late.MOVES),
+        (
+            {"live_migration": False},
+            ("--disable-overlap-schedule", *PAGES),
+            loopback.HOOKS,
+        ),
     ],
-    ids=["live", "stopped"],
+    ids=["live, late device", "stopped"],
 )
-def test_moves_change_no_token(model, stock, settings, flags):
+def test_moves_change_no_token(model, stock, settings, flags, hooks):
     """The live tail of a window goes with the KV, and the windows of both sides all come back."""
     settings = {**CHAOS, "migration": "always", **settings}
     flags = (*models.FLAGS["gpt_oss"], "--max-total-tokens", "2048", *flags)
@@ -110,7 +114,7 @@ def test_moves_change_no_token(model, stock, settings, flags):
         requests(24),
         settings,
         flags,
-        **loopback.HOOKS,
+        **hooks,
         **INTERVAL,
     )
     assert moved.status["support"] == {"level": "move", "lowered_by": []}
