@@ -26,7 +26,7 @@ from evals.workload import PLAIN, Recipe, Shape, shape_of
 COMMANDS = {"stock": "sglang.launch_server", "pascal": "pascal_sglang.launch_server"}
 # Stock SGLang has no platform for a CPU without AMX; it gets ours, and nothing else of ours.
 STOCK_ON_CPU = {"SGLANG_PLATFORM": "pascal_cpu"}
-TINY = "tiny"
+TINY, TINY_WIDE = "tiny", "tiny-wide"
 BUILD_TIMEOUT_S = 300
 ROLES = ("stock", "candidate", "oracle")
 PROCESSOR = "from pascal_sglang.demo.budget import {name}; print({name}.to_str())"
@@ -76,14 +76,14 @@ class Rate:
 class Plan:
     """A whole comparison, as its TOML gives it.
 
-    model: `tiny`, or one of `pascal_sglang.demo.dummy`, which has no weights: its flags say
-    `--load-format dummy`. sampling: SGLang's sampling parameters of every request, beside what the
-    workload needs. scale, prompt_scale: factors on output and on prompt lengths. shape: what else
-    the load is like, as in `evals/scenarios`. pascal_flags: for arms of command `pascal`. targets:
-    ratios to the best stock arm that the verdict asks for, by the names of `TARGETS`; `violations`
-    is a share of requests. sustained_per_s: requests per second that the first arm sustained where
-    the rates were chosen; elsewhere they are scaled to what it sustains there. 0: they stand as
-    they are.
+    model: `tiny`, `tiny-wide` with heads of 128, or one of `pascal_sglang.demo.dummy`, which has no
+    weights: its flags say `--load-format dummy`. sampling: SGLang's sampling parameters of every
+    request, beside what the workload needs. scale, prompt_scale: factors on output and on prompt
+    lengths. shape: what else the load is like, as in `evals/scenarios`. pascal_flags: for arms of
+    command `pascal`. targets: ratios to the best stock arm that the verdict asks for, by the names
+    of `TARGETS`; `violations` is a share of requests. sustained_per_s: requests per second that the
+    first arm sustained where the rates were chosen; elsewhere they are scaled to what it sustains
+    there. 0: they stand as they are.
     """
 
     preset: str
@@ -208,17 +208,20 @@ def model_folder(model: str, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{model}.lock", timeout=BUILD_TIMEOUT_S):
-        if model != TINY:
-            _python("-m", "pascal_sglang.demo.dummy", model, str(folder / model))
-        elif not (folder / TINY / "model.safetensors").exists():
-            _python("-m", "pascal_sglang.demo.tiny", str(folder / TINY))
+        if model not in (TINY, TINY_WIDE):
+            # Its configuration is written last.
+            if not (folder / model / "config.json").exists():
+                _python("-m", "pascal_sglang.demo.dummy", model, str(folder / model))
+        elif not (folder / model / "model.safetensors").exists():
+            wide = ["--wide"] if model == TINY_WIDE else []
+            _python("-m", "pascal_sglang.demo.tiny", str(folder / model), *wide)
     return folder / model
 
 
 @functools.cache
 def logit_processor(model: str) -> str:
     """The serialized processor that makes a plan's model think for exactly its budget."""
-    name = "TinyThinkingBudget" if model == TINY else "DummyThinkingBudget"
+    name = "TinyThinkingBudget" if model in (TINY, TINY_WIDE) else "DummyThinkingBudget"
     return _python("-c", PROCESSOR.format(name=name)).splitlines()[-1]
 
 

@@ -108,9 +108,13 @@ class Comparison:
                     with self.giving_up(arm):
                         self.run_arm(arm, seed, model, processor)
 
+    def serve(self, arm: Arm, model: Path) -> contextlib.AbstractContextManager[Server]:
+        """The arm's server, which starts now."""
+        return serve(arm, self.plan, model)
+
     def run_arm(self, arm: Arm, seed: int, model: Path, processor: str) -> None:
         began = time.monotonic()
-        with serve(arm, self.plan, model) as server:
+        with self.serve(arm, model) as server:
             self.say(f"{arm.name}, seed {seed}: server up in {time.monotonic() - began:.0f} s")
             target = self.prepare(arm, server, processor)
             for rate in self.plan.rates:
@@ -120,7 +124,7 @@ class Comparison:
         plan, began = self.plan, time.monotonic()
         with contextlib.ExitStack() as stack:
             # All begin to start before the first one is waited for.
-            starting = [(arm, serve(arm, plan, model)) for arm in plan.arms]
+            starting = [(arm, self.serve(arm, model)) for arm in plan.arms]
             up: list[tuple[Arm, Server]] = []
             for arm, server in starting:
                 with self.giving_up(arm):

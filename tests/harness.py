@@ -180,8 +180,8 @@ class Server(LocalServer):
             p for p in self._seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE
         ]
 
-    def wait_ready(self) -> None:
-        super().wait_ready()
+    def wait_ready(self, timeout_s: float | None = None) -> None:
+        super().wait_ready(timeout_s)
         self.tree()
 
     def _last_words(self) -> str:

@@ -6,11 +6,17 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
 PACKAGES = ("sglang", "torch", "flashinfer-python", "triton", "sglang-kernel")
 CPU_INFO = Path("/proc/cpuinfo")
+FREE = ("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
+# Left to everything else on the host.
+CPU_SHARE = 0.8
 
 
 def kind() -> str:
@@ -29,13 +35,26 @@ def describe(kind: str) -> dict[str, str]:
     return {"device": (_gpu() if kind == "cuda" else None) or _cpu(), **versions}
 
 
+def memory_gib(kind: str) -> float:
+    """What servers may take of the first GPU's memory, or of a CPU's; 0 if that is not told."""
+    if kind == "cpu":
+        return CPU_SHARE * float(psutil.virtual_memory().available) / 2**30
+    told = _ask(FREE)
+    return float(told) / 2**10 if told else 0.0
+
+
 def _gpu() -> str | None:
+    return _ask(QUERY)
+
+
+def _ask(query: Sequence[str]) -> str | None:
+    """What the driver says of the first GPU; None without one."""
     try:
-        told = subprocess.run(QUERY, capture_output=True, text=True, timeout=30, check=True)
+        told = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    names = told.stdout.strip().splitlines()
-    return names[0] if names else None
+    lines = told.stdout.strip().splitlines()
+    return lines[0] if lines else None
 
 
 def _cpu() -> str:

@@ -12,13 +12,15 @@ import json
 import random
 import time
 import urllib.request
-from collections.abc import Mapping
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from evals.arms import STOCK_ON_CPU, Arm, Plan, serve
+from evals.arms import Arm, Plan
+from evals.gpu.servers import two_instances
 from evals.load import auth, remote
 from evals.load.server import ArmError
 
@@ -27,7 +29,9 @@ REQUEST_TIMEOUT_S = 120.0
 REST_TIMEOUT_S = 30.0
 # Every request is moved at the end of its thinking; pauses and more moves come by chance per step.
 FORCED = {"policy": "pascal", "quantum_tokens": 50, "chaos": 0.02, "force_migration": 0.02}
-INSTANCES = 2
+TIERS = ("resident", "host", "recompute")
+# One request in so many streams and is aborted after that many tokens.
+ABORTED, TOKENS_BEFORE_ABORT = 12, 8
 # Token ids of letters, as the tiny model writes them: each is as likely as 63 others.
 LETTERS = range(64, 90)
 
@@ -36,16 +40,19 @@ LETTERS = range(64, 90)
 class Identity:
     """What came of it.
 
-    stopped: requests that ended by a stop token. different: places of requests whose tokens differ.
-    pauses: by tier. moves: ended, by outcome. errors: passes in which the policy failed. costs: of
-    copies and prefills as each instance measured them, in seconds. left: KV entries that did not
-    come back.
+    stopped, aborted: requests that ended by a stop token or an abort, paused and moved as they
+    were. different: places of requests whose tokens differ. unsteady: of those whose tokens differ
+    without us, by the order of requests alone. pauses: by tier. migrations: ended, by outcome.
+    errors: passes in which the policy failed. left: KV entries that did not come back. costs: of
+    copies and prefills as each instance measured them, in seconds.
     """
 
     requests: int
     tokens: int
     stopped: int
+    aborted: int
     different: list[int]
+    unsteady: list[int]
     pauses: dict[str, int]
     migrations: dict[str, int]
     errors: int
@@ -54,20 +61,23 @@ class Identity:
 
     @property
     def holds(self) -> bool:
-        """No token differs, nothing stayed behind, and pauses on the device and to the host, moves
-        and early ends really happened."""
-        paused = self.pauses.get("resident", 0) and self.pauses.get("host", 0)
-        happened = paused and self.migrations.get("moved", 0) and self.stopped
-        return bool(happened) and not (self.different or self.errors or self.left)
+        """No token differs, nothing stayed behind, and pauses of every kind, moves, aborts and
+        early ends really happened."""
+        happened = (
+            *self.pauses.values(),
+            *(self.migrations.get("moved", 0), self.stopped, self.aborted),
+        )
+        return all(happened) and not (self.different or self.errors or self.left)
 
 
-def bodies(count: int, processor: str) -> list[dict[str, Any]]:
-    """Requests that think for 3 to 80 tokens, some with a beginning in common, some with stop
-    tokens."""
+def bodies(count: int, processor: str, *, shared: bool) -> list[dict[str, Any]]:
+    """Requests that think for 3 to 80 tokens, a third of them with stop tokens, one in twelve to be
+    aborted. shared: whether some have a beginning in common."""
     dice = random.Random(5)
     made = []
     for i in range(count):
-        prompt = "a beginning that others share " * (i % 4) + f"Q{i} " + "x" * dice.randint(0, 60)
+        beginning = "a beginning that others share " * (i % 4) if shared else ""
+        prompt = beginning + f"Q{i} " + "x" * dice.randint(0, 60)
         sampling = {
             "temperature": 0,
             "ignore_eos": True,
@@ -80,36 +90,67 @@ def bodies(count: int, processor: str) -> list[dict[str, Any]]:
         made.append(
             {
                 "text": prompt,
+                "rid": f"{i}-{uuid.uuid4().hex}",
                 "require_reasoning": True,
                 "custom_logit_processor": processor,
                 "sampling_params": sampling,
+                # Only a stream tells when it may be aborted.
+                "stream": i % ABORTED == 3,
             }
         )
     return made
 
 
-def ask(base_url: str, requests: list[dict[str, Any]]) -> list[list[int]]:
-    """The output ids of all requests. Raises: ArmError if one fails."""
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """ids: the output of a request that went to its end; None of one that was aborted."""
 
-    def one(body: dict[str, Any]) -> list[int]:
-        request = urllib.request.Request(
-            f"{base_url}/generate",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json", **auth.headers()},
-        )
-        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as reply:
-            ids: list[int] = json.loads(reply.read())["output_ids"]
-        return ids
+    ids: list[int] | None
+    reason: str
+
+
+def ask(base_url: str, requests: Sequence[Mapping[str, Any]], timeout_s: float) -> list[Reply]:
+    """The replies to all requests. Those that stream are aborted after a few tokens. Raises:
+    ArmError if one fails, or takes longer than `timeout_s`."""
+
+    def one(body: Mapping[str, Any]) -> Reply:
+        request = _post(base_url, "/generate", body)
+        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
+            if not body["stream"]:
+                told = json.loads(reply.read())
+            else:
+                told = None
+                for number, event in enumerate(_events(reply)):
+                    told = event
+                    if number == TOKENS_BEFORE_ABORT:
+                        abort = _post(base_url, "/abort_request", {"rid": body["rid"]})
+                        urllib.request.urlopen(abort, timeout=timeout_s).close()
+            reason = str(told["meta_info"]["finish_reason"]["type"])
+            return Reply(None if reason == "abort" else told["output_ids"], reason)
 
     try:
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             return list(pool.map(one, requests))
-    except (OSError, ValueError, KeyError) as error:
-        raise ArmError(f"a request failed: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArmError(f"a request failed: {error!r}") from error
+
+
+def _post(base_url: str, path: str, body: Mapping[str, Any]) -> urllib.request.Request:
+    headers = {"Content-Type": "application/json", **auth.headers()}
+    return urllib.request.Request(f"{base_url}{path}", json.dumps(body).encode(), headers)
+
+
+def _events(reply: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """What a stream says, event by event."""
+    for line in reply:
+        data = line.decode().strip().removeprefix("data: ")
+        if data.startswith("{"):
+            yield json.loads(data)
 
 
 def at_rest(base_url: str) -> list[dict[str, Any]]:
-    """The same once nothing runs or is paused. Raises: ArmError if that does not come."""
+    """What the instances say once nothing runs or is paused. Raises: ArmError if that does not
+    come."""
     deadline = time.monotonic() + REST_TIMEOUT_S
     while time.monotonic() < deadline:
         found = remote.instances(base_url)
@@ -120,45 +161,62 @@ def at_rest(base_url: str) -> list[dict[str, Any]]:
 
 
 def forced(plan: Plan) -> Arm:
-    """The server that pauses and moves at random: SGLang's own command under our configuration."""
-    env = {"PASCAL_SGLANG_CONFIG": json.dumps(FORCED | {"gpus": 1})}
-    if "cpu" in plan.flags:
-        env |= STOCK_ON_CPU | {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-    return Arm(name="forced", command="stock", role="candidate", flags=("--dp-size", "2"), env=env)
+    """The server that pauses and moves at random."""
+    return two_instances("forced", plan, FORCED)
 
 
-def check(plan: Plan, model: Path, processor: str, count: int) -> Identity:
-    """Run both servers, one after the other."""
-    requests = bodies(count, processor)
-    with serve(plan.arms[0], plan, model) as server:
-        expected = ask(server.base_url, requests)
-    with serve(forced(plan), plan, model) as server:
-        seen = ask(server.base_url, requests)
-        found = at_rest(server.base_url)
-    longest = [body["sampling_params"]["max_new_tokens"] for body in requests]
-    stopped = sum(len(ids) < most for ids, most in zip(expected, longest, strict=True))
-    return compare(expected, seen, found, stopped)
+def check(stock: str, forced: str, requests: list[dict[str, Any]], left_s: float) -> Identity:
+    """Send the requests to both servers, and to the first once more in another order: what differs
+    there already is not the scheduler's doing. left_s: seconds that all of it may take."""
+    deadline = time.monotonic() + min(left_s, REQUEST_TIMEOUT_S)
+
+    def asked(base_url: str, some: Sequence[dict[str, Any]]) -> list[Reply]:
+        # A name may be used once.
+        named = [body | {"rid": f"{uuid.uuid4().hex}-{body['rid']}"} for body in some]
+        return ask(base_url, named, max(1.0, deadline - time.monotonic()))
+
+    expected = asked(stock, requests)
+    before = at_rest(forced)
+    seen = asked(forced, requests)
+    found = at_rest(forced)
+    again = asked(stock, requests[::-1])[::-1]
+    return compare(expected, seen, again, before, found)
 
 
 def compare(
-    expected: list[list[int]], seen: list[list[int]], found: list[dict[str, Any]], stopped: int
+    expected: Sequence[Reply],
+    seen: Sequence[Reply],
+    again: Sequence[Reply],
+    before: Sequence[Mapping[str, Any]],
+    found: Sequence[Mapping[str, Any]],
 ) -> Identity:
-    """`found`: the forced server's instances at rest. stopped: requests that ended before they were
-    as long as they might be."""
+    """again: the first server's replies to the same requests in another order. before, found: the
+    forced server's instances at rest, before it was asked and afterwards."""
 
-    def added(counts: list[Mapping[str, int]], *names: str) -> dict[str, int]:
-        keys = names or sorted({name for each in counts for name in each})
-        return {name: sum(each.get(name, 0) for each in counts) for name in keys}
+    def added(read: Callable[[Mapping[str, Any]], Mapping[str, int]]) -> dict[str, int]:
+        total = Counter[str]()
+        for counts in map(read, found):
+            total.update(counts)
+        for counts in map(read, before):
+            total.subtract(counts)
+        return dict(total)
 
+    def apart(others: Sequence[Reply]) -> list[int]:
+        pairs = enumerate(zip(expected, others, strict=True))
+        return [i for i, (a, b) in pairs if a.ids and b.ids and a.ids != b.ids]
+
+    pauses = added(lambda i: i["pauses"])
     kv = [instance["kv_tokens"] for instance in found]
     return Identity(
         requests=len(expected),
-        tokens=sum(map(len, expected)),
-        stopped=stopped,
-        different=[i for i, (a, b) in enumerate(zip(expected, seen, strict=True)) if a != b],
-        pauses=added([i["pauses"] for i in found], "resident", "host", "recompute"),
-        migrations=added([i["migrations"]["outgoing"] for i in found]),
+        tokens=sum(len(reply.ids or ()) for reply in expected),
+        stopped=sum(reply.reason == "stop" for reply in seen),
+        aborted=sum(reply.reason == "abort" for reply in seen),
+        different=apart(seen),
+        unsteady=apart(again),
+        pauses={tier: pauses.get(tier, 0) for tier in TIERS},
+        migrations=added(lambda i: i["migrations"]["outgoing"]),
         errors=sum(i["policy_errors"] for i in found),
         left=sum(each["capacity"] - each["free"] - each["evictable"] + each["host"] for each in kv),
-        costs=[i["costs"] for i in found],
+        costs=[dict(i["costs"]) for i in found],
     )

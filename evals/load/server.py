@@ -83,9 +83,12 @@ class LocalServer:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_ready(self) -> None:
-        """Raises ArmError with the end of the output for a server that ended or takes too long."""
-        deadline = time.monotonic() + self._start_timeout_s
+    def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Raises ArmError with the end of the output for a server that ended or takes too long.
+
+        timeout_s: how long that is from now on, if not what it was started with."""
+        wait_s = self._start_timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + wait_s
         while not self._answers():
             if self.process.poll() is not None:
                 raise ArmError(f"server ended at start: {self._last_words()}")

@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from evals import arms
-from evals.gpu.figures import identity_lines, overhead_lines
+from evals.gpu.figures import (
+    identity_lines,
+    moves_head,
+    moves_line,
+    overhead_lines,
+    probe_text,
+    step_lines,
+)
 from evals.gpu.identity import Identity
+from evals.gpu.moves import Row
 from evals.grading.parity import Parity
 from evals.load.remote import without_keys
 from evals.load.server import ArmError
@@ -222,12 +230,19 @@ def add_check(results: Results, told: Mapping[str, Any], folder: Path) -> None:
     """What `evals.gpu.check` wrote, with the comparisons beside it."""
     results.about.append("; ".join(f"{name} {value}" for name, value in told["device"].items()))
     for name, part in told["parts"].items():
+        lines: list[str] = []
         if "results" in part:
             add_comparison(results, json.loads((folder / part["results"]).read_text()), name)
-            results.about += [f"{name}: {line}" for line in overhead_lines(part["overhead"])]
-        elif "error" not in part:
-            found = Identity(**{key: value for key, value in part.items() if key != "holds"})
-            results.about += identity_lines(found)
+            lines = overhead_lines(part["overhead"]) + step_lines(part.get("steps", {}))
+        elif "rows" in part:
+            lines = [moves_head(), *(moves_line(Row(**row)) for row in part["rows"])]
+        elif "holds" in part:
+            fields = {field.name for field in dataclasses.fields(Identity)}
+            found = Identity(**{key: value for key, value in part.items() if key in fields})
+            lines = identity_lines(found)
+        else:
+            lines = [probe_text(told) for told in part.values() if isinstance(told, dict)]
+        results.about += [f"{name}: {line}" for line in lines]
     results.notes += told["failed"]
     _add_provenance(results, told["provenance"], "check")
 

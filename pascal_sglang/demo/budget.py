@@ -72,17 +72,23 @@ class TinyThinkingBudget(CustomLogitProcessor):
         self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None
     ) -> torch.Tensor:
         """`logits`: (batch, vocabulary), changed in place."""
+        ends: list[int] = []
+        goes_on: list[int] = []
         for row, params in enumerate(custom_param_list or ()):
             budget = params.get("thinking_budget") if params else None
             request = params.get("__req__") if params else None
-            if not isinstance(budget, int) or request is None:
-                continue
-            if _step(request) == budget:
-                logits[row] = -torch.inf
-                logits[row, tiny.END_THINK_ID] = 0.0
-            else:
-                logits[row, tiny.THINK_ID] = -torch.inf
-                logits[row, tiny.END_THINK_ID] = -torch.inf
+            if isinstance(budget, int) and request is not None:
+                (ends if _step(request) == budget else goes_on).append(row)
+        # One launch for all requests, and two more for each whose thinking ends now: on a GPU a
+        # launch for every request costs more than the model.
+        if len(goes_on) + len(ends) == len(logits):
+            logits[:, tiny.THINK_ID : tiny.END_THINK_ID + 1] = -torch.inf
+        else:
+            for row in goes_on:
+                logits[row, tiny.THINK_ID : tiny.END_THINK_ID + 1] = -torch.inf
+        for row in ends:
+            logits[row] = -torch.inf
+            logits[row, tiny.END_THINK_ID] = 0.0
         return logits
 
 

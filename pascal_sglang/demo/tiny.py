@@ -20,6 +20,7 @@ END_OF_TURN_ID = 257
 THINK_ID = 258
 END_THINK_ID = 259
 VOCABULARY = 260
+WIDE = {"hidden": 1024, "heads": 8, "kv_heads": 2}
 # Read as text at once: bytes of half a character would wait in the detokenizer for the rest, and
 # white space or a "<" may be held back by the reasoning parser.
 _WRITTEN = string.ascii_letters + string.digits + ".,"
@@ -96,5 +97,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the tiny model.")
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--wide", action="store_true", help="eight heads of 128, as GPUs want them")
     options = parser.parse_args()
-    print(build_tiny_model(options.out_dir, seed=options.seed))
+    shape = WIDE if options.wide else {}
+    print(build_tiny_model(options.out_dir, seed=options.seed, **shape))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from evals import accuracy, arms, compare, page, serving
-from evals.gpu import check, identity
+from evals.gpu import check, identity, moves
 from evals.load.attended import Watched
 from evals.load.record import Record
 from evals.load.timeline import details
@@ -23,6 +23,21 @@ from tests.chat_server import ChatServer, Script
 ROOT = Path(__file__).parents[2]
 PLAN = ROOT / "evals" / "arms" / "live.toml"
 ITEMS = [Item(float(i), 8, thinking, 3) for i, thinking in enumerate((4, 9, 20, 33))]
+
+
+MOVED = {"migrations": {"outgoing": {"moved": 2}, "blocked_s": [], "bytes": 0}}
+
+
+class Idle:
+    """A server that has nothing to do."""
+
+    base_url = ""
+
+    def wait_ready(self, timeout_s):
+        """It answers."""
+
+    def stop(self):
+        """It has ended."""
 
 
 def records(step_s):
@@ -58,14 +73,20 @@ def no_servers(monkeypatch):
     for name in ("model_folder", "logit_processor"):
         monkeypatch.setattr(arms, name, lambda *_: "")
     rest = {
-        "pauses": {"host": 1},
+        "pauses": {"host": 1, "resident": 1, "recompute": 1},
         "migrations": {"outgoing": {"moved": 2}},
         "policy_errors": 0,
         "kv_tokens": {"capacity": 9, "free": 9, "evictable": 0, "host": 0},
         "costs": {},
     }
-    found = identity.compare([[1]], [[1]], [rest], 1)
+    same = [identity.Reply([1], "stop")]
+    found = identity.compare(same, same, same, [rest], [rest])
     monkeypatch.setattr(identity, "check", lambda *_: found)
+    row = moves.row_of(300, [MOVED], [MOVED], [0.01])
+    monkeypatch.setattr(moves, "measure", lambda *_: row)
+    monkeypatch.setattr(arms, "serve", lambda *_: Idle())
+    probe = {"memory can be pinned": {"name": "memory can be pinned", "holds": True, "value": None}}
+    monkeypatch.setattr(check.Check, "probe", lambda _: probe)
 
 
 def of_compare(out):
@@ -163,5 +184,12 @@ def test_its_page_has_its_figures(kind, tmp_path, monkeypatch, capsys):
 
 def test_a_check_keeps_its_two_comparisons_apart(no_servers, tmp_path):
     results = result_files.load([of_check(tmp_path / "x")])
-    assert {load.partition(":")[0] for load, _ in results.loads} == {"one", "two"}
-    assert any("pauses forced" in line for line in results.about)
+    assert {load.partition(":")[0] for load, _ in results.loads} == {"order", "overhead"}
+    for line in (
+        "probe: memory can be pinned",
+        "identity: pauses forced",
+        "prefixes: pauses forced",
+        "overhead: a step, ms, pascal",
+        "moves: tokens",
+    ):
+        assert any(told.startswith(line) for told in results.about), line

@@ -35,7 +35,9 @@ def test_help_is_the_head_of_the_script(name):
     assert done.stdout.strip().endswith(".")
 
 
-@pytest.mark.parametrize("script", ["launch/quickstart.sh", "evals/gpu/check.sh", "tests/run.sh"])
+@pytest.mark.parametrize(
+    "script", ["launch/quickstart.sh", "evals/gpu/check.sh", "evals/gpu/kit.sh", "tests/run.sh"]
+)
 def test_other_scripts_have_help_that_installs_nothing(script):
     done = subprocess.run(
         ["bash", str(ROOT / script), "--help"],

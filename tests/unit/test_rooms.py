@@ -57,10 +57,11 @@ PACKAGE = {
         {"filelock", "psutil", "safetensors", "sglang", "tokenizers", "torch", "transformers"},
     ),
 }
-# Of the package, a command that measures knows the benchmarks of its parts alone, and the workloads
-# that it shares with the simulator.
+# Of the package, a command that measures knows the benchmarks of its parts alone, a GPU's copies
+# without a server, and the workloads that it shares with the simulator.
 EVALS = {
     "bench": {"cluster", "config", "engine", "engine.kv", "engine.observability", "policy", "sim"},
+    "gpu": {"engine.kv"},
     "sources": {"sim"},
     "": {"sim"},
 }
