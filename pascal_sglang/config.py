@@ -171,18 +171,21 @@ class PascalConfig:
         "answer 503 with Retry-After to a new request whose answer, by the median of its forecast, "
         "would begin later than this many seconds after its arrival (default: no limit)",
         above=0,
+        changeable=True,
     )
     brownout: str = _field(
         "off",
         "under backlog, cap the thinking of requests without a budget of their own at this "
         "percentile of the lengths learnt here; needs --enable-strict-thinking",
         choices=("P75", "P90", "off"),
+        changeable=True,
     )
     effort_budgets: str | None = _field(
         None,
         "thinking budgets in tokens for values of reasoning_effort in chats, such as "
         "low=512,high=8192; needs --enable-strict-thinking (default: none)",
         metavar="EFFORT=TOKENS,...",
+        changeable=True,
     )
     pace_stream: bool = _field(
         False, "release streamed answering tokens at the reader's pace", changeable=True
@@ -394,8 +397,12 @@ class PascalConfig:
         fixed = sorted(name for name in values if not fields[name][1]["changeable"])
         _require(not fixed, f"{', '.join(fixed)} cannot change while the server runs")
         checked = dataclasses.asdict(dataclasses.replace(self, **values))
-        floats = (name for name in values if fields[name][0] is float)
-        return PascalConfig(**checked | {name: float(values[name]) for name in floats})
+        floats = {
+            name: float(value)
+            for name, value in values.items()
+            if fields[name][0] is float and value is not None
+        }
+        return PascalConfig(**checked | floats)
 
     def changeable(self) -> dict[str, Any]:
         """The fields that may change while serving, and their values."""

@@ -22,7 +22,7 @@ from pascal_sglang.cluster.messages import (
 )
 
 # Goes up with every change to what a message says; a change of its fields is rejected anyway.
-VERSION = 4
+VERSION = 5
 # The rest of a Handover is a few numbers and a name.
 MAX_HANDOVER_BYTES = MAX_STATE_BYTES + 64 * 1024
 # Of any other message: each of a text's characters takes four bytes at most, a block's name nine.

@@ -269,7 +269,7 @@ class PascalController(WatchedController):
         elif isinstance(message, DrainRequest):
             self._drain(message, now)
         elif isinstance(message, Terminating):
-            self._terminating(message.dp_rank, now)
+            self._terminating(message, now)
         elif isinstance(message, RequestFinished):
             self.request_locations.gone(message.rid)
             self.prefixes.ended(message.dp_rank, message.blocks)
@@ -288,20 +288,23 @@ class PascalController(WatchedController):
         elif asked.drain:
             problem = self.drains.begin(asked.dp_rank, self._active_workers, now)
         else:
-            self.drains.end(asked.dp_rank)
+            problem = self.drains.end(asked.dp_rank)
         self._active_at = -math.inf
         self._step_drains(now)
         progress = self.drains.progress(asked.dp_rank, now)
         self.control_sender.send(FRONT_END, DrainReply(asked.number, problem, progress))
 
-    def _terminating(self, instance: int, now: float) -> None:
-        """An instance was told to end: it is drained first, unless it is the last one."""
+    def _terminating(self, said: Terminating, now: float) -> None:
+        """An instance was told to end: it is drained first, unless it is the last one or was told
+        so before."""
+        instance = said.dp_rank
         problem = self.drains.begin(instance, self._active_workers, now)
+        if not problem and self.drains.told_to_end(instance, said.rank):
+            problem = f"Instance {instance} was told to end before."
         if problem:
             self.control_sender.send(instance, MayEnd(problem))
             return
         logger.info("pascal_sglang: instance %d was told to end, and is drained", instance)
-        self.drains.terminating(instance)
         self._active_at = -math.inf
 
     def _step_drains(self, now: float) -> None:
@@ -312,7 +315,7 @@ class PascalController(WatchedController):
         serving = [i for i in self.active() if i.index not in silent]
         for instance in self.drains.step(serving, now):
             if self.control_sender.send(instance, MayEnd("")):
-                self.drains.terminating(instance, waits=False)
+                self.drains.ends(instance)
 
     def wake_ms(self) -> int:
         return RETRY_MS if self.drains else super().wake_ms()

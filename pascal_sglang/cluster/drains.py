@@ -4,6 +4,7 @@
 |---|---|---|
 | serving | `begin`, while another one serves | draining |
 | draining, drained | `end`, or the last one that serves has died | serving |
+| drained, told to end | `ends` | ending: `end` comes too late |
 | draining | no request is left | drained |
 | drained | a request comes after all: its migration to here was under way | draining |
 | any | `died` | none |
@@ -62,8 +63,11 @@ class _Drain:
     since: float
     moved: int = 0
     left: int = 0
-    # The instance has been told to end, and waits for this.
-    terminating: bool = False
+    # TP ranks of the instance whose processes were told to end, and wait for this. Only here is
+    # that known: whoever lifts the drain takes it back.
+    told: set[int] = field(default_factory=set)
+    # They have been told that they may.
+    ending: bool = False
     attempts: dict[str, _Attempts] = field(default_factory=dict)
 
 
@@ -112,9 +116,14 @@ class Drains:
         self._looked_at = float("-inf")
         return ""
 
-    def end(self, instance: int) -> None:
-        """The instance takes requests again. Moves under way go on."""
+    def end(self, instance: int) -> str:
+        """The instance takes requests again, and does not end if it was told to. Moves under way go
+        on. Returns why not, or nothing."""
+        drain = self._drains.get(instance)
+        if drain is not None and drain.ending:
+            return f"Instance {instance} was told to end, and ends."
         self._drains.pop(instance, None)
+        return ""
 
     def died(self, instance: int, alive: Sequence[int]) -> list[int]:
         """An instance is no more. Returns those that serve again because no other is left."""
@@ -125,9 +134,21 @@ class Drains:
         self._drains.clear()
         return lifted
 
-    def terminating(self, instance: int, *, waits: bool = True) -> None:
-        """The instance, which is drained, was told to end and waits to be empty; or no longer."""
-        self._drains[instance].terminating = waits
+    def told_to_end(self, instance: int, rank: int) -> bool:
+        """A process of the instance, which is drained, was told to end; whether it was before."""
+        told = self._drains[instance].told
+        before = rank in told
+        told.add(rank)
+        return before
+
+    def told(self, instance: int) -> set[int]:
+        """TP ranks of the instance whose processes were told to end."""
+        drain = self._drains.get(instance)
+        return set() if drain is None else drain.told
+
+    def ends(self, instance: int) -> None:
+        """The instance has been told that it may end."""
+        self._drains[instance].ending = True
 
     def settled(self, ended: UnderWay, *, done: bool, why: str, now: float) -> None:
         """A move has ended: `done`, or the request stays."""
@@ -161,7 +182,8 @@ class Drains:
                 drain.attempts = {r: a for r, a in drain.attempts.items() if r in present}
             if not self.why_none_moves:
                 self._empty(instance, drain, here, serving, busy, now)
-        return [i for i, drain in self._drains.items() if drain.terminating and self._is_empty(i)]
+        told = [i for i, drain in self._drains.items() if drain.told and not drain.ending]
+        return [i for i in told if self._is_empty(i)]
 
     def _is_empty(self, instance: int) -> bool:
         """Whether no request is on an instance, or on its way there."""

@@ -27,7 +27,8 @@ def file_name(instance: int) -> str:
 class Shown:
     """What one instance shows.
 
-    arrival: how a request fares that arrives now. thinking: the percentiles `P75` and `P90` of
+    arrival: how a request fares that arrives now; by_tenant: one of tenants that fare otherwise.
+    thinking: the percentiles `P75` and `P90` of
     thinking tokens here. requests: seconds until the answer, the median and the P90, of requests
     that asked for it, when the file was `age_s` old. idle: it had no request.
     """
@@ -39,12 +40,15 @@ class Shown:
     # A request that arrives now may get here; otherwise the instance is drained.
     takes_requests: bool = True
     idle: bool = False
+    by_tenant: dict[str, ArrivalOutlook] = field(default_factory=dict)
 
-    @property
-    def has_backlog(self) -> bool:
-        """Whether waiting makes a noticeable part of the time to an answer."""
-        usual = self.arrival.estimate(self.arrival.prompt)
-        return self.arrival.waits_s > BACKLOG_SHARE * usual.p50
+    def arrival_of(self, tenant: str) -> ArrivalOutlook:
+        return self.by_tenant.get(tenant, self.arrival)
+
+    def has_backlog(self, tenant: str) -> bool:
+        """Whether waiting makes a noticeable part of the time to an answer, for this tenant."""
+        arrival = self.arrival_of(tenant)
+        return arrival.waits_s > BACKLOG_SHARE * arrival.estimate(arrival.prompt).p50
 
 
 # Of the median time to an answer, the share spent waiting from which an instance has a backlog.
@@ -90,6 +94,7 @@ def _read(path: Path, takes_requests: bool) -> Shown | None:
             age_s,
             takes_requests,
             bool(told["idle"]),
+            {tenant: ArrivalOutlook(**each) for tenant, each in told["by_tenant"].items()},
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # None yet, or of a process that has died.

@@ -231,14 +231,16 @@ class DrainReply(ControlMessage, frozen=True):
 
 
 class Terminating(ControlMessage, frozen=True):
-    """Instance to controller: it was told to end, and asks to be drained first."""
+    """Instance to controller: one of its processes was told to end, and asks to be drained first.
+    rank: the process, by its TP rank; one that was told twice ends at once."""
 
     dp_rank: Count
+    rank: Count
 
 
 class MayEnd(ControlMessage, frozen=True):
     """Controller to instance, which was told to end: no request is left on it. problem: why it is
-    not drained first; empty if it was."""
+    not drained until then; empty if it was."""
 
     problem: Text
 

@@ -80,8 +80,9 @@ class MigrationTarget(ABC):
         """What is wrong with the state of a request; None if it can be continued here."""
 
     @abstractmethod
-    def take(self, state: bytes, tokens: int) -> None:
-        """Everything is here and the request is ours; `before` says what the windows lack."""
+    def take(self, state: bytes, tokens: int) -> bool:
+        """Everything is here and the request is ours; `before` says what the windows lack. False
+        if that failed: then nothing is left of it here."""
 
     @abstractmethod
     def drop(self) -> None:
@@ -167,8 +168,10 @@ class MigrationTarget(ABC):
         begin, end = handover.begin, handover.kv_tokens
         if not self._fetched(begin, end, handover.before, stopped=True):
             return self.give_up("transport")
+        if not self.take(handover.state, handover.kv_tokens):
+            self.state, self.why = TargetState.DROPPED, "failed"
+            return [ReserveRefused(self.migration, self.why)]
         self.state = TargetState.OWNED
-        self.take(handover.state, handover.kv_tokens)
         return [CommitAck(self.migration)]
 
     def _fetched(self, begin: int, end: int, before: int, *, stopped: bool) -> bool:

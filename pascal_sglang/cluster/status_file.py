@@ -18,17 +18,21 @@ EVERY_S = 0.5
 class StatusFile:
     """One JSON object at `path`, never seen half written.
 
-    failed: writes that failed, for want of space or of the folder.
+    every_s: seconds between two writes at least. failed: writes that failed, for want of space or
+    of the folder.
     """
 
-    def __init__(self, folder: str, name: str = "controller.json") -> None:
+    def __init__(
+        self, folder: str, name: str = "controller.json", *, every_s: float = EVERY_S
+    ) -> None:
         self.path = os.path.join(folder, name)
+        self.every_s = every_s
         self.failed = 0
         self._shown_at = float("-inf")
 
     def show(self, now: float, what: Callable[[], dict[str, Any]]) -> None:
-        """Write it anew, at most every `EVERY_S` seconds; one that fails is tried again then."""
-        if now - self._shown_at < EVERY_S:
+        """Write it anew, at most every `every_s` seconds; one that fails is tried again then."""
+        if now - self._shown_at < self.every_s:
             return
         self._shown_at = now
         shown = orjson.dumps(what())

@@ -102,6 +102,7 @@ def build_executor(
         executor.forecasts = Forecasts(
             scheduler, config, policy, executor.planner.tuning, executor.request_states
         )
+        executor.forecasts.retune(executor.planner.tuning, config, executor.tenants)
     if waiting is not None:
         queue = executor.planner.queue
         executor.tool_kv = ToolKV(

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
@@ -27,8 +28,10 @@ from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.instances import own_instance
+from pascal_sglang.policy.fairness import TenantCounters
 from pascal_sglang.policy.forecast import (
     OUTCOMES,
+    PORTION,
     Calibration,
     Estimate,
     Forecaster,
@@ -38,6 +41,7 @@ from pascal_sglang.policy.forecast import (
 )
 from pascal_sglang.policy.ranking import Tuning
 from pascal_sglang.policy.registry import Policy
+from pascal_sglang.policy.request import RequestState
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.request_checks import asked, thinking_budget_of
 
@@ -53,6 +57,8 @@ LATEST_S = 15.0
 SLICE_S = 0.0005
 # Requests whose own forecasts are shown, for their streams.
 MOST_SHOWN = 1024
+# What a look or a forecast that has ended gives.
+OVER = object()
 
 
 class Forecasts:
@@ -66,7 +72,7 @@ class Forecasts:
         tuning: Tuning,
         request_states: RequestStates,
     ) -> None:
-        """policy: without tenants, of whom a forecast knows nothing."""
+        """policy: as it is without tenants."""
         self.scheduler = scheduler
         self.request_states = request_states
         self.forecaster = Forecaster(policy, tuning, config.answer_tpot_ms / 1000)
@@ -79,17 +85,22 @@ class Forecasts:
         self._file: StatusFile | None = None
         folder = os.environ.get(FOLDER_ENV)
         if folder is not None and os.path.isdir(folder):
-            self._file = StatusFile(folder, file_name(own_instance()))
-        self._run: Iterator[Outlook | None] | None = None
+            # Each of them: the one of an idle instance is the last.
+            self._file = StatusFile(folder, file_name(own_instance()), every_s=0.0)
+        # A look, or a forecast, that goes on in the next pass.
+        self._run: Iterator[None] | None = None
+        # What looks and the forecast have taken since the last one.
         self._spent_s = 0.0
-        # Requests in the forecast under way, and whether the last one had none.
+        # Requests in the forecast under way or made last, and whether the one shown had none.
         self._size = 0
         self._shows_idle = False
-        self._next_at = self._next_look = 0.0
+        self._next_at = self._next_look = self._not_before = 0.0
 
-    def retune(self, tuning: Tuning, config: PascalConfig) -> None:
-        """Forecast by other values from now on; a forecast under way ends with the old ones."""
+    def retune(self, tuning: Tuning, config: PascalConfig, tenants: TenantCounters | None) -> None:
+        """Forecast by other values from now on; a forecast under way ends with the old ones.
+        tenants: None where they are not told apart."""
         self.forecaster.tuning, self.forecaster.tpot = tuning, config.answer_tpot_ms / 1000
+        self.forecaster.tenants = tenants
 
     def arrived(self, req: Req) -> None:
         """A request has come."""
@@ -103,7 +114,8 @@ class Forecasts:
         self.forecaster.arrivals.add(now, prompt, thinks)
         if self.outlook is not None:
             limit = remaining_of(req, state_of(req))
-            estimate = self.outlook.arrival.estimate(prompt, thinks=thinks, limit=limit)
+            arrival = self.outlook.by_tenant.get(state_of(req).tenant, self.outlook.arrival)
+            estimate = arrival.estimate(prompt, thinks=thinks, limit=limit)
             self.calibration.arrived(state_of(req), timeline_of(req).arrival, estimate)
 
     @contextmanager
@@ -148,104 +160,139 @@ class Forecasts:
                 self.metrics.came_out(made, outcome)
 
     def step(self, now: float) -> None:
-        """Go on with a forecast, or begin one if it is time. An error delays the next one."""
-        looks = now >= self._next_look
-        if self._run is None and not looks and now < self._next_at:
+        """Go on with a look or a forecast, or begin one if it is time. An error delays the next
+        one."""
+        if now < self._not_before:
             return
         try:
-            if looks:
-                self._look(now)
-            if self._run is not None or now >= self._next_at:
-                self._step(now)
+            if not self._shows_idle and self._is_idle():
+                # At once: it takes no turn from anybody, and an idle server may make no pass for a
+                # second.
+                for _ in self._forecast():
+                    pass
+                self._run = None
+            if self._run is None:
+                if now >= self._next_look:
+                    self._run = self._look()
+                elif now >= self._next_at:
+                    self._run = self._forecast()
+                else:
+                    return
+            self._go_on()
         except Exception:
             self.errors += 1
-            self._run, self._next_at, self._next_look = None, now + 60.0, now + 60.0
+            self._run, self._not_before = None, now + 60.0
             logger.exception("pascal_sglang: a forecast failed; the next one is due in a minute")
 
-    def _step(self, now: float) -> None:
-        began = clock.now()
-        if self._run is None:
-            self._run = self._begin()
-            if not self._size and self._shows_idle:
-                self._run, self._next_at, self._spent_s = None, now + EVERY_S, 0.0
-                return
-        outlook = None
-        while outlook is None and clock.now() - began < SLICE_S:
-            outlook = next(self._run)
-        self._spent_s += clock.now() - began
-        if outlook is None:
-            return
-        self._run = None
-        allowed = SHARE * max(1.0, self._size / 100)
-        self._next_at = now + min(max(EVERY_S, self._spent_s / allowed), LATEST_S)
-        self._spent_s = 0.0
-        self._show(outlook, now)
+    def _go_on(self) -> None:
+        assert self._run is not None
+        began = spent = clock.now()
+        while spent - began < SLICE_S:
+            over = next(self._run, OVER) is OVER
+            spent = clock.now()
+            if over:
+                self._run = None
+                break
+        self._spent_s += spent - began
 
-    def _live(self) -> list[Req]:
-        """The users' requests that have not ended, in the order of arrival."""
+    def _is_idle(self) -> bool:
+        scheduler = self.scheduler
+        if scheduler.running_batch.reqs or scheduler.waiting_queue:
+            return False
+        return next(self._live(), None) is None
+
+    def _live(self) -> Iterator[Req]:
+        """The users' requests that were here when this was called, and have not ended."""
         scheduler, paused = self.scheduler, self.request_states.paused_requests
         reqs = {*scheduler.collect_inflight_reqs(), *scheduler.waiting_queue}
         reqs.update(paused.in_status(*PauseStatus))
-        live = [r for r in reqs if not (r.finished() or is_internal(r))]
-        return sorted(live, key=lambda r: state_of(r).seq)
+        return (r for r in reqs if not (r.finished() or is_internal(r)))
 
-    def _look(self, now: float) -> None:
-        began = clock.now()
-        self._next_look = now + EVERY_S
-        here = [state_of(r) for r in self._live()]
-        self.forecaster.look(here, now)
-        self.calibration.keep(set(here))
-        self._spent_s += clock.now() - began
+    def _look(self) -> Iterator[None]:
+        """Learn from how far requests have come."""
+        followed, here = self.calibration.followed(), set[RequestState]()
 
-    def _begin(self) -> Iterator[Outlook | None]:
-        scheduler, states = self.scheduler, self.request_states
+        def present() -> Iterator[RequestState]:
+            for req in self._live():
+                here.add(state := state_of(req))
+                yield state
+
+        yield from self.forecaster.looking(present(), lambda: self.request_states.pass_info.now)
+        for state in followed - here:
+            self.calibration.gone(state)
+        # From its end on: a look at very many requests takes longer than that.
+        self._next_look = self.request_states.pass_info.now + EVERY_S
+
+    def _forecast(self) -> Iterator[None]:
         live = self._live()
-        self._size = len(live)
-        present = [
-            Present(
-                state=state_of(r),
-                kv_tokens=len(r.origin_input_ids) + len(r.output_ids),
-                limit=remaining_of(r, state_of(r)),
-                thinks=float(self._thinks(r)),
-            )
-            for r in live
-        ]
+        first = next(live, None)
+        self._size = 0
+        if first is None and self._shows_idle:
+            self._next_at = self.request_states.pass_info.now + EVERY_S
+            self._spent_s = 0.0
+            return
+        for outlook in self._outlook(live if first is None else chain([first], live)):
+            if outlook is not None:
+                yield from self._show(outlook)
+            yield
+        now, allowed = self.request_states.pass_info.now, SHARE * max(1.0, self._size / 100)
+        self._next_at = now + min(max(EVERY_S, self._spent_s / allowed), LATEST_S)
+        self._spent_s = 0.0
+
+    def _outlook(self, live: Iterable[Req]) -> Iterator[Outlook | None]:
+        scheduler, states = self.scheduler, self.request_states
         machine = Machine(
             capacity=scheduler.max_total_num_tokens,
             slots=scheduler.max_running_requests,
             prefill_token_s=states.paused_requests.costs.prefill_token_s or 0.0,
         )
-        return self.forecaster.outlook(present, machine, states.pass_info)
+        return self.forecaster.outlook(self._present(live), machine, states.pass_info)
 
-    def _show(self, outlook: Outlook, now: float) -> None:
+    def _present(self, live: Iterable[Req]) -> Iterator[Present]:
+        for req in live:
+            self._size += 1
+            yield Present(
+                state=state_of(req),
+                kv_tokens=len(req.origin_input_ids) + len(req.output_ids),
+                limit=remaining_of(req, state_of(req)),
+                thinks=float(self._thinks(req)),
+            )
+
+    def _show(self, outlook: Outlook) -> Iterator[None]:
         self.outlook = outlook
         self._shows_idle = not self._size
-        for state, estimate in outlook.requests.items():
-            if state.phase is not Phase.REASONING:
-                continue  # Its thinking has ended while the forecast was made.
-            first_token = timeline_of(state.handle).first_token
-            self.calibration.forecast(state, outlook.at, first_token, estimate)
+        following: list[RequestState] = []
+        for number, (state, estimate) in enumerate(outlook.requests.items(), 1):
+            if state.phase is Phase.REASONING:  # Otherwise its thinking has ended meanwhile.
+                first_token = timeline_of(state.handle).first_token
+                self.calibration.forecast(state, outlook.at, first_token, estimate)
+            if asked(_custom(state.handle), "eta_comments"):
+                following.append(state)
+            if number % PORTION == 0:
+                yield
         if self.metrics is not None:
             usual = self._usual(outlook)
-            self.metrics.show({"0.5": usual.p50, "0.9": usual.p90}, outlook.arrival.waits_s)
+            self.metrics.show({"0.5": usual.p50, "0.9": usual.p90}, outlook.usual.waits_s)
         if self._file is not None:
-            self._file.show(now, lambda: self._told(outlook))
+            now = self.request_states.pass_info.now
+            self._file.show(now, lambda: self._told(outlook, following[:MOST_SHOWN]))
 
     def _usual(self, outlook: Outlook) -> Estimate:
-        return outlook.arrival.estimate(outlook.arrival.prompt)
+        return outlook.usual.estimate(outlook.usual.prompt)
 
-    def _told(self, outlook: Outlook) -> dict[str, Any]:
+    def _told(self, outlook: Outlook, following: list[RequestState]) -> dict[str, Any]:
         """What the process that serves HTTP is told (`cluster.forecast_files`)."""
         table = self.forecaster.thinking
-        following = [s for s in outlook.requests if asked(_custom(s.handle), "eta_comments")]
+        by_tenant = outlook.by_tenant.items()
         return {
             "pid": os.getpid(),
             "idle": not self._size,
             "arrival": dataclasses.asdict(outlook.arrival),
+            "by_tenant": {tenant: dataclasses.asdict(each) for tenant, each in by_tenant},
             "thinking": {"P75": table.quantile(0.75), "P90": table.quantile(0.9)},
             "requests": {
                 state.handle.rid: [round(s, 3) for s in outlook.requests[state][1:]]
-                for state in following[:MOST_SHOWN]
+                for state in following
             },
         }
 
@@ -256,7 +303,7 @@ class Forecasts:
         table, usual = self.forecaster.thinking, self._usual(self.outlook)
         return {
             "ttfo_s": _rounded(usual),
-            "backlog_s": self.outlook.arrival.waits_s,
+            "backlog_s": self.outlook.usual.waits_s,
             "thinking_tokens": {
                 f"p{100 * share:.0f}": round(table.quantile(share)) for share in (0.5, 0.75, 0.9)
             },

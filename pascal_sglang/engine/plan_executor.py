@@ -152,7 +152,7 @@ class PlanExecutor:
         self.planner.retune(policy, tuning)
         self.decision_log.retune(policy, tuning, log=config.log_decisions)
         if self.forecasts is not None:
-            self.forecasts.retune(tuning, config)
+            self.forecasts.retune(tuning, config, self.tenants)
 
     def _policy_of(self, config: PascalConfig, tuning: Tuning) -> Policy:
         """The policy, with fairness between tenants where that is asked for."""

@@ -1,8 +1,9 @@
 """SIGTERM to one scheduler of several: its instance is drained before it ends.
 
-With `--pascal-drain-on-term`. The process asks the controller, serves on while its requests move
-away or end, and ends when the controller says that none is left. A second SIGTERM ends it at once,
-and so does the first where no other instance takes requests.
+With `--pascal-drain-on-term`. The process tells the controller, serves on while its requests move
+away or end, and ends when the controller says that none is left. The controller alone remembers: it
+says so at once after a second SIGTERM, and after the first where no other instance takes requests;
+a drain that is lifted takes the first back. A process that has not come to tell it ends at once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import threading
 
 from sglang.srt.managers.io_struct import ShutdownReq
+from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster.control_channel import CONTROLLER, ControlSender
 from pascal_sglang.cluster.messages import MayEnd, Terminating
@@ -29,22 +31,23 @@ class Termination:
         """folder: that of the control sockets."""
         self.scheduler = scheduler
         self._sender = ControlSender(folder, own_instance())
-        # SIGTERM has come, and the controller has been asked.
-        self._told = self._asked = False
+        # SIGTERM has come, and the controller does not know yet.
+        self._unsaid = False
         if threading.current_thread() is not threading.main_thread():
             logger.warning("pascal_sglang: SIGTERM ends this process at once, in another's thread")
             return
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, *_: object) -> None:
-        if self._told:
+        if self._unsaid:
             _end_now()
-        self._told = True
+        self._unsaid = True
 
     def step(self) -> None:
         """Once a pass."""
-        if self._told and not self._asked:
-            self._asked = self._sender.send(CONTROLLER, Terminating(own_instance()))
+        if self._unsaid:
+            said = Terminating(own_instance(), get_parallel().attn_tp_rank)
+            self._unsaid = not self._sender.send(CONTROLLER, said)
 
     def may_end(self, word: MayEnd) -> None:
         """The controller's answer, which every TP rank hears in the same pass."""

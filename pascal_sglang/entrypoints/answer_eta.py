@@ -8,15 +8,13 @@ reaches its response through a context variable: between the two lie all of SGLa
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import math
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,9 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.policy.forecast import Estimate
 from pascal_sglang.request_checks import asked, is_number, thinking_budget_of
 
-Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
+# A thinking budget that a request got here, in tokens, and why: `brownout` or `effort`.
+Budget = tuple[int, str]
 
-ETA_HEADER, BUDGET_HEADER = b"x-pascal-answer-eta", b"x-pascal-thinking-budget"
-# Seconds between two comments in a stream.
-COMMENT_S = 1.0
 # Thinking tokens that brownout leaves in any case.
 LEAST_BUDGET = 128
 # The shortest and the longest `Retry-After`, in seconds.
@@ -41,7 +36,6 @@ RETRY_S = (1, 300)
 EFFORT = "pascal_effort_budget"
 # Characters of a prompt that is not tokenized yet, per token.
 TOKEN_CHARACTERS = 4
-ABOUT_BODIES = (b"content-type", b"content-length", b"content-encoding")
 
 
 class Overloaded(ValueError):
@@ -53,17 +47,33 @@ class Exchange:
     """One HTTP request and its response."""
 
     began: float = field(default_factory=clock.now)
-    decided: bool = False
+    # Set once it has been decided on.
+    decided: asyncio.Event = field(default_factory=asyncio.Event)
     # When the answer is expected, as of the arrival.
     estimate: Estimate | None = None
     # Why the request is not taken, and when to try again, in seconds.
     refusal: str | None = None
     retry_s: int = 0
-    # SGLang's object of the request, once it asked for comments.
-    followed: Any = None
+    # SGLang's object of the request.
+    request: Any = None
+    # Its stream is to have comments, until it answers.
+    comments: bool = False
     answers: bool = False
-    # The thinking budget that the request got here, and why: `brownout` or `effort`.
-    budget: tuple[int, str] | None = None
+    # What each request of a batch got here; a single one for requests that share their parameters.
+    budgets: Sequence[Budget | None] = ()
+
+    def budget_of(self, index: object) -> Budget | None:
+        """What the answer with this index got, of several to a batch; None stands for the only
+        one."""
+        if len(self.budgets) <= 1 or not isinstance(index, int):
+            return self.budgets[0] if self.budgets else None
+        number = index // (getattr(self.request, "parallel_sample_num", None) or 1)
+        return self.budgets[number] if number < len(self.budgets) else None
+
+    @property
+    def budget(self) -> Budget | None:
+        """What every request of it got; None where they differ."""
+        return self.budgets[0] if len(set(self.budgets)) == 1 else None
 
 
 _exchange: ContextVar[Exchange | None] = ContextVar("pascal_exchange", default=None)
@@ -80,33 +90,45 @@ class AnswerEta:
         self.metrics = metrics
         self.counts: dict[str, Counter[str]] = {"refused": Counter(), "capped": Counter()}
 
-    def decide(self, obj: Any) -> None:
-        """Forecast a request before it is taken; cap its thinking under backlog.
+    def decide(self, obj: Any, tenant: str = "") -> None:
+        """Forecast a request before it is taken; cap its thinking under backlog. tenant: its
+        digest, where tenants are told apart.
 
         Raises: Overloaded, where its answer would begin later than it or the operator allows.
         """
         exchange = _exchange.get()
-        generates = hasattr(obj, "require_reasoning")
-        if exchange is None or exchange.decided or not generates:
+        if exchange is None or exchange.decided.is_set() or not hasattr(obj, "require_reasoning"):
             return
-        exchange.decided = True
-        if (effort := getattr(obj, EFFORT, None)) is not None:
-            exchange.budget = (effort, "effort")
-            self._count("capped", "effort")
-        shown = {i: each for i, each in self.files.shown().items() if each.takes_requests}
-        if (pinned := getattr(obj, "routed_dp_rank", None)) is not None:
-            shown = {i: each for i, each in shown.items() if i == pinned}
-        customs = [params.get("custom_params") for params in _sampling_params(obj)]
-        if any(asked(custom, "eta_comments") is True for custom in customs):
-            exchange.followed = obj
-        if not shown:
-            return
-        self._cap(obj, exchange, list(shown.values()))
-        exchange.estimate = self._estimate(obj, list(shown.values()))
-        idle = any(each.idle for each in shown.values())
-        self._refuse_if_late(exchange, customs, idle=idle)
+        exchange.request = obj
+        try:
+            self._decide(obj, exchange, tenant)
+        finally:
+            exchange.decided.set()
 
-    def _estimate(self, obj: Any, shown: list[Shown]) -> Estimate:
+    def _decide(self, obj: Any, exchange: Exchange, tenant: str) -> None:
+        each = _sampling_params(obj)
+        if exchange.comments:
+            _ask_for_comments(each)
+        customs = [params.get("custom_params") for params in each]
+        exchange.comments = any(asked(custom, "eta_comments") is True for custom in customs)
+        shown = {i: one for i, one in self.files.shown().items() if one.takes_requests}
+        if (pinned := getattr(obj, "routed_dp_rank", None)) is not None:
+            shown = {i: one for i, one in shown.items() if i == pinned}
+        effort = getattr(obj, EFFORT, None)
+        budgets: list[Budget | None] = [None if effort is None else (effort, "effort")] * len(each)
+        if shown:
+            instances = list(shown.values())
+            if all(one.has_backlog(tenant) for one in instances):
+                self._cap(obj, each, budgets, instances)
+            exchange.estimate = self._estimate(obj, instances, tenant)
+            idle = any(one.idle for one in instances)
+            self._refuse_if_late(exchange, customs, idle=idle)
+        exchange.budgets = budgets
+        for budget in budgets:
+            if budget is not None:
+                self._count("capped", budget[1])
+
+    def _estimate(self, obj: Any, shown: list[Shown], tenant: str) -> Estimate:
         """Where placement goes by the forecast, of the best instance; else of the worst."""
         thinks = bool(getattr(obj, "require_reasoning", False))
         budgets = [budget_of(obj, params) for params in _sampling_params(obj)]
@@ -114,10 +136,8 @@ class AnswerEta:
         limit = max(known) + 1 if len(known) == len(budgets) and known else math.inf
         prompt = _prompt_tokens(obj)
         found = [
-            each.arrival.estimate(
-                each.arrival.prompt if prompt is None else prompt, thinks=thinks, limit=limit
-            )
-            for each in shown
+            each.estimate(each.prompt if prompt is None else prompt, thinks=thinks, limit=limit)
+            for each in (one.arrival_of(tenant) for one in shown)
         ]
         choose = min if self.config.places else max
         return choose(found, key=lambda estimate: estimate.p50)
@@ -136,7 +156,6 @@ class AnswerEta:
         name = "deadline" if own < operators else "max_ttfo"
         whose = "the request's ttfo_deadline_s" if own < operators else "this server's limit"
         self._count("refused", name)
-        exchange.budget = None
         exchange.retry_s = min(max(math.ceil(expected_s - most_s), RETRY_S[0]), RETRY_S[1])
         exchange.refusal = (
             f"An answer would begin in about {expected_s:.1f} s, later than {whose} of "
@@ -144,20 +163,24 @@ class AnswerEta:
         )
         raise Overloaded(exchange.refusal)
 
-    def _cap(self, obj: Any, exchange: Exchange, shown: list[Shown]) -> None:
-        """Brownout: give thinking a budget where it has none and there is a backlog."""
+    def _cap(
+        self,
+        obj: Any,
+        each: Sequence[dict[str, Any]],
+        budgets: list[Budget | None],
+        shown: list[Shown],
+    ) -> None:
+        """Brownout under backlog: give thinking a budget where it has none. each: the sampling
+        parameters of the requests. budgets: what they got; to be filled in."""
         level = self.config.brownout
         if level == "off" or not getattr(obj, "require_reasoning", False):
             return
-        if not all(each.has_backlog for each in shown):
-            return
-        budget = max(LEAST_BUDGET, int(max(each.thinking[level] for each in shown)))
-        for params in _sampling_params(obj):
+        budget = max(LEAST_BUDGET, int(max(one.thinking[level] for one in shown)))
+        for number, params in enumerate(each):
             if asked(params.get("custom_params"), "brownout") is False:
                 continue
             if give_budget(obj, params, budget):
-                exchange.budget = (budget, "brownout")
-                self._count("capped", "brownout")
+                budgets[number] = (budget, "brownout")
 
     def _count(self, name: str, why: str) -> None:
         self.counts[name][why] += 1
@@ -166,7 +189,7 @@ class AnswerEta:
 
     def seconds_left(self, exchange: Exchange) -> tuple[float, float] | None:
         """The median and the P90 of a request that thinks, from now on."""
-        rids = getattr(exchange.followed, "rid", None)
+        rids = getattr(exchange.request, "rid", None)
         for each in self.files.shown().values():
             for rid in rids if isinstance(rids, list) else [rids]:
                 if rid in each.requests:
@@ -195,19 +218,40 @@ def activate(
     _active = None if files is None else AnswerEta(config, files, metrics)
 
 
+def reconfigure(config: PascalConfig) -> None:
+    """Decide on later requests by another configuration."""
+    if _active is not None:
+        _active.config = config
+
+
+def active() -> AnswerEta | None:
+    """What decides in this process; None where no instance forecasts."""
+    return _active
+
+
 def describe() -> dict[str, Any] | None:
     return None if _active is None else _active.describe()
 
 
-def decide(obj: Any) -> None:
+def decide(obj: Any, tenant: str = "") -> None:
     """Decide on a request that has been parsed; see `AnswerEta.decide`."""
     if _active is not None:
-        _active.decide(obj)
+        _active.decide(obj, tenant)
 
 
 def exchange() -> Exchange | None:
     """The HTTP request of this context."""
     return _exchange.get()
+
+
+@contextmanager
+def taking_part(exchange: Exchange) -> Iterator[None]:
+    """The HTTP request of this context, and of those that begin in it, is this one."""
+    token = _exchange.set(exchange)
+    try:
+        yield
+    finally:
+        _exchange.reset(token)
 
 
 def apply_effort(original: Callable[..., Any], serving: Any, request: Any, *args: Any) -> Any:
@@ -256,6 +300,16 @@ def _sampling_params(obj: Any) -> list[dict[str, Any]]:
     return [one for one in each if isinstance(one, dict)]
 
 
+def _ask_for_comments(each: Sequence[dict[str, Any]]) -> None:
+    """Note in sampling parameters what a header asked for: schedulers tell those apart that did."""
+    for params in each:
+        custom = params.get("custom_params")
+        custom = {} if custom is None else custom
+        own = {} if not isinstance(custom, dict) else custom.get("pascal", {})
+        if isinstance(custom, dict) and isinstance(own, dict) and "eta_comments" not in own:
+            params["custom_params"] = {**custom, "pascal": {**own, "eta_comments": True}}
+
+
 def _prompt_tokens(obj: Any) -> int | None:
     """Of the longest prompt, about; None where nothing says it."""
     ids = getattr(obj, "input_ids", None)
@@ -265,124 +319,3 @@ def _prompt_tokens(obj: Any) -> int | None:
     texts = text if isinstance(text, list) else [text]
     known = [len(each) for each in texts if isinstance(each, str)]
     return max(known) // TOKEN_CHARACTERS if known else None
-
-
-def headers_of(exchange: Exchange) -> Iterator[tuple[bytes, bytes]]:
-    """What a response says of its request."""
-    if (estimate := exchange.estimate) is not None:
-        yield ETA_HEADER, f"{estimate.p50:.2f};{estimate.p90:.2f}".encode()
-    if exchange.budget is not None:
-        tokens, why = exchange.budget
-        yield BUDGET_HEADER, f"{tokens};{why}".encode()
-
-
-class AnswerEtaMiddleware:
-    """ASGI: gives every request an `Exchange`, and its response what came of it."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
-        # SGLang takes `PUT /generate` as well.
-        takes = scope["type"] == "http" and scope["method"] in ("POST", "PUT")
-        if not takes or _active is None:
-            await self.app(scope, receive, send)
-            return
-        exchange = Exchange()
-        token = _exchange.set(exchange)
-        response = Response(send, exchange, _active)
-        try:
-            await self.app(scope, receive, response.send)
-        except Overloaded:
-            # A route that answers no ValueError. Once a reply has begun, it can only break off.
-            if not await response.refuse():
-                raise
-        finally:
-            response.end()
-            _exchange.reset(token)
-
-
-class Response:
-    """The response to one request, on its way out."""
-
-    def __init__(self, send: Send, exchange: Exchange, eta: AnswerEta) -> None:
-        self._send = send
-        self._exchange = exchange
-        self._eta = eta
-        self._lock = asyncio.Lock()
-        self._comments: asyncio.Task[None] | None = None
-        self._begun = self._replaced = False
-        self._over = False
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            await self._start(message)
-            return
-        if self._replaced:
-            return
-        async with self._lock:
-            self._over = self._over or not message.get("more_body", False)
-            await self._send(message)
-
-    async def refuse(self, headers: Iterable[tuple[bytes, bytes]] = ()) -> bool:
-        """Answer 503 where that has been decided and no reply has begun; whether it was."""
-        exchange = self._exchange
-        if exchange.refusal is None or self._begun:
-            return False
-        self._begun = self._replaced = True
-        await self._refuse(exchange.refusal, exchange.retry_s, headers)
-        return True
-
-    async def _start(self, message: Message) -> None:
-        exchange = self._exchange
-        if await self.refuse(message.get("headers", ())):
-            return
-        self._begun = True
-        headers = [*message.get("headers", ()), *headers_of(exchange)]
-        await self._send({**message, "headers": headers})
-        kind = dict(headers).get(b"content-type", b"")
-        if exchange.followed is not None and kind.startswith(b"text/event-stream"):
-            self._comments = asyncio.create_task(self._comment())
-
-    async def _refuse(
-        self, why: str, retry_s: int, replaced: Iterable[tuple[bytes, bytes]]
-    ) -> None:
-        """503 instead of whatever SGLang makes of the error, in its form of one. replaced: headers
-        of that, of which those about its body go."""
-        status = HTTPStatus.SERVICE_UNAVAILABLE
-        error = {
-            "object": "error",
-            "message": why,
-            "type": "ServiceUnavailable",
-            "param": None,
-            "code": status.value,
-        }
-        body = json.dumps({**error, "error": error}).encode()
-        headers = [
-            *(each for each in replaced if each[0].lower() not in ABOUT_BODIES),
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"retry-after", str(retry_s).encode()),
-            *headers_of(self._exchange),
-        ]
-        start = {"type": "http.response.start", "status": status.value, "headers": headers}
-        await self._send(start)
-        await self._send({"type": "http.response.body", "body": body})
-
-    async def _comment(self) -> None:
-        """Say once in a while when the answer is expected, as a comment, which clients skip."""
-        while not (self._over or self._exchange.answers):
-            left = self._eta.seconds_left(self._exchange)
-            if left is not None:
-                text = f": pascal-answer-eta {left[0]:.2f};{left[1]:.2f}\n\n"
-                async with self._lock:
-                    if self._over:
-                        return
-                    body = {"type": "http.response.body", "body": text.encode(), "more_body": True}
-                    with contextlib.suppress(OSError):
-                        await self._send(body)
-            await asyncio.sleep(COMMENT_S)
-
-    def end(self) -> None:
-        if self._comments is not None:
-            self._comments.cancel()

@@ -22,6 +22,7 @@ from pascal_sglang.cluster.private_folder import PrivateFolder, remove_all, rese
 from pascal_sglang.config import CONFIG_ENV, ConfigError, LaunchError, PascalConfig
 from pascal_sglang.entrypoints import answer_eta
 from pascal_sglang.entrypoints.crash import CrashShutdown, ProcessWatch, end_children
+from pascal_sglang.entrypoints.eta_response import AnswerEtaMiddleware
 from pascal_sglang.entrypoints.live_page import PAGE_PATH, headers, page
 from pascal_sglang.entrypoints.metric_names import MetricNames
 from pascal_sglang.entrypoints.preflight import check_frontend
@@ -252,7 +253,7 @@ def add_routes(crash: CrashShutdown, facts: ServerFacts) -> None:
         # Before SGLang's: the first that matches is taken. FastAPI's own kind of route would take
         # `request` for a query parameter: it does not find the name of its type from here.
         routes.insert(0, Route(HEALTH_PATH, health, methods=["GET"], include_in_schema=False))
-        http_server.app.add_middleware(answer_eta.AnswerEtaMiddleware)
+        http_server.app.add_middleware(AnswerEtaMiddleware)
 
 
 async def ask_instances(change: str | None = None) -> list[dict[str, Any]] | None:
@@ -289,12 +290,19 @@ async def change_configuration(body: bytes) -> None:
         raise ConfigError(f"the body is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError("the body must be a JSON object with fields of the configuration")
+    from sglang.srt.entrypoints import http_server
+
     async with _changes:
         before = PascalConfig.from_env()
         assert before is not None
         config = before.changed(values)
+        try:
+            check_frontend(config, http_server.get_global_state().tokenizer_manager.server_args)
+        except LaunchError as error:
+            raise ConfigError(str(error)) from None
         # What this process goes by, too.
         os.environ[CONFIG_ENV] = config.to_json()
+        answer_eta.reconfigure(config)
         if values and await ask_instances(change_of(values)) is None:
             raise TimeoutError
 
@@ -352,8 +360,9 @@ async def assume_reasoning(
         body = await request.json()  # Parsed once and cached by Starlette.
         if "require_reasoning" not in body:
             obj.require_reasoning = True
-    try:
-        answer_eta.decide(obj)  # Before the response to a stream begins.
-    except answer_eta.Overloaded as error:
-        return _create_error_response(error)
+    if config is None or config.fairness == "off":  # Otherwise once its tenant is known.
+        try:
+            answer_eta.decide(obj)  # Before the response to a stream begins.
+        except answer_eta.Overloaded as error:
+            return _create_error_response(error)
     return await original(obj, request)

@@ -11,7 +11,12 @@ from contextlib import suppress
 from typing import Any
 
 from pascal_sglang.config import PascalConfig
+from pascal_sglang.entrypoints import answer_eta
 from pascal_sglang.entrypoints.tenants import digest, name_of
+
+# Values of `tool_choice` that say that a tool must be called, and its `type` where it is an object.
+REQUIRE = frozenset({"required", "any"})
+TYPES_THAT_REQUIRE = frozenset({"function", "custom", "tool", "any"})
 
 
 def takes_notes(config: PascalConfig) -> bool:
@@ -25,9 +30,9 @@ def offered_tools(body: object) -> str:
     if not (isinstance(body, dict) and body.get("tools")):
         return ""
     choice = body.get("tool_choice")
-    kind, requires = choice, ("required", "any")
+    kind, requires = choice, REQUIRE
     if isinstance(choice, dict):
-        kind, requires = choice.get("type"), ("function", "custom", "tool", "any")
+        kind, requires = choice.get("type"), TYPES_THAT_REQUIRE
     if kind == "none":
         return ""
     # What else a client may write is SGLang's to refuse or to ignore.
@@ -57,8 +62,9 @@ def _with_notes(params: Any, notes: Mapping[str, str]) -> Any:
 async def noted(
     start: Callable[[], AsyncGenerator[Any, None]], obj: Any, request: Any, config: PascalConfig
 ) -> AsyncGenerator[Any, None]:
-    """The stream that `start` begins, once the request has its notes. request: the HTTP request;
-    None for one that came another way, which has no name and offers no tools."""
+    """The stream that `start` begins, once the request has its notes and, where tenants are told
+    apart, has been decided on. request: the HTTP request; None for one that came another way, which
+    has no name and offers no tools."""
     body = None
     if request is not None and (config.fairness == "user" or config.tool_kv > 0):
         # A body that is no JSON has no such field, and gRPC's requests have none at all.
@@ -71,6 +77,8 @@ async def noted(
     if config.tool_kv > 0:
         notes["tools"] = offered_tools(body)
     note(obj, notes)
+    if "tenant" in notes:
+        answer_eta.decide(obj, notes["tenant"])
     stream = start()
     try:
         async for chunk in stream:

@@ -36,7 +36,7 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-        from pascal_sglang.platforms import dp_attention, host_cache, recurrent
+        from pascal_sglang.platforms import dp_attention, host_cache, recurrent, token_masks
 
         importlib.import_module("sglang.kernels.ops.attention.linear")
         install()  # For what was imported since the platform was chosen.
@@ -45,6 +45,7 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
             ATTENTION_BACKENDS[name] = _reference_attention
         recurrent.install()
         host_cache.install()
+        token_masks.install()
 
     def support_mamba_cache_extra_buffer(self) -> bool:
         return True

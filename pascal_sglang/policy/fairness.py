@@ -8,8 +8,9 @@ counter here charges what is scarce here, KV held times the time that it is held
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, Protocol
 
 from pascal_sglang.policy.queue import WaitQueue
 from pascal_sglang.policy.ranking import PassInfo, Rank, Tuning
@@ -26,6 +27,16 @@ MOST_S = 1.0
 STEPS = 2
 # Tenants without requests here that are remembered.
 MOST_IDLE = 1024
+# Tenants that a forecast tells apart: those with the most requests. All others are one group.
+APART = 2
+OTHERS = "others"
+
+
+class Leads(Protocol):
+    """Says how far tenants are ahead."""
+
+    def ahead_of(self, tenant: str) -> int:
+        """Steps of the bound by which a tenant is ahead of the least of those who are here."""
 
 
 class TenantCounters:
@@ -57,7 +68,6 @@ class TenantCounters:
         self._emptied = 0
 
     def ahead_of(self, tenant: str) -> int:
-        """Steps of the bound by which a tenant is ahead of the least of those who are here."""
         return self.ahead.get(tenant, 0)
 
     def looks_at(self, now: float) -> float:
@@ -103,16 +113,12 @@ class TenantCounters:
             self._served[tenant] = max(served, self._begins_at - self.bound_s)
 
     def _see_who_is_ahead(self, present: Iterable[str]) -> None:
-        """A tenant falls back by half a step only, so that it does not come and go."""
-        step = self.bound_s / STEPS
         served = {tenant: self._served[tenant] for tenant in present}
-        least = min(served.values())
-        before, self.ahead = self.ahead, {}
-        for tenant, its in served.items():
-            steps = (its - least) / step
-            found = max(int(steps), min(before.get(tenant, 0), int(steps + 0.5)))
-            if found:
-                self.ahead[tenant] = found
+        self.ahead = steps_ahead(served, self.ahead, self.bound_s)
+
+    def served_of(self, tenant: str) -> float:
+        """Seconds of the whole pool; of a tenant that is not known, where it begins."""
+        return self._served.get(tenant, self._begins_at)
 
     def _forget(self, present: int) -> None:
         while len(self._served) > present + MOST_IDLE:
@@ -126,7 +132,58 @@ class TenantCounters:
         return {"bound_s": self.bound_s, "tenants": len(self._served), "ahead_s": leads}
 
 
-def with_fairness(policy: Policy, tenants: TenantCounters) -> Policy:
+def steps_ahead(
+    served: Mapping[str, float], before: Mapping[str, int], bound_s: float
+) -> dict[str, int]:
+    """Steps of the bound by which each is ahead of the least, without those that are not. A tenant
+    falls back by half a step only, so that it does not come and go."""
+    step = bound_s / STEPS
+    least = min(served.values())
+    ahead: dict[str, int] = {}
+    for tenant, its in served.items():
+        steps = (its - least) / step
+        if found := max(int(steps), min(before.get(tenant, 0), int(steps + 0.5))):
+            ahead[tenant] = found
+    return ahead
+
+
+class TenantGroups:
+    """Tenants in a forecast: `APART` of them one by one, and all others as if they were one whose
+    requests are shared out alike. A group is called as its tenant, or `OTHERS`."""
+
+    def __init__(self, counters: TenantCounters, requests: Counter[str]) -> None:
+        """requests: how many each tenant has here."""
+        self.bound_s = counters.bound_s
+        self.apart = [tenant for tenant, _ in requests.most_common(APART)]
+        others = requests.keys() - set(self.apart)
+        # Tenants of each group, its part of the requests, and what each of its tenants was served.
+        self.sizes = dict.fromkeys(self.apart, 1) | {OTHERS: max(1, len(others))}
+        self.shares = {tenant: requests[tenant] / requests.total() for tenant in self.apart}
+        self.shares[OTHERS] = 1.0 - sum(self.shares.values())
+        self._served = {tenant: counters.served_of(tenant) for tenant in self.apart}
+        each = [counters.served_of(tenant) for tenant in others] or [counters.served_of(OTHERS)]
+        self._served[OTHERS] = sum(each) / len(each)
+        self.ahead = {tenant: counters.ahead_of(tenant) for tenant in self.apart}
+        self.ahead[OTHERS] = min((counters.ahead_of(tenant) for tenant in others), default=0)
+
+    def group_of(self, tenant: str) -> str:
+        return tenant if tenant in self._served else OTHERS
+
+    def ahead_of(self, tenant: str) -> int:
+        return self.ahead.get(self.group_of(tenant), 0)
+
+    def charge(self, group: str, seconds: float) -> None:
+        """The requests of a group have held so much of the whole pool for so many seconds."""
+        self._served[group] += seconds / self.sizes[group]
+
+    def look(self, present: Container[str]) -> None:
+        """See who is ahead among the groups that have requests."""
+        served = {group: its for group, its in self._served.items() if group in present}
+        if served:
+            self.ahead = steps_ahead(served, self.ahead, self.bound_s)
+
+
+def with_fairness(policy: Policy, tenants: Leads) -> Policy:
     """The policy with those tenants behind that are ahead of others: `(steps ahead, *rank)`.
 
     It goes before priorities and before urgent answers: a bound that either breaks is none.

@@ -9,25 +9,35 @@ time at which a cohort has so many tokens is the answer for all its members.
 
 from __future__ import annotations
 
+import heapq
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pascal_sglang.policy.fairness import OTHERS, TenantCounters, TenantGroups, with_fairness
 from pascal_sglang.policy.length_table import ANSWERS, THINKING, LengthTable
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.placement import GROWING_SHARE
 from pascal_sglang.policy.plan import room_to_grow
 from pascal_sglang.policy.queue import WaitQueue
-from pascal_sglang.policy.ranking import PassInfo, Tuning
+from pascal_sglang.policy.ranking import PassInfo, Rank, Tuning
 from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
 
 # The range is from the first to the last of these, as shares of answers that have begun by then.
 SHARES = (0.1, 0.5, 0.9)
+# How much sooner, and later, than on average a request that has begun to think gets a place again,
+# at the first and the last of these: by a factor whose logarithm is this over the root of the
+# number of requests that run. The fewer they are, the less is what they take together like its
+# mean. Fitted to ServeGen's requests on an instance of 16,800 KV tokens, where 5 to 7 run, at loads
+# 0.7 to 1.3 (`sim.experiments.calibration`).
+SOONER, LATER = 6.0, 4.0
+# Fewer that run than this count as so many.
+LEAST_BATCH = 4.0
 # Steps of a fast-forward, the first in seconds, and how much longer each is than the one before.
 STEPS = 28
 FIRST_STEP_S = 0.5
@@ -44,6 +54,8 @@ FEWEST = 0.05
 ARRIVALS_S = 120.0
 # Part of a measured speed that the next one replaces.
 LEARNS = 0.2
+# Requests that are gone through at once: a fraction of a millisecond.
+PORTION = 64
 
 
 class Estimate(NamedTuple):
@@ -89,9 +101,9 @@ class Calibration:
         when = WHEN[1 + sum(thinks_s >= begin for begin in STRETCHES)]
         self._open.setdefault(request, {}).setdefault(when, (now, estimate))
 
-    def keep(self, requests: Container[RequestState]) -> None:
-        """Forget all others: those that have gone elsewhere do not end here."""
-        self._open = {each: made for each, made in self._open.items() if each in requests}
+    def followed(self) -> set[RequestState]:
+        """Requests whose answers are waited for."""
+        return set(self._open)
 
     def began(self, request: RequestState, now: float) -> list[tuple[str, str]]:
         """The request's answer begins: when its forecasts were made, and what came of each."""
@@ -107,7 +119,7 @@ class Calibration:
         return found
 
     def gone(self, request: RequestState) -> None:
-        """The request has ended; one without an answer says nothing."""
+        """The request has ended without an answer, or has gone elsewhere: that says nothing."""
         self._open.pop(request, None)
 
 
@@ -245,17 +257,25 @@ class ArrivalOutlook:
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """The forecast of one moment. at: that moment, in seconds. requests: those whose answer has not
-    begun."""
+    begun. arrival: a request that arrives then; by_tenant: the same for tenants that are told
+    apart, and `arrival` for one of the others. usual: for one of the tenant that most requests are
+    of."""
 
     at: float
     requests: Mapping[RequestState, Estimate]
     arrival: ArrivalOutlook
+    by_tenant: Mapping[str, ArrivalOutlook] = field(default_factory=dict)
+
+    @property
+    def usual(self) -> ArrivalOutlook:
+        return next(iter(self.by_tenant.values()), self.arrival)
 
 
 class Seen(NamedTuple):
-    """A request at the last look: `tokens` of its phase, all of them, and since when it has its
-    status."""
+    """A request at the last look, at `at`: `tokens` of its phase, all of them, and since when it
+    has its status."""
 
+    at: float
     phase: Phase
     tokens: int
     total_tokens: int
@@ -274,6 +294,8 @@ class Forecaster:
         self.policy = policy
         self.tuning = tuning
         self.tpot = tpot
+        # Where tenants are told apart, which `policy` does not do.
+        self.tenants: TenantCounters | None = None
         self.thinking = LengthTable(THINKING)
         self.answers = LengthTable(ANSWERS)
         self.arrivals = Arrivals()
@@ -282,24 +304,33 @@ class Forecaster:
         self.batch = 0.0
         # The requests that were here at the last look.
         self._seen: dict[RequestState, Seen] = {}
-        self._seen_at = 0.0
 
-    def look(self, present: Sequence[RequestState], now: float) -> None:
+    def look(self, present: Iterable[RequestState], now: float) -> None:
         """Learn from how far the requests that are here have come since the last look."""
-        passed = now - self._seen_at
+        for _ in self.looking(present, lambda: now):
+            pass
+
+    def looking(
+        self, present: Iterable[RequestState], clock: Callable[[], float]
+    ) -> Iterator[None]:
+        """The same, a portion of the requests at a time, each at the time that it is then."""
         speeds: list[float] = []
         running = 0
-        seen: dict[RequestState, Seen] = {}
-        for state in present:
+        here: set[RequestState] = set()
+        for number, state in enumerate(present, 1):
+            here.add(state)
             before = self._seen.get(state)
             phase, tokens = state.phase, state.phase_tokens
             runs = state.status is RequestStatus.RUNNING
             running += runs and state.total_tokens > 0
             self._table(phase).passed(0 if before is None else before.tokens_in(phase), tokens)
+            now = clock()
             if before is not None and runs and before.since == state.since and before.total_tokens:
-                speeds.append((state.total_tokens - before.total_tokens) / passed)
-            seen[state] = Seen(phase, tokens, state.total_tokens, state.since)
-        self._seen, self._seen_at = seen, now
+                speeds.append((state.total_tokens - before.total_tokens) / (now - before.at))
+            self._seen[state] = Seen(now, phase, tokens, state.total_tokens, state.since)
+            if number % PORTION == 0:
+                yield
+        self._seen = {state: seen for state, seen in self._seen.items() if state in here}
         speeds = sorted(speed for speed in speeds if speed > 0)
         if speeds:
             token_s = 1 / speeds[len(speeds) // 2]
@@ -320,41 +351,53 @@ class Forecaster:
             self._table(phase).ended(known, tokens)
 
     def outlook(
-        self, present: Sequence[Present], machine: Machine, pass_info: PassInfo
+        self, present: Iterable[Present], machine: Machine, pass_info: PassInfo
     ) -> Iterator[Outlook | None]:
         """Fast-forward from now on, a step at a time, each of which takes a fraction of a
-        millisecond; the last one yields the outlook."""
-        run = FastForward(self, present, machine, pass_info)
+        millisecond; the last one yields the outlook. present: is gone through in portions."""
+        run = FastForward(self, machine, pass_info)
+        yield from run.take_in(present)
         while run.step():
             yield None
         found: dict[RequestState, Estimate] = {}
         for cohort, group in run.members:
-            found.update((each.state, run.estimate(cohort, each)) for each in group)
-            yield None
-        yield Outlook(pass_info.now, found, run.arrival_outlook())
+            for begin in range(0, len(group), PORTION):
+                part = group[begin : begin + PORTION]
+                found.update((each.state, run.estimate(cohort, each)) for each in part)
+                yield None
+        by_tenant = {} if run.groups is None else run.groups.apart
+        yield Outlook(
+            pass_info.now,
+            found,
+            run.arrival_outlook(OTHERS),
+            {tenant: run.arrival_outlook(tenant) for tenant in by_tenant},
+        )
 
     def tokens_left(self, tokens: float, limit: float) -> tuple[float, ...]:
         """Quantiles of thinking tokens still to come."""
         return tuple(min(limit, q - tokens) for q in self.thinking.quantiles(SHARES, tokens))
 
 
+# What sets answers apart: reader, priority, whether they run, and the group of their tenant.
+Kind = tuple[Reader, int, bool, str]
+# A request and what orders it; its number is unique.
+Ranked = tuple[Rank, float, int, int, Present]
+
+
 class FastForward:
     """One run into the future."""
 
-    def __init__(
-        self,
-        forecaster: Forecaster,
-        present: Sequence[Present],
-        machine: Machine,
-        pass_info: PassInfo,
-    ) -> None:
+    def __init__(self, forecaster: Forecaster, machine: Machine, pass_info: PassInfo) -> None:
         self.forecaster = forecaster
         self.machine = machine
         self.pass_info = pass_info
         self.policy, self.tuning = forecaster.policy, forecaster.tuning
-        self.queue = WaitQueue(self.policy, self.tuning)
+        self.groups: TenantGroups | None = None
         self.token_s = forecaster.token_s or pass_info.token_s or 0.02
         self.batch = max(1.0, forecaster.batch)
+        root = math.sqrt(max(LEAST_BATCH, self.batch))
+        # By what the wait for a place is multiplied, at each of `SHARES`.
+        self.spread = (math.exp(-SOONER / root), 1.0, math.exp(LATER / root))
         self.passed = 0.0
         self.steps = 0
         self.next_step_s = FIRST_STEP_S
@@ -366,43 +409,77 @@ class FastForward:
         self.prompt, self.arrivals_think = arrivals.prompt, arrivals.thinks
         self.members: list[tuple[Cohort, Sequence[Present]]] = []
         self.cohorts: list[Cohort] = []
-        thinkers = [p for p in present if p.state.phase is Phase.REASONING]
-        answerers = [p for p in present if p.state.phase is Phase.ANSWERING]
-        for group in self._grouped(thinkers, THINKERS):
-            cohort = self._cohort(group)
-            self.members.append((cohort, group))
-            self.cohorts.append(cohort)
-        self.cohorts += [self._cohort(group) for group in self._grouped(answerers, ANSWERERS)]
-        self.arrival = self._arrived(0.0)
         self.median = forecaster.thinking.quantile(0.5)
-        self.waits_s = 0.0
+        # Those who arrive now, by the group of their tenant, and the seconds that each waits.
+        self.arriving: dict[str, Cohort] = {}
+        self.waits_s: dict[str, float] = {}
         # Seconds whose arrivals are in no cohort yet, and the last cohort of answers by what sets
         # answers apart.
         self._arriving_s = 0.0
-        self._answering: dict[tuple[Reader, int, bool], Cohort] = {}
-        self.cohorts.append(self.arrival)
+        self._answering: dict[Kind, Cohort] = {}
 
-    def _grouped(self, present: list[Present], most: int) -> list[list[Present]]:
-        """In at most about `most` groups of neighbours in rank."""
-        rank, key, tuning, info = self.policy.rank, self.policy.key, self.tuning, self.pass_info
-        size = -(-len(present) // most)
-        if size > 1:
-            present = sorted(
-                present,
-                key=lambda p: (rank(p.state, info, tuning), key(p.state, tuning), p.state.seq),
-            )
-        groups: list[list[Present]] = []
+    def take_in(self, present: Iterable[Present]) -> Iterator[None]:
+        """Begin with the requests that are here, a portion at a time."""
+        counters = self.forecaster.tenants
+        requests: Counter[str] = Counter()
+        policy = self.policy if counters is None else with_fairness(self.policy, counters)
+        # In order of rank within a portion, which are merged then.
+        portions: dict[Phase, list[list[Ranked]]] = {phase: [[]] for phase in Phase}
+        counts = Counter[Phase]()
+        for number, each in enumerate(present, 1):
+            state = each.state
+            counts[state.phase] += 1
+            requests[state.tenant] += 1
+            rank = policy.rank(state, self.pass_info, self.tuning)
+            ranked = (rank, policy.key(state, self.tuning), state.seq, number, each)
+            portions[state.phase][-1].append(ranked)
+            if number % PORTION == 0:
+                for mine in portions.values():
+                    mine[-1].sort()
+                    mine.append([])
+                yield
+        if counters is not None:
+            self.groups = TenantGroups(counters, requests)
+            self.policy = with_fairness(self.policy, self.groups)
+        self.queue = WaitQueue(self.policy, self.tuning)
+        for phase, most in ((Phase.REASONING, THINKERS), (Phase.ANSWERING, ANSWERERS)):
+            portions[phase][-1].sort()
+            merged = heapq.merge(*portions[phase])
+            for group in self._grouped(merged, -(-counts[phase] // most)):
+                if group is not None:
+                    self.cohorts.append(self._cohort(group))
+                    if phase is Phase.REASONING:
+                        self.members.append((self.cohorts[-1], group))
+                yield
+        for tenant in self._tenants():
+            self.arriving[tenant], self.waits_s[tenant] = self._arrived(0.0, tenant), 0.0
+        self.cohorts += self.arriving.values()
+
+    def _tenants(self) -> Mapping[str, float]:
+        """Groups of tenants, and the part of the requests that is theirs."""
+        return {OTHERS: 1.0} if self.groups is None else self.groups.shares
+
+    def _group_of(self, state: RequestState) -> str:
+        return OTHERS if self.groups is None else self.groups.group_of(state.tenant)
+
+    def _grouped(self, ranked: Iterable[Ranked], size: int) -> Iterator[list[Present] | None]:
+        """In groups of at most `size` neighbours in rank; None after each portion."""
+        group: list[Present] = []
         kind: object = None
-        for each in present:
+        for number, (*_, each) in enumerate(ranked, 1):
             state = each.state
             runs = state.status is RequestStatus.RUNNING
-            mine = (runs, state.total_tokens > 0, state.reader, state.priority)
-            if groups and mine == kind and len(groups[-1]) < size:
-                groups[-1].append(each)
-            else:
-                groups.append([each])
-                kind = mine
-        return groups
+            tenant = self._group_of(state)
+            mine = (runs, state.total_tokens > 0, state.reader, state.priority, tenant)
+            if group and (mine != kind or len(group) == size):
+                yield group
+                group = []
+            group.append(each)
+            kind = mine
+            if number % PORTION == 0:
+                yield None
+        if group:
+            yield group
 
     def _cohort(self, group: Sequence[Present]) -> Cohort:
         middle, count = group[len(group) // 2].state, len(group)
@@ -428,6 +505,7 @@ class FastForward:
             ran_from=middle.ran_from,
             reader=middle.reader,
             priority=middle.priority,
+            tenant=self._group_of(middle),
         )
         kv = sum(p.kv_tokens for p in group) / count
         waits = state.status is RequestStatus.WAITING
@@ -444,18 +522,19 @@ class FastForward:
         cohort.curve[1].append(tokens)
         return cohort
 
-    def _arrived(self, seconds: float) -> Cohort:
-        """Those who arrive in `seconds` from now on."""
+    def _arrived(self, seconds: float, tenant: str) -> Cohort:
+        """Those of a group of tenants who arrive in `seconds` from now on."""
         self._seq += 1
         state = RequestState(
             self._seq,
             Pacer(self.forecaster.tpot),
             since_pass=self._info().pass_no,
             since=self._info().now,
+            tenant=tenant,
         )
         cohort = Cohort(
             state,
-            self.rate * seconds,
+            self.rate * self._tenants()[tenant] * seconds,
             self.prompt,
             math.inf,
             thinks=self.arrivals_think,
@@ -481,23 +560,37 @@ class FastForward:
         running = sum(cohort.share * cohort.count for cohort in self.cohorts)
         token_s = self.token_s * max(0.5, 1 + GROWING_SHARE * (running - self.batch) / self.batch)
         step_s = min(self.next_step_s, STEP_QUANTA * self.tuning.quantum * token_s)
-        if self.arrival.state.phase_tokens < self.median:
-            self.waits_s += (1 - self.arrival.share) * step_s
+        for tenant, arrival in self.arriving.items():
+            if arrival.state.phase_tokens < self.median:
+                self.waits_s[tenant] += (1 - arrival.share) * step_s
         self.next_step_s *= GROWS
+        self._charge(step_s)
         self._transitions(info)
         self._decode(step_s, token_s)
         self.passed += step_s
         self._arriving_s += step_s
         if self.rate and self.steps % ARRIVAL_STEPS == 0:
-            self.cohorts.append(self._arrived(self._arriving_s))
+            seconds = self._arriving_s
+            self.cohorts += [
+                self._arrived(seconds, t) for t, part in self._tenants().items() if part
+            ]
             self._arriving_s = 0.0
         return True
+
+    def _charge(self, step_s: float) -> None:
+        """Charge tenants what their requests hold in this step, where some wait."""
+        if self.groups is None or all(c.share == 1.0 for c in self.cohorts if c.count):
+            return
+        for cohort in self.cohorts:
+            held = cohort.share * cohort.count * cohort.kv / self.machine.capacity
+            self.groups.charge(cohort.state.tenant, held * step_s)
+        self.groups.look({c.state.tenant for c in self.cohorts if c.count})
 
     def _far_enough(self) -> bool:
         """Whether nine of ten of those who are here, and of those who arrive now, answer."""
         last = 1 - SHARES[-1]
         table = self.forecaster.thinking
-        for cohort in [self.arrival, *(cohort for cohort, _ in self.members)]:
+        for cohort in [*self.arriving.values(), *(cohort for cohort, _ in self.members)]:
             first, tokens = cohort.curve[1][0], cohort.state.phase_tokens
             if tokens < cohort.limit and table.survival(tokens, first) > last:
                 return False
@@ -540,7 +633,7 @@ class FastForward:
         """Give those who run their tokens, and take out those who have ended their phase."""
         now = self.pass_info.now + self.passed
         after = self.passed + step_s
-        ended: dict[tuple[Reader, int, bool], list[float]] = {}
+        ended: dict[Kind, list[float]] = {}
         left: list[Cohort] = []
         prefill_s = self.machine.prefill_token_s
         for cohort in self.cohorts:
@@ -571,7 +664,8 @@ class FastForward:
                 over = cohort.count - count
                 if over > 0:
                     runs = state.status is RequestStatus.RUNNING
-                    mine = ended.setdefault((state.reader, state.priority, runs), [0.0, 0.0])
+                    kind = (state.reader, state.priority, runs, state.tenant)
+                    mine = ended.setdefault(kind, [0.0, 0.0])
                     mine[0] += over
                     mine[1] += over * (cohort.kv - tokens / 2)
             cohort.count = count
@@ -588,14 +682,13 @@ class FastForward:
                 last.state.phase_tokens *= last.count / both  # type: ignore[assignment]
                 last.count = both
             elif count > FEWEST:
-                self._answering[kind] = self._answers(now, *kind, count, kv / count)
+                self._answering[kind] = self._answers(now, kind, count, kv / count)
                 left.append(self._answering[kind])
         self.cohorts = left
 
-    def _answers(
-        self, now: float, reader: Reader, priority: int, runs: bool, count: float, kv: float
-    ) -> Cohort:
+    def _answers(self, now: float, kind: Kind, count: float, kv: float) -> Cohort:
         """Requests whose thinking has ended in this step."""
+        reader, priority, runs, tenant = kind
         self._seq += 1
         pacer = Pacer(self.forecaster.tpot)
         pacer.deliver(now, 1)
@@ -610,6 +703,7 @@ class FastForward:
             since=now,
             reader=reader,
             priority=priority,
+            tenant=tenant,
         )
         return Cohort(state, count, kv, math.inf)
 
@@ -617,15 +711,22 @@ class FastForward:
         """Of a request that is here."""
         left = self.forecaster.tokens_left(member.state.phase_tokens, member.limit)
         begun = cohort.curve[1][0]
-        return Estimate(*(seconds_to(*cohort.curve, begun + max(1.0, each)) for each in left))
+        spread = self.spread if member.state.total_tokens else (1.0, 1.0, 1.0)
+        found: list[float] = []
+        for tokens, factor in zip(left, spread, strict=True):
+            seconds = seconds_to(*cohort.curve, begun + max(1.0, tokens))
+            waits = max(0.0, seconds - max(1.0, tokens) * self.token_s)
+            found.append(seconds + (factor - 1.0) * waits)
+        return Estimate(*found)
 
-    def arrival_outlook(self) -> ArrivalOutlook:
-        times, counts = self.arrival.curve
+    def arrival_outlook(self, tenant: str) -> ArrivalOutlook:
+        """Of a request that arrives now, of a group of tenants."""
+        times, counts = self.arriving[tenant].curve
         return ArrivalOutlook(
             [round(seconds, 3) for seconds in times],
             [round(count, 1) for count in counts],
             [round(tokens, 1) for tokens in self.forecaster.tokens_left(0.0, math.inf)],
             round(self.prompt, 1),
             self.machine.prefill_token_s,
-            round(self.waits_s, 3),
+            round(self.waits_s[tenant], 3),
         )

@@ -16,9 +16,11 @@ def followed(stream: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]
     """The reply to the request of this context: comments end where its answer begins, and a budget
     that it got here stands in its metadata."""
     exchange = answer_eta.exchange()
-    if exchange is None or (exchange.followed is None and exchange.budget is None):
+    if exchange is None:
         return stream
-    return _followed(stream, exchange)
+    # With tenants it is decided on in the stream.
+    says_nothing = exchange.decided.is_set() and not (exchange.comments or any(exchange.budgets))
+    return stream if says_nothing else _followed(stream, exchange)
 
 
 async def _followed(
@@ -28,21 +30,21 @@ async def _followed(
         async for chunk in stream:
             # Whole replies to a batch, or to a request with several answers, come as a list.
             if isinstance(chunk, list):
-                yield [_seen(each, exchange) for each in chunk]
+                yield [_seen(each, exchange, index) for index, each in enumerate(chunk)]
             else:
-                yield _seen(chunk, exchange)
+                yield _seen(chunk, exchange, chunk.get("index"))
     finally:
         await stream.aclose()
 
 
-def _seen(chunk: Chunk, exchange: answer_eta.Exchange) -> Chunk:
+def _seen(chunk: Chunk, exchange: answer_eta.Exchange, index: object) -> Chunk:
     """A reply, or the next part of one, with the budget that its request got here."""
     meta = chunk.get("meta_info")
     if not isinstance(meta, dict):
         return chunk
     ended = meta.get("finish_reason") is not None
     exchange.answers = exchange.answers or ended or answer_tokens(chunk) > MAY_OPEN
-    if exchange.budget is None:
+    if (budget := exchange.budget_of(index)) is None:
         return chunk
-    tokens, why = exchange.budget
+    tokens, why = budget
     return {**chunk, "meta_info": {**meta, "pascal": {"thinking_budget": tokens, "why": why}}}

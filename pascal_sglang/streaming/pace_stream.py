@@ -97,7 +97,8 @@ def generate_request(
     config = PascalConfig.from_env()
     if config is not None and (problem := config.problem_with_request(obj)):
         raise ValueError(problem)
-    answer_eta.decide(obj)
+    if config is None or config.fairness == "off":  # Otherwise once its tenant is known.
+        answer_eta.decide(obj)
     start = partial(original, manager, obj, *args, **kwargs)
     # Embeddings have no stream, and no scheduling of ours.
     if config is not None and takes_notes(config) and hasattr(obj, "stream"):

@@ -1,6 +1,7 @@
 """`sglang` with a bad network between instances, and a slow pipe behind one of them.
 
-Messages are lost, repeated and late; ends of requests are not told. What instance 0 sends to the
+Messages are lost, repeated and late; ends of requests are not told; requests that came cannot be
+taken over. What instance 0 sends to the
 detokenizer comes a while later, in order; the detokenizer writes down whenever it had to hold
 something back, and whenever it let something pass out of order. Worker processes import the main
 module, so this holds in all of them.
@@ -95,6 +96,8 @@ def open_box(control_receiver, folder, name, instances):
     sound_open(control_receiver, folder, name, instances)
     if name == 0:
         slow_down_this_instance()
+    if name in (0, 1):
+        fail_to_adopt()
 
 
 def slow_down_this_instance():
@@ -108,6 +111,23 @@ def slow_down_this_instance():
         streamer.send_to_detokenizer = SlowSender(streamer.send_to_detokenizer)
 
     PascalScheduler.init_output_streamer = init_output_streamer
+
+
+def fail_to_adopt():
+    """Before the request has its KV, or after."""
+    from pascal_sglang.engine.kv.paused import PausedRequests
+
+    sound_adopt = PausedRequests.adopt
+
+    def adopt(paused_requests, *args):
+        fate = dice.random()
+        if fate < 0.1:
+            raise RuntimeError("a request cannot be adopted, for this test")
+        sound_adopt(paused_requests, *args)
+        if fate < 0.2:
+            raise RuntimeError("adopting a request has failed, for this test")
+
+    PausedRequests.adopt = adopt
 
 
 sound_open = ControlReceiver.__init__

@@ -1,12 +1,18 @@
-"""Models whose pools are of their own kind, over HTTP with little memory: pauses and moves change
-no token."""
+"""Models whose pools are of their own kind, over HTTP with little memory: pauses, moves and a drain
+change no token."""
 
 import pytest
 
 from tests.engine.inproc.conftest import HYBRID_POOLS
 from tests.engine.inproc.models import FLAGS
 from tests.engine.load import run
-from tests.engine.test_migration import at_rest, differences, nothing_left, total
+from tests.engine.test_migration import (
+    at_rest,
+    differences,
+    nothing_left,
+    total,
+    with_a_drain,
+)
 
 pytestmark = HYBRID_POOLS
 COUNT = 60
@@ -35,7 +41,7 @@ def test_pauses_and_moves_change_no_token_and_the_level_is_said(name, serve, fam
     flags = [*FAMILY_FLAGS[name], *TIGHT, "--dp-size", "2"]
     settings = {**CROWDED, "force_migration": 0.02}
     with serve(settings, flags, model=family(name)) as server:
-        whole, _ = run(server, COUNT)
+        whole, _ = with_a_drain(server, lambda: run(server, COUNT))
         instances = at_rest(server)
         support = server.get("/pascal/status")["support"]
         metrics, output = server.get("/metrics"), server.output

@@ -107,9 +107,40 @@ def total(instances, way, *outcomes):
     return sum(i["migrations"][way].get(o, 0) for i in instances for o in outcomes)
 
 
+def drained(server, rank):
+    """The progress of a drain, once nothing is left; and that nothing is."""
+
+    def instance(shown):
+        (found,) = (i for i in shown["instances"] if i["dp_rank"] == rank)
+        return found
+
+    def is_empty(shown):
+        # Instances are asked before the controller, which shows itself once in a while.
+        drain = shown["controller"]["drains"].get(str(rank), {})
+        here = instance(shown)
+        return drain.get("state") == "drained" and not (here["requests"] or here["paused"])
+
+    shown = wait_for(server, is_empty)
+    nothing_left([instance(shown)])
+    return shown["controller"]["drains"][str(rank)]
+
+
+def with_a_drain(server, work):
+    """What the work came to, in whose middle an instance is drained, and serves again."""
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(work)
+        wait_for(server, lambda shown: len(shown["instances"][1]["requests"]) > 5)
+        assert server.post("/pascal/drain", {"dp_rank": 1})["left"] > 0
+        progress = drained(server, 1)
+        assert server.post("/pascal/undrain", {"dp_rank": 1})["state"] == "serving"
+        assert progress["moved"] > 0, "they ended where they were: this shows nothing"
+        return job.result()
+
+
 def flood(server, count, reference):
-    """The load with everybody moving: nothing of that shows in what comes back, nor afterwards."""
-    whole, _ = run(server, count)
+    """The load with everybody moving, and an instance that is drained: nothing of that shows in
+    what comes back, nor afterwards."""
+    whole, _ = with_a_drain(server, lambda: run(server, count))
     instances = at_rest(server)
     moved = total(instances, "outgoing", "moved")
     shown = controller(server, moved)
@@ -162,6 +193,10 @@ def test_lost_late_and_repeated_messages_and_a_slow_pipe(serve, reference):
     assert total(instances, "outgoing", "moved") > 20
     waited = total(instances, "outgoing", "kept:timeout") + total(instances, "incoming", "timeout")
     assert waited > 0, "nobody waited in vain: nothing was lost"
+    failed = total(instances, "incoming", "failed")
+    assert failed > 0, "all that came was taken over"
+    assert "cannot be adopted, for this test" in output
+    assert "has failed, for this test" in output
     assert "HELD BACK" in output, "the pipes were never out of order: this shows nothing"
     assert "OUT OF ORDER" not in output
 
@@ -286,19 +321,6 @@ def test_the_next_turn_goes_where_the_last_one_ended(flooded):
     raise AssertionError("no conversation was moved")
 
 
-def drained(server, rank):
-    """The progress of a drain, once nothing is left; and that nothing is."""
-    shown = wait_for(
-        server,
-        # The controller shows itself once in a while.
-        lambda shown: shown["controller"]["drains"].get(str(rank), {}).get("state") == "drained",
-    )
-    (instance,) = (i for i in shown["instances"] if i["dp_rank"] == rank)
-    assert (instance["requests"], instance["paused"]) == ([], 0)
-    nothing_left([instance])
-    return shown["controller"]["drains"][str(rank)]
-
-
 def burst(server, pool, count, **more):
     """The first of the load's requests, all at once; each ends with its output and why it did."""
 
@@ -416,6 +438,12 @@ def test_an_instance_that_is_told_to_end_is_drained_first(flooded, reference):
     with ThreadPoolExecutor(60) as pool:
         futures = burst(flooded, pool, 60, routed_dp_rank=2)
         wait_for(flooded, lambda shown: shown["instances"][2]["running"]["reasoning"] > 9)
+        os.kill(instances[2]["pid"], signal.SIGTERM)
+        wait_for(flooded, lambda shown: "2" in shown["controller"]["drains"])
+        # It takes that back; the next one is the first again.
+        assert flooded.post("/pascal/undrain", {"dp_rank": 2})["state"] == "serving"
+        body = generate("back", 3, 8, routed_dp_rank=2)
+        assert len(flooded.post("/generate", body)["output_ids"]) == 8
         os.kill(instances[2]["pid"], signal.SIGTERM)
         assert same(futures, reference) == []
     shown = wait_for(flooded, lambda shown: shown["controller"]["dead"] == [2])

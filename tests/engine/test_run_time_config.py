@@ -76,6 +76,7 @@ def test_a_stream_is_paced_from_the_change_on(server):
         ({"answer_tpot_ms": 40, "quantum_tokens": 0}, "quantum_tokens must be a whole number"),
         ({"answer_tpot_ms": 40, "pace_stream": "yes"}, "pace_stream must be true or false"),
         (b'{"answer_tpot_ms": NaN}', "answer_tpot_ms must be a number above 0"),
+        ({"answer_tpot_ms": 40, "brownout": "P75"}, "brownout needs --enable-strict-thinking"),
         ({"fairness": "header:a b"}, "fairness must be off, api-key, user or header:NAME"),
     ],
 )

@@ -1,11 +1,11 @@
 """Speculative decoding over HTTP: two instances with an EAGLE head, pauses and migrations at
-random. Every token is that of a server without any of it."""
+random, and a drain. Every token is that of a server without any of it."""
 
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.engine.inproc.draft_models import eagle_head
-from tests.engine.test_migration import at_rest, nothing_left
+from tests.engine.test_migration import at_rest, nothing_left, with_a_drain
 from tests.requests import generate
 
 REQUESTS = 60
@@ -49,7 +49,7 @@ def test_drafts_pauses_and_migrations_change_no_token(serve, stock_server, tiny_
     reference = send(stock_server)
     flags = [*FLAGS, "--speculative-draft-model-path", str(head)]
     with serve(SETTINGS, flags) as server:
-        found = send(server)
+        found = with_a_drain(server, lambda: send(server))
         instances = at_rest(server)
     assert [i for i, (a, b) in enumerate(zip(found, reference, strict=True)) if a != b] == []
     nothing_left(instances)

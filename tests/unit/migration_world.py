@@ -56,11 +56,13 @@ class Source(MigrationSource):
 @dataclass(kw_only=True, slots=True, eq=False)
 class Target(MigrationTarget):
     """A target whose memory is in a world. wrong: what is wrong with every state. unreadable:
-    nothing can be read from the slot. fetched: pieces so far; busy: windows that are being read."""
+    nothing can be read from the slot. fails: the request cannot be taken over. fetched: pieces so
+    far; busy: windows that are being read."""
 
     world: Any
     wrong: str | None = None
     unreadable: bool = False
+    fails: bool = False
     fetched: int = 0
     busy: list = field(default_factory=list)
 
@@ -90,8 +92,12 @@ class Target(MigrationTarget):
         seen = set(range(self.before, tokens))
         assert seen <= self.world.windows, "a hole in the windows"
         assert self.before == before_of(tokens), "windows that nobody sees, or too few"
+        if self.fails:
+            self.world.events.append("drop")
+            return False
         self.world.taken = state
         self.world.events.append("take")
+        return True
 
     def drop(self):
         self.world.events.append("drop")

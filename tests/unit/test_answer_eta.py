@@ -15,8 +15,15 @@ from pascal_sglang.cluster import forecast_files
 from pascal_sglang.cluster.forecast_files import ForecastFiles, file_name
 from pascal_sglang.cluster.status_file import StatusFile
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.entrypoints import answer_eta, http_server
-from pascal_sglang.entrypoints.answer_eta import AnswerEta, AnswerEtaMiddleware, Overloaded
+from pascal_sglang.entrypoints import (
+    answer_eta,
+    eta_response,
+    http_server,
+    request_notes,
+    tenants,
+)
+from pascal_sglang.entrypoints.answer_eta import AnswerEta, Overloaded
+from pascal_sglang.entrypoints.eta_response import AnswerEtaMiddleware
 from pascal_sglang.policy.forecast import ArrivalOutlook
 from pascal_sglang.streaming.followed import followed
 
@@ -25,11 +32,12 @@ ARRIVAL = ArrivalOutlook([0.0, 100.0], [0.0, 10_000.0], [100.0, 500.0, 2000.0], 
 BACKLOG = dataclasses.replace(ARRIVAL, times=[5.0, 105.0], waits_s=5.0)
 
 
-def show(folder, instance=0, arrival=ARRIVAL, idle=False, requests=()):
+def show(folder, instance=0, arrival=ARRIVAL, idle=False, requests=(), by_tenant=()):
     told = {
         "pid": os.getpid(),
         "idle": idle,
         "arrival": dataclasses.asdict(arrival),
+        "by_tenant": {tenant: dataclasses.asdict(each) for tenant, each in by_tenant},
         "thinking": {"P75": 800.0, "P90": 2000.0},
         "requests": dict(requests),
     }
@@ -207,7 +215,7 @@ def test_a_request_is_decided_on_once(served):
 
 
 def test_who_asks_for_comments_hears_while_it_thinks(served, monkeypatch):
-    monkeypatch.setattr(answer_eta, "COMMENT_S", 0.02)
+    monkeypatch.setattr(eta_response, "COMMENT_S", 0.02)
     show(served.folder, requests={"r": [3.0, 7.0]})
     thinking = [thought(n, n) for n in range(1, 6)]
     answering = [thought(n, 5) for n in range(6, 16)]
@@ -227,7 +235,7 @@ def test_who_asks_for_comments_hears_while_it_thinks(served, monkeypatch):
 def test_without_a_forecast_of_its_own_the_one_at_arrival_runs_down(served):
     show(served.folder)
     eta = served(asking()).eta
-    exchange = answer_eta.Exchange(began=clock.now() - 2.0, followed=asking())
+    exchange = answer_eta.Exchange(began=clock.now() - 2.0, request=asking())
     assert eta.seconds_left(exchange) is None
     exchange.estimate = ARRIVAL.estimate(20)
     half, most = eta.seconds_left(exchange)
@@ -236,7 +244,7 @@ def test_without_a_forecast_of_its_own_the_one_at_arrival_runs_down(served):
 
 
 def test_nobody_else_gets_comments(served, monkeypatch):
-    monkeypatch.setattr(answer_eta, "COMMENT_S", 0.01)
+    monkeypatch.setattr(eta_response, "COMMENT_S", 0.01)
     show(served.folder)
     chunks = [thought(n, n) for n in range(1, 6)]
     asked = asking(stream=True, pascal={"eta_comments": False})
@@ -411,3 +419,212 @@ def test_parameters_that_are_no_object_are_sglangs_to_refuse(served, monkeypatch
     effort = SimpleNamespace(reasoning_effort="low")
     answer_eta.apply_effort(lambda *_: (obj, "p"), None, effort, None)
     assert obj.sampling_params["custom_params"] == "abc"
+
+
+@pytest.mark.parametrize("effort", [None, 4096])
+def test_what_is_refused_was_not_capped(served, effort):
+    show(served.folder, arrival=BACKLOG)
+    obj = asking(budget=effort)
+    setattr(obj, answer_eta.EFFORT, effort)
+    reply = served(obj, brownout="P75", max_ttfo=1.0)
+    assert reply.status == 503
+    assert reply.eta.describe() == {"refused": {"max_ttfo": 1}, "capped": {}}
+    assert "x-pascal-thinking-budget" not in reply.headers
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("streams", [False, True])
+def test_of_a_batch_each_is_told_its_own_budget(served, streams, samples):
+    """The second one brings a budget; the header speaks for all of them or not at all."""
+    show(served.folder, arrival=BACKLOG)
+    replies = [thought(1, 1) for _ in range(3 * samples)]
+    chunks = [{**each, "index": n} for n, each in enumerate(replies)] if streams else [replies]
+
+    def ask(*budgets):
+        obj = asking(stream=streams, parallel_sample_num=samples)
+        customs = [{} if budget is None else {"thinking_budget": budget} for budget in budgets]
+        obj.sampling_params = [{"custom_params": custom} for custom in customs]
+        reply = served(obj, chunks=chunks, brownout="P75")
+        said = [orjson.loads(line[6:]) for line in reply.body.splitlines() if line]
+        flat = said if streams else said[0]
+        whose = [each["meta_info"].get("pascal", {}).get("thinking_budget") for each in flat]
+        return reply, whose
+
+    reply, whose = ask(None, 5000, None)
+    assert whose == [800] * samples + [None] * samples + [800] * samples
+    assert "x-pascal-thinking-budget" not in reply.headers
+    assert reply.eta.describe()["capped"] == {"brownout": 2}
+    reply, whose = ask(None, None, None)
+    assert whose == [800] * 3 * samples
+    assert reply.headers["x-pascal-thinking-budget"] == "800;brownout"
+
+
+def begin_early(
+    tmp_path, monkeypatch, obj, kind=b"text/event-stream", request_headers=(), **config
+):
+    """A route that begins its stream and says something before SGLang has parsed the request."""
+    eta = AnswerEta(PascalConfig(**config), ForecastFiles(tmp_path, lambda: ["live"]), None)
+    monkeypatch.setattr(answer_eta, "_active", eta)
+    sent = []
+
+    async def app(scope, receive, send):
+        async def body(text, more=True):
+            await send({"type": "http.response.body", "body": text, "more_body": more})
+
+        head = [(b"content-type", kind), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await body(b"data: begun\n\n")
+        if obj is None:
+            await asyncio.sleep(0.2)
+        else:
+            await asyncio.sleep(0.01)
+            try:
+                answer_eta.decide(obj)
+            except Overloaded:
+                await body(b"data: error\n\n", more=False)
+                return
+        if obj is not None and obj.waits:
+            await until(
+                lambda: len(sent) >= (3 if request_headers and kind.startswith(b"text") else 2)
+            )
+        await body(b"data: token\n\n")
+        await body(b"", more=False)
+
+    async def until(holds):
+        async with asyncio.timeout(10):
+            while not holds():
+                await asyncio.sleep(0.005)
+        return True
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/responses", "headers": request_headers}
+    asyncio.run(AnswerEtaMiddleware(app)(scope, None, send))
+    (start,) = [m for m in sent if m["type"] == "http.response.start"]
+    assert sent[0] is start
+    text = b"".join(m.get("body", b"") for m in sent[1:]).decode()
+    headers = {k.decode(): v.decode() for k, v in start["headers"]}
+    return SimpleNamespace(status=start["status"], headers=headers, text=text, eta=eta)
+
+
+@pytest.mark.parametrize("kind", [b"text/event-stream; charset=utf-8", b"application/x-ndjson"])
+def test_a_stream_that_begins_too_soon_has_the_forecast_all_the_same(tmp_path, monkeypatch, kind):
+    """And it goes on once the request is decided on, not with the first token."""
+    show(tmp_path)
+    reply = begin_early(tmp_path, monkeypatch, asking(waits=True), kind)
+    assert reply.headers["x-pascal-answer-eta"] == "5.00;20.00"
+    assert reply.headers["cache-control"] == "no-cache"
+    assert reply.text == "data: begun\n\ndata: token\n\n"
+
+
+def test_a_stream_that_begins_too_soon_is_refused_all_the_same(tmp_path, monkeypatch):
+    show(tmp_path)
+    reply = begin_early(tmp_path, monkeypatch, asking(waits=False), max_ttfo=2.0)
+    assert reply.status == 503
+    assert reply.headers["retry-after"] == "3"
+    assert reply.headers["content-type"] == "application/json"
+    assert json.loads(reply.text)["code"] == 503
+
+
+def test_a_stream_without_a_request_is_held_for_a_moment_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(eta_response, "HOLD_S", 0.02)
+    show(tmp_path)
+    reply = begin_early(tmp_path, monkeypatch, None, max_ttfo=2.0)
+    assert (reply.status, reply.text) == (200, "data: begun\n\ndata: token\n\n")
+    assert "x-pascal-answer-eta" not in reply.headers
+
+
+def test_a_header_asks_for_comments_where_no_body_can(tmp_path, monkeypatch):
+    show(tmp_path)
+    asks = [(b"x-pascal-eta-comments", b"true")]
+    obj = asking(waits=True)
+    reply = begin_early(tmp_path, monkeypatch, obj, request_headers=asks)
+    assert ": pascal-answer-eta 5." in reply.text or ": pascal-answer-eta 4.9" in reply.text
+    assert obj.sampling_params["custom_params"]["pascal"] == {"eta_comments": True}
+    said = asking(waits=False, pascal={"eta_comments": False})
+    assert ": pascal" not in begin_early(tmp_path, monkeypatch, said, request_headers=asks).text
+    lines = begin_early(
+        tmp_path, monkeypatch, asking(waits=False), b"application/x-ndjson", request_headers=asks
+    )
+    assert ": pascal" not in lines.text
+
+
+def test_a_header_that_is_neither_true_nor_false_is_a_400(tmp_path, monkeypatch):
+    show(tmp_path)
+    asks = [(b"x-pascal-eta-comments", b"yes\xff")]
+    reply = begin_early(tmp_path, monkeypatch, asking(waits=False), request_headers=asks)
+    assert reply.status == 400
+    error = json.loads(reply.text)
+    assert (error["code"], error["type"]) == (400, "BadRequest")
+    assert "x-pascal-eta-comments must be true or false" in error["message"]
+
+
+def test_an_error_before_the_decision_is_not_hidden_by_a_stream_that_is_held(tmp_path, monkeypatch):
+    show(tmp_path)
+    eta = AnswerEta(PascalConfig(), ForecastFiles(tmp_path, lambda: ["live"]), None)
+    monkeypatch.setattr(answer_eta, "_active", eta)
+    sent = []
+
+    async def app(scope, receive, send):
+        head = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        raise KeyError("broken")
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/responses", "headers": ()}
+    with pytest.raises(KeyError):
+        asyncio.run(AnswerEtaMiddleware(app)(scope, None, send))
+    assert sent == [], "so that whoever answers for errors still can"
+
+
+def test_a_tenant_is_told_how_its_own_requests_fare(served, tmp_path, monkeypatch):
+    """One that is ahead is refused, and capped, where others are not."""
+    show(tmp_path, by_tenant=[("heavy", BACKLOG)])
+    eta = AnswerEta(
+        PascalConfig(max_ttfo=8.0, brownout="P75"), ForecastFiles(tmp_path, lambda: ["live"]), None
+    )
+
+    def decide(tenant, **more):
+        exchange, obj = answer_eta.Exchange(), asking(**more)
+        with answer_eta.taking_part(exchange):
+            try:
+                eta.decide(obj, tenant)
+            except Overloaded:
+                return "refused"
+        return exchange.budgets[0]
+
+    assert decide("light") is None
+    assert decide("") is None
+    assert decide("heavy") == "refused"
+    eta.config = PascalConfig(brownout="P75")
+    assert decide("heavy") == (800, "brownout")
+    assert decide("light") is None
+
+
+def test_with_tenants_a_request_is_decided_on_once_its_own_is_known(tmp_path, monkeypatch):
+    """By the header of a gateway, or by a field of a body that is read meanwhile."""
+    monkeypatch.setattr(answer_eta, "_active", SimpleNamespace(decide=lambda *of: told.append(of)))
+    told = []
+
+    async def replies():
+        yield thought(1, 1)
+
+    async def read():
+        return {"user": "ann"}
+
+    request = SimpleNamespace(headers={"x-tenant": "bob"}, json=read)
+
+    async def whole(fairness):
+        config = PascalConfig(fairness=fairness)
+        stream = request_notes.noted(replies, obj, request, config)
+        assert told == []
+        return [each async for each in stream]
+
+    for fairness, name in (("header:x-tenant", "bob"), ("user", "ann")):
+        obj = asking()
+        asyncio.run(whole(fairness))
+        assert told == [(obj, tenants.digest(name))]
+        told.clear()

@@ -82,7 +82,7 @@ ALL = [
     MigrationEnded(1, "m", False, "full"),
     DrainRequest(3, 1, False),
     DrainReply(3, "", DrainProgress("draining", 5, 2, 7, {"a session": 1}, 1.5)),
-    Terminating(1),
+    Terminating(1, 0),
     MayEnd("the last one"),
     RequestFinished(1, "r", [1, 2**47]),
     InstanceDown(0),

@@ -101,6 +101,9 @@ CHANGEABLE = {
     "log_decisions": True,
     "assume_reasoning": True,
     "fairness": "header:X-Tenant",
+    "max_ttfo": 3,
+    "brownout": "P90",
+    "effort_budgets": "low=5",
 }
 
 
@@ -111,6 +114,7 @@ def test_what_may_change_while_serving_is_marked_once_and_changes():
     assert changed == PascalConfig(**CHANGEABLE)
     assert changed.changeable() == CHANGEABLE
     assert type(changed.answer_tpot_ms) is float, "as the flag makes it"
+    assert changed.changed({"max_ttfo": None, "effort_budgets": None}).max_ttfo is None
     assert config == PascalConfig()
     parser = argparse.ArgumentParser()
     add_flags(parser)

@@ -57,6 +57,13 @@ class Side:
         return [m for m in self.found if not isinstance(m, LocationQuery | InstanceDown)] == []
 
 
+def wait_until(holds):
+    deadline = time.monotonic() + BOUND_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 @pytest.fixture
 def one(scene):
     made = scene(migration="drain")
@@ -100,13 +107,14 @@ def test_a_drain_is_ordered_told_and_lifted(one):
 def test_an_instance_that_is_told_to_end_may_when_it_is_empty(one):
     one.send(request("a", routed_dp_rank=1))
     one.hear(one.instances[1])
-    one.sides[1].say(Terminating(1))
+    one.sides[1].say(Terminating(1, 0))
     one.sides[1].hear(DrainCommand)
     assert one.sides[1].is_quiet()
     one.sides[1].say(RequestFinished(1, "a", []))
     assert one.sides[1].hear(MayEnd) == MayEnd("")
     assert one.sides[1].is_quiet(), "once"
-    one.sides[0].say(Terminating(0))
+    assert one.ask(1, drain=False).problem == "Instance 1 was told to end, and ends."
+    one.sides[0].say(Terminating(0, 0))
     assert "last one" in one.sides[0].hear(MayEnd).problem
     one.processes[1].end(0)
     deadline = time.monotonic() + BOUND_S
@@ -115,6 +123,33 @@ def test_an_instance_that_is_told_to_end_may_when_it_is_empty(one):
         time.sleep(0.01)
     assert one.thread.is_alive()
     assert one.ask(1).problem == "Instance 1 has died."
+
+
+def test_a_lifted_drain_takes_back_that_an_instance_was_told_to_end(one):
+    """Each of its processes may be told once; the second time is once too many."""
+    one.send(request("a", routed_dp_rank=1))
+    one.hear(one.instances[1])
+    for _ in range(2):
+        one.sides[1].say(Terminating(1, 0))
+        one.sides[1].say(Terminating(1, 1))
+        told = one.controller.drains.told
+        wait_until(lambda told=told: told(1) == {0, 1})
+        assert one.ask(1).progress.left == 1
+        assert one.ask(1, drain=False).problem == ""
+    one.sides[1].say(RequestFinished(1, "a", []))
+    wait_until(lambda: one.ask(1).progress.state == "drained")
+    one.sides[1].hear(DrainCommand)
+    assert one.sides[1].is_quiet(), "it is drained, and serves on when that is lifted"
+    one.send(request("b", routed_dp_rank=0))
+    one.hear(one.instances[0])
+    one.sides[0].say(Terminating(0, 0))
+    assert "last one" in one.sides[0].hear(MayEnd).problem
+    assert one.ask(1, drain=False).problem == ""
+    one.sides[0].say(Terminating(0, 1))
+    one.sides[0].hear(DrainCommand)
+    assert one.sides[0].is_quiet()
+    one.sides[0].say(Terminating(0, 1))
+    assert one.sides[0].hear(MayEnd) == MayEnd("Instance 0 was told to end before.")
 
 
 def test_a_drain_is_lifted_when_the_last_other_instance_dies(one, caplog):

@@ -69,7 +69,7 @@ class World:
     def step(self):
         for instance in self.drains.step(self.serving(), self.now):
             assert self.locations.of(instance) == []
-            self.drains.terminating(instance, waits=False)
+            self.drains.ends(instance)
             self.may_end.add(instance)
         targets = Counter(command.target for command, _ in self.moves.values())
         assert max(targets.values(), default=0) <= AT_ONCE
@@ -280,11 +280,25 @@ def test_undrain_in_the_middle_lets_moves_end_and_orders_no_more():
     assert world.drains.progress(0, world.now).state == SERVING
 
 
+def test_what_ends_is_not_undrained():
+    world = filled(1, instances=2)
+    world.drains.begin(0, world.alive, 0.0)
+    assert not world.drains.told_to_end(0, 0)
+    assert world.drains.told_to_end(0, 0), "a second time"
+    assert not world.drains.told_to_end(0, 1), "another of its processes"
+    world.settle()
+    assert world.may_end == {0}
+    assert world.drains.end(0) == "Instance 0 was told to end, and ends."
+    assert world.drains.holds(0)
+    world.die(0)
+    assert not world.drains
+
+
 @pytest.mark.parametrize("undrained", [False, True])
 def test_an_instance_that_was_told_to_end_ends_when_it_is_empty(undrained):
     world = filled(5, instances=2)
     world.drains.begin(0, world.alive, 0.0)
-    world.drains.terminating(0)
+    assert not world.drains.told_to_end(0, 0)
     world.step()
     assert world.may_end == set()
     if undrained:
@@ -302,7 +316,7 @@ def test_a_request_on_its_way_here_is_waited_for():
     (name,) = world.moves
     world.drains.end(1)
     world.drains.begin(0, world.alive, 0.0)
-    world.drains.terminating(0)
+    assert not world.drains.told_to_end(0, 0)
     assert world.drains.progress(0, 0.0).state == DRAINING
     world.now += 1.0
     world.step()

@@ -108,8 +108,9 @@ def test_so_do_all_others(keyed, monkeypatch):
     monkeypatch.setenv(auth.ENV, KEY)
     assert remote.instances(keyed.base_url) == []
     assert chat.first_model(keyed.base_url) == "m"
-    (body,) = identity.bodies(1, "")
-    assert identity.ask(keyed.base_url, [body]) == [[1]]
+    (body,) = identity.bodies(1, "", shared=False)
+    (reply,) = identity.ask(keyed.base_url, [body], 30.0)
+    assert reply.ids == [1]
     server = object.__new__(Server)
     server.base_url = keyed.base_url
     server.flush()

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pascal_sglang.policy.fairness import APART, TenantCounters
 from pascal_sglang.policy.forecast import (
     ARRIVAL,
+    PORTION,
     STEPS,
     WHEN,
     ArrivalOutlook,
@@ -56,17 +58,25 @@ def present(seq, status=RequestStatus.RUNNING, phase=THINKS, tokens=1, prompt=10
 
 
 def outlook(
-    requests, *, policy="pascal", capacity=60_000, slots=256, rate=0.0, prefill=0.0, batch=0
+    requests,
+    *,
+    policy="pascal",
+    capacity=60_000,
+    slots=256,
+    rate=0.0,
+    prefill=0.0,
+    batch=0,
+    tenants=None,
 ):
     forecaster = Forecaster(ORDERS[policy], TUNING, 0.1)
-    forecaster.batch = batch
+    forecaster.batch, forecaster.tenants = batch, tenants
     if rate:
         for number in range(round(300 * rate)):
             forecaster.arrivals.add(NOW - 300 + number / rate, 100, True)
     machine = Machine(capacity=capacity, slots=slots, prefill_token_s=prefill)
     *steps, last = forecaster.outlook(requests, machine, INFO)
     assert steps == [None] * len(steps)
-    assert len(steps) <= STEPS + len(requests)
+    assert len(steps) <= STEPS + 3 * len(requests) + 2
     return last
 
 
@@ -128,6 +138,21 @@ def test_alone_it_is_the_length_times_the_speed():
     median = Forecaster(POLICIES["pascal"], TUNING, 0.1).thinking.quantile(0.5, 1) - 1
     assert found.requests[alone.state].p50 == pytest.approx(median * STEP_S, rel=0.15)
     assert found.arrival.waits_s == 0
+
+
+def test_a_wait_is_less_certain_the_fewer_it_is_for():
+    """A budget makes the length sure: what is left is when there is a place."""
+    far = present(1, RequestStatus.HOST, tokens=3000, prompt=100, limit=50)
+    near = [present(n, tokens=10, prompt=1000) for n in range(2, 5)]
+
+    def ratio(requests, batch):
+        found = outlook(requests, capacity=5000, batch=batch).requests[far.state]
+        return found.p10 / found.p50, found.p90 / found.p50
+
+    few, many = ratio([far, *near], 4), ratio([far, *near], 100)
+    assert few[0] < many[0] < 0.9
+    assert few[1] > many[1] > 1.05
+    assert ratio([far], 4) == (1.0, 1.0), "it has a place"
 
 
 def test_a_budget_bounds_the_range():
@@ -257,7 +282,9 @@ def test_what_goes_elsewhere_is_forgotten():
     here, gone = present(1).state, present(2).state
     for state in (here, gone):
         calibration.arrived(state, 10.0, Estimate(1, 2, 3))
-    calibration.keep({here})
+    assert calibration.followed() == {here, gone}
+    calibration.gone(gone)
+    assert calibration.followed() == {here}
     assert calibration.began(gone, 12.0) == []
     assert calibration.began(here, 12.0) == [(ARRIVAL, "inside")]
 
@@ -268,3 +295,117 @@ def test_a_request_without_an_answer_says_nothing():
     calibration.arrived(state, 10.0, Estimate(1, 2, 3))
     calibration.gone(state)
     assert calibration.began(state, 18.5) == []
+
+
+def test_however_many_requests_little_is_done_at_a_time():
+    requests = [present(n, tokens=n % 900 + 1, prompt=50) for n in range(700)]
+    requests += [present(1000 + n, phase=ANSWERS, tokens=9, prompt=50) for n in range(300)]
+    seen = [0]
+
+    def come():
+        for each in requests:
+            seen[0] += 1
+            yield each
+
+    forecaster = Forecaster(POLICIES["pascal"], TUNING, 0.1)
+    forecast = forecaster.outlook(come(), Machine(capacity=30_000, slots=256), INFO)
+    found, before, steps = None, 0, 0
+    while found is None:
+        found = next(forecast)
+        steps += 1
+        assert seen[0] - before <= PORTION
+        before = seen[0]
+    assert steps > 2 * len(requests) / PORTION
+    assert len(found.requests) == 700
+    assert found == outlook(requests, capacity=30_000)
+
+    look, before, seen[0] = forecaster.looking((r.state for r in come()), lambda: NOW), 0, 0
+    for _ in look:
+        assert seen[0] - before <= PORTION
+        before = seen[0]
+    assert len(forecaster._seen) == 1000
+
+
+def test_a_look_that_takes_several_passes_measures_each_request_by_its_own_time():
+    forecaster = Forecaster(POLICIES["pascal"], TUNING, 0.1)
+    states = [present(n, tokens=100).state for n in range(3 * PORTION)]
+    for begins in (10.0, 20.0):
+        times = itertools.count(begins, 0.01)
+        for _ in forecaster.looking(states, lambda times=times: next(times)):
+            pass
+        for state in states:
+            state.phase_tokens += 500
+            state.total_tokens += 500
+    assert forecaster.token_s == pytest.approx(0.02)
+
+
+def counters(ahead_s=20.0):
+    """Of a tenant that is ahead of another."""
+    found = TenantCounters(10_000, TUNING.tenant_bound, lambda request: 1)
+    found._served = {"heavy": 100.0 + ahead_s, "light": 100.0}
+    found._begins_at = 100.0
+    found._see_who_is_ahead(["heavy", "light"])
+    return found
+
+
+def crowd(count=30, light="light"):
+    running = [present(n, tokens=400, prompt=900, tenant="heavy") for n in range(10)]
+    waiting = [
+        present(100 + n, RequestStatus.WAITING, tokens=0, prompt=900, tenant="heavy")
+        for n in range(count)
+    ]
+    return [
+        *running,
+        *waiting,
+        present(500, RequestStatus.WAITING, tokens=0, prompt=900, tenant=light),
+    ]
+
+
+def test_the_tenant_that_is_not_ahead_is_forecast_to_come_first():
+    """As the order of fairness has it; without it, whoever came first does."""
+    requests = crowd()
+    first, light = requests[10].state, requests[-1].state
+    plain = outlook(requests, capacity=14_000)
+    fair = outlook(requests, capacity=14_000, tenants=counters())
+    assert plain.requests[first].p50 < plain.requests[light].p50
+    assert fair.requests[light].p50 < 0.7 * plain.requests[light].p50
+    assert fair.requests[light].p50 < fair.requests[first].p50
+    assert plain.by_tenant == {}
+    assert list(fair.by_tenant) == ["heavy", "light"]
+    assert fair.usual is fair.by_tenant["heavy"]
+    assert fair.by_tenant["heavy"].waits_s > fair.by_tenant["light"].waits_s
+
+
+def test_a_tenant_that_is_ahead_is_not_put_off_for_ever():
+    """The other one is charged for what it gets in the forecast, too."""
+    requests = crowd()
+    for number in range(30):
+        requests.append(
+            present(600 + number, RequestStatus.WAITING, tokens=0, prompt=900, tenant="light")
+        )
+    far, near = (
+        outlook(requests, capacity=14_000, tenants=counters(ahead_s)).requests[requests[10].state]
+        for ahead_s in (1e6, 6.0)
+    )
+    assert near.p50 < far.p50
+
+
+@settings(max_examples=25)
+@given(
+    requests=situations(),
+    tenants=st.lists(st.sampled_from("abcde"), min_size=40, max_size=40),
+    served=st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 100)),
+    rate=st.sampled_from([0.0, 1.0]),
+)
+def test_whoever_is_ahead_everybody_gets_a_forecast(requests, tenants, served, rate):
+    for request, tenant in zip(requests, tenants, strict=False):
+        request.state.tenant = tenant
+    known = TenantCounters(5_000, TUNING.tenant_bound, lambda request: 1)
+    known._served = dict(served)
+    before = dict(known._served), dict(known.ahead)
+    found = outlook(requests, capacity=5_000, rate=rate, tenants=known)
+    assert (known._served, known.ahead) == before, "looking changes nothing"
+    assert set(found.requests) == {r.state for r in requests if r.state.phase is THINKS}
+    assert len(found.by_tenant) == min(APART, len({r.state.tenant for r in requests}))
+    for estimate in (*found.requests.values(), found.usual.estimate(100)):
+        assert 0 <= estimate.p10 <= estimate.p50 <= estimate.p90 < math.inf

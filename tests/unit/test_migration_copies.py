@@ -503,3 +503,59 @@ def test_the_buffer_of_an_instance_that_has_died_is_given_back_after_what_goes_t
     source.outgoing_migrations.died(1)
     source.outgoing_migrations.died(1)
     assert closed == [(target.transport.address,)]
+
+
+def handed_over(source, target):
+    """Up to the word that hands the request over, whose KV is on the target."""
+    source.step()
+    target.incoming_migrations.hear(0, *source.take(messages.KVChunk), 1.0)
+    target.step()
+    request_of(source).kv.kv_committed_len += 3
+    source.outgoing_migrations.hear(1, *target.take(messages.ChunkAck), 1.0)
+    source.step()
+    return source.take(messages.Handover)
+
+
+@pytest.mark.parametrize("where", ["arrived", "keep", "adopt", "stopped", "arrived_at"])
+def test_an_error_while_a_request_is_taken_over_leaves_it_at_its_source(
+    where, sides, monkeypatch, caplog
+):
+    """And every entry of the pool that was reserved for it is given back once."""
+    source, target = sides
+    (handover,) = handed_over(source, target)
+    incoming, states = target.incoming_migrations, target.states
+    given = []
+    target.pool.give = lambda locations, before: given.extend(locations.tolist())
+    target.pool.release_rowless = lambda req, locations: given.extend(locations.tolist())
+    states.ended = lambda req: target.said.append(("ended", req))
+
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    class Forgetful(dict):
+        __setitem__ = fail
+
+    place = {
+        "arrived": (states, "arrived"),
+        "keep": (target.receive_buffer, "keep"),
+        "adopt": (target.paused_requests, "adopt"),
+        "stopped": (states, "stopped"),
+    }
+    if where == "arrived_at":
+        incoming.arrived = Forgetful()
+    else:
+        monkeypatch.setattr(*place[where], fail)
+    reserved = incoming.under_way["m"].reservation.locations.tolist()
+    incoming.hear(0, handover, 1.0)
+    assert target.take(messages.CommitAck) == []
+    assert target.take(messages.ReserveRefused) == [messages.ReserveRefused("m", "failed")]
+    assert target.take(messages.MigrationEnded) == [
+        messages.MigrationEnded(0, "m", False, "failed")
+    ]
+    assert sorted(given) == sorted(reserved)
+    assert target.receive_buffer.reserved == 0
+    assert target.paused_requests.held() == set()
+    assert (incoming.counts, incoming.arrived) == ({"failed": 1}, {})
+    assert "could not be taken" in caplog.text
+    incoming.hear(0, handover, 1.0)
+    assert target.take(messages.ReserveRefused) == [messages.ReserveRefused("m", "failed")]

@@ -70,6 +70,7 @@ class Target(MigrationTarget):
 
     def take(self, state, tokens):
         self.world.taken_at = self.world.now
+        return True
 
     def nothing(self):
         pass

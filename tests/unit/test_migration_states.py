@@ -15,7 +15,7 @@ from pascal_sglang.cluster.messages import (
 )
 from pascal_sglang.cluster.migration_source import OVER, WINDOWS, SourceState
 from pascal_sglang.cluster.migration_target import TargetState
-from tests.unit.migration_world import LAST, SLOT_TOKENS, TERMS, World, terms
+from tests.unit.migration_world import LAST, SLOT_TOKENS, TERMS, World, before_of, terms
 
 migrations = st.lists(
     st.tuples(
@@ -166,6 +166,19 @@ def test_silence_before_the_handover_leaves_the_request_here():
     assert world.source.copy(0.3, 101, still=False) == [], "all windows are full"
     assert world.source.tick(2.5) == [MigrationCancelled("m1")]
     assert world.running
+
+
+def test_a_target_that_fails_to_take_it_over_leaves_it_at_its_source():
+    """And says the same to a Handover that comes again."""
+    world = World()
+    world.target.fails = True
+    world.settle()
+    assert world.check() == (True, False)
+    assert world.events == ["stop", "drop", "resume"]
+    world.target.fails = False
+    again = Handover("m1", 0, world.kv, before_of(world.kv), b"")
+    assert world.target.hear(again, world.now) == [ReserveRefused("m1", "failed")]
+    assert world.source.state is SourceState.KEPT
 
 
 def test_a_handover_is_said_again_until_answered_and_never_taken_back():

@@ -51,7 +51,7 @@ PACKAGE = {
     ),
     "streaming": ({"clock", "config", "entrypoints"}, {"sglang"}),
     "older_sglang": ({"seams"}, {"msgspec", "sglang"}),
-    "platforms": ({"older_sglang"}, {"sglang", "torch"}),
+    "platforms": ({"older_sglang"}, {"sglang", "torch", "xgrammar"}),
     "demo": (
         {"config", "entrypoints", "launch_server"},
         {"filelock", "psutil", "safetensors", "sglang", "tokenizers", "torch", "transformers"},

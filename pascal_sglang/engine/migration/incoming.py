@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.cluster import messages
@@ -55,6 +56,8 @@ class IncomingMigration(MigrationTarget):
     snapshot: RequestSnapshot | None = None
     req: Req | None = None
     drafted: DraftState | None = None
+    # Where its KV is that the request has taken over (`ReceiveBuffer.keep`).
+    kept: tuple[torch.Tensor, int] | None = None
     # The request, once it is this instance's.
     taken: weakref.ref[Req] | None = None
 
@@ -90,24 +93,54 @@ class IncomingMigration(MigrationTarget):
                 return "a grammar that is not ready here"
         return None
 
-    def take(self, state: bytes, tokens: int) -> None:
+    def take(self, state: bytes, tokens: int) -> bool:
+        taken = False
+        try:
+            self._take(tokens)
+            taken = True
+        except Exception:  # Whatever it is: the source still has the request, and goes on with it.
+            logger.exception("pascal_sglang: a request that came could not be taken")
+        taken = all_agree(self.side.scheduler, taken)
+        if not taken:
+            self._give_back(tokens)
+        return taken
+
+    def _take(self, tokens: int) -> None:
         req, snapshot, states = self.req, self.snapshot, self.side.states
+        assert req is not None
         assert snapshot is not None
         states.arrived(req)
         restore_state(req, snapshot)
-        locations, before = self.side.receive_buffer.keep(
+        self.kept = self.side.receive_buffer.keep(
             self.reservation, tokens, self.before, states.pass_info.now
         )
         if tokens:
-            states.paused_requests.adopt(
-                req, locations, before, self.reservation.state, self.drafted
-            )
+            states.paused_requests.adopt(req, *self.kept, self.reservation.state, self.drafted)
             states.stopped(req, RequestStatus.RESIDENT)
         else:
             states.queue_again(req)
         if snapshot.output_ids:
             self.side.arrived[req] = snapshot.blocked_since
         self.taken = weakref.ref(req)
+
+    def _give_back(self, tokens: int) -> None:
+        """Undo what `_take` has done, wherever it failed."""
+        req, side = self.req, self.side
+        assert req is not None
+        self.taken = None
+        side.arrived.pop(req, None)
+        if self.kept is None:
+            self.drop()
+            return
+        if req in side.states.paused_requests.held():
+            side.states.ended(req)
+            side.states.paused_requests.let_go(req)
+        elif tokens:
+            side.receive_buffer.give_back(self.reservation, *self.kept)
+        else:
+            side.states.ended(req)
+            if req in side.scheduler.waiting_queue:
+                side.scheduler.waiting_queue.remove(req)
 
     def drop(self) -> None:
         now = self.side.states.pass_info.now
@@ -225,7 +258,7 @@ class IncomingMigrations:
         self.control_sender.send(
             CONTROLLER, [messages.MigrationEnded(self._dp_rank, migration, taken, incoming.why)]
         )
-        incoming.req = incoming.snapshot = incoming.drafted = None
+        incoming.req = incoming.snapshot = incoming.drafted = incoming.kept = None
         reservation = incoming.reservation
         reservation.locations = reservation.locations[:0].clone()
         self._past[migration] = incoming

@@ -212,12 +212,21 @@ class ReceiveBuffer:
         self._give(reservation.locations[used:], 0)
         return reservation.locations[:tokens], before
 
+    def give_back(self, reservation: Reservation, locations: torch.Tensor, before: int) -> None:
+        """What `keep` has returned is not needed after all."""
+        used = self.pool.in_pages(len(locations))
+        self._give(reservation.locations[:used], before)
+        self._give_state(reservation)
+
     def drop(self, reservation: Reservation, why: str, now: float) -> None:
         """The migration has failed: all is given back."""
         reservation.through = why == "cancelled"
         reservation.dead = why == "source died"
         self._leave(reservation, now)
         self._give(reservation.locations, reservation.before)
+        self._give_state(reservation)
+
+    def _give_state(self, reservation: Reservation) -> None:
         if reservation.state is not None and self.pool.states is not None:
             self.pool.states.give(reservation.state)
 

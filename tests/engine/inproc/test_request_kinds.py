@@ -83,16 +83,6 @@ def test_every_kind_survives_pauses_on_every_tier(tiny_model):
         assert [*chain(*paused.logprobs)] == pytest.approx([*chain(*stock.logprobs)], abs=1e-3)
 
 
-def mask_on_a_cpu():
-    """SGLang applies the masks of grammars on a CPU, but not those of strict thinking alone."""
-    from sglang.srt.constrained import xgrammar_backend as backend
-    from xgrammar import apply_token_bitmask_inplace
-
-    backend.XGrammarGrammarBackend.apply_vocab_mask = staticmethod(
-        lambda logits, vocab_mask: apply_token_bitmask_inplace(logits, vocab_mask, backend="cpu")
-    )
-
-
 def move_grammars(scheduler, reqs, number):
     """Give the requests the grammars that they would have on another instance, which has or has not
     compiled them."""
@@ -129,12 +119,11 @@ def test_a_grammar_goes_on_after_pauses_and_elsewhere(tiny_model):
     asked = requests(kinds, 24)
     env = {"SGLANG_MAX_THINK_TOKENS": "12"}
     strict = ["--enable-strict-thinking"]
-    prepare = {"prepare": f"{__name__}:mask_on_a_cpu"}
-    stock = serve(tiny_model, asked, None, [*strict, *ROOMY], **prepare, **env)
+    stock = serve(tiny_model, asked, None, [*strict, *ROOMY], **env)
     ends = [ids.index(END_THINK_ID) if END_THINK_ID in ids else None for ids in stock.outputs]
     assert ends == [12 if each.options else None for each in asked]
     hook = {"each_pass": f"{__name__}:move_grammars"}
-    paused = serve(tiny_model, asked, CHAOS, [*strict, *TIGHT], **prepare, **hook, **env)
+    paused = serve(tiny_model, asked, CHAOS, [*strict, *TIGHT], **hook, **env)
     assert differing(paused, stock) == []
     assert min(paused.pauses[tier] for tier in TIERS) > 5
     assert paused.log.count("MOVED ReasonerGrammarObject") > 50

@@ -1,0 +1,273 @@
+"""Overload on the real engine: thinking budgets under backlog and by effort, and refusals."""
+
+import json
+import time
+import urllib.error
+import urllib.request
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from pascal_sglang.demo.tiny import END_THINK_ID
+from pascal_sglang.entrypoints.answer_eta import LEAST_BUDGET, RETRY_S
+from tests.engine.load import abort, settled
+from tests.engine.test_forecasts import ETA, ours, range_of, send
+from tests.requests import chat, generate
+
+BUDGET = "x-pascal-thinking-budget"
+FLAGS = "--enable-strict-thinking --max-running-requests 4 --served-model-name tiny".split()
+EFFORTS = {"low": 12, "high": 40}
+NOTHING = {"brownout": "off", "max_ttfo": None, "fairness": "off"}
+
+
+@pytest.fixture(scope="module")
+def overloaded(serve):
+    """Has learnt that thoughts end with their first token."""
+    efforts = ",".join(f"{name}={tokens}" for name, tokens in EFFORTS.items())
+    with serve({"effort_budgets": efforts}, FLAGS) as server:
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda _: send(server, ends_at_once()), range(64)))
+        deadline = time.monotonic() + 60
+        while ETA not in send(server, ends_at_once()).headers or learnt(server) > LEAST_BUDGET:
+            assert time.monotonic() < deadline, server.instances()
+            time.sleep(0.2)
+        yield server
+
+
+@pytest.fixture
+def server(overloaded):
+    yield overloaded
+    overloaded.put("/pascal/config", NOTHING)
+
+
+def learnt(server):
+    (instance,) = server.instances()
+    return instance["forecast"]["thinking_tokens"]["p75"]
+
+
+def ends_at_once():
+    body = unlimited(4)
+    body["sampling_params"]["logit_bias"] = {str(END_THINK_ID): 100.0}
+    return body
+
+
+def unlimited(total, **more):
+    """A request that thinks for as long as it may, and brings no budget."""
+    return {**generate("Hm", None, total, **more), "require_reasoning": True}
+
+
+@contextmanager
+def backlog(server):
+    """More requests than slots, until they are aborted; a new one would mostly wait."""
+    with ThreadPoolExecutor(16) as pool:
+        bodies = [
+            generate(f"Q{i}", 1500, 1510, rid=f"filling-{uuid.uuid4().hex}") for i in range(16)
+        ]
+        jobs = [pool.submit(server.post, "/generate", body, 300) for body in bodies]
+
+        def clear():
+            for body in bodies:
+                abort(server, body["rid"])
+
+        try:
+            deadline = time.monotonic() + 60
+            while True:
+                (instance,) = server.instances()
+                forecast = instance["forecast"]
+                waits = instance["waiting"] + instance["paused"] > 8
+                late = 0.5 * forecast["ttfo_s"]["p50"]
+                # What clients are told comes a moment later. No such prompt is answered in time.
+                probe = {**ours(unlimited(8), ttfo_deadline_s=1e-4), "text": "x" * 800}
+                error, _ = refusal(server, probe)
+                told = range_of(error.headers[ETA])[0]
+                if waits and min(forecast["backlog_s"], told) > late:
+                    break
+                assert time.monotonic() < deadline, (instance["waiting"], forecast)
+                time.sleep(0.1)
+            yield clear
+        finally:
+            clear()
+            for job in jobs:
+                job.result()
+
+
+def answered(server, body):
+    """The reply, or the refusal."""
+    try:
+        return send(server, body)
+    except urllib.error.HTTPError as error:
+        return error
+
+
+def refusal(server, body, path="/generate"):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        send(server, body, path)
+    return caught.value, json.loads(caught.value.read())
+
+
+def begun(server, body):
+    """A stream of `/generate`, which begins while its request still waits."""
+    data = json.dumps({**body, "stream": True}).encode()
+    asked = urllib.request.Request(
+        f"{server.base_url}/generate", data, {"Content-Type": "application/json"}
+    )
+    return urllib.request.urlopen(asked, timeout=120)
+
+
+def ended(reply):
+    """What its last event says."""
+    with reply:
+        events = [line[6:] for line in reply.read().decode().splitlines() if "{" in line]
+    return json.loads(events[-1])["meta_info"]
+
+
+def counted(server, what, why):
+    return server.get("/pascal/status")["admission"][what].get(why, 0)
+
+
+def test_an_effort_is_a_thinking_budget_where_the_operator_says_so(server):
+    def ask(effort, **more):
+        rid = f"effort-{uuid.uuid4().hex}"
+        body = {**chat("Hm", None, 60, rid=rid, **more), "reasoning_effort": effort}
+        del body["chat_template_kwargs"]
+        reply = send(server, body, "/v1/chat/completions")
+        return reply.headers.get(BUDGET), server.recent(rid)["reasoning_tokens"]
+
+    for effort, tokens in EFFORTS.items():
+        assert ask(effort) == (f"{tokens};effort", tokens + 1), "the end of thinking is one more"
+    assert ask("medium") == (None, 60), "SGLang's alone, which the tiny model does not follow"
+    assert ask("low", custom_params={"thinking_budget": 5}) == (None, 6), "it brings its own"
+    before = counted(server, "capped", "effort")
+    server.put("/pascal/config", {"effort_budgets": "low=7"})
+    assert ask("low") == ("7;effort", 8)
+    assert ask("high") == (None, 60)
+    server.put("/pascal/config", {"effort_budgets": None})
+    assert ask("low") == (None, 60)
+    assert counted(server, "capped", "effort") == before + 1
+
+
+def test_under_backlog_thinking_without_a_budget_is_capped(server):
+    server.put("/pascal/config", {"brownout": "P75"})
+    assert BUDGET not in send(server, unlimited(20)).headers, "there is no backlog"
+    total = LEAST_BUDGET + 30
+    bodies = {
+        "capped": unlimited(total),
+        "its own": unlimited(total),
+        "opted out": ours(unlimited(total), brownout=False),
+        "does not think": generate("Hm", None, 10),
+    }
+    bodies["its own"]["sampling_params"]["custom_params"] = {"thinking_budget": 30}
+    before = counted(server, "capped", "brownout")
+    with backlog(server):
+        replies = {name: begun(server, body) for name, body in bodies.items()}
+    metas = {name: ended(reply) for name, reply in replies.items()}
+    said = {name: reply.headers.get(BUDGET) for name, reply in replies.items()}
+    assert said == {**dict.fromkeys(bodies), "capped": f"{LEAST_BUDGET};brownout"}
+    thought = {name: meta["reasoning_tokens"] for name, meta in metas.items()}
+    assert thought == {
+        "capped": LEAST_BUDGET + 1,
+        "its own": 31,
+        "opted out": total,
+        "does not think": 0,
+    }
+    told = {name: meta.get("pascal") for name, meta in metas.items()}
+    assert told == {
+        **dict.fromkeys(bodies),
+        "capped": {"thinking_budget": LEAST_BUDGET, "why": "brownout"},
+    }
+    assert counted(server, "capped", "brownout") == before + 1
+    text = server.get("/metrics")
+    assert "pascal:capped_requests_total{" in text
+    assert 'why="brownout"' in text
+
+
+def test_of_a_batch_each_is_told_its_own_budget(server):
+    server.put("/pascal/config", {"brownout": "P75"})
+    sampling = unlimited(LEAST_BUDGET + 10)["sampling_params"]
+    own = {**sampling, "custom_params": {"thinking_budget": 20}}
+    batch = {"text": ["one", "two"], "sampling_params": [sampling, own], "require_reasoning": True}
+    before = counted(server, "capped", "brownout")
+    with backlog(server) as clear, ThreadPoolExecutor(1) as pool:
+        job = pool.submit(send, server, batch)
+        deadline = time.monotonic() + 60
+        while counted(server, "capped", "brownout") == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        clear()
+        reply = job.result()
+    metas = [each["meta_info"] for each in json.loads(reply.text)]
+    assert [meta["reasoning_tokens"] for meta in metas] == [LEAST_BUDGET + 1, 21]
+    assert [meta.get("pascal", {}).get("thinking_budget") for meta in metas] == [LEAST_BUDGET, None]
+    assert BUDGET not in reply.headers
+
+
+STREAMS = {
+    "/generate": {**unlimited(8), "stream": True},
+    "/v1/chat/completions": {**chat("Hm", None, 8), "stream": True},
+    "/v1/responses": {"model": "tiny", "input": "Hm", "max_output_tokens": 8, "stream": True},
+    "/api/chat": {"model": "tiny", "messages": [{"role": "user", "content": "Hm"}]},
+    "/api/generate": {"model": "tiny", "prompt": "Hm", "options": {"num_predict": 8}},
+}
+
+
+def test_what_would_take_too_long_is_refused_on_every_route_until_the_server_is_idle(server):
+    """Then nothing would be learnt from refusals, so that nobody would ever be served again."""
+    ended_before = settled(server)["ended"]
+    refused, capped = counted(server, "refused", "max_ttfo"), counted(server, "capped", "brownout")
+    limits = {"max_ttfo": 0.001, "brownout": "P75"}
+    with backlog(server):
+        server.put("/pascal/config", limits)
+        asked = [*STREAMS.items(), ("/generate", unlimited(8))]
+        for number, (path, body) in enumerate(asked * 2):
+            if number == len(asked):
+                # From now on a request is decided on later, once its tenant is known.
+                server.put("/pascal/config", {"fairness": "user"})
+            error, said = refusal(server, body, path)
+            assert error.code == said["code"] == 503, path
+            assert RETRY_S[0] <= int(error.headers["retry-after"]) <= RETRY_S[1]
+            half, _ = range_of(error.headers[ETA])
+            assert half > limits["max_ttfo"]
+            assert "later than this server's limit of 0.001 s" in said["message"]
+            assert BUDGET not in error.headers
+        (instance,) = server.instances()
+        assert instance["ended"] == ended_before, "none was taken, and none that has begun ended"
+        assert counted(server, "refused", "max_ttfo") == refused + 2 * len(asked)
+        assert counted(server, "capped", "brownout") == capped, "what is refused is not capped"
+    deadline = time.monotonic() + 30
+    slow = {**unlimited(8), "text": "x" * 800}
+    while (reply := answered(server, slow)).status == 503:
+        assert time.monotonic() < deadline, "an idle server refuses"
+        time.sleep(0.1)
+    assert reply.status == 200
+    half, _ = range_of(reply.headers[ETA])
+    assert half > limits["max_ttfo"], "though its answer comes later than that"
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_every_stream_begins_with_its_forecast(server, path):
+    assert range_of(send(server, STREAMS[path], path).headers[ETA])
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"brownout": "P50"}, "brownout must be one of P75, P90, off"),
+        ({"brownout": True}, "brownout must be one of P75, P90, off"),
+        ({"brownout": None}, "brownout must be one of P75, P90, off"),
+        ({"max_ttfo": 0}, "max_ttfo must be a number above 0"),
+        ({"max_ttfo": "soon"}, "max_ttfo must be a number above 0"),
+        ({"effort_budgets": "low"}, "effort_budgets must be EFFORT=TOKENS"),
+        ({"effort_budgets": "low=1,low=2"}, "effort_budgets must be EFFORT=TOKENS"),
+        ({"effort_budgets": 7}, "effort_budgets must be EFFORT=TOKENS"),
+        ({"brownout": "P75", "max_ttfo": -1}, "max_ttfo must be a number above 0"),
+    ],
+)
+def test_a_bad_limit_is_one_clear_line_and_nothing_changes(server, body, says):
+    before = server.get("/pascal/config")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        server.put("/pascal/config", body)
+    assert caught.value.code == 400
+    assert says in json.loads(caught.value.read())["message"]
+    assert server.get("/pascal/config") == before
