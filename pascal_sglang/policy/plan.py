@@ -444,7 +444,7 @@ class PlanBuilder:
         and `BESIDE`, and `slots`. None if those of strictly worse rank do not suffice."""
         planner = self.planner
         if planner.policy.worst is not None and rank >= planner.policy.worst:
-            if any(request.pausable for request in self.running):
+            if any(r.pausable and r not in self._gave for r in self.running):
                 self.shortage = "rank"
             return None
         for fresh in (False, True):
