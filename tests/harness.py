@@ -26,7 +26,8 @@ from tests import ports
 
 # A shell cannot trap a signal that was ignored when it started, as under `nohup` or in a job's
 # background.
-BASH = ("env", "--default-signal=HUP,INT,QUIT", "bash")
+DEFAULT_SIGNALS = ("env", "--default-signal=HUP,INT,QUIT")
+BASH = (*DEFAULT_SIGNALS, "bash")
 
 PASCAL = (sys.executable, "-m", "pascal_sglang.launch_server")
 STOCK = (sys.executable, "-m", "sglang.launch_server")

@@ -24,27 +24,34 @@ NOTHING = {"brownout": "off", "max_ttfo": None, "fairness": "off"}
 
 @pytest.fixture(scope="module")
 def overloaded(serve):
-    """Has learnt that thoughts end with their first token."""
     efforts = ",".join(f"{name}={tokens}" for name, tokens in EFFORTS.items())
     with serve({"effort_budgets": efforts}, FLAGS) as server:
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda _: send(server, ends_at_once()), range(64)))
-        deadline = time.monotonic() + 60
-        while ETA not in send(server, ends_at_once()).headers or learnt(server) > LEAST_BUDGET:
-            assert time.monotonic() < deadline, server.instances()
-            time.sleep(0.2)
         yield server
 
 
 @pytest.fixture
 def server(overloaded):
+    """Has learnt that thoughts end with their first token, whatever long ones were here before."""
+    teach(overloaded)
     yield overloaded
     overloaded.put("/pascal/config", NOTHING)
 
 
+def teach(server):
+    deadline = time.monotonic() + 60
+    with ThreadPoolExecutor(16) as pool:
+        while not (longest := learnt(server)) or longest > LEAST_BUDGET:
+            assert time.monotonic() < deadline, server.instances()
+            list(pool.map(lambda _: send(server, ends_at_once()), range(64)))
+    while ETA not in send(server, ends_at_once()).headers:
+        assert time.monotonic() < deadline, server.instances()
+        time.sleep(0.2)
+
+
 def learnt(server):
+    """What nine of ten thoughts do not exceed: the budgets here are of three of four."""
     (instance,) = server.instances()
-    return instance["forecast"]["thinking_tokens"]["p75"]
+    return (instance["forecast"] or {}).get("thinking_tokens", {}).get("p90")
 
 
 def ends_at_once():

@@ -9,12 +9,14 @@ import pytest
 
 from pascal_sglang.config import LaunchError
 from pascal_sglang.demo import servers
+from tests.harness import DEFAULT_SIGNALS
 
 TIMEOUT_S = 20
 # Two servers: one runs until it is told to end, the other does what the test says.
 RUN = """
 import sys, time
 from pascal_sglang.demo import servers
+from tests.harness import DEFAULT_SIGNALS
 
 def serve(flags):
     if flags == ["first"]:
@@ -35,7 +37,7 @@ def started(tmp_path, first):
     """The process that runs both servers, and their logs."""
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN.format(first=first), *map(str, logs)],
+        [*DEFAULT_SIGNALS, sys.executable, "-c", RUN.format(first=first), *map(str, logs)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
