@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.memory_pool import (
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from pascal_sglang.engine.kv.host_copies import HostCopies
+from pascal_sglang.engine.kv.host_kv import HostKV
 from pascal_sglang.engine.kv.pool import measure_costs
 
 ENTRIES = 96
@@ -240,3 +241,17 @@ def test_quantised_or_rearranged_rows_are_not_copied():
     rearranged.kv_cache_layout = "hnd"
     assert copies_of(quantised)[0].buffers is None
     assert copies_of(rearranged)[0].buffers is None
+
+
+@pytest.mark.parametrize("ranges", [None, [(0, 5)], [(4, 7), (0, 2)]])
+def test_a_part_of_a_copy_is_where_those_entries_are(ranges):
+    """Which may be in several stretches."""
+    memory = torch.arange(8 if ranges else 5)
+    whole = HostKV([memory], ranges=ranges)
+    order = [place for first, last in whole.places for place in range(first, last)]
+    for begin in range(6):
+        for end in range(begin, 6):
+            part = whole.between(begin, end)
+            found = [place for first, last in part.places for place in range(first, last)]
+            assert (found, part.tokens) == (order[begin:end], end - begin)
+            assert part.parts is whole.parts

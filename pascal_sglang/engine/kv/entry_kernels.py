@@ -69,8 +69,7 @@ class EntryKernel:
     def _host(self, kv: HostKV) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
         """Addresses of the memory, and the places of the entries in it."""
         addresses = self._memory if kv.parts is self._own else self._addresses(kv.parts)
-        runs = [(first, last) for _, first, last in kv.runs(1 << 60)]
-        places = [torch.arange(*run, dtype=torch.int64, device=self._device) for run in runs]
+        places = [torch.arange(*run, dtype=torch.int64, device=self._device) for run in kv.places]
         return addresses, places[0] if len(places) == 1 else torch.cat(places)
 
     def _addresses(self, tensors: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:

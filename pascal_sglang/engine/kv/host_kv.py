@@ -29,15 +29,18 @@ class HostKV:
 
     @property
     def tokens(self) -> int:
-        if self.ranges is None:
-            return len(self.parts[0])
-        return sum(end - begin for begin, end in self.ranges)
+        return sum(end - begin for begin, end in self.places)
+
+    @property
+    def places(self) -> list[Range]:
+        """Where the entries are in `parts`, in order."""
+        return [(0, len(self.parts[0]))] if self.ranges is None else self.ranges
 
     def between(self, begin: int, end: int) -> HostKV:
         """Those from number `begin` to `end`, at the same places."""
         ranges: list[Range] = []
         at = 0
-        for first, last in [(0, self.tokens)] if self.ranges is None else self.ranges:
+        for first, last in self.places:
             low, high = max(begin - at, 0), min(end - at, last - first)
             if low < high:
                 ranges.append((first + low, first + high))
@@ -48,7 +51,7 @@ class HostKV:
         """Entries at neighbouring places, up to `most` at a time: the number of the first, and the
         first place and the one after the last."""
         at = 0
-        for begin, end in [(0, self.tokens)] if self.ranges is None else self.ranges:
+        for begin, end in self.places:
             for first in range(begin, end, most):
                 last = min(first + most, end)
                 yield at, first, last
