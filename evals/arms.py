@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -24,11 +25,17 @@ from evals.load.server import START_TIMEOUT_S, ArmError, Server, environment
 from evals.workload import PLAIN, Recipe, Shape, shape_of
 
 COMMANDS = {"stock": "sglang.launch_server", "pascal": "pascal_sglang.launch_server"}
+# Runs either with SGLang imported once for all processes of a server.
+FORKED = "pascal_sglang.demo.forked"
 # Stock SGLang has no platform for a CPU without AMX; it gets ours, and nothing else of ours.
 STOCK_ON_CPU = {"SGLANG_PLATFORM": "pascal_cpu"}
 TINY, TINY_WIDE = "tiny", "tiny-wide"
 BUILD_TIMEOUT_S = 300
 ROLES = ("stock", "candidate", "oracle")
+# In flags: where the EAGLE head of the plan's tiny model is.
+DRAFT = "{draft}"
+# The server itself ends thinking where a request says.
+STRICT = "--enable-strict-thinking"
 PROCESSOR = "from pascal_sglang.demo.budget import {name}; print({name}.to_str())"
 TARGETS = {
     "mean_ttfo": 0.6,
@@ -79,11 +86,12 @@ class Plan:
     model: `tiny`, `tiny-wide` with heads of 128, or one of `pascal_sglang.demo.dummy`, which has no
     weights: its flags say `--load-format dummy`. sampling: SGLang's sampling parameters of every
     request, beside what the workload needs. scale, prompt_scale: factors on output and on prompt
-    lengths. shape: what else the load is like, as in `evals/scenarios`. pascal_flags: for arms of
-    command `pascal`. targets: ratios to the best stock arm that the verdict asks for, by the names
-    of `TARGETS`; `violations` is a share of requests. sustained_per_s: requests per second that the
-    first arm sustained where the rates were chosen; elsewhere they are scaled to what it sustains
-    there. 0: they stand as they are.
+    lengths. shape: what else the load is like, as in `evals/scenarios`. flags: of every arm;
+    `{draft}` stands for an EAGLE head of a tiny model. pascal_flags: for arms of command `pascal`.
+    targets: ratios to the best stock arm that the verdict asks for, by the names of `TARGETS`;
+    `violations` is a share of requests. sustained_per_s: requests per second that the first arm
+    sustained where the rates were chosen; elsewhere they are scaled to what it sustains there. 0:
+    they stand as they are.
     """
 
     preset: str
@@ -218,6 +226,31 @@ def model_folder(model: str, folder: Path) -> Path:
     return folder / model
 
 
+def models(plan: Plan, folder: Path) -> Path:
+    """Build what a plan's servers load in `folder`, unless it is there; returns where its model is.
+
+    Raises: OSError as `model_folder`.
+    """
+    model = model_folder(plan.model, folder)
+    if any(DRAFT in flag for flag in plan.flags):
+        head = _draft_of(model)
+        with FileLock(f"{head}.lock", timeout=BUILD_TIMEOUT_S):
+            if not (head / "model.safetensors").exists():
+                shutil.rmtree(head, ignore_errors=True)  # Of one that was interrupted.
+                _python("-m", "pascal_sglang.demo.eagle", str(model), str(head))
+    return model
+
+
+def _draft_of(model: Path) -> Path:
+    return model.parent / f"{model.name}-eagle"
+
+
+def processor_of(plan: Plan) -> str:
+    """The serialized processor that goes with every request of a plan. Empty where the server ends
+    thinking by itself, as it must under speculative decoding: no processor acts on drafts."""
+    return "" if STRICT in plan.flags else logit_processor(plan.model)
+
+
 @functools.cache
 def logit_processor(model: str) -> str:
     """The serialized processor that makes a plan's model think for exactly its budget."""
@@ -239,6 +272,7 @@ def command_line(arm: Arm, plan: Plan, model: Path) -> list[str]:
     shared = (*plan.flags, *(plan.pascal_flags if arm.command == "pascal" else ()))
     places = {
         "model": model,
+        "draft": _draft_of(model),
         "kv_tokens": arm.kv_tokens or plan.kv_tokens,
         "target_tpot_ms": f"{plan.target_tpot_ms:g}",
     }
@@ -252,7 +286,10 @@ def command_env(arm: Arm, plan: Plan) -> dict[str, str]:
     return {**plan.env, **(STOCK_ON_CPU if on_cpu else {}), **arm.env}
 
 
-def serve(arm: Arm, plan: Plan, model: Path) -> Server:
-    """The arm's server, which starts now; its context waits until it answers."""
+def serve(arm: Arm, plan: Plan, model: Path, *, forked: bool = False) -> Server:
+    """The arm's server, which starts now; its context waits until it answers. forked: its processes
+    are forks of one, which is for a CPU alone."""
     command, env = command_line(arm, plan, model), command_env(arm, plan)
+    if forked:
+        command.insert(command.index("-m") + 1, FORKED)
     return Server(arm.name, command, env, plan.start_timeout_s)

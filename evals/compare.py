@@ -97,8 +97,8 @@ class Comparison:
         for text in plan.describe():
             self.say(text)
         self.say("bins of thinking tokens: " + ", ".join(report.bin_names(self.edges)))
-        model = arms.model_folder(plan.model, CACHE)
-        processor = arms.logit_processor(plan.model)
+        model = arms.models(plan, CACHE)
+        processor = arms.processor_of(plan)
         if self.together:
             self.run_together(model, processor)
             return

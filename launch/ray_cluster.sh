@@ -5,15 +5,18 @@
 #   bash launch/ray_cluster.sh join HEAD:6379 [ray start flags]    on every other node
 #   bash launch/ray_cluster.sh serve [any launch_server flag]      on the head, once all have joined
 #
-# All instances of a server are on the head, up to its GPUs (--dp-size); one instance may span nodes
-# (--tp-size 16 --nnodes 2). Instances on several nodes are not SGLang's to have: it wants DP
-# attention for them, which the policies do not carry. Ray trusts its network; keep it private.
-# On CPUs: head --num-gpus 2, then serve --device cpu --dp-size 2 --model-path MODEL.
+# The instances of a server (--dp-size) are on the head as far as its GPUs go. With
+# --pascal-control-listen ADDRESS, an address of the head, they are on the other nodes too, each
+# whole on one; one instance may also span nodes (--tp-size 16 --nnodes 2). Model files have the
+# same path everywhere. Ray lets all who reach its ports run code: keep its network private, and run
+# `ray get-auth-token --generate` on the head and copy ~/.ray/auth_token to the other nodes.
+# On CPUs: head --num-gpus 1, join HEAD:6379 --num-gpus 1, then
+# serve --device cpu --dp-size 2 --pascal-control-listen ADDRESS --model-path MODEL.
 set -euo pipefail
 
 case "${1:-}" in
 head | join | serve) command="$1"; shift ;;
-*) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; exit ;;
+*) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; exit ;;
 esac
 
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"

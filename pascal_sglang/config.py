@@ -8,9 +8,9 @@ import dataclasses
 import functools
 import ipaddress
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
@@ -22,6 +22,7 @@ from pascal_sglang.request_checks import ASKED_TPOT_MS, asked, is_number, reader
 from pascal_sglang.support import LEVELS, Level, Support, of_server
 
 CONFIG_ENV = "PASCAL_SGLANG_CONFIG"
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # Before the name of the header that a tenant is known by.
 FAIRNESS_HEADER = "header:"
 # In the help of a flag whose field can change while the server runs.
@@ -155,9 +156,32 @@ class PascalConfig:
     )
     kv_listen: str | None = _field(
         None,
-        "open mooncake at this IPv4 address of this host: all who reach it can read and write KV "
-        "that moves (default: 127.0.0.1)",
+        "where mooncake listens: an IPv4 address, or a network like 10.0.0.0/24 or an interface, "
+        "of which each host takes its own; every user of a host with instances can read and write "
+        "KV that moves (default: 127.0.0.1)",
         metavar="ADDRESS",
+    )
+    # This and the next: `cluster.control_keys`.
+    control_listen: str | None = _field(
+        None,
+        "with --dp-size above 1: open the control sockets over TCP, encrypted, to this server's "
+        "processes alone, so that instances may be on other hosts; the controller listens at this "
+        "address of its host (default: sockets in a private folder of this host)",
+        metavar="ADDRESS",
+    )
+    control_secret: str | None = _field(
+        None,
+        "with --pascal-control-listen: a file with the secret that keys are made of, the same on "
+        "all hosts; its mode must be 0600 (default: a secret of this start, which the launcher "
+        "hands out)",
+        metavar="FILE",
+    )
+    racks: str | None = _field(
+        None,
+        "with --use-ray over several hosts: the rack of each host, by the network of the address "
+        "that Ray knows it by, such as a=10.0.1.0/24,b=10.0.2.0/24; requests move to near "
+        "instances first (default: all other hosts are equally near)",
+        metavar="RACK=NETWORK,...",
     )
     gpus: int | None = _field(
         None,
@@ -244,16 +268,16 @@ class PascalConfig:
             value = getattr(self, name)
             if not (optional and value is None):
                 _check(name, kind, value, limits)
-        if self.kv_listen is not None:
-            self._require_one_address()
+        self._require_addresses()
         if self.effort_budgets is not None:
             _budgets(self.effort_budgets)
+        if self.racks is not None:
+            _racks(self.racks)
         self._require_scheduling()
 
     def _require_scheduling(self) -> None:
-        known = isinstance(self.fairness, str) and (
-            self.fairness in ("off", "api-key", "user")
-            or re.fullmatch(FAIRNESS_HEADER + r"[A-Za-z0-9_-]{1,64}", self.fairness)
+        known = self.fairness in ("off", "api-key", "user") or re.fullmatch(
+            FAIRNESS_HEADER + r"[A-Za-z0-9_-]{1,64}", self.fairness
         )
         shown = f"{self.fairness!r:.60}"
         _require(bool(known), f"fairness must be off, api-key, user or header:NAME, not {shown}")
@@ -266,13 +290,39 @@ class PascalConfig:
             f"tool_kv is for a policy that schedules, not for {self.policy}",
         )
 
-    def _require_one_address(self) -> None:
+    def _require_addresses(self) -> None:
+        if self.kv_listen is not None:
+            self._require_kv_listen()
+        if self.control_listen is not None:
+            one = is_one_address(self.control_listen)
+            _require(one, f"control_listen must be one IP address, not {self.control_listen!r:.60}")
+        if self.control_secret is not None:
+            # A relative one is another file where a process has another folder, as Ray's have.
+            path = self.control_secret
+            _require(
+                isinstance(path, str) and os.path.isabs(path) and "\0" not in path,
+                f"control_secret must be the absolute path of a file, not {path!r:.60}",
+            )
+            _require(
+                self.control_listen is not None,
+                "control_secret is for control_listen; without it no socket needs a key",
+            )
+
+    def _require_kv_listen(self) -> None:
+        """A wildcard is no address; which one a network or an interface has is known on its host
+        (`cluster.transport.listening.own_address`)."""
+        given = str(self.kv_listen)
         try:
-            address = ipaddress.IPv4Address(str(self.kv_listen))
+            network = ipaddress.IPv4Network(given)
+            first = network.network_address
+            named = not (first.is_unspecified or first.is_multicast or first.is_reserved)
         except ValueError:
-            address = ipaddress.IPv4Address(0)
-        one = not (address.is_unspecified or address.is_multicast or address.is_reserved)
-        _require(one, f"kv_listen must be one IPv4 address, not {self.kv_listen!r}")
+            named = re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]{0,14}", given) is not None
+        _require(
+            named and isinstance(self.kv_listen, str),
+            "kv_listen must be an IPv4 address, a network like 10.0.0.0/24 or an interface, not "
+            f"{self.kv_listen!r:.60}",
+        )
         _require(
             self.kv_transport == "mooncake",
             f"kv_listen is for the mooncake transport; {self.kv_transport} listens nowhere",
@@ -306,6 +356,16 @@ class PascalConfig:
         low, high = ASKED_TPOT_MS
         # Clamped as whole numbers are, which may be larger than any float.
         return float(min(max(pace, low), high))
+
+    def rack_of(self, address: str) -> str:
+        """The rack of a host; none where no racks were given. Raises: ConfigError for a host that
+        is in none of them."""
+        if self.racks is None:
+            return ""
+        host = ipaddress.ip_address(address)
+        found = next((rack for rack, network in _racks(self.racks) if host in network), None)
+        _require(found is not None, f"--pascal-racks says no rack for the host {address}")
+        return str(found)
 
     def stream_tpot_ms_of(self, sampling: dict[str, Any]) -> float:
         """The pace at which a streamed answer leaves; 0, at once, where a program reads it."""
@@ -424,6 +484,19 @@ class PascalConfig:
         return f"pascal_sglang: policy={self.policy} {shown}"
 
 
+def is_one_address(text: object) -> bool:
+    """Whether it is the IP address of one host: no name, no wildcard, no group."""
+    if not isinstance(text, str) or "%" in text:
+        return False
+    try:
+        found = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    address = getattr(found, "ipv4_mapped", None) or found
+    reserved = address.is_reserved and not address.is_loopback
+    return not (address.is_unspecified or address.is_multicast or reserved)
+
+
 @functools.cache
 def _declared() -> list[tuple[str, type, bool, Mapping[str, Any]]]:
     """Of every field: its name, its type, whether it may be None, and what it was declared with."""
@@ -439,24 +512,48 @@ def _declared() -> list[tuple[str, type, bool, Mapping[str, Any]]]:
 def _budgets(text: str) -> dict[str, int]:
     """Thinking tokens by effort. Raises: `ConfigError`."""
     found: dict[str, int] = {}
-    for each in str(text).split(","):
+    for each in text.split(","):
         effort, _, tokens = each.strip().partition("=")
-        fits = effort.isidentifier() and tokens.isdecimal() and effort not in found
+        counts = tokens.isdecimal() and len(tokens) <= len(str(MOST_TOKENS))
+        fits = effort.isidentifier() and counts and effort not in found
         _require(fits, f"effort_budgets must be EFFORT=TOKENS,... with each once, not {text!r:.80}")
         found[effort] = int(tokens)
     return found
 
 
-def _check(name: str, kind: type, value: object, limits: Mapping[str, Any]) -> None:
+def _racks(text: str) -> list[tuple[str, Network]]:
+    """Racks and their networks, each host in one of them. Raises: `ConfigError`."""
+    found: list[tuple[str, Network]] = []
+    for each in text.split(","):
+        rack, _, given = each.strip().partition("=")
+        try:
+            network = ipaddress.ip_network(given)
+        except ValueError:
+            network = None
+        fits = re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", rack) and network is not None
+        _require(bool(fits), f"racks must be RACK=NETWORK,... like a=10.0.1.0/24, not {text!r:.80}")
+        assert network is not None
+        for _, other in found:
+            same = network.version == other.version and network.overlaps(other)
+            _require(not same, f"racks has {network} and {other}, which have addresses in common")
+        found.append((rack, network))
+    return found
+
+
+def _check(name: str, kind: type, value: Any, limits: Mapping[str, Any]) -> None:
     choices, least, above, most = (limits[k] for k in ("choices", "least", "above", "most"))
     if choices:
         _require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r:.60}")
+    elif kind is str:
+        _require(isinstance(value, str), f"{name} must be a text, not {value!r:.60}")
     elif kind is bool:
         _require(isinstance(value, bool), f"{name} must be true or false")
     elif kind in (int, float):
         whole = isinstance(value, int) and not isinstance(value, bool)
         fits = (
-            (whole or (kind is float and isinstance(value, float) and math.isfinite(value)))
+            (whole or (kind is float and isinstance(value, float)))
+            # No NaN, nothing endless, and no whole number that is larger than any float.
+            and (kind is int or abs(value) <= sys.float_info.max)
             and (least is None or value >= least)
             and (above is None or value > above)
             and (most is None or value <= most)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,14 +14,19 @@ from pascal_sglang.support import Support
 
 INIT_INFO_KEY = "pascal"
 PROCESS_KEY = "pascal_process"
+HOST_KEY = "pascal_host"
 STATUS_FILE_KEY = "pascal_board"
+CONTROL_KEY = "pascal_control"
+# Of an instance on another host: where it takes requests.
+REQUESTS_KEY = "pascal_requests"
 SUPPORT_KEY = "pascal_support"
 
 
 def introduced(info: dict[str, Any], instance: int, support: Support) -> dict[str, Any]:
     """The init info of a scheduler: its configuration, its level, and who it is."""
     own = {INIT_INFO_KEY: own_config(), SUPPORT_KEY: support.describe()}
-    return {**info, **own, PROCESS_KEY: (os.getpid(), instance)}
+    here = {PROCESS_KEY: (os.getpid(), instance), HOST_KEY: socket.gethostname()}
+    return {**info, **own, **here}
 
 
 def support_of(infos: Iterable[dict[str, Any]]) -> Support:
@@ -33,11 +39,22 @@ def instances_by_pid(infos: list[dict[str, Any]]) -> dict[int, int]:
     return dict(info[PROCESS_KEY] for info in infos)
 
 
-def handed_on(info: dict[str, Any], status_file: str, support: Support) -> dict[str, Any]:
+def hosts_by_instance(infos: list[dict[str, Any]]) -> dict[int, str]:
+    """The name of the host of each instance's first process."""
+    found: dict[int, str] = {}
+    for info in infos:
+        found.setdefault(info[PROCESS_KEY][1], str(info.get(HOST_KEY, "")))
+    return found
+
+
+def handed_on(
+    info: dict[str, Any], status_file: str, control: str, support: Support
+) -> dict[str, Any]:
     """The init info of a controller whose instances have all shaken hands, and have this level
-    together; `status_file` is where it shows what it does."""
+    together; `status_file` is where it shows what it does, `control` the place of the control
+    sockets."""
     own = {INIT_INFO_KEY: own_config(), SUPPORT_KEY: support.describe()}
-    return {**info, **own, STATUS_FILE_KEY: status_file}
+    return {**info, **own, STATUS_FILE_KEY: status_file, CONTROL_KEY: control}
 
 
 def change_of(values: Mapping[str, Any]) -> str:

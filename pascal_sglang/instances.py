@@ -6,7 +6,12 @@ An instance has requests and KV of its own: a replica (`--dp-size`), or a rank o
 
 from __future__ import annotations
 
+import os
+
 from sglang.srt.runtime_context import get_parallel
+
+# The host of each instance, where they are on several; for every process of the server.
+HOSTS_ENV = "PASCAL_SGLANG_HOSTS"
 
 
 def instance_count() -> int:
@@ -19,6 +24,16 @@ def own_instance() -> int:
     """The index of this scheduler's instance."""
     index: int = get_parallel().dp_rank or 0
     return index
+
+
+def several_hosts() -> bool:
+    """Whether instances of this server are on several hosts."""
+    return HOSTS_ENV in os.environ
+
+
+def hosts() -> list[str]:
+    """The address of the host of each instance; none where all are on one."""
+    return os.environ[HOSTS_ENV].split(",") if several_hosts() else []
 
 
 def step_together() -> bool:

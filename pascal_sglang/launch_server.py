@@ -29,6 +29,7 @@ from pascal_sglang.entrypoints import sglang_flags
 from pascal_sglang.entrypoints.preflight import (
     OneLineParser,
     check_arguments,
+    check_control,
     check_decision_log,
     check_drain_on_term,
     check_frontend,
@@ -37,6 +38,8 @@ from pascal_sglang.entrypoints.preflight import (
     check_migrations,
     check_temporary_folder,
     idle_budget,
+    idle_control,
+    idle_racks,
     idle_transport,
     one_line,
     open_to_others,
@@ -127,6 +130,7 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     config.require_level(support)
     check_frontend(config, server_args)
     check_migrations(config, server_args)
+    check_control(config, server_args)
     check_decision_log(config)
     check_drain_on_term(config, server_args)
     check_temporary_folder(server_args)
@@ -135,6 +139,8 @@ def serve(config: PascalConfig, sglang_argv: list[str]) -> int:
     for warning in (
         open_to_others(),
         idle_transport(config, server_args),
+        idle_control(config, server_args),
+        idle_racks(config, server_args),
         idle_budget(config, server_args),
     ):
         if warning is not None:

@@ -39,6 +39,7 @@ class Setting:
 
 
 HONOURED, OVERRIDDEN = Effect.HONOURED, Effect.OVERRIDDEN
+PREFILL = "by SGLang's prefill, within what the plan admits"
 QUEUE_LIMIT = "test_a_full_queue_counts_the_paused_and_ends_none_that_has_begun"
 PREFILL_LIMITS = "test_a_prefill_keeps_sglangs_limits"
 
@@ -118,21 +119,34 @@ SETTINGS = (
         QUEUE_LIMIT,
     ),
     Setting(
-        ("SGLANG_REQ_WAITING_TIMEOUT", "SGLANG_REQ_RUNNING_TIMEOUT"),
+        ("SGLANG_REQ_WAITING_TIMEOUT",),
         HONOURED,
         "for paused requests too ([observability.md](observability.md))",
         "test_the_waiting_time_out_runs_from_the_pause_on",
     ),
     Setting(
-        (
-            "--chunked-prefill-size",
-            "--max-prefill-tokens",
-            "--prefill-max-requests",
-            "SGLANG_PREFILL_TILE_BUDGET",
-        ),
+        ("SGLANG_REQ_RUNNING_TIMEOUT",),
         HONOURED,
-        "by SGLang's prefill, within what the plan admits",
+        "from the first step on, pauses included; a request ends by it while it runs",
+        "test_the_running_time_out_runs_from_the_first_step",
+    ),
+    Setting(
+        ("--chunked-prefill-size", "--prefill-max-requests"),
+        HONOURED,
+        PREFILL,
         PREFILL_LIMITS,
+    ),
+    Setting(
+        ("--max-prefill-tokens",),
+        HONOURED,
+        PREFILL,
+        "test_an_interval_is_for_large_batches_and_a_reserve_that_is_given_stays",
+    ),
+    Setting(
+        ("SGLANG_PREFILL_TILE_BUDGET",),
+        HONOURED,
+        f"{PREFILL}; SGLang reads it on AMD GPUs alone",
+        "test_flags_change_no_token_under_pauses",
     ),
     Setting(
         ("--prefill-decode-interval", "--prefill-decode-interval-min-bs"),
@@ -161,8 +175,9 @@ SETTINGS = (
             "--prefill-delayer-max-delay-ms",
         ),
         HONOURED,
-        "after the plan, as the delay by free slots",
-        "test_a_prefill_waits_for_free_slots",
+        "after the plan, as the delay by free slots; the queue that it looks at is what the plan "
+        "admits",
+        "test_a_prefill_is_delayed",
     ),
     Setting(
         ("--scheduler-recv-interval", "SGLANG_SCHEDULER_MAX_RECV_PER_POLL"),
@@ -206,10 +221,17 @@ SETTINGS = (
         "test_every_kind_survives_pauses_on_every_tier",
     ),
     Setting(
-        ("--max-loras-per-batch", "--lora-drain-wait-threshold", "--enable-lora-overlap-loading"),
+        ("--max-loras-per-batch",),
         HONOURED,
         "a paused request comes back when its adapter fits beside those of the batch",
         "test_a_request_comes_back_when_its_adapter_fits",
+    ),
+    Setting(
+        ("--lora-drain-wait-threshold", "--enable-lora-overlap-loading"),
+        HONOURED,
+        "for paused requests too: an adapter makes room for theirs, and is loaded before they come "
+        "back",
+        "test_pauses_change_no_token_of_a_session_with_an_adapter",
     ),
     Setting(
         ("--load-balance-method",),

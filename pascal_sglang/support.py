@@ -166,8 +166,15 @@ SERVER = (
     Row(
         "another --speculative-algorithm",
         Level.ORDER,
-        lambda a: a.speculative_algorithm not in (None, *CHAINS),
+        lambda a: a.speculative_algorithm not in (None, "NGRAM", *CHAINS),
         "what its drafts keep of a request is not known here",
+    ),
+    Row(
+        "--speculative-algorithm NGRAM",
+        Level.ORDER,
+        lambda a: a.speculative_algorithm == "NGRAM",
+        "not seen: it proposes and verifies by compiled packages that a CPU does not have, and "
+        "goes on from the tokens of a step that are kept with the request's row",
     ),
     Row(
         "--speculative-use-rejection-sampling",
@@ -209,7 +216,8 @@ SERVER = (
         "--disaggregation-mode",
         Level.OBSERVE,
         lambda a: a.disaggregation_mode != "null",
-        "both sides run event loops with queues of their own",
+        "its event loops ask for no plan: on the decode side a request has its KV before it waits, "
+        "and a retracted one comes back from a queue of its own",
     ),
     Row(
         "--enable-hierarchical-cache",

@@ -38,6 +38,8 @@ class Door:
 TEMPORARY = re.escape(tempfile.gettempdir())
 TABLE = (
     Door("HTTP", ".*", r"tcp 127\.0\.0\.1:HTTP", user=True),
+    # As the status shows them; the ports of ranks look the same.
+    Door("Control messages over TCP", ".*", r"tcp 127\.0\.0\.1:(CONTROL)", user=True),
     Door("Ranks of an instance", "scheduler", r"tcp 127\.0\.0\.1:\d+", user=True),
     Door("Mooncake", "scheduler", r"tcp (0\.0\.0\.0|::):1\d{4}", user=True),
     Door("Mooncake's journal", "scheduler", r"datagram @[0-9a-f]{5}", user=None),
@@ -45,7 +47,7 @@ TABLE = (
     Door("Controller's status", ".*", rf"file {TEMPORARY}/pascal-[^/]+/controller\.json"),
     Door("Folder's lock", ".*", rf"file {TEMPORARY}/pascal-[^/]+/pascal_sglang\.lock"),
     Door("SGLang's messages", ".*", rf"unix {TEMPORARY}/tmp[^/]+"),
-    Door("KV receive buffer", "scheduler", r"memory /memfd:pascal-kv-receive .*"),
+    Door("KV receive buffer", "scheduler", r"memory /memfd:pascal-kv-receive-.*"),
     Door("Load snapshots", ".*", r"memory /dev/shm/sglang_loads_[^/]+\.shm"),
     Door("Semaphores", ".*", r"memory /dev/shm/sem\.[^/]+"),
     Door("Broadcasts between ranks", "scheduler", r"memory /dev/shm/(psm|sgl_shm_mq)_[^/]+"),
@@ -64,12 +66,21 @@ class Found:
     what: str
     how: tuple[object, ...] | None
 
-    def row(self, http: int) -> Door | None:
+    def row(self, http: int, control: str) -> Door | None:
+        """http, control: ports, the latter as alternatives."""
         # A fork of `warm_servers` may have no title of its own.
         titled = "warm_servers" not in self.process
         rows = (d for d in TABLE if not titled or re.search(d.process, self.process))
+        ports = {"HTTP": str(http), "CONTROL": control}
         return next(
-            (d for d in rows if re.fullmatch(d.looks.replace("HTTP", str(http)), self.what)), None
+            (
+                door
+                for door in rows
+                if re.fullmatch(
+                    re.sub("HTTP|CONTROL", lambda m: ports[m[0]], door.looks), self.what
+                )
+            ),
+            None,
         )
 
 
@@ -80,7 +91,8 @@ def check(server: Server) -> set[str]:
         {f for p in server.tree() for f in _of(p) if f.what.partition(" ")[2] not in tests},
         key=lambda f: (f.what, f.process),
     )
-    rows = [f.row(server.port) for f in found]
+    control = _control_ports(server)
+    rows = [f.row(server.port, control) for f in found]
     unknown = [f for f, row in zip(found, rows, strict=True) if row is None]
     assert unknown == [], f"not in the table of docs/security.md: {unknown}"
     known = [(f, row) for f, row in zip(found, rows, strict=True) if row is not None]
@@ -98,6 +110,12 @@ def check(server: Server) -> set[str]:
         except NoOtherHost as reason:
             warnings.warn(f"nothing was tried from another host: {reason}", stacklevel=2)
     return {row.name for _, row in known}
+
+
+def _control_ports(server: Server) -> str:
+    shown = server.get("/pascal/status").get("controller", {})
+    ports = [at.rpartition(":")[2] for at in (shown.get("control_addresses") or {}).values()]
+    return "|".join(ports) or "none"
 
 
 def _of(process: psutil.Process) -> Iterator[Found]:

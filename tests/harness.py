@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from evals.load.server import START_TIMEOUT_S, STOP_TIMEOUT_S, LocalServer
+from evals.load.server import START_TIMEOUT_S, STOP_TIMEOUT_S, ArmError, LocalServer
 from evals.load.server import environment as of_this_process
 from tests import ports
 
@@ -110,17 +110,30 @@ def begin_imports() -> None:
         connection.connect(warm_servers())
 
 
-def fork(command: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> Fork:
-    """`command` as a fork of `warm_servers`, with the whole environment `env`."""
+def fork(
+    command: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path,
+    log: Path,
+    warm: str | None = None,
+) -> Fork:
+    """`command` as a fork of `warm_servers`, with the whole environment `env`. warm: the socket of
+    another process of that kind, as on another host."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(START_TIMEOUT_S)  # The first one waits for its imports.
-        connection.connect(warm_servers())
+        connection.connect(warm or warm_servers())
         with connection.makefile("rw") as pipe:
             asked = [list(command), dict(env), str(cwd), str(log)]
             print(json.dumps(asked), file=pipe, flush=True)
             if not (pid := pipe.readline()):
                 raise RuntimeError("the process that forks servers has ended")
             return Fork(int(pid), Path(f"{log}.code"))
+
+
+def forked_environment() -> dict[str, str]:
+    """For a command of `evals`: the servers that it starts are forks of `warm_servers`."""
+    root = Path(__file__).parents[1]
+    return {WARM_ENV: warm_servers(), "PYTHONPATH": f"{root / 'tests' / 'forks'}:{root}"}
 
 
 class Server(LocalServer):
@@ -183,7 +196,16 @@ class Server(LocalServer):
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
         super().wait_ready(timeout_s)
-        self.tree()
+        if not any(self._listens(process) for process in self.tree()):
+            raise ArmError(f"another process listens at {self.base_url}: {self._last_words()}")
+
+    def _listens(self, process: psutil.Process) -> bool:
+        """Another server may have taken the port before this one, which ends only then."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in process.net_connections("inet"):
+                if each.status == psutil.CONN_LISTEN and each.laddr.port == self.port:
+                    return True
+        return False
 
     def _last_words(self) -> str:
         return f"\n{self.output[-4000:]}"
@@ -203,8 +225,8 @@ class Server(LocalServer):
         assert not left, f"left behind: {left}\n{self.output[-2000:]}"
 
     def wait_gone(self) -> list[psutil.Process]:
-        """Processes of this server that outlive it by more than ten seconds."""
-        _, left = psutil.wait_procs(self.tree(), timeout=10)
+        """Processes of this server that outlive it by more than a minute."""
+        _, left = psutil.wait_procs(self.tree(), timeout=60)
         return [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     def kill(self) -> None:
@@ -258,7 +280,7 @@ class Server(LocalServer):
 
     def recent(self, rid: str) -> dict[str, Any]:
         """The status entry of a request that ended; waits, as a reply may overtake the status."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             for instance in self.instances():
                 for request in instance.get("recent", ()):

@@ -20,7 +20,8 @@ RAY_WORKERS = range(10_100, 10_200)
 # Of a worker's: those that tests ask for. With DP attention a server takes eight more from the
 # 233rd after its own on.
 ASKED_FOR, BESIDE = 200, 450
-_turns = itertools.count()
+# Runs of several checkouts begin in different places.
+_turns = itertools.count(os.getpid())
 
 
 def share(whole: range) -> range:

@@ -171,8 +171,12 @@ class Forks:
 
 
 def warm_up():
+    import setproctitle
+
     from pascal_sglang.demo import servers
 
+    # It looks for the place of titles once, and finds none in a fork with another environment.
+    setproctitle.getproctitle()
     servers.preload()
     importlib.import_module("sglang.cli.main")
     look_ahead()

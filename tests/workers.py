@@ -11,9 +11,9 @@ from typing import Any
 GROUPS = (
     # Ports that SGLang or a command of `evals` draws (`tests.ports`), and `pascal_server`.
     (
-        *("e2e/test_parallel", "engine/test_ray", "engine/test_soak", "e2e/test_entry_points"),
+        *("e2e/test_parallel", "engine/test_ray", "e2e/test_entry_points"),
         *("e2e/test_clients", "e2e/test_evals_accuracy", "engine/test_phases"),
-        *("e2e/test_status", "e2e/test_monitoring"),
+        *("e2e/test_status", "e2e/test_monitoring", "e2e/test_gateway"),
         *("engine/test_forecasts", "engine/test_run_time_config"),
     ),
     ("engine/test_migration",),
@@ -23,6 +23,7 @@ GROUPS = (
     ("engine/test_chaos",),
     ("engine/test_pressure",),
     ("e2e/test_gpu_check",),
+    ("engine/test_soak",),
     ("engine/test_families_server",),
     ("e2e/test_evals_serving",),
     ("engine/test_crowded_pair",),
@@ -30,6 +31,9 @@ GROUPS = (
     ("engine/inproc/test_request_kinds",),
     ("e2e/test_fcfs_is_stock",),
     ("engine/test_failures",),
+    # Of those that come last.
+    ("unit/test_sim",),
+    ("unit/test_sglang_releases",),
 )
 _group_of = {file: number for number, files in enumerate(GROUPS) for file in files}
 

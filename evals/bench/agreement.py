@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         plan = arms.load_plan(asked.plan, arms=asked.arms.split(","), requests=asked.requests)
         with tempfile.TemporaryDirectory() as folder:
-            model = arms.model_folder(plan.model, Path(folder))
+            model = arms.models(plan, Path(folder))
             for arm in plan.arms:
                 same &= measure(plan, arm, model, loads, asked.pairs)
     except (ArmError, OSError, ValueError, TypeError, subprocess.TimeoutExpired) as error:

@@ -51,7 +51,7 @@ def run(arm: Arm, plan: Plan, items: list[Item], model: Path, processor: str) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--requests", type=int, default=60)
-    parser.add_argument("--rate", type=float, default=4.0, help="requests per second (%(default)s)")
+    parser.add_argument("--rate", type=float, default=1.2, help="requests per second (%(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=3000)
     options, model, processor = pair.parse(parser)
     items = [

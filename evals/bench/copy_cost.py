@@ -85,12 +85,14 @@ def measure(shape: Shape, device: str, tokens: int = TOKENS, rounds: int = ROUND
     took: list[list[float]] = []
     for _ in range(rounds):
         began = time.perf_counter()
-        kept = [copies.to_host(where) for where in wheres]
+        with copies.together():
+            kept = [copies.to_host(where) for where in wheres]
         begun = time.perf_counter()
         whole = wait(kept)
         out = time.perf_counter()
-        for kv, where in zip(kept, wheres, strict=True):
-            copies.to_device(kv, where)
+        with copies.together():
+            for kv, where in zip(kept, wheres, strict=True):
+                copies.to_device(kv, where)
         back_begun = time.perf_counter()
         whole = wait(kept) and whole
         back = time.perf_counter()

@@ -87,7 +87,7 @@ class Cluster:
         """A request arrives; microseconds that placing it took."""
         prompt = self.prompt()
         began = time.perf_counter()
-        blocks = list(block_names(prompt, None))
+        blocks = list(block_names(prompt))
         hits = self.prefixes.hits(blocks)
         candidates = self.placement.in_sight(self.load_tracker.instances, hits)
         index = self.placement.place(candidates, len(prompt), hits)
@@ -114,7 +114,7 @@ class Cluster:
 
     def end(self) -> None:
         rid, index, prompt = self.live.popleft()
-        data = pack(RequestFinished(index, rid, list(block_names(prompt, None))), index)
+        data = pack(RequestFinished(index, rid, list(block_names(prompt))), index)
         _, gone = unpack(data, self.instances)
         self.request_locations.gone(gone.rid)
         self.prefixes.ended(gone.dp_rank, gone.blocks)

@@ -38,7 +38,7 @@ from typing import Any
 from evals import arms
 from evals.arms import Arm, Plan, Rate
 from evals.compare import CACHE, Comparison, target_of
-from evals.gpu import device, figures, identity, kit, moves
+from evals.gpu import device, figures, identity, kernels, kit, moves
 from evals.gpu.servers import Key, Servers, key_of
 from evals.load import remote
 from evals.load.client import Target
@@ -95,7 +95,7 @@ KINDS = {
             **{"order": 30.0, "overhead": 20.0, "moves": 20.0},
         },
         run_s=10.0,
-        requests=40,
+        requests=24,
         prompts=(300, 1200),
         moved=8,
     ),
@@ -444,6 +444,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     kind = device.kind() if asked.device == "auto" else asked.device
     env = kit.contents().environment if asked.from_kit else {}
+    if kind == "cuda":
+        kernels.find_headers()  # Of servers, too.
     check = Check(kind, asked.out, asked.seconds, asked.only, env)
     try:
         return 0 if check.run() else EXIT_FAILED

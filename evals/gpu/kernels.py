@@ -6,11 +6,14 @@ What fails here is built by the server that needs it. The caches are those of Fl
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 # Of the models that are served: bytes of a token's keys in one layer, and of a head.
@@ -18,25 +21,58 @@ KEY_BYTES = (512, 1024)
 HEAD_DIM = 128
 
 
+FLAGS_ENV = "FLASHINFER_EXTRA_CUDAFLAGS"
+
+
+def find_headers() -> None:
+    """Have FlashInfer's compiler find the headers of cuRAND, which its attention includes. A CUDA
+    that has little more than a compiler lacks them; the packages that PyTorch needs have them."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in () if spec is None else spec.submodule_search_locations or ():
+        for header in sorted(Path(folder).glob("*/include/curand_kernel.h")):
+            # Looked through last.
+            os.environ[FLAGS_ENV] = (
+                f"{os.environ.get(FLAGS_ENV, '')} -isystem {header.parent}".strip()
+            )
+            return
+
+
 def _attention(backend: str) -> Any:
     import torch
-    from flashinfer.prefill import get_batch_prefill_module
+    from flashinfer.jit.attention import modules
 
+    makes = {
+        "fa2": modules._gen_batch_prefill_primary_module,
+        "fa3": modules.gen_batch_prefill_module,
+    }
     kept = (torch.bfloat16,) * 3
     plain = (0, False, False, False)  # No positions, window, cap or half precision sums.
-    return get_batch_prefill_module(backend, *kept, torch.int32, HEAD_DIM, HEAD_DIM, *plain)
+    return makes[backend](backend, *kept, torch.int32, HEAD_DIM, HEAD_DIM, *plain)
 
 
 def _norm() -> Any:
     from flashinfer.jit.norm import gen_norm_module
 
-    return gen_norm_module().build_and_load()
+    return gen_norm_module()
 
 
 def _sampling() -> Any:
     from flashinfer.jit.sampling import gen_sampling_module
 
-    return gen_sampling_module().build_and_load()
+    return gen_sampling_module()
+
+
+# FlashInfer's own by name, and what makes the specification that it builds each from.
+SPECS: dict[str, Callable[[], Any]] = {
+    "attention fa3": partial(_attention, "fa3"),
+    "attention fa2": partial(_attention, "fa2"),
+    "sampling": _sampling,
+    "norm": _norm,
+}
+
+
+def _build_and_load(make: Callable[[], Any]) -> Any:
+    return make().build_and_load()
 
 
 def _fused_norm() -> Any:
@@ -67,12 +103,9 @@ def _rope() -> Any:
 
 
 def modules() -> dict[str, Callable[[], Any]]:
-    """What builds each, by name; the longest first."""
+    """What builds or loads each, by name; the longest first."""
     return {
-        "attention fa3": lambda: _attention("fa3"),
-        "attention fa2": lambda: _attention("fa2"),
-        "sampling": _sampling,
-        "norm": _norm,
+        **{name: partial(_build_and_load, make) for name, make in SPECS.items()},
         "fused norm": _fused_norm,
         "activation": _activation,
         "positions": _rope,

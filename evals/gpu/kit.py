@@ -8,7 +8,8 @@ packed into one archive, in parts of bounded size. There:
     bash evals/gpu/check.sh --site site
 
 The package itself comes from its checkout; the kit only has its entry points, by which SGLang finds
-it. Nothing but Python and pip is needed here, and no GPU.
+it. Nothing but Python and pip is needed here, and no GPU. With `--modules` CUDA's compiler is: the
+modules of FlashInfer are compiled here (`prebuilt.py`), which costs minutes there.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from evals.options import folder
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PIP_TIMEOUT_S = 540
+MODULES_TIMEOUT_S = 3600
 MIB = 1 << 20
 EXIT_FAILED = 1
 ARCHIVE = "site.tar.xz"
@@ -232,8 +234,24 @@ def _without_owner(info: tarfile.TarInfo) -> tarfile.TarInfo:
     return info
 
 
-def build(wanted: Contents, out: Path) -> None:
-    """Fetch, unpack and pack everything into `out`, and say what it takes. Raises: KitError."""
+def build_modules(wanted: Contents, work: Path, site: Path) -> None:
+    """Compile FlashInfer's modules into `site`, in `work`. Raises: KitError."""
+    (version,) = (
+        package.requirement.partition("==")[2]
+        for package in wanted.packages
+        if package.name == "flashinfer_python"
+    )
+    folders = ["--out", str(site / "flashinfer" / "data" / "aot"), "--work", str(work)]
+    command = [sys.executable, "-m", "evals.gpu.prebuilt", *folders, "--flashinfer", version]
+    try:
+        subprocess.run(command, check=True, timeout=MODULES_TIMEOUT_S)
+    except subprocess.SubprocessError as error:
+        raise KitError(f"FlashInfer's modules cannot be built here: {error}") from error
+
+
+def build(wanted: Contents, out: Path, *, modules: bool = False) -> None:
+    """Fetch, unpack and pack everything into `out`, and say what it takes. modules: with those of
+    FlashInfer as they are compiled. Raises: KitError."""
     wheels, site = out / "wheels", out / "site"
     wheels.mkdir(parents=True, exist_ok=True)
     fetch(wanted, wheels)
@@ -241,6 +259,8 @@ def build(wanted: Contents, out: Path) -> None:
     sizes = {package.requirement: unpack(package, wheels, site) for package in wanted.packages}
     add_standins(wanted, site)
     add_entry_points(site)
+    if modules:
+        build_modules(wanted, out / "modules", site)
     for requirement, size in sorted(sizes.items(), key=lambda item: -item[1])[:LARGEST]:
         print(f"{requirement:<40}{size / MIB:>8.1f} MiB")
     print(f"{f'all {len(sizes)} packages':<40}{sum(sizes.values()) / MIB:>8.1f} MiB", flush=True)
@@ -252,9 +272,12 @@ def build(wanted: Contents, out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evals/gpu/kit.sh", description=__doc__)
     parser.add_argument("--out", type=folder, default="build/kit", help="folder (%(default)s)")
+    parser.add_argument(
+        "--modules", action="store_true", help="compile FlashInfer's modules here (prebuilt.py)"
+    )
     asked = parser.parse_args(argv)
     try:
-        build(contents(), asked.out)
+        build(contents(), asked.out, modules=asked.modules)
     except (KitError, OSError, zipfile.BadZipFile) as error:
         print(f"kit.sh: {error}", file=sys.stderr)
         return EXIT_FAILED

@@ -64,7 +64,8 @@ class Servers:
         """Start it unless it is there. It has the plan's time until it has to answer."""
         key = key_of(arm, plan, model)
         if key not in self._begun:
-            server = arms.serve(arm, plan, model)
+            # Each process of a server would import SGLang by itself, which takes two cores minutes.
+            server = arms.serve(arm, plan, model, forked="cpu" in plan.flags)
             self._begun[key] = _Begun(server, time.monotonic() + plan.start_timeout_s)
 
     def wait(self, key: Key) -> Server:

@@ -43,6 +43,8 @@ class Target:
     answer_tpot_ms: the reader's pace, told to a server that schedules by it; None leaves it to the
         server.
     headers: more of them, of every request.
+    own_lengths: the server is not told how long requests think and answer, up to so many tokens
+        together; the processor (`demo.budget.TinyOwnLengths`) is. None: it is told.
     """
 
     base_url: str
@@ -54,6 +56,7 @@ class Target:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     answer_tpot_ms: float | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    own_lengths: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +201,13 @@ class _Talk:
         processor = self._target.logit_processor
         rid = self._rids.get(place)
         body = request_body(item, place, self._seed, processor, self._said, rid)
+        if self._target.own_lengths is not None:
+            lengths = [item.thinking_tokens, item.answer_tokens]
+            body["sampling_params"] |= {
+                "ignore_eos": False,
+                "max_new_tokens": self._target.own_lengths,
+                "custom_params": {"own_lengths": lengths},
+            }
         body["sampling_params"] |= self._target.sampling
         if self._target.answer_tpot_ms is not None:
             pace = {"answer_tpot_ms": self._target.answer_tpot_ms}

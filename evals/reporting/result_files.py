@@ -196,7 +196,7 @@ def add_against_live(results: Results, told: Mapping[str, Any]) -> None:
     }
     errors = [line.split(":", 1) for line in told["console"] if "mean error" in line]
     results.conclusions += [
-        f"Simulator against servers, {figure.upper()}:{error}." for figure, error in errors
+        f"Simulator against servers, {figure}:{error}." for figure, error in errors
     ]
     _add_provenance(results, told["provenance"], "comparison")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,9 @@ import psutil
 from evals.load import remote
 from evals.soak.findings import Findings
 
-REST_S = 30.0
+REST_S = 60.0
+# Of the controller's figures, those that are 0 at rest.
+UNDER_WAY = ("live_requests", "migrations_under_way")
 # What a process may hold at the end beyond what it held when warm: pools of threads and allocators
 # fill up over time; what leaks with the requests is far above this after a few minutes.
 MORE_FILES, MORE_THREADS = 6, 8
@@ -113,14 +116,14 @@ def compare(before: Mapping[str, Held], after: Mapping[str, Held], findings: Fin
 
 
 def wait_for_rest(base_url: str) -> None:
-    """Wait until nothing runs, waits, is paused or moves; `REST_S` seconds at most."""
+    """Wait until nothing runs, waits, is paused or moves, and the controller, which shows its
+    figures now and then, says so too; `REST_S` seconds at most."""
     deadline = time.monotonic() + REST_S
     while time.monotonic() < deadline:
-        try:
-            found = [i for i in remote.instances(base_url) if not i.get("dead")]
-        except OSError:
-            found = []
-        if found and not any(busy(i) for i in found):
+        told = json.loads(remote.get(base_url, "/pascal/status") or "{}")
+        found = [i for i in told.get("instances", ()) if not i.get("dead")]
+        controller = told.get("controller", {})
+        if found and not any(busy(i) for i in found) and not any(map(controller.get, UNDER_WAY)):
             return
         time.sleep(0.3)
 
@@ -159,7 +162,7 @@ def status_at_rest(status: Mapping[str, Any], dead: Sequence[int], findings: Fin
         if failed := instance["pauses"].get("copy_failed"):
             findings.add("copies failed", f"{name}: {failed}")
     controller = status.get("controller", {})
-    at_rest = {"rejected": {}, "unsent": 0, "live_requests": 0, "migrations_under_way": 0}
+    at_rest: dict[str, Any] = {"rejected": {}, "unsent": 0, **dict.fromkeys(UNDER_WAY, 0)}
     for name, value in at_rest.items():
         if controller.get(name, value) != value:
             findings.add("controller", f"{name} {controller[name]}")

@@ -7,6 +7,7 @@ few are sent twice under one id.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter
@@ -24,7 +25,7 @@ from evals.soak.replies import Part, Reply, check
 
 # Seconds that a request may take, whatever happens around it.
 REQUEST_TIMEOUT_S = 120.0
-# Seconds after an instance's death within which its requests have ended.
+# Seconds after the server knows of an instance's death within which its requests have ended.
 DEATH_S = 10.0
 DIED = "has died"
 # Seconds that the end of a reply may be on its way.
@@ -61,7 +62,8 @@ class Tally:
 class Load:
     """expected: what each body of the catalogue brought the first time, by reply.
 
-    may_abort: spans in which everybody may be aborted. died_at: when an instance was killed.
+    may_abort: spans in which everybody may be aborted. killed: whether an instance was. gone_at:
+    when its server knew.
     asked, answered: replies that were asked for, and that came, whole or aborted.
     """
 
@@ -72,7 +74,8 @@ class Load:
     tallies: dict[str, Tally] = field(default_factory=dict)
     fates: Counter[str] = field(default_factory=Counter)
     may_abort: list[tuple[float, float]] = field(default_factory=list)
-    died_at: float | None = None
+    killed: bool = False
+    gone_at: float | None = None
     asked: int = 0
     answered: int = 0
     tokens: int = 0
@@ -290,8 +293,10 @@ class Load:
 
     def _may_have_died(self, reply: Reply) -> bool:
         """Whether this is how a request of the instance that was killed has to end."""
-        died = self.died_at
-        if died is None or not reply.sent < died + 1.0 or reply.ended > died + DEATH_S:
+        if not self.killed:
+            return False
+        gone = math.inf if self.gone_at is None else self.gone_at
+        if not reply.sent < gone + 1.0 or reply.ended > gone + DEATH_S:
             return False
         return reply.status == 503 and DIED in (reply.error or "")
 

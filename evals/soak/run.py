@@ -26,6 +26,8 @@ LEARN_CONCURRENCY = 8
 # left out on a machine that is slow to learn.
 WARM_SHARE = 0.3
 LEAST_SHARE = 0.5
+# Seconds after the death of an instance within which its server knows.
+KNOWN_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,11 +159,25 @@ async def _with_death(
     ]
     if not victims:
         load.findings.add("instances", f"no process of instance {task.kill} to kill")
-    load.died_at = time.perf_counter()
+    load.killed = True
     for process in victims:
         process.send_signal(signal.SIGKILL)
+    if victims and load.tells_status:
+        await _until_known(task)
+    load.gone_at = time.perf_counter()
     await operator.run(task.after_death, seconds / 2, dice)
     await running
+
+
+async def _until_known(task: Task) -> None:
+    """Until the server says that an instance has died, which a busy machine makes late; `KNOWN_S`
+    seconds at most."""
+    deadline = time.perf_counter() + KNOWN_S
+    while time.perf_counter() < deadline:
+        status = await asyncio.to_thread(_status, task)
+        if any(i["dp_rank"] == task.kill and i.get("dead") for i in status["instances"]):
+            return
+        await asyncio.sleep(0.1)
 
 
 async def _at_rest(task: Task, told: bool) -> dict[str, checks.Held]:

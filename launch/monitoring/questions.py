@@ -217,6 +217,18 @@ ROWS: dict[str, list[Panel]] = {
             none="--pascal-tool-kv is off.",
         ),
         Panel(
+            "Is host memory for such conversations full?",
+            "Where this reaches 1, KV of further ones waits in the prefix cache, and may be lost.",
+            {
+                INSTANCE: by_instance(
+                    f"{gauge('pascal:tool_kv_bytes')} / "
+                    f"({gauge('pascal:tool_kv_capacity_bytes')} > 0)"
+                )
+            },
+            "percentunit",
+            none="--pascal-tool-kv is off.",
+        ),
+        Panel(
             "Who comes back, and from where?",
             "Starts per second: admissions from waiting, resumes from resident and host.",
             {"{{class}} from {{status}}": rate("starts_total", "class, status")},

@@ -15,16 +15,19 @@ from pascal_sglang.cluster.messages import (
     MAX_ITEMS,
     MAX_STATE_BYTES,
     MAX_TEXT,
+    TOKEN_BYTES,
     AnyMessage,
     ControlMessage,
     Count,
     Handover,
+    TurnElsewhere,
 )
 
 # Goes up with every change to what a message says; a change of its fields is rejected anyway.
 VERSION = 5
-# The rest of a Handover is a few numbers and a name.
+# The rest of a Handover is a few numbers and a name; a TurnElsewhere is bounded alike.
 MAX_HANDOVER_BYTES = MAX_STATE_BYTES + 64 * 1024
+LONG = (Handover, TurnElsewhere)
 # Of any other message: each of a text's characters takes four bytes at most, a block's name nine.
 # The longest is a `RequestFinished` with `MAX_ITEMS` blocks.
 MAX_BYTES = 9 * MAX_ITEMS + 8 * MAX_TEXT
@@ -48,13 +51,17 @@ class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
     message: msgspec.Raw
 
 
+class _Whole(_Envelope, forbid_unknown_fields=True):
+    message: AnyMessage  # type: ignore[assignment]
+
+
 class _Tag(msgspec.Struct):
     kind: str
 
 
 _ENCODER = msgspec.msgpack.Encoder()
 _ENVELOPE = msgspec.msgpack.Decoder(_Envelope)
-_MESSAGE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage)
+_WHOLE = msgspec.msgpack.Decoder(_Whole)
 
 
 def pack(message: ControlMessage, sender: int = 0) -> bytes:
@@ -69,29 +76,33 @@ def unpack(data: bytes, instances: int) -> tuple[int, Any]:
     if len(data) > MAX_HANDOVER_BYTES:
         raise BadMessage("oversized")
     try:
-        envelope = _ENVELOPE.decode(data)
-    except msgspec.ValidationError as error:
-        raise BadMessage("no envelope of this version") from error
+        whole = _WHOLE.decode(data)
     except UNREADABLE as error:
-        raise BadMessage("not MessagePack") from error
-    if envelope.sender >= instances:
+        raise BadMessage(_problem_with(data, instances)) from error
+    sender, message = whole.sender, whole.message
+    if sender >= instances:
         raise BadMessage("no such sender")
-    try:
-        message = _MESSAGE.decode(envelope.message)
-    except UNREADABLE as error:
-        raise BadMessage(_problem_with(envelope.message)) from error
-    kind = type(message).__name__
-    if len(data) > MAX_BYTES and not isinstance(message, Handover):
+    if len(data) > MAX_BYTES and not isinstance(message, LONG):
         raise BadMessage("oversized")
-    if any(getattr(message, name, 0) >= instances for name in ("dp_rank", "target")):
-        raise BadMessage(f"{kind}: no such instance")
-    return envelope.sender, message
+    if isinstance(message, TurnElsewhere) and len(message.ids) % TOKEN_BYTES:
+        raise BadMessage("TurnElsewhere: malformed")
+    if getattr(message, "dp_rank", 0) >= instances or getattr(message, "target", 0) >= instances:
+        raise BadMessage(f"{type(message).__name__}: no such instance")
+    return sender, message
 
 
-def _problem_with(message: msgspec.Raw) -> str:
+def _problem_with(data: bytes, instances: int) -> str:
     """Why it is none of ours; msgspec's own words would repeat its content."""
     try:
-        kind = msgspec.msgpack.decode(message, type=_Tag).kind
+        envelope = _ENVELOPE.decode(data)
+    except msgspec.ValidationError:
+        return "no envelope of this version"
+    except UNREADABLE:
+        return "not MessagePack"
+    if envelope.sender >= instances:
+        return "no such sender"
+    try:
+        kind = msgspec.msgpack.decode(envelope.message, type=_Tag).kind
     except UNREADABLE:
         return "unknown kind"
     return f"{kind}: malformed" if kind in KINDS else "unknown kind"

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from sglang.srt.managers.io_struct import (
@@ -29,6 +31,7 @@ from pascal_sglang.cluster.control_channel import (
     FRONT_END,
     ControlReceiver,
     ControlSender,
+    tcp_place,
 )
 from pascal_sglang.cluster.drains import Drains
 from pascal_sglang.cluster.instance_failures import InstanceFailures
@@ -36,6 +39,8 @@ from pascal_sglang.cluster.internal_requests import is_health_probe, is_internal
 from pascal_sglang.cluster.load_tracker import LoadTracker
 from pascal_sglang.cluster.location_check import LocationCheck
 from pascal_sglang.cluster.messages import (
+    MAX_STATE_BYTES,
+    MAX_TEXT,
     ControlAnswered,
     DrainReply,
     DrainRequest,
@@ -47,6 +52,7 @@ from pascal_sglang.cluster.messages import (
     ReasoningEnded,
     RequestFinished,
     Terminating,
+    TurnElsewhere,
 )
 from pascal_sglang.cluster.metrics import ControllerMetrics
 from pascal_sglang.cluster.migration_coordinator import MigrationCoordinator
@@ -64,11 +70,15 @@ from pascal_sglang.config import ConfigError, PascalConfig
 from pascal_sglang.handshake import (
     change_in,
     handed_on,
+    hosts_by_instance,
     instances_by_pid,
     require_same_config,
     support_of,
 )
+from pascal_sglang.instances import hosts
 from pascal_sglang.policy.placement import Instance, Placement, PlacementRule
+from pascal_sglang.policy.prefix_namespace import namespace_sent
+from pascal_sglang.policy.site import FAR, SAME_HOST, Site
 from pascal_sglang.support import EVERYTHING, Level, Support
 
 logger = logging.getLogger(__name__)
@@ -89,13 +99,22 @@ class PascalController(WatchedController):
         self._support = EVERYTHING
         remove_ownerless()
         self._folder = PrivateFolder(os.environ.get(CONTROL_ENV))
-        os.environ[CONTROL_ENV] = self._folder.path
+        listen = config.control_listen
+        # Before the instances start, whose number is known after that: they are told its place.
+        self.control_receiver = ControlReceiver(
+            self._folder.path if listen is None else tcp_place(listen), CONTROLLER, 0
+        )
+        os.environ[CONTROL_ENV] = self.control_receiver.place
         self._instance_of_pid: dict[int, int] = {}
+        # Of the first process of each instance.
+        self._hosts: dict[int, str] = {}
         super().__init__(server_args, *args, **kwargs)
-        instances = len(self.workers)
-        self.control_receiver = ControlReceiver(self._folder.path, CONTROLLER, instances)
-        self.control_sender = ControlSender(self._folder.path)
+        instances = self.control_receiver.instances = len(self.workers)
+        self.control_sender = ControlSender(self.control_receiver.place, CONTROLLER)
         self.load_tracker = LoadTracker(instances)
+        racks = [config.rack_of(address) for address in hosts()] or [""] * instances
+        for index, host in self._hosts.items():
+            self.load_tracker.instances[index].site = Site(host, racks[index])
         self.prefixes = PrefixIndex()
         rule = config.record.placement or PlacementRule()
         self.placement = Placement(
@@ -103,6 +122,8 @@ class PascalController(WatchedController):
             lazy=rule.lazy and config.migration != "always",
             adaptive=config.migration != "always",
             predict=rule.predict,
+            # Shared memory is one host's.
+            reach=FAR if config.kv_transport == "mooncake" else SAME_HOST,
         )
         self.request_locations = RequestLocations()
         self.coordinator = MigrationCoordinator(
@@ -114,7 +135,7 @@ class PascalController(WatchedController):
         self.drains = Drains(
             self.request_locations,
             self.coordinator,
-            lambda found: self.placement.place(self.placement.in_sight(found), 0),
+            self._choose_target,
             "" if self._support.level >= Level.MOVE else self._support.reason,
         )
         self._active: list[Instance] = []
@@ -165,13 +186,19 @@ class PascalController(WatchedController):
     def _record_scheduler_init_infos(self, infos: list[dict[str, Any]]) -> None:
         require_same_config(infos)
         self._instance_of_pid.update(instances_by_pid(infos))
+        self._hosts = hosts_by_instance(infos) | self._hosts
         self._support = Support.least([self._support, support_of(infos)])
         super()._record_scheduler_init_infos(infos)
 
     def get_init_info(self) -> dict[str, Any]:
         """The controller vouches for its instances towards the launcher."""
         self.status_file.show(clock.now(), self.describe)
-        return handed_on(super().get_init_info(), self.status_file.path, self._support)
+        return handed_on(
+            super().get_init_info(),
+            self.status_file.path,
+            self.control_receiver.place,
+            self._support,
+        )
 
     def silent(self) -> list[int]:
         now = clock.now()
@@ -203,15 +230,30 @@ class PascalController(WatchedController):
             self._probes += 1
             sock_send(self.workers[active[self._probes % len(active)].index], req)
             return
-        blocks = list(block_names(req.input_ids or (), getattr(req, "extra_key", None)))
+        blocks = list(block_names(req.input_ids or (), namespace_sent(req)))
         if self.maybe_external_dp_rank_routing(req):
+            if self.pascal_config.tool_kv:
+                self._tell_holder(req, req.routed_dp_rank, self.prefixes.hits(blocks))
             self._note(req, req.routed_dp_rank, blocks)
             return
         hits = self.prefixes.hits(blocks)
         candidates = self.placement.in_sight(self.active(), hits)
         index = self.placement.place(candidates, len(req.input_ids or ()), hits)
+        if self.pascal_config.tool_kv:
+            self._tell_holder(req, index, hits)
         self._note(req, index, blocks)
         sock_send(self.workers[index], req)
+
+    def _tell_holder(self, req: Any, index: int, hits: Mapping[int, int]) -> None:
+        """A request goes to an instance. Tell the one that has more of its prompt than that one
+        has, which may keep it for just this request (`engine.kv.tool_kv`). hits: what each has."""
+        holder = max(hits, key=lambda i: hits[i], default=index)
+        if hits.get(holder, 0) <= hits.get(index, 0):
+            return
+        ids = array("q", req.input_ids).tobytes()
+        namespace = namespace_sent(req)
+        if len(ids) <= MAX_STATE_BYTES and all(len(part or "") <= MAX_TEXT for part in namespace):
+            self.control_sender.send(holder, TurnElsewhere(ids, *namespace))
 
     def maybe_external_dp_rank_routing(self, req: Any) -> bool:
         """Raises: InstanceUnavailable for an instance that is drained, too."""
@@ -233,11 +275,12 @@ class PascalController(WatchedController):
             return
         super().on_instance_down(instance)
         self._active_at = -math.inf
-        self.prefixes.forget(instance)
-        for lifted in self.drains.died(instance, self._active_workers):
-            logger.warning(
-                "pascal_sglang: instance %d takes requests again: no other is left", lifted
-            )
+        with self.errors.kept("the end of an instance"):
+            self.prefixes.forget(instance)
+            for lifted in self.drains.died(instance, self._active_workers):
+                logger.warning(
+                    "pascal_sglang: instance %d takes requests again: no other is left", lifted
+                )
         self.hear_all()
         self.instance_failures.died(instance, clock.now())
         for index in self._active_workers:
@@ -247,9 +290,9 @@ class PascalController(WatchedController):
         """Take in everything that the instances have said."""
         now = clock.now()
         for data in self.control_receiver.receive():
-            read = self.control_receiver.read(data)
-            if read is not None:
-                with self.errors.kept("control message"):
+            with self.errors.kept("control message"):
+                read = self.control_receiver.read(data)
+                if read is not None:
                     self._hear(read[1], now)
 
     def _hear(self, message: Any, now: float) -> None:
@@ -294,6 +337,13 @@ class PascalController(WatchedController):
         progress = self.drains.progress(asked.dp_rank, now)
         self.control_sender.send(FRONT_END, DrainReply(asked.number, problem, progress))
 
+    def _choose_target(self, found: Sequence[Instance], source: int) -> int:
+        """Where a request of an instance that is drained goes on."""
+        leaves = self.load_tracker.instances[source]
+        # One that KV does not reach is better than none: the request goes without.
+        found = self.placement.reachable(found, leaves) or found
+        return self.placement.place(self.placement.in_sight(found, (), leaves), 0, source=leaves)
+
     def _terminating(self, said: Terminating, now: float) -> None:
         """An instance was told to end: it is drained first, unless it is the last one or was told
         so before."""
@@ -322,19 +372,28 @@ class PascalController(WatchedController):
 
     def _tick(self, now: float) -> None:
         super()._tick(now)
-        self._step_drains(now)
-        self.coordinator.forget_old(now)
-        self.instance_failures.tick(now)
-        self.locations.tick(now, {i: self.load_tracker.dispatched(i) for i in self._active_workers})
-        self.status_file.show(now, self.describe)
+        with self.errors.kept("drains"):
+            self._step_drains(now)
+        with self.errors.kept("the end of an instance"):
+            self.instance_failures.tick(now)
+        with self.errors.kept("lost messages"):
+            self.coordinator.forget_old(now)
+            sent = {i: self.load_tracker.dispatched(i) for i in self._active_workers}
+            self.locations.tick(now, sent)
+        with self.errors.kept("status"):
+            self.status_file.show(now, self.describe)
         if self.metrics is not None:
-            self.metrics.follow("placed_requests", self.placed)
-            self.metrics.follow("boundary_decisions", self.coordinator.decisions)
-            self.metrics.follow("controller_rejected", self.control_receiver.rejected)
-            self.metrics.follow("controller_errors", self.errors.counts)
-            self.metrics.follow("drain_moves", self.drains.outcomes)
-            self.metrics.count_undrained(self.drains.left())
-            self.metrics.count_instances(Counter(self.states().values()))
+            with self.errors.kept("metrics"):
+                self._count(self.metrics)
+
+    def _count(self, metrics: ControllerMetrics) -> None:
+        metrics.follow("placed_requests", self.placed)
+        metrics.follow("boundary_decisions", self.coordinator.decisions)
+        metrics.follow("controller_rejected", self.control_receiver.rejected)
+        metrics.follow("controller_errors", self.error_counts())
+        metrics.follow("drain_moves", self.drains.outcomes)
+        metrics.count_undrained(self.drains.left())
+        metrics.count_instances(Counter(self.states().values()))
 
     def describe(self) -> dict[str, Any]:
         """For `GET /pascal/status`: what the controller decided, and whom it hears from."""
@@ -348,10 +407,12 @@ class PascalController(WatchedController):
             "migrations": dict(self.coordinator.ended),
             "migrations_under_way": len(self.coordinator.under_way),
             "rejected": dict(self.control_receiver.rejected),
-            "errors": dict(self.errors.counts),
+            "errors": dict(self.error_counts()),
             "unsent": self.control_sender.dropped
             + sum(w.dropped for w in self.workers if w is not None),
             "unwritten": self.status_file.failed,
+            "control_addresses": self.control_receiver.describe(),
+            "sites": [asdict(each.site) for each in self.load_tracker.instances],
             "live_requests": len(self.request_locations),
             "forgotten": self.locations.forgotten,
             "silent_s": [None if at is None else round(now - at, 3) for at in heard],

@@ -36,9 +36,9 @@ AT_ONCE = 4
 # Until a move that failed is tried again, in seconds; twice as long each time.
 AGAIN_S = 0.25
 AGAIN_AT_MOST_S = 5.0
-# What a target says that has no memory for a request's KV. After so many such words the request
-# goes without.
-FULL = ("full", "no windows", "no states")
+# Why a request's KV cannot come: its target has no memory for it, or there is no way for KV to it.
+# After so many such words the request goes without.
+FULL = ("full", "no windows", "no states", "transport")
 FULL_TRIES = 3
 # Between two looks at what is left, in seconds.
 LOOK_S = 0.02
@@ -74,7 +74,8 @@ class _Drain:
 class Drains:
     """Which instances are drained, and how far.
 
-    choose: the index of the instance, among some, that a request goes to. why_none_moves: what
+    choose: the index of the instance, among some, that a request of another one goes to, whose
+    index comes second. why_none_moves: what
     keeps every request where it is; empty where they can move. outcomes: ends of the moves that
     were ordered here, `moved` or `kept:<why>`.
     """
@@ -83,7 +84,7 @@ class Drains:
         self,
         request_locations: RequestLocations,
         coordinator: MigrationCoordinator,
-        choose: Callable[[Sequence[Instance]], int],
+        choose: Callable[[Sequence[Instance], int], int],
         why_none_moves: str = "",
     ) -> None:
         self.request_locations, self.coordinator, self.choose = (
@@ -209,7 +210,7 @@ class Drains:
             if rid in migrating or (tried is not None and now < tried.again_at):
                 continue
             others = [i for i in free if tried is None or i.index != tried.target]
-            target = self.choose(others or free)
+            target = self.choose(others or free, instance)
             if tried is None:
                 tried = drain.attempts[rid] = _Attempts()
             tried.target, tried.tries = target, tried.tries + 1

@@ -10,7 +10,7 @@ from typing import Any
 
 from pascal_sglang import clock
 from pascal_sglang.cluster import status_file
-from pascal_sglang.policy.forecast import ArrivalOutlook
+from pascal_sglang.policy.outlook import ArrivalOutlook
 
 FOLDER_ENV = "PASCAL_SGLANG_FORECASTS"
 # Seconds between two looks at a file.
@@ -47,8 +47,7 @@ class Shown:
 
     def has_backlog(self, tenant: str) -> bool:
         """Whether waiting makes a noticeable part of the time to an answer, for this tenant."""
-        arrival = self.arrival_of(tenant)
-        return arrival.waits_s > BACKLOG_SHARE * arrival.estimate(arrival.prompt).p50
+        return self.arrival_of(tenant).waits > BACKLOG_SHARE
 
 
 # Of the median time to an answer, the share spent waiting from which an instance has a backlog.

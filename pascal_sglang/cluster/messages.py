@@ -10,10 +10,13 @@ has said that it took what was there before.
 
 from __future__ import annotations
 
+from array import array
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
+
+from pascal_sglang.policy.prefix_namespace import Namespace
 
 # Characters of a text, and members of a list.
 MAX_TEXT = 1024
@@ -23,6 +26,8 @@ MAX_REASONS = 32
 MAX_REASON = 128
 # A request's state holds its prompt and answer: five bytes per token at most.
 MAX_STATE_BYTES = 32 * 1024 * 1024
+# Of a token that travels by itself.
+TOKEN_BYTES = 8
 
 Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
@@ -170,6 +175,22 @@ class RequestFinished(ControlMessage, frozen=True):
     blocks: Counts
 
 
+class TurnElsewhere(ControlMessage, frozen=True):
+    """Controller to instance: a request went to another one, though this one has most of its
+    prompt. `ids` are its tokens, of `TOKEN_BYTES` each. What the instance keeps for it is of no
+    use any more."""
+
+    ids: State
+    extra_key: Text | None
+    cache_salt: Text | None
+
+    def prompt(self) -> tuple[array[int], Namespace]:
+        """The tokens, and inside of what their KV is shared."""
+        ids = array("q")
+        ids.frombytes(self.ids)
+        return ids, Namespace(self.extra_key, self.cache_salt)
+
+
 class LocationQuery(ControlMessage, frozen=True):
     """Controller to instances: which of these requests live there? `number` names the question."""
 
@@ -290,6 +311,7 @@ AnyMessage = (
     | DrainCommand
     | MigrationEnded
     | RequestFinished
+    | TurnElsewhere
     | InstanceDown
     | LocationQuery
     | LocationReply

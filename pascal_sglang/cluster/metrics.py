@@ -21,8 +21,9 @@ class FrontendMetrics:
         self._series = {
             "refused": Counter(
                 "pascal:refused_requests",
-                "Requests answered with 503 because their answer would have begun too late: "
-                "max_ttfo (--pascal-max-ttfo) or deadline (their own ttfo_deadline_s).",
+                "Requests answered with 503, because their answer would have begun too late: "
+                "max_ttfo (--pascal-max-ttfo) or deadline (their own ttfo_deadline_s); or because "
+                "the server is drained.",
                 ["model_name", "why"],
             ),
             "capped": Counter(

@@ -69,7 +69,8 @@ class MigrationCoordinator:
         if self.force_migration:
             decision = self._elsewhere(at, active)
         else:
-            candidates = self.placement.in_sight(active, (at.dp_rank,))
+            here = self.load_tracker.instances[at.dp_rank]
+            candidates = self.placement.in_sight(active, (at.dp_rank,), here)
             decision = self.placement.at_boundary(candidates, answer)
         self.decisions[decision.why] += 1
         if decision.target != at.dp_rank:

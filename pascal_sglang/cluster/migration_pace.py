@@ -22,6 +22,44 @@ PIECE_TOKENS = 16
 MEASURED_HANDOVER_TOKENS = 256
 # Of a pass, what pieces may take for which the scheduler waits.
 WAITED_SHARE = 0.25
+# What a piece takes on a network that carries it beside the decoding, in seconds: many times the
+# delay of most networks, and a small part of what the sides of a move wait for each other.
+NETWORK_S = 0.25
+
+
+@dataclass(slots=True)
+class NetworkPace:
+    """Sizes the pieces that a network carries while the scheduler goes on: so large that each takes
+    about `NETWORK_S`. The first one is small, and each has twice as much as one before at most, so
+    that a slow link is found out by little. Lengths in tokens, the same on all TP ranks."""
+
+    window_tokens: int
+    piece_tokens: int = PIECE_TOKENS
+
+    def went(self, tokens: int, seconds: float) -> None:
+        """A piece has arrived. A short one says nothing of longer ones, unless it is slow."""
+        scale = min(2.0, NETWORK_S / max(seconds, 1e-9))
+        if scale <= 1 or 2 * tokens > self.piece_tokens:
+            self._scale(scale)
+
+    def pieces(self, kv_tokens: int) -> int:
+        """Those that so many KV entries go in, if each has twice as much as the one before."""
+        count, piece = 0, self.piece_tokens
+        while kv_tokens > 0:
+            kv_tokens, piece, count = (
+                kv_tokens - piece,
+                min(2 * piece, self.window_tokens),
+                count + 1,
+            )
+        return count
+
+    def failed(self) -> None:
+        """A piece did not arrive, or took too long."""
+        self._scale(0.25)
+
+    def _scale(self, scale: float) -> None:
+        tokens = int(self.piece_tokens * max(0.25, scale))
+        self.piece_tokens = max(PIECE_TOKENS, min(self.window_tokens, tokens))
 
 
 @dataclass(slots=True)
@@ -41,6 +79,8 @@ class MigrationPace:
     passes_per_piece: float = 2.0
     pass_s: float = 0.0
     share: float = 1.0
+    # Where a network carries the pieces; it alone says how large they are.
+    network: NetworkPace | None = None
     # A mean over recent pieces; what was measured at the start counts as one of the largest.
     _tokens: float = 0.0
     _seconds: float = 0.0
@@ -80,6 +120,8 @@ class MigrationPace:
     def link_tokens(self, moves: int) -> int | None:
         """What a piece of each of so many moves has at most, for the link to carry them in a pass;
         None if that is not known."""
+        if self.network is not None:
+            return self.network.piece_tokens
         if not self.token_s or not self.pass_s:
             return None
         carried = self.share * self.pass_s / self.token_s / max(1, moves)
@@ -87,10 +129,12 @@ class MigrationPace:
 
     def passes(self, kv_tokens: int, moves: int) -> int:
         """Passes that moving a request of so many KV entries takes, as one of so many moves."""
-        link, piece = self.link_tokens(moves), self.window_tokens
-        if link is not None:
-            piece = min(piece, link)
-        return PASSES + math.ceil(math.ceil(kv_tokens / piece) * self.passes_per_piece)
+        if self.network is not None:
+            pieces = self.network.pieces(kv_tokens)
+        else:
+            link = self.link_tokens(moves) or self.window_tokens
+            pieces = math.ceil(kv_tokens / min(self.window_tokens, link))
+        return PASSES + math.ceil(pieces * self.passes_per_piece)
 
     def growth(self, kv_tokens: int, moves: int) -> int:
         """Tokens to reserve for what it gains meanwhile."""

@@ -14,7 +14,7 @@
 ReserveRefused, a time-out, the end or abort of the request, or the target's death lead from the
 first three to KEPT. The target's slot has `WINDOWS` windows, which pieces take in turn, so that one
 is written while another is read. The Handover comes when all of them are free, and may use the
-whole slot. It is the one decision of a migration. After it
+whole slot. It is the one decision of a migration, made once all KV is in the slot. After it
 the source waits for the target's word, CommitAck or ReserveRefused, and says it again: silence may
 mean that the target decodes already. ReserveRefused leads to KEPT; the target's death ends the
 request (LOST).
@@ -107,11 +107,13 @@ class MigrationSource(ABC):
     # step, if that is known.
     slot_tokens: int = 0
     link_tokens: int | None = None
+    # A network carries the Handover too: it has no more than a piece then, else what a slot takes.
+    over_network: bool = False
     # Passes since the target granted it, and pieces written in them; until it stops.
     passes: int = 0
     pieces: int = 0
-    # The piece that is being written; the target is told of it by `written`.
-    writing: KVChunk | None = None
+    # What is being written; the target is told of it by `written`.
+    writing: KVChunk | Handover | None = None
     heard: float = 0.0
     # Of each piece in flight, oldest first: its end, and `passes` when it was begun.
     _in_flight: deque[tuple[int, int]] = field(default_factory=deque)
@@ -173,12 +175,15 @@ class MigrationSource(ABC):
                 self._piece_passes = max(self._piece_passes, self.passes + 1 - begun)
         return []
 
-    def copy(self, now: float, kv_tokens: int, *, still: bool, before: int = 0) -> list[Message]:
+    def copy(
+        self, kv_tokens: int, *, still: bool, before: int = 0, room: bool = True
+    ) -> list[Message]:
         """Once per pass: the request holds `kv_tokens`, the first `before` of which no sliding
         window sees any more, and `still` says that it has stopped and will hold no more. What is
-        returned has to be written into the slot first: a KVChunk is sent by `written`. It is
-        stopped when little is left. When its reserve is full it stays if more is left than a piece
-        takes, and is stopped otherwise, whatever is in flight."""
+        returned has to be written into the slot first: `written` sends it. room: something can be
+        written now. The request is stopped when little is left and there is room. When its reserve
+        is full it stays if more is left than a piece takes, and is stopped otherwise, whatever is
+        in flight."""
         if self.state not in (SourceState.COPYING, SourceState.STOPPING):
             return []
         left = kv_tokens - self.sent
@@ -189,7 +194,7 @@ class MigrationSource(ABC):
                 self.learn()
                 return self.keep("outgrew its reservation")
             is_little = not self.terms.live or left <= self.tail
-            if is_full or (is_little and not self._in_flight):
+            if is_full or (is_little and room and not self._in_flight):
                 if self.terms.live:
                     self.learn()
                 self.state = SourceState.STOPPING
@@ -198,11 +203,11 @@ class MigrationSource(ABC):
             if left <= self.tail:
                 return []
         if self.state is SourceState.STOPPING:
-            if not still:
+            if not still or not room or isinstance(self.writing, Handover):
                 return []
-            if left <= self.slot_tokens:
-                return [] if self._in_flight else [self._hand(now, kv_tokens, before)]
-        if self.writing is not None or len(self._in_flight) == WINDOWS:
+            if left <= (self.piece_tokens if self.over_network else self.slot_tokens):
+                return [] if self._in_flight else [self._hand(kv_tokens, before)]
+        if self.writing is not None or len(self._in_flight) == WINDOWS or not room:
             return []
         return [self._chunk(kv_tokens, before)]
 
@@ -223,17 +228,19 @@ class MigrationSource(ABC):
         gained = min((self._piece_passes + 1) * self.spare // 2, self.piece_tokens)
         return min(max(self.terms.tail, 4 * self.spare, gained), self.slot_tokens)
 
-    def written(self) -> list[Message]:
-        """The piece that was being written is in its window."""
-        chunk, self.writing = self.writing, None
-        return [] if chunk is None or self.state not in OPEN else [chunk]
+    def written(self, now: float) -> list[Message]:
+        """What was being written is in the slot."""
+        message, self.writing = self.writing, None
+        if message is None or self.state not in OPEN:
+            return []
+        if isinstance(message, Handover):
+            self.state, self._handover = SourceState.HANDED, message
+            self._say_again(now)
+        return [message]
 
     def unsent(self, why: str) -> list[Message]:
         """What `copy` has returned could not be put into the slot: the request stays."""
         self.writing = None
-        if self.state is SourceState.HANDED:
-            self._stay(why)
-            return [MigrationCancelled(self.migration)]
         return self.keep(why)
 
     def tick(self, now: float) -> list[Message]:
@@ -305,8 +312,6 @@ class MigrationSource(ABC):
         self._in_flight.append((end, self.passes))
         return self.writing
 
-    def _hand(self, now: float, kv_tokens: int, before: int) -> Handover:
-        handover = Handover(self.migration, self.sent, kv_tokens, before, self.snapshot())
-        self.state, self._handover = SourceState.HANDED, handover
-        self._say_again(now)
-        return handover
+    def _hand(self, kv_tokens: int, before: int) -> Handover:
+        self.writing = Handover(self.migration, self.sent, kv_tokens, before, self.snapshot())
+        return self.writing

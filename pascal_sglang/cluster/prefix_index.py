@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
+from pascal_sglang.policy.prefix_namespace import PLAIN, Namespace
+
 BLOCK_TOKENS = 64
 CAPACITY = 1 << 16
 # A block that came this often is common to several conversations.
@@ -14,11 +16,12 @@ COMMON = 3
 
 
 def block_names(
-    ids: Sequence[int], salt: str | None, block_tokens: int = BLOCK_TOKENS
+    ids: Sequence[int], namespace: Namespace = PLAIN, block_tokens: int = BLOCK_TOKENS
 ) -> Iterator[int]:
     """A name for the text up to the end of each whole block of `block_tokens`; the same in every
     process, below 2**48."""
-    name = blake2b((salt or "").encode(), digest_size=6).digest()
+    # Neither of the two can be mistaken for a part of the other, and every text has a form.
+    name = blake2b(repr(tuple(namespace)).encode(), digest_size=6).digest()
     packed = array("q", ids)
     for begin in range(0, len(packed) - block_tokens + 1, block_tokens):
         block = packed[begin : begin + block_tokens].tobytes()

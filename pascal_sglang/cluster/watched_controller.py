@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing.connection
+from collections import Counter
 from http import HTTPStatus
 from typing import Any
 
@@ -93,6 +94,10 @@ class WatchedController(DataParallelController):
         """How long to wait for a message, at most."""
         return RETRY_MS if any(self.workers) else WAKE_MS
 
+    def error_counts(self) -> Counter[str]:
+        """Errors that were survived, by what was going on."""
+        return Counter(dict(self.errors.counts))
+
     def hear_all(self) -> None:
         """Take in everything that the instances have said."""
 
@@ -160,7 +165,8 @@ class WatchedController(DataParallelController):
             self._poller.unregister(sentinel)
             instance, in_order = self.processes.ended(sentinel)
             if self.others_go_on:
-                self.on_instance_down(instance)
+                with self.errors.kept("the end of an instance"):
+                    self.on_instance_down(instance)
             if in_order or self._stopping:
                 continue
             if not self.others_go_on:
@@ -194,12 +200,14 @@ class WatchedController(DataParallelController):
             self.soft_watchdog.feed()
             unsent = [worker for worker in self.workers if worker]
             ready: dict[Any, int] = dict(self._poller.poll(self.wake_ms()))
-            with self.errors.kept("housekeeping"):
-                self._tick(clock.now())
             for worker in unsent:
                 worker.flush()
-            if self.control_receiver.socket in ready:
-                self.hear_all()
+            # As of a moment before it has heard all: where this process stood still, what instances
+            # said meanwhile lies unread, and they are not silent.
+            now = clock.now()
+            self.hear_all()
+            with self.errors.kept("housekeeping"):
+                self._tick(now)
             self.look_for_ended(at_once=not ready.keys().isdisjoint(self.processes.sentinels))
             if self.recv_from_tokenizer in ready:
                 self._take_in()

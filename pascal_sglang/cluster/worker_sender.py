@@ -24,6 +24,8 @@ class WorkerSender:
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
+        # Of a message, as its peer takes it; -1 for any.
+        self._most_bytes = int(socket.getsockopt(zmq.MAXMSGSIZE))
         self._pending: deque[bytes] = deque()
         self._open = True
         # Messages that were dropped: the instance has died, or it has been away for too long.
@@ -33,7 +35,13 @@ class WorkerSender:
         return len(self._pending)
 
     def send(self, data: bytes, flags: int = 0, **_: Any) -> None:
-        """Send `data` after what is pending, or keep it."""
+        """Send `data` after what is pending, or keep it. Raises: ValueError for more than the
+        instance takes."""
+        if 0 <= self._most_bytes < len(data):
+            raise ValueError(
+                f"{len(data)} bytes of one request are more than the {self._most_bytes} that an "
+                "instance on another host takes"
+            )
         if not self._open:
             self.dropped += 1
         elif self._pending or not self._sent(data):

@@ -92,6 +92,28 @@ class TinyThinkingBudget(CustomLogitProcessor):
         return logits
 
 
+class TinyOwnLengths(CustomLogitProcessor):
+    """Thinking and answer of the tiny model end by themselves, as its server sees it: after
+    `custom_params["own_lengths"]` tokens, of each, which only this processor reads."""
+
+    def __call__(
+        self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None
+    ) -> torch.Tensor:
+        """`logits`: (batch, vocabulary), changed in place."""
+        for row, params in enumerate(custom_param_list or ()):
+            request = params.get("__req__") if params else None
+            if request is None:
+                continue
+            thinking, answer = params["own_lengths"]
+            step = _step(request)
+            if step in (thinking, thinking + answer):
+                logits[row] = -torch.inf
+                logits[row, tiny.END_THINK_ID if step == thinking else tiny.END_OF_TURN_ID] = 0.0
+            else:
+                logits[row, tiny.END_OF_TURN_ID : tiny.END_THINK_ID + 1] = -torch.inf
+        return logits
+
+
 class DummyThinkingBudget(TinyThinkingBudget):
     """The same for models with random weights and a vocabulary beyond the tokenizer's, of which
     they are to write letters only."""

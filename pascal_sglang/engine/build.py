@@ -104,14 +104,16 @@ def build_executor(
         )
         executor.forecasts.retune(executor.planner.tuning, config, executor.tenants)
     if waiting is not None:
-        queue = executor.planner.queue
+        queue, paused = executor.planner.queue, executor.paused_requests
         executor.tool_kv = ToolKV(
             scheduler,
             executor.pool,
             waiting,
+            paused.transfers,
             costs,
             ToolCalls(scheduler).wait_of,
-            lambda req: queue.holds(state_of(req)),
+            # Those that have set out for another instance may come back.
+            lambda req: queue.holds(state_of(req)) or paused.status_of(req) is not None,
             lru=get_memory().radix_eviction_policy.lower() == "lru",
         )
     executor.decision_log.file = decision_file(config)

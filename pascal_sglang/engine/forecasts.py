@@ -28,17 +28,13 @@ from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.instances import own_instance
+from pascal_sglang.policy import fast_forward
+from pascal_sglang.policy.calibration import Calibration
 from pascal_sglang.policy.fairness import TenantCounters
-from pascal_sglang.policy.forecast import (
-    OUTCOMES,
-    PORTION,
-    Calibration,
-    Estimate,
-    Forecaster,
-    Machine,
-    Outlook,
-    Present,
-)
+from pascal_sglang.policy.fast_forward import Machine, Present
+from pascal_sglang.policy.forecast import PORTION, Forecaster
+from pascal_sglang.policy.forecast_errors import OUTCOMES, Estimate
+from pascal_sglang.policy.outlook import Outlook
 from pascal_sglang.policy.ranking import Tuning
 from pascal_sglang.policy.registry import Policy
 from pascal_sglang.policy.request import RequestState
@@ -76,7 +72,7 @@ class Forecasts:
         self.scheduler = scheduler
         self.request_states = request_states
         self.forecaster = Forecaster(policy, tuning, config.answer_tpot_ms / 1000)
-        self.calibration = Calibration()
+        self.calibration = Calibration(errors=self.forecaster.errors)
         self.metrics: ForecastMetrics | None = None
         self.outlook: Outlook | None = None
         self.errors = 0
@@ -116,7 +112,8 @@ class Forecasts:
             limit = remaining_of(req, state_of(req))
             arrival = self.outlook.by_tenant.get(state_of(req).tenant, self.outlook.arrival)
             estimate = arrival.estimate(prompt, thinks=thinks, limit=limit)
-            self.calibration.arrived(state_of(req), timeline_of(req).arrival, estimate)
+            at, course = timeline_of(req).arrival, arrival.course(prompt)
+            self.calibration.forecast(state_of(req), at, estimate, course)
 
     @contextmanager
     def _survived(self, what: str) -> Iterator[None]:
@@ -155,7 +152,8 @@ class Forecasts:
         if timeline.first_answer is None:
             self.calibration.gone(state)
             return
-        for made, outcome in self.calibration.began(state, timeline.first_answer):
+        began = self.calibration.began(state, timeline.first_answer, timeline.reasoning_tokens)
+        for made, outcome in began:
             if self.metrics is not None:
                 self.metrics.came_out(made, outcome)
 
@@ -217,7 +215,9 @@ class Forecasts:
                 here.add(state := state_of(req))
                 yield state
 
-        yield from self.forecaster.looking(present(), lambda: self.request_states.pass_info.now)
+        states = self.request_states
+        costs = states.paused_requests.costs
+        yield from self.forecaster.looking(present(), lambda: states.pass_info.now, costs)
         for state in followed - here:
             self.calibration.gone(state)
         # From its end on: a look at very many requests takes longer than that.
@@ -246,16 +246,20 @@ class Forecasts:
             slots=scheduler.max_running_requests,
             prefill_token_s=states.paused_requests.costs.prefill_token_s or 0.0,
         )
-        return self.forecaster.outlook(self._present(live), machine, states.pass_info)
+        present = self._present(live)
+        return fast_forward.outlook(self.forecaster, present, machine, states.pass_info)
 
     def _present(self, live: Iterable[Req]) -> Iterator[Present]:
+        now = self.request_states.pass_info.now
         for req in live:
             self._size += 1
+            first_token = timeline_of(req).first_token
             yield Present(
                 state=state_of(req),
                 kv_tokens=len(req.origin_input_ids) + len(req.output_ids),
                 limit=remaining_of(req, state_of(req)),
                 thinks=float(self._thinks(req)),
+                thinks_s=None if first_token is None else now - first_token,
             )
 
     def _show(self, outlook: Outlook) -> Iterator[None]:
@@ -264,8 +268,8 @@ class Forecasts:
         following: list[RequestState] = []
         for number, (state, estimate) in enumerate(outlook.requests.items(), 1):
             if state.phase is Phase.REASONING:  # Otherwise its thinking has ended meanwhile.
-                first_token = timeline_of(state.handle).first_token
-                self.calibration.forecast(state, outlook.at, first_token, estimate)
+                course = outlook.courses[state]
+                self.calibration.forecast(state, outlook.at, estimate, course)
             if asked(_custom(state.handle), "eta_comments"):
                 following.append(state)
             if number % PORTION == 0:
@@ -304,6 +308,7 @@ class Forecasts:
         return {
             "ttfo_s": _rounded(usual),
             "backlog_s": self.outlook.usual.waits_s,
+            "backlog_share": round(self.outlook.usual.waits, 3),
             "thinking_tokens": {
                 f"p{100 * share:.0f}": round(table.quantile(share)) for share in (0.5, 0.75, 0.9)
             },
@@ -322,12 +327,12 @@ class Forecasts:
         if self.outlook is None or timeline_of(req).first_answer is not None:
             return None
         state = state_of(req)
-        made = self.calibration.at_arrival(state)
         if (latest := self.outlook.requests.get(state)) is not None:
-            made = self.outlook.at, latest
-        if made is None:
+            at, estimate = self.outlook.at, latest
+        elif (made := self.calibration.at_arrival(state)) is not None:
+            at, estimate = made.at, made.estimate
+        else:
             return None
-        at, estimate = made
         passed = self.request_states.pass_info.now - at
         return _rounded(Estimate(*(max(0.0, seconds - passed) for seconds in estimate)))
 

@@ -25,6 +25,7 @@ from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.instances import own_instance, speaks
 from pascal_sglang.policy.placement import NO_LIMIT
+from pascal_sglang.policy.prefix_namespace import namespace_of
 from pascal_sglang.policy.ranking import is_demoted
 from pascal_sglang.policy.timeline import Phase
 
@@ -59,7 +60,7 @@ class LoadReporter:
     def gone(self, req: Req) -> None:
         """The request has ended here: its KV may serve its conversation's next turn."""
         ids = req.origin_input_ids + req.output_ids_through_stop
-        blocks = list(islice(block_names(ids, req.extra_key), MAX_ITEMS))
+        blocks = list(islice(block_names(ids, namespace_of(req)), MAX_ITEMS))
         self.control_sender.send(CONTROLLER, RequestFinished(self._dp_rank, req.rid, blocks))
 
     def located(self, query: LocationQuery, alive: set[str]) -> None:
@@ -134,11 +135,11 @@ def build_load_reporter(
     scheduler: SchedulerProtocol, executor: PlanExecutor | None
 ) -> LoadReporter | None:
     """The load reporter of an instance's leading rank behind our controller; None otherwise."""
-    folder = os.environ.get(CONTROL_ENV)
-    if folder is None or executor is None or not speaks():
+    place = os.environ.get(CONTROL_ENV)
+    if place is None or executor is None or not speaks():
         return None
     return LoadReporter(
         scheduler=scheduler,
         executor=executor,
-        control_sender=ControlSender(folder, own_instance()),
+        control_sender=ControlSender(place, own_instance()),
     )

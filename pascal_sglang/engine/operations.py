@@ -45,16 +45,23 @@ class OperationsScheduler(ReportingScheduler):
             else inflight | self.plan_executor.paused_requests.held()
         )
 
-    def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
+    def is_fully_idle(
+        self, for_health_check: bool = False, ignore_waiting: bool | None = None
+    ) -> bool:
         """Held requests count as running, and so do copies that may still read or write KV here,
-        until a pass knows that they are complete. With `ignore_waiting`, which SGLang asks for
-        before it drops all KV while generation is paused, a migration counts only if it holds KV
-        here. A health check is no matter of copies: they end without an output to answer it."""
-        idle: bool = super().is_fully_idle(for_health_check, ignore_waiting)
+        until a pass knows that they are complete. Where SGLang gives `ignore_waiting` it is about
+        to drop all KV, and may end the server if it cannot: copies are waited for then, by each
+        rank alone, as one whose update of weights has failed is not asked. A migration counts there
+        only if it holds KV here, if generation is paused. A health check is no matter of copies:
+        they end without an output to answer it."""
+        idle: bool = super().is_fully_idle(for_health_check, bool(ignore_waiting))
         if self.plan_executor is not None:
             paused_requests = self.plan_executor.paused_requests
-            copied = for_health_check or paused_requests.transfers.is_empty
-            idle = idle and paused_requests.is_empty() and copied
+            transfers = paused_requests.transfers
+            if ignore_waiting is not None:
+                transfers.wait_here()
+            ended = for_health_check or ignore_waiting is not None or transfers.is_empty
+            idle = idle and paused_requests.is_empty() and ended
         if self.migrations is not None:
             idle = idle and (
                 self.migrations.holds_no_kv() if ignore_waiting else self.migrations.is_empty()

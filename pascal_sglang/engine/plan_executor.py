@@ -289,8 +289,22 @@ class PlanExecutor:
         if self._chaos is not None:
             staying = [m for m in states if m not in plan.pause]
             self._pause_by_chance(self._chaos, staying, running)
+        self.paused_requests.begin_spills(state.handle for state in plan.spill)
         for state in plan.spill:
             self._spill(state, wait=running.is_empty())
+        with self.paused_requests.copies.together():
+            self._start(plan, running, joining)
+        self._arrive(running)
+
+    def _arrive(self, running: ScheduleBatch) -> ScheduleBatch:
+        """The batch to go on with, with those who come back and whose KV is there."""
+        self._running = self.paused_requests.arrive(
+            running, self.request_states.lost, wait=running.is_empty()
+        )
+        return self._running
+
+    def _start(self, plan: Plan, running: ScheduleBatch, joining: int) -> None:
+        """Have those who wait be admitted, and begin to bring back those who are paused."""
         for state in plan.start:
             if self._chaos is not None and self._chaos.strikes():
                 continue
@@ -303,14 +317,6 @@ class PlanExecutor:
                 continue
             if not self._resume(state.handle, running, joining):
                 break
-        self._arrive(running)
-
-    def _arrive(self, running: ScheduleBatch) -> ScheduleBatch:
-        """The batch to go on with, with those who come back and whose KV is there."""
-        self._running = self.paused_requests.arrive(
-            running, self.request_states.lost, wait=running.is_empty()
-        )
-        return self._running
 
     def _at_work(
         self, running: ScheduleBatch, last: ScheduleBatch | None
@@ -392,11 +398,12 @@ class PlanExecutor:
         self.pool.changed()
         running = self._arrive(self._running)
         self.lora_slots.read(running, self.scheduler.last_batch)
-        for req in sorted(self.paused_requests.paused(), key=_by_arrival):
-            if not self.lora_slots.take(req):
-                continue
-            if not self._resume(req, running, joining=len(running.reqs)):
-                break
+        with self.paused_requests.copies.together():
+            for req in sorted(self.paused_requests.paused(), key=_by_arrival):
+                if not self.lora_slots.take(req):
+                    continue
+                if not self._resume(req, running, joining=len(running.reqs)):
+                    break
         self._arrive(running)
 
     def relieve(self, running: ScheduleBatch) -> bool:

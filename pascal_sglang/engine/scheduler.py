@@ -32,7 +32,7 @@ from pascal_sglang.engine.build import build_executor
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.tool_kv import OUTCOMES
 from pascal_sglang.engine.load_reporter import build_load_reporter, load_figures
-from pascal_sglang.engine.migration.build import build_migrations, control_folder
+from pascal_sglang.engine.migration.build import build_migrations, control_place
 from pascal_sglang.engine.migration.control_receiver import ControlBatch, PascalRequestReceiver
 from pascal_sglang.engine.migration.location_replies import LocationReplies
 from pascal_sglang.engine.migration.manager import Migrations
@@ -170,13 +170,13 @@ class PascalScheduler(OperationsScheduler):
         """Control messages come in with the requests."""
         super().init_request_receiver()
         self._request_dispatcher += TypeBasedDispatcher([(StageTurn, self.take_stage_turn)])
-        folder = control_folder(self.pascal_config)
-        if folder is None:
+        place = control_place(self.pascal_config)
+        if place is None:
             return
         self._request_dispatcher += TypeBasedDispatcher([(ControlBatch, self.take_control_batch)])
         if self.recv_from_tokenizer is None:
             return
-        control_receiver = ControlReceiver(folder, own_instance(), instance_count())
+        control_receiver = ControlReceiver(place, own_instance(), instance_count())
         stock: Any = self.request_receiver
         fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
         self.request_receiver = PascalRequestReceiver(**fields, control_receiver=control_receiver)
@@ -188,8 +188,11 @@ class PascalScheduler(OperationsScheduler):
             self.plan_executor.pipeline.hear(turn)
 
     def ingest_requests(self, *args: Any, **kwargs: Any) -> Any:
-        """What is taken in goes on to the next pipeline stage."""
+        """What is taken in goes on to the next pipeline stage. A paused engine makes no pass, and
+        reports here that it lives."""
         requests = super().ingest_requests(*args, **kwargs)
+        if self.load_reporter is not None and self._engine_paused:
+            self.load_reporter.tell(None, clock.now())
         if self.plan_executor is None:
             return requests
         return self.plan_executor.pipeline.begin(requests)
@@ -272,13 +275,17 @@ class PascalScheduler(OperationsScheduler):
             )
             if self.migrations is not None:
                 self.migrations.locate = self.location_replies.reply
+            if (kept := self.plan_executor.tool_kv) is not None:
+                self.location_replies.elsewhere = kept.elsewhere
+                if self.migrations is not None:
+                    self.migrations.elsewhere, self.migrations.left = kept.elsewhere, kept.left
             self._listen_for_the_end()
 
     def _listen_for_the_end(self) -> None:
-        folder = control_folder(self.pascal_config)
-        if not self.pascal_config.drain_on_term or folder is None or step_together():
+        place = control_place(self.pascal_config)
+        if not self.pascal_config.drain_on_term or place is None or step_together():
             return
-        self.termination = Termination(self, folder)
+        self.termination = Termination(self, place)
         for listener in (self.migrations, self.location_replies):
             if listener is not None:
                 listener.end = self.termination.may_end
@@ -291,6 +298,8 @@ class PascalScheduler(OperationsScheduler):
         if self.termination is not None:
             self.termination.step()
         plan = super().get_next_batch_to_run(running_batch=running_batch, last_batch=last_batch)
+        if self.plan_executor is not None and self.plan_executor.tool_kv is not None:
+            self.plan_executor.tool_kv.hold_steps()
         if self.load_reporter is not None and self.plan_executor is not None:
             now = self.plan_executor.request_states.pass_info.now
             self.load_reporter.tell(plan.batch_to_run, now)

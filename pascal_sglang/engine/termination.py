@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 class Termination:
     """The end of this process. Every TP rank has one: any of them may get the signal."""
 
-    def __init__(self, scheduler: SchedulerProtocol, folder: str) -> None:
-        """folder: that of the control sockets."""
+    def __init__(self, scheduler: SchedulerProtocol, place: str) -> None:
+        """place: that of the control sockets."""
         self.scheduler = scheduler
-        self._sender = ControlSender(folder, own_instance())
+        self._sender = ControlSender(place, own_instance())
         # SIGTERM has come, and the controller does not know yet.
         self._unsaid = False
         if threading.current_thread() is not threading.main_thread():

@@ -22,7 +22,7 @@ from pascal_sglang import clock
 from pascal_sglang.cluster.forecast_files import FOLDER_ENV, ForecastFiles, Shown
 from pascal_sglang.cluster.metrics import FrontendMetrics
 from pascal_sglang.config import PascalConfig
-from pascal_sglang.policy.forecast import Estimate
+from pascal_sglang.policy.forecast_errors import Estimate
 from pascal_sglang.request_checks import asked, is_number, thinking_budget_of
 
 # A thinking budget that a request got here, in tokens, and why: `brownout` or `effort`.
@@ -102,6 +102,10 @@ class AnswerEta:
         exchange.request = obj
         try:
             self._decide(obj, exchange, tenant)
+        except Overloaded:
+            # SGLang's routes end a stream by aborting what was made of its request: nothing yet.
+            obj.is_single, obj.rid = False, []
+            raise
         finally:
             exchange.decided.set()
 

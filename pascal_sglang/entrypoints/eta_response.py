@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator
 from http import HTTPStatus
 from typing import Any
 
 from pascal_sglang.entrypoints import answer_eta
 from pascal_sglang.entrypoints.answer_eta import AnswerEta, Exchange, Overloaded
-
-Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
-Header = tuple[bytes, bytes]
+from pascal_sglang.entrypoints.http_errors import (
+    RETRY_HEADER,
+    Header,
+    Message,
+    Send,
+    send_error,
+)
 
 ETA_HEADER, BUDGET_HEADER = b"x-pascal-answer-eta", b"x-pascal-thinking-budget"
 # Of a request: asks for comments where its body has no `custom_params`.
 COMMENTS_HEADER = b"x-pascal-eta-comments"
 # Seconds between two comments in a stream.
 COMMENT_S = 1.0
-# Seconds for which the beginning of a stream is held at most.
-HOLD_S = 1.0
+# For how long the beginning of a stream is held at most: seconds between looks, and looks. A loop
+# that stands still meanwhile, which a decision waits for as well, has had one look.
+HOLD_LOOK_S, HOLD_LOOKS = 0.05, 20
 EVENTS, LINES = b"text/event-stream", b"application/x-ndjson"
 ABOUT_BODIES = (b"content-type", b"content-length", b"content-encoding")
 
@@ -94,9 +97,11 @@ class Response:
 
     async def _wait(self) -> None:
         """Until the request of a stream that began too soon has been decided on."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(HOLD_S):
-                await self._exchange.decided.wait()
+        for _ in range(HOLD_LOOKS):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HOLD_LOOK_S):
+                    await self._exchange.decided.wait()
+                    break
         async with self._lock:
             with contextlib.suppress(OSError):  # The client has gone.
                 await self._let_go()
@@ -116,8 +121,11 @@ class Response:
         await self._send(message)
 
     async def refuse(self) -> bool:
-        """Answer 503 where that has been decided and no reply has begun; whether it was."""
+        """Answer 503 where that has been decided and no reply has begun; whether the client has
+        that answer. The beginning of a stream that waited for the decision may have become it."""
         async with self._lock:
+            if self._replaced:
+                return True
             replaced = self._held[0]["headers"] if self._held else ()
             self._held = []
             return await self._refuse(replaced)
@@ -129,7 +137,7 @@ class Response:
         if exchange.refusal is None or self._begun:
             return False
         kept = [each for each in replaced if each[0].lower() not in ABOUT_BODIES]
-        retry = (b"retry-after", str(exchange.retry_s).encode())
+        retry = (RETRY_HEADER, str(exchange.retry_s).encode())
         await self.fail(
             HTTPStatus.SERVICE_UNAVAILABLE,
             exchange.refusal,
@@ -150,21 +158,7 @@ class Response:
     async def fail(self, status: HTTPStatus, why: str, headers: Iterable[Header] = ()) -> None:
         """An error in SGLang's form of one, as the whole reply."""
         self._begun = self._replaced = True
-        error = {
-            "object": "error",
-            "message": why,
-            "type": "".join(word.capitalize() for word in status.phrase.split()),
-            "param": None,
-            "code": status.value,
-        }
-        body = json.dumps({**error, "error": error}).encode()
-        about = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-        ]
-        start = {"type": "http.response.start", "status": status.value}
-        await self._send({**start, "headers": [*headers, *about]})
-        await self._send({"type": "http.response.body", "body": body})
+        await send_error(self._send, status, why, headers)
 
     async def _comment(self) -> None:
         """Say once in a while when the answer is expected, as a comment, which clients skip."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 from pascal_sglang.cluster import status_file
 from pascal_sglang.cluster.control_channel import CONTROL_ENV
+from pascal_sglang.cluster.control_keys import hand_out_secret
 from pascal_sglang.cluster.forecast_files import FOLDER_ENV
 from pascal_sglang.cluster.metric_files import survive_a_full_disk
 from pascal_sglang.cluster.metrics import FrontendMetrics
@@ -23,11 +23,14 @@ from pascal_sglang.config import CONFIG_ENV, ConfigError, LaunchError, PascalCon
 from pascal_sglang.entrypoints import answer_eta
 from pascal_sglang.entrypoints.crash import CrashShutdown, ProcessWatch, end_children
 from pascal_sglang.entrypoints.eta_response import AnswerEtaMiddleware
+from pascal_sglang.entrypoints.json_body import object_in
 from pascal_sglang.entrypoints.live_page import PAGE_PATH, headers, page
 from pascal_sglang.entrypoints.metric_names import MetricNames
 from pascal_sglang.entrypoints.preflight import check_frontend
+from pascal_sglang.entrypoints.server_drain import ServerDrain, ServerDrainMiddleware
 from pascal_sglang.entrypoints.server_facts import ServerFacts, at_most, rounded
 from pascal_sglang.handshake import (
+    CONTROL_KEY,
     INIT_INFO_KEY,
     STATUS_FILE_KEY,
     change_of,
@@ -51,6 +54,8 @@ SERVER_ID_ENV = "PASCAL_SGLANG_SERVER_ID"
 _changes = asyncio.Lock()
 # Where the controller of this server shows what it does; empty without one.
 _status_files: list[str] = []
+# The place of its control sockets; empty without one.
+_control_places: list[str] = []
 
 
 def require_handshake(original: Callable[..., list[dict[str, Any]]], *args: Any) -> Any:
@@ -76,6 +81,7 @@ def shake_hands(infos: list[dict[str, Any]]) -> None:
     except LaunchError as error:
         raise RuntimeError(f"pascal_sglang refuses to serve: {error}") from None
     _status_files.extend(info[STATUS_FILE_KEY] for info in infos if STATUS_FILE_KEY in info)
+    _control_places.extend(info[CONTROL_KEY] for info in infos if CONTROL_KEY in info)
 
 
 def keep_created_time(original: Callable[[Any], dict[str, Any]], stats: Any) -> dict[str, Any]:
@@ -89,18 +95,26 @@ def keep_created_time(original: Callable[[Any], dict[str, Any]], stats: Any) -> 
 def name_control_folder(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around `Engine._launch_scheduler_processes`, which starts processes that have to know folders
     of ours: the one for forecasts, and with DP attention, where no controller starts the
-    schedulers, the controller's."""
+    schedulers, the controller's; and the secret of control sockets that are open over TCP."""
     from pascal_sglang.instances import instance_count, step_together
 
-    os.environ.pop(CONTROL_ENV, None)
-    os.environ.pop(FOLDER_ENV, None)
-    config = PascalConfig.from_env()
-    if config is not None and config.record.schedules:
-        with contextlib.suppress(OSError):  # Then there are no forecasts.
-            os.environ[FOLDER_ENV] = PrivateFolder().path
+    hand_out_ways()
     if step_together() and instance_count() > 1:
         os.environ[CONTROL_ENV] = reserve()
     return original(*args, **kwargs)
+
+
+def hand_out_ways() -> None:
+    """What schedulers that are about to start find in this process's environment: the folder for
+    forecasts, and the secret of control sockets over TCP."""
+    os.environ.pop(CONTROL_ENV, None)
+    os.environ.pop(FOLDER_ENV, None)
+    config = PascalConfig.from_env()
+    assert config is not None
+    hand_out_secret(config)
+    if config.record.schedules:
+        with contextlib.suppress(OSError):  # Then there are no forecasts.
+            os.environ[FOLDER_ENV] = PrivateFolder().path
 
 
 def run_http_server(
@@ -138,9 +152,16 @@ def run_http_server(
     )
     if watchdog is not None:
         watchdog.stop()
-    add_routes(crash, ServerFacts(manager))
     model = str(server_args.served_model_name)
     metrics = FrontendMetrics(model) if server_args.enable_metrics else None
+    # The router of several tokenizers has no such state, and serves no HTTP itself. `fcfs` ends as
+    # stock SGLang does.
+    drain = ServerDrain(
+        lambda: config.record.schedules and bool(getattr(manager, "gracefully_exit", False))
+    )
+    if metrics is not None:
+        drain.on_refused = lambda: metrics.count("refused", "drained")
+    add_routes(crash, ServerFacts(manager), drain)
     answer_eta.activate(config, states_and_drains, metrics)
     watch.start()
     try:
@@ -170,7 +191,7 @@ def _remove_load_file(port_args: Any) -> None:
         os.unlink(shm_path_for(port_args.instance_id))
 
 
-def add_routes(crash: CrashShutdown, facts: ServerFacts) -> None:
+def add_routes(crash: CrashShutdown, facts: ServerFacts, drain: ServerDrain) -> None:
     """Serve our own routes, and `instances=1` of `GET /health`."""
     from fastapi import HTTPException, Request
     from fastapi.responses import HTMLResponse, JSONResponse
@@ -178,7 +199,7 @@ def add_routes(crash: CrashShutdown, facts: ServerFacts) -> None:
     from sglang.srt.utils.auth import AuthLevel, auth_level
     from starlette.routing import Route
 
-    from pascal_sglang.entrypoints import drain_routes
+    from pascal_sglang.entrypoints import drain_routes, load_route
     from pascal_sglang.instances import instance_count
 
     # Ids of everybody's requests: for the operator, as SGLang's route that aborts by id.
@@ -194,6 +215,8 @@ def add_routes(crash: CrashShutdown, facts: ServerFacts) -> None:
         shown: dict[str, Any] = {"controller": controller()} if _status_files else {}
         if server_id := os.environ.get(SERVER_ID_ENV):
             shown["server_id"] = server_id
+        if drain.is_on():
+            shown["drain"] = drain.describe()
         # The controller's answer for an instance that is dead or silent has no level.
         levels = [Support.described(i["support"]) for i in said if "support" in i]
         if levels:
@@ -249,11 +272,13 @@ def add_routes(crash: CrashShutdown, facts: ServerFacts) -> None:
         routes.append(own)
         http_server.app.get(PAGE_PATH, response_class=HTMLResponse)(live_page)
         http_server.app.add_middleware(MetricNames)
-        drain_routes.add_routes(http_server.app, _status_files, instance_count())
+        drain_routes.add_routes(http_server.app, _control_places, instance_count(), drain)
+        load_route.add_route(http_server.app)
         # Before SGLang's: the first that matches is taken. FastAPI's own kind of route would take
         # `request` for a query parameter: it does not find the name of its type from here.
         routes.insert(0, Route(HEALTH_PATH, health, methods=["GET"], include_in_schema=False))
         http_server.app.add_middleware(AnswerEtaMiddleware)
+        http_server.app.add_middleware(ServerDrainMiddleware, drain=drain, routes=routes)
 
 
 async def ask_instances(change: str | None = None) -> list[dict[str, Any]] | None:
@@ -285,11 +310,9 @@ async def change_configuration(body: bytes) -> None:
     TimeoutError for an instance that does not answer, and changes when it goes on.
     """
     try:
-        values = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the body is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError("the body must be a JSON object with fields of the configuration")
+        values = object_in(body)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     from sglang.srt.entrypoints import http_server
 
     async with _changes:

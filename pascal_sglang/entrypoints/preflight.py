@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pascal_sglang import support
+from pascal_sglang.cluster.control_keys import problem_with_library, read_secret
 from pascal_sglang.cluster.decision_file import DecisionFile
 from pascal_sglang.cluster.private_folder import LONGEST_NAME
 from pascal_sglang.cluster.transport import problem_with
+from pascal_sglang.cluster.transport.listening import own_address
 from pascal_sglang.config import LaunchError, PascalConfig
 from pascal_sglang.entrypoints import sglang_flags
 from pascal_sglang.platforms import CPU_PLATFORM
@@ -105,14 +107,35 @@ def check_migrations(config: PascalConfig, server_args: Any) -> None:
     problem = problem_with(config.kv_transport)
     if problem is not None:
         raise LaunchError(f"--pascal-kv-transport {config.kv_transport}: {problem}")
-    if config.kv_listen is not None:
-        with socket.socket() as probe:
-            try:
-                probe.bind((config.kv_listen, 0))
-            except OSError as error:
-                raise LaunchError(
-                    f"--pascal-kv-listen {config.kv_listen}: {error.strerror}"
-                ) from None
+    # With Ray, instances may be on other hosts, each of which looks for its own address.
+    if config.kv_listen is not None and not getattr(server_args, "use_ray", False):
+        try:
+            own_address(config.kv_listen)
+        except ValueError as error:
+            raise LaunchError(f"--pascal-kv-listen {config.kv_listen}: {error}") from None
+
+
+def check_control(config: PascalConfig, server_args: Any) -> None:
+    """Refuse control sockets over TCP at an address of another host, without encryption, or with a
+    secret that is not one."""
+    if config.control_listen is None:
+        return
+    if (problem := problem_with_library()) is not None:
+        raise LaunchError(f"--pascal-control-listen: {problem}")
+    if server_args.enable_dp_attention and not server_args.use_ray:
+        raise LaunchError(
+            "--pascal-control-listen does not work with DP attention without --use-ray: its "
+            "instances start before the controller"
+        )
+    family = socket.AF_INET6 if ":" in config.control_listen else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((config.control_listen, 0))
+    except OSError as error:
+        problem = f"--pascal-control-listen {config.control_listen}: {error.strerror}"
+        raise LaunchError(problem) from None
+    if config.control_secret is not None:
+        read_secret(config.control_secret)
 
 
 def check_decision_log(config: PascalConfig) -> None:
@@ -151,6 +174,20 @@ def idle_transport(config: PascalConfig, server_args: Any) -> str | None:
     if config.kv_transport == "auto" or config.can_migrate or alone:
         return None
     return f"no request moves, so nothing uses --pascal-kv-transport {config.kv_transport}"
+
+
+def idle_control(config: PascalConfig, server_args: Any) -> str | None:
+    """Control sockets over TCP that nobody has, as one line; None if there are none."""
+    if config.control_listen is None or support.instances_of(server_args) > 1:
+        return None
+    return "this server has one instance, so nothing listens at --pascal-control-listen"
+
+
+def idle_racks(config: PascalConfig, server_args: Any) -> str | None:
+    """Racks where all instances are on one host, as one line; None if there are none."""
+    if config.racks is None or server_args.use_ray:
+        return None
+    return "without --use-ray all instances are on this host, so nothing uses --pascal-racks"
 
 
 def idle_budget(config: PascalConfig, server_args: Any) -> str | None:

@@ -10,19 +10,24 @@ import copy
 import importlib
 import logging
 import os
-import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
+from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.plugins import load_plugins
 from sglang.srt.ray import engine
 from sglang.srt.ray.scheduler_actor import SchedulerActor
 from sglang.srt.runtime_context import get_parallel
 
+from pascal_sglang.cluster.control_keys import SECRET_ENV
+from pascal_sglang.cluster.remote_channels import HeadEndpoints, InstanceChannels
 from pascal_sglang.config import ACTOR_ENV
-from pascal_sglang.entrypoints.http_server import shake_hands
-from pascal_sglang.entrypoints.ray_watch import Watched, watch
+from pascal_sglang.entrypoints.http_server import hand_out_ways, shake_hands
+from pascal_sglang.entrypoints.ray_hosts import beside, controller_class, place_instances
+from pascal_sglang.entrypoints.ray_watch import last_words
+from pascal_sglang.handshake import REQUESTS_KEY
+from pascal_sglang.instances import instance_count, own_instance, speaks
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +35,50 @@ FORWARDED = ("PASCAL_SGLANG_", "SGLANG_", "PROMETHEUS_", "OMP_NUM_THREADS", "HF_
 
 
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
-    """What an actor must know of its server's environment; it runs on another process's."""
+    """What an actor must know of its server's environment; it runs on another process's. Ray writes
+    all of it into command lines and logs, so the secret goes another way."""
     kept = {name: value for name, value in environ.items() if name.startswith(FORWARDED)}
+    kept.pop(SECRET_ENV, None)
     return {**kept, ACTOR_ENV: "1"}
 
 
 class PascalSchedulerActor(SchedulerActor.__ray_metadata__.modified_class):
     """SGLang's scheduler actor, with the plugin loaded before the scheduler is built."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        server_args: Any,
+        port_args: Any,
+        control_secret: str | None = None,
+        one_host: bool = False,
+        head: HeadEndpoints | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """one_host: the ranks of its instance are on one host. head: where the server's other
+        processes take what it says, if they are on another."""
+        if control_secret is not None:
+            os.environ[SECRET_ENV] = control_secret
         # Imported first: a child process hooks only what it has imported.
         importlib.import_module("sglang.srt.managers.scheduler")
         load_plugins()
-        super().__init__(*args, **kwargs)
+        self._channels: InstanceChannels | None = None
+        if head is not None:
+            self._channels = InstanceChannels(head, port_args)
+            port_args = self._channels.port_args
+        if one_host:
+            # SGLang names a port of the network that asks nobody who connects.
+            declare_resolution(server_args, "pascal_sglang", dist_init_addr=None)
+        super().__init__(server_args=server_args, port_args=port_args, **kwargs)
+
+    def get_info(self) -> dict[str, Any]:
+        """What the scheduler says at start, and where it takes requests, if on another host."""
+        info: dict[str, Any] = super().get_info()
+        if self._channels is None:
+            return info
+        self._channels.show(own_instance(), instance_count(), speaks=speaks())
+        where = {REQUESTS_KEY: self._channels.requests_at} if speaks() else {}
+        return info | where
 
     def run_event_loop(self) -> None:
         """Serve until killed. SGLang's own asks CUDA for its device first, on a CPU too."""
@@ -52,11 +88,27 @@ class PascalSchedulerActor(SchedulerActor.__ray_metadata__.modified_class):
             super().run_event_loop()
 
 
-def create_scheduler_actor(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+class WithArguments:
+    """An actor class, or what its `options` make, whose constructor is given `more` too, as the
+    secret of the control sockets: an argument goes to the actor alone."""
+
+    def __init__(self, actor_class: Any, more: Mapping[str, Any]) -> None:
+        self._actor_class, self._more = actor_class, more
+
+    def options(self, **options: Any) -> WithArguments:
+        return WithArguments(self._actor_class.options(**options), self._more)
+
+    def remote(self, **kwargs: Any) -> Any:
+        return self._actor_class.remote(**kwargs, **self._more)
+
+
+def create_scheduler_actor(original: Callable[..., Any], **kwargs: Any) -> Any:
     """Around `ray.engine._create_scheduler_actor`, which looks its class up when it is called."""
     environment = {"env_vars": forwarded(os.environ)}
-    engine.SchedulerActor = ray.remote(runtime_env=environment)(PascalSchedulerActor)
-    return original(*args, **kwargs)
+    more = {"control_secret": os.environ.get(SECRET_ENV), **beside(kwargs)}
+    actor_class = ray.remote(runtime_env=environment)(PascalSchedulerActor)
+    engine.SchedulerActor = WithArguments(actor_class, more)
+    return original(**kwargs)
 
 
 def require_handshake(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +118,12 @@ def require_handshake(original: Callable[..., Any], *args: Any, **kwargs: Any) -
     """
     if kwargs.get("placement_group") is None and ray.util.get_current_placement_group() is None:
         _require_gpus()
-    result, processes = original(*args, **kwargs)
+        kwargs["placement_group"] = place_instances()
+    hand_out_ways()
+    try:
+        result, processes = original(*args, **kwargs)
+    except RuntimeError as error:
+        raise RuntimeError(last_words(str(error))) from error
     shake_hands(result.scheduler_infos)
     return result, processes
 
@@ -88,23 +145,9 @@ def launch_instances(
     """Around `RayEngine._launch_dp_scheduler_processes`, which declares an address on the arguments
     that it is given. SGLang 0.5.23 has published these by then, and refuses; a copy it takes. The
     controller that it makes is looked up when it is called; ours sees actors die."""
-    # Not earlier: its base is to be our controller, which stands in SGLang's place by now.
     from sglang.srt.ray import data_parallel_controller
 
-    class Controller(data_parallel_controller.RayDataParallelController):
-        def schedulers(self, pids: list[int]) -> list[Watched]:
-            # SGLang records what actors say of themselves in the order in which it makes them.
-            return watch(self.scheduler_actors, self.event_loop_refs, pids)
-
-        def event_loop(self) -> None:
-            """It runs in a thread of the server, which is to end with it."""
-            try:
-                super().event_loop()
-            except Exception:
-                logger.exception("pascal_sglang: the controller has ended")
-                os.kill(os.getpid(), signal.SIGQUIT)
-
-    data_parallel_controller.RayDataParallelController = Controller
+    data_parallel_controller.RayDataParallelController = controller_class()
     return original(cls, copy.deepcopy(server_args), *args, **kwargs)
 
 

@@ -163,9 +163,13 @@ def _unified_radix_cache(module: Any) -> None:
 def _mem_cache_common(module: Any) -> None:
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
-    def radix_key(tree_cache: Any, req: Any, token_ids: Any, max_prefix_len: int) -> Any:
+    def radix_key(
+        tree_cache: Any, req: Any, token_ids: Any, max_prefix_len: int | None = None
+    ) -> Any:
         tail = tree_cache.swa_reprefill_tail_tokens()
-        limit = min(max_prefix_len, max(0, len(token_ids) - tail)) if tail else max_prefix_len
+        limit = max(0, len(token_ids) - tail) if tail else None
+        if max_prefix_len is not None:
+            limit = max_prefix_len if limit is None else min(limit, max_prefix_len)
         return RadixKey(
             token_ids=token_ids, extra_key=req.extra_key, limit=limit, cache_salt=req.cache_salt
         )

@@ -25,12 +25,14 @@ class Costs:
     prefill_token_s: each token of a prefill; None until one has been seen.
     launch_s: what launching a copy takes where decode steps go on beside it; None where they wait
         for the copy.
+    prefill_s: all prefills so far.
     """
 
     copy_s: float = 0.0
     copy_token_s: float = 0.0
     prefill_token_s: float | None = None
     launch_s: float | None = None
+    prefill_s: float = 0.0
     _tokens: float = field(default=0.0, repr=False)
     _seconds: float = field(default=0.0, repr=False)
 
@@ -39,6 +41,7 @@ class Costs:
         ones more than short ones, whose time is mostly that of any step."""
         if tokens <= 0 or seconds <= 0:
             return
+        self.prefill_s += seconds
         self._tokens = 0.9 * self._tokens + tokens
         self._seconds = 0.9 * self._seconds + seconds
         self.prefill_token_s = self._seconds / self._tokens

@@ -138,6 +138,14 @@ class Pacer:
         come."""
         return self.shown + self.pace - now if self.delivered else -self.pace
 
+    def shift(self, seconds: float) -> None:
+        """The clock of its times is set forward by so much."""
+        if self.delivered:
+            self.first_shown += seconds
+            self.last_shown += seconds
+        if self.early_until >= 0:
+            self.early_until += seconds
+
     @property
     def qoe(self) -> float:
         """`1 - S_delay / S_whole`, in [0, 1].

@@ -1,14 +1,17 @@
 """Which instance takes a new request, and whether a request moves at the end of its thinking.
 
 Source: the paper's Algorithms 1 and 2 with the adaptive override; `PlacementRule` has what `pascal`
-changes. All ties go to the instance asked first by `_turn`, which rotates, so that equal instances
-share.
+changes. Where instances are on several hosts, a request that moves goes to a near one among those
+whose loads are alike. All ties go to the instance asked first by `_turn`, which rotates, so that
+equal instances share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields
+
+from pascal_sglang.policy.site import FAR, UNKNOWN, Site
 
 NO_HITS: Mapping[int, int] = {}
 
@@ -19,6 +22,8 @@ GROWING_SHARE = 0.25
 # What a whole pool of KV, held or paused in host memory, adds to the time until an answer: it will
 # be wanted. Without it long prompts pile up where passes are still short; found by simulation.
 HELD_SHARE = 0.25
+# Loads are alike within this share of the best one.
+ALIKE = 0.25
 # More requests than an instance takes: for models that have nothing but KV.
 NO_LIMIT = 1 << 30
 
@@ -65,6 +70,8 @@ class Instance(LoadFigures):
     arriving: int = 0
     # Migrations under way, either way.
     migrations: int = 0
+    # Where it is.
+    site: Site = UNKNOWN
 
     @property
     def left(self) -> int:
@@ -125,24 +132,33 @@ class Placement:
         max_migrations: int = 4,
         sight: int = 16,
         predict: bool = False,
+        near: bool = True,
+        reach: int = FAR,
     ) -> None:
         """quantum: tokens of growth that "enough memory" includes. lazy, predict: see
         `PlacementRule`. adaptive: stay where there is memory and the target has none.
         max_migrations: at once per instance. sight: instances looked at for one decision, so that
-        its cost does not grow with their number."""
+        its cost does not grow with their number. near: of alike targets take a near one.
+        reach: how far KV can move (`policy.site`)."""
         self.quantum = quantum
         self.lazy = lazy
         self.adaptive = adaptive
         self.max_migrations = max_migrations
         self.sight = sight
         self.predict = predict
+        self.near = near
+        self.reach = reach
         self._turn = 0
 
     def in_sight(
-        self, instances: Sequence[Instance], also: Container[int] = ()
+        self,
+        instances: Sequence[Instance],
+        also: Container[int] = (),
+        source: Instance | None = None,
     ) -> Sequence[Instance]:
         """Those to decide among: all, or as many of them in turn as `sight` says. also: indices of
-        instances that are looked at in any case."""
+        instances that are looked at in any case. source: the instance that a request leaves; as
+        many others of its host, where that is known, are looked at too."""
         count = len(instances)
         if count <= self.sight:
             return instances
@@ -152,14 +168,24 @@ class Placement:
         if also:
             seen = {i.index for i in found}
             found += [i for i in instances if i.index in also and i.index not in seen]
+        if self.near and source is not None and source.site.host:
+            seen = {i.index for i in found}
+            beside = [i for i in instances if i.site == source.site and i.index not in seen]
+            begin = self._turn * self.sight % max(1, len(beside))
+            found += (beside[begin:] + beside[:begin])[: self.sight]
         return found
 
     def place(
-        self, instances: Sequence[Instance], prompt: int, hits: Mapping[int, int] = NO_HITS
+        self,
+        instances: Sequence[Instance],
+        prompt: int,
+        hits: Mapping[int, int] = NO_HITS,
+        source: Instance | None = None,
     ) -> int:
         """Algorithm 1: the smallest footprint among instances whose answers are on pace, or among
         all if none is; or the earliest answer. hits: tokens of the prompt that an instance holds
-        already; they weigh against its footprint, and save their prefill."""
+        already; they weigh against its footprint, and save their prefill. source: the instance that
+        the request leaves, from which its KV comes."""
         turn, count, held = self._turn, len(instances), hits.get
         usual = _usual_pass(instances)
         weight = self._until_answer if self.predict else self._footprint
@@ -172,6 +198,21 @@ class Placement:
                 (i.index - turn) % count,
             ),
         )
+        if source is not None and self._has_near(instances, source):
+            most = (1 + ALIKE) * weight(chosen, held(chosen.index, 0), usual)
+            alike = [
+                i
+                for i in instances
+                if i.on_pace == chosen.on_pace and weight(i, held(i.index, 0), usual) <= most
+            ]
+            chosen = min(
+                alike or [chosen],
+                key=lambda i: (
+                    source.site.distance(i.site),
+                    weight(i, held(i.index, 0), usual),
+                    (i.index - turn) % count,
+                ),
+            )
         self._turn += 1
         chosen.reasoning += 1
         chosen.load += 1
@@ -188,9 +229,20 @@ class Placement:
         alone = THINKING_TOKENS * _pass_us(instance, usual) + left * instance.prefill_ns / 1000
         return alone * (1 + HELD_SHARE * (instance.footprint + left) / max(1, instance.capacity))
 
+    def reachable(self, instances: Sequence[Instance], source: Instance) -> Sequence[Instance]:
+        """Those to which the KV of a request on `source` can move."""
+        if self.reach == FAR:
+            return instances
+        return [i for i in instances if source.site.distance(i.site) <= self.reach]
+
+    def _has_near(self, instances: Sequence[Instance], source: Instance) -> bool:
+        """Whether it matters where the instances are."""
+        return self.near and len({source.site.distance(i.site) for i in instances}) > 1
+
     def at_boundary(self, instances: Sequence[Instance], answer: Answer) -> Decision:
         """Algorithm 2 with the adaptive override, or the lazy rule."""
         here = next(i for i in instances if i.index == answer.current)
+        instances = self.reachable(instances, here)
         # Its thinking is over: it no longer counts among its instance's thinkers.
         here.reasoning = max(0, here.reasoning - 1)
         decide = self._lazily if self.lazy else self._by_counts
@@ -234,6 +286,7 @@ class Placement:
             key=lambda i: (
                 i.reasoning if on_pace else i.reasoning + i.fresh,
                 i is not here,
+                here.site.distance(i.site) if self.near else 0,
                 (i.index - turn) % count,
             ),
         )
@@ -250,6 +303,17 @@ class Placement:
         if not roomy:
             return Decision(here.index, "room_nowhere")
         chosen = min(roomy, key=lambda i: (not i.on_pace, -i.left, self._order(i, len(instances))))
+        if self._has_near(roomy, here):
+            least = (1 - ALIKE) * chosen.left
+            alike = [i for i in roomy if i.on_pace == chosen.on_pace and i.left >= least]
+            chosen = min(
+                alike,
+                key=lambda i: (
+                    here.site.distance(i.site),
+                    -i.left,
+                    self._order(i, len(instances)),
+                ),
+            )
         return Decision(chosen.index, "room_there")
 
     def _if_worth_it(

@@ -42,6 +42,10 @@ class Break:
     end: float | None = None
 
 
+# Of a `PhaseTimeline`, beside its breaks.
+TIMES = ("arrival", "first_token", "reasoning_end", "first_answer", "last_answer", "finished")
+
+
 @dataclass(slots=True)
 class PhaseTimeline:
     """Timestamps of one request, in seconds of one monotonic clock; None until it happened.
@@ -93,11 +97,26 @@ class PhaseTimeline:
         if self.breaks and self.breaks[-1].end is None:
             self.breaks[-1].end = now
 
+    def shift(self, seconds: float) -> None:
+        """The clock of its times is set forward by so much."""
+        for name in TIMES:
+            if (at := getattr(self, name)) is not None:
+                setattr(self, name, at + seconds)
+        for each in self.breaks:
+            each.start += seconds
+            if each.end is not None:
+                each.end += seconds
+
     @property
     def phase(self) -> Phase:
         if self.finished is not None:
             return Phase.FINISHED
         return Phase.REASONING if self.reasoning_end is None else Phase.ANSWERING
+
+    @property
+    def took(self) -> float | None:
+        """Arrival to the end of the request, in seconds."""
+        return None if self.finished is None else self.finished - self.arrival
 
     @property
     def ttft(self) -> float | None:

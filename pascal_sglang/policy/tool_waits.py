@@ -83,10 +83,11 @@ class Conversation:
     went_on: bool = False
     # Whether the time is over.
     expired: bool = False
-    # The engine's: host memory for its KV, how many tokens are there, and whether that is all that
-    # can be had.
+    # The engine's: host memory for its KV, how many tokens are there, how many with those on their
+    # way, and whether that is all that can be had.
     copy: Any = field(default=None, repr=False)
     kept: int = 0
+    begun: int = 0
     saved: bool = False
 
     @property
@@ -141,8 +142,40 @@ class ToolWaits:
     def arrived(
         self, turn: Hashable, ids: array[int], namespace: Hashable, now: float
     ) -> Conversation | None:
-        """A request has come; the conversation that it goes on with, if there is one. How long that
-        has waited is learnt, once. turn: the request itself; ids may be used again."""
+        """A request has come; the conversation that it goes on with, if there is one. turn: the
+        request itself; ids may be used again."""
+        found = self._goes_on(ids, namespace, now)
+        if found is None:
+            return None
+        # It waits for its turn now, not for a tool.
+        found.claimed = now
+        found.turns.append(turn)
+        self._by_turn[turn] = found
+        return found
+
+    def elsewhere(self, ids: array[int], namespace: Hashable, now: float) -> Conversation | None:
+        """The next turn of a conversation is not here. The one that it goes on with, which is
+        removed; None if there is none, or if a request that waits here goes on with it, too."""
+        found = self._goes_on(ids, namespace, now)
+        if found is None or found.turns:
+            return None
+        self.remove(found)
+        return found
+
+    def left(self, turn: Hashable) -> Conversation | None:
+        """A request has left, and goes on on another instance. The conversation that it went on
+        with, which is removed; None if there is none, or if another request goes on with it."""
+        found = self._by_turn.pop(turn, None)
+        if found is None:
+            return None
+        found.turns.remove(turn)
+        if found.turns:
+            return None
+        self.remove(found)
+        return found
+
+    def _goes_on(self, ids: array[int], namespace: Hashable, now: float) -> Conversation | None:
+        """The conversation that a prompt goes on with. How long it has waited is learnt, once."""
         best, found = (0, False), None
         for each in self._beginning(ids, namespace):
             if goes_on_with(each, ids):
@@ -154,10 +187,6 @@ class ToolWaits:
         if not found.went_on and not found.asked:
             self.times.learn(now - found.since)
         found.went_on = True
-        # It waits for its turn now, not for a tool.
-        found.claimed = now
-        found.turns.append(turn)
-        self._by_turn[turn] = found
         return found
 
     def _beginning(self, ids: array[int], namespace: Hashable) -> Iterator[Conversation]:

@@ -16,7 +16,7 @@ from pascal_sglang.sim import cost as costs
 from pascal_sglang.sim import workload
 from pascal_sglang.sim.arms import ARMS, Arm, arm_of, with_inf
 from pascal_sglang.sim.cluster import Setup
-from pascal_sglang.sim.experiments import ablations, calibration, paper, scenarios, tables
+from pascal_sglang.sim.experiments import ablations, calibration, paper, scenarios, tables, topology
 from pascal_sglang.sim.experiments.provenance import provenance
 from pascal_sglang.sim.experiments.runs import Task, run_all
 from pascal_sglang.sim.figures import BIN_EDGES
@@ -69,7 +69,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     forecast.add_argument("--hardware", choices=PRESETS, default=paper.HARDWARE)
     forecast.add_argument("--instances", type=_count, default=1)
     forecast.add_argument("--requests", type=_count, default=1000, help="per run")
-    for each in (compared, alone, single, regimes, forecast):
+    forecast.add_argument(
+        "--budgets",
+        type=_share,
+        default=0.0,
+        help="share of the requests whose thinking budget tells how long they think",
+    )
+    forecast.add_argument(
+        "--burst",
+        type=_burst,
+        help="seconds with arrivals and seconds without, in turn: 5,95",
+    )
+    between = ways.add_parser("topology", help="moves between hosts and racks, near ones first")
+    between.add_argument("--requests", type=_count, default=2000, help="per run")
+    for each in (compared, alone, single, regimes, forecast, between):
         each.add_argument("--arms", type=_arms, default=None, help="by comma; all by default")
         of_scenario = None if each is regimes else paper.SEEDS
         each.add_argument("--seeds", type=_count, default=of_scenario)
@@ -83,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "run": _run,
             "scenarios": _scenarios,
             "calibration": _calibration,
+            "topology": _topology,
         }
         return ways_to[asked.way](asked)
     except (ValueError, OSError) as error:
@@ -172,13 +186,29 @@ def _scenarios(asked: argparse.Namespace) -> int:
     return _save(rows, asked.out, verdicts=verdicts)
 
 
+def _topology(asked: argparse.Namespace) -> int:
+    began = time.monotonic()
+    tasks = list(topology.tasks(asked.seeds, asked.requests, asked.arms))
+    rows = run_all(tasks, asked.processes, topology.run)
+    print("\n".join(topology.table(rows)))
+    print(f"\n{len(rows)} runs, {_took(began)}")
+    return _save(rows, asked.out)
+
+
 def _calibration(asked: argparse.Namespace) -> int:
     began = time.monotonic()
     tasks = [
         task
         for arm in asked.arms or [ARMS["pascal"]]
         for task in calibration.tasks(
-            asked.source, asked.hardware, asked.instances, arm, asked.seeds, asked.requests
+            asked.source,
+            asked.hardware,
+            asked.instances,
+            arm,
+            asked.seeds,
+            asked.requests,
+            asked.budgets,
+            asked.burst,
         )
     ]
     rows = run_all(tasks, asked.processes, calibration.calibrate)
@@ -248,6 +278,18 @@ def _count(text: str) -> int:
 
 def _weights(text: str) -> tuple[float, ...]:
     return tuple(_positive(each) for each in text.split(","))
+
+
+def _burst(text: str) -> tuple[float, float]:
+    on_s, off_s = text.split(",")
+    return _positive(on_s), _positive(off_s)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return value
 
 
 def _positive(text: str) -> float:

@@ -26,6 +26,7 @@ class Arm:
         what it is sent, into host memory where the device has no room.
     unlimited: KV memory without a limit, to show what the memory costs every other arm.
     lazy: move only from memory pressure to room. live: copy while the source decodes.
+    near: a request moves to a near instance among alike ones, in a topology.
     prefixes: a prefix that an instance was sent before weighs in its favour.
     predict: new requests go where their answer is expected first, not to the smallest footprint.
     backfills: whether requests start behind a first in line that does not fit; None: as the policy
@@ -44,6 +45,7 @@ class Arm:
     migration: str = "off"
     lazy: bool = False
     live: bool = False
+    near: bool = True
     prefixes: bool = False
     predict: bool = False
     unlimited: bool = False

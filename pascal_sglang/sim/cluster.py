@@ -28,6 +28,7 @@ from pascal_sglang.sim.outcome import Outcome
 from pascal_sglang.sim.pascal_instance import PascalInstance, costs_of
 from pascal_sglang.sim.request import SimRequest
 from pascal_sglang.sim.stock_instance import StockInstance
+from pascal_sglang.sim.topology import Topology
 from pascal_sglang.sim.workload import Workload
 
 Progress = Callable[[int], None]
@@ -45,6 +46,7 @@ class Setup:
 
     tpot: the reader's pace, seconds per token. slo: the QoE below which an answer violates its
     objective. knows_lengths: requests say how much they will generate. quantum, demote: tokens.
+    topology: where the instances are; None: all are equally near, and linked as `Cost` says.
     step_by_step: decide in every pass instead of jumping (slow; for tests).
     """
 
@@ -55,6 +57,7 @@ class Setup:
     knows_lengths: bool = False
     quantum: int = 500
     demote: int = 5000
+    topology: Topology | None = None
     step_by_step: bool = False
 
 
@@ -94,10 +97,10 @@ class Cluster:
         self.prioritised = arm.prioritised if any(workload.interactive) else None
         self.tells_tenants = arm.fairness and bool(workload.tenant)
         self.instances = [self._instance(index) for index in range(setup.instances)]
-        self.controller = Controller(arm, self.clock, self.instances, setup.quantum)
+        self.controller = Controller(arm, self.clock, self.instances, setup.quantum, setup.topology)
         self.migrations = Migrations(
             self.clock,
-            Network(setup.cost, setup.instances),
+            Network(setup.cost, setup.instances, setup.topology),
             self._migrated,
             refusable=arm.migration != "always",
         )
@@ -140,6 +143,7 @@ class Cluster:
         outcome.end_s = self.clock.now
         outcome.transfers_s = self.migrations.transfers
         outcome.refused_migrations = self.migrations.refused
+        outcome.moved_tokens = self.migrations.network.sent_tokens
         outcome.take_in(self.instances)
         self.books.close(self.instances, self.migrations.under_way)
         return outcome
@@ -191,9 +195,9 @@ class Cluster:
         mean = self._answers[instance.index]
         likely = remaining if mean is None else min(remaining, int(mean))
         cost = self.setup.cost
-        passes = MOVE_PASSES + int(
-            request.held * cost.migration_token_s / cost.decode(1, request.held)
-        )
+        topology = self.setup.topology
+        token_s = cost.migration_token_s if topology is None else topology.slowest_token_s
+        passes = MOVE_PASSES + int(request.held * token_s / cost.decode(1, request.held))
         answer = Answer(instance.index, request.held, remaining, likely, passes)
         decision = self.controller.at_boundary(answer)
         self.outcome.decisions[decision.why] += 1

@@ -10,6 +10,7 @@ from pascal_sglang.policy.placement import Instance as InstanceLoad
 from pascal_sglang.sim.arms import Arm
 from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.instance import Instance
+from pascal_sglang.sim.topology import Topology
 
 # How often a busy instance says how it is (`engine.load_reporter`), in seconds.
 STATUS_S = 0.02
@@ -19,16 +20,27 @@ figures_of: Callable[[LoadFigures], tuple[object, ...]] = attrgetter(*FIGURES)
 class Controller:
     """Hears from an instance at most every `STATUS_S`, when it is about to decide on it."""
 
-    def __init__(self, arm: Arm, clock: Clock, instances: Sequence[Instance], quantum: int) -> None:
+    def __init__(
+        self,
+        arm: Arm,
+        clock: Clock,
+        instances: Sequence[Instance],
+        quantum: int,
+        topology: Topology | None = None,
+    ) -> None:
         self.arm = arm
         self.clock = clock
         self.instances = instances
         self.views = [InstanceLoad(index) for index in range(len(instances))]
+        if topology is not None:
+            for view in self.views:
+                view.site = topology.site(view.index)
         self.placement = Placement(
             quantum=quantum,
             lazy=arm.lazy,
             adaptive=arm.migration == "adaptive",
             predict=arm.predict,
+            near=arm.near,
         )
         self.placed = [0] * len(instances)
         self.homes: dict[int, tuple[int, int]] = {}
@@ -52,7 +64,8 @@ class Controller:
 
     def at_boundary(self, answer: Answer) -> Decision:
         """Whether a request whose thinking has ended moves, and where."""
-        candidates = self.placement.in_sight(self.views, (answer.current,))
+        here = self.views[answer.current]
+        candidates = self.placement.in_sight(self.views, (answer.current,), here)
         for view in candidates:
             self._hear(view)
         return self.placement.at_boundary(candidates, answer)

@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from pascal_sglang.policy.request import RequestStatus
+from pascal_sglang.policy.site import SAME_HOST
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.clock import Clock
 from pascal_sglang.sim.cost import Cost
 from pascal_sglang.sim.pascal_instance import PascalInstance
 from pascal_sglang.sim.request import SimRequest
+from pascal_sglang.sim.topology import Topology
 
 # Tokens a target keeps free beyond what it was asked for.
 SPARE = 64
 
 
 class Network:
-    """One full-duplex link per instance; transfers over a link go one after the other."""
+    """Full-duplex links, one per instance, and with a topology one per host and rack; transfers
+    over a link go one after the other. sent_tokens: by distance (`policy.site`)."""
 
-    def __init__(self, cost: Cost, instances: int) -> None:
+    def __init__(self, cost: Cost, instances: int, topology: Topology | None = None) -> None:
         self.cost = cost
-        self._out = [0.0] * instances
-        self._in = [0.0] * instances
-        self.sent_tokens = 0
+        self.topology = topology
+        # When each link is free again, either way; those unknown are.
+        self._out: defaultdict[str, float] = defaultdict(float)
+        self._in: defaultdict[str, float] = defaultdict(float)
+        self.sent_tokens = [0, 0, 0]
+
+    def token_s(self, source: int, target: int) -> float:
+        """Seconds that a token of KV takes from one instance to another."""
+        if self.topology is None:
+            return self.cost.migration_token_s
+        return self.topology.token_s(source, target)
 
     def send(self, source: int, target: int, tokens: int, now: float) -> float:
         """When `tokens` of KV that are ready at `now` have arrived."""
-        begin = max(now, self._out[source], self._in[target])
-        end = begin + tokens * self.cost.migration_token_s
-        self._out[source] = self._in[target] = end
-        self.sent_tokens += tokens
+        leave, come, distance = [f"{source}"], [f"{target}"], SAME_HOST
+        if self.topology is not None:
+            leave, come, distance = self.topology.links(source, target)
+        begin = max(now, *(self._out[link] for link in leave), *(self._in[link] for link in come))
+        end = begin + tokens * self.token_s(source, target)
+        self._out.update(dict.fromkeys(leave, end))
+        self._in.update(dict.fromkeys(come, end))
+        self.sent_tokens[distance] += tokens
         return end + self.cost.migration_s
 
 
@@ -95,7 +111,8 @@ class Migrations:
         migration.copied = request.held
         wanted = migration.copied + SPARE
         if migration.live:
-            copy_s = migration.copied * self.network.cost.migration_token_s
+            token_s = self.network.token_s(migration.source.index, target.index)
+            copy_s = migration.copied * token_s
             wanted += int(2 * copy_s / self.network.cost.step_s)
         room = target.memory.free >= wanted + len(target.batch)
         if request.status is RequestStatus.WAITING or (self.refusable and not room):

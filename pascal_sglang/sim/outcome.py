@@ -19,7 +19,8 @@ from pascal_sglang.sim.stock_instance import StockInstance
 class Outcome:
     """Columns by request; seconds of simulated time unless said otherwise.
 
-    decisions: of migration, by reason. pauses: by tier. transfers_s: of the KV of moves.
+    decisions: of migration, by reason. pauses: by tier. transfers_s: of the KV of moves, of which
+    moved_tokens went, by distance (`policy.site`).
     wall_s, events: what the run itself took.
     """
 
@@ -36,6 +37,7 @@ class Outcome:
     tiers: Counter[str] = field(default_factory=Counter)
     transfers_s: list[float] = field(default_factory=list)
     refused_migrations: int = 0
+    moved_tokens: list[int] = field(default_factory=lambda: [0, 0, 0])
     tokens: int = 0
     recomputed_tokens: int = 0
     copied_tokens: int = 0

@@ -64,7 +64,7 @@ def test_the_demo_thinks_and_answers_and_ctrl_c_ends_it():
         finally:
             quickstart.kill()  # Its server goes with it.
     assert len(started) > 3
-    _, left = psutil.wait_procs(started, timeout=10)
+    _, left = psutil.wait_procs(started, timeout=60)
     assert [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
 
 

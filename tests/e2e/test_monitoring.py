@@ -19,33 +19,36 @@ from tests.requests import generate
 from tests.scrapers import ACCEPTS
 
 MONITORING = Path(__file__).parents[2] / "launch" / "monitoring"
-EVERY = "500ms"
+# A scrape that takes longer fails, and leaves no series.
+EVERY = "1s"
 ANSWERED = 'sum(pascal:requests_total{outcome="answered"})'
 
 
 class Prometheus:
-    """One that runs; `get` asks its API."""
+    """One that runs; `get` asks its API. at: when all that tests ask for was there."""
 
     def __init__(self, url):
-        self.url = url
+        self.url, self.at = url, None
 
     def get(self, path, **parameters):
         whole = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         with urllib.request.urlopen(whole, timeout=30) as reply:
             return json.loads(reply.read())["data"]
 
-    def ask(self, query):
+    def ask(self, query, at=None):
         """The samples of an instant query: labels and value."""
-        found = self.get("query", query=query)["result"]
+        found = self.get("query", query=query, time=at or self.at)["result"]
         return [(each["metric"], float(each["value"][1])) for each in found]
 
     def wait_for(self, query, least, why):
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            if any(value >= least for _, value in self.ask(query)):
-                return
+        """Until a sample has that value at least. Returns when, and what there was."""
+        deadline = time.monotonic() + 60
+        while True:
+            found = self.ask(query, at := time.time())
+            if any(value >= least for _, value in found):
+                return at, found
+            assert time.monotonic() < deadline, f"{why}: {query} is {found}"
             time.sleep(0.2)
-        raise AssertionError(f"{why}: {query} is {self.ask(query)}")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def prometheus(pascal_server, tmp_path_factory):
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         made = Prometheus(f"http://{address}")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while True:
             try:
                 made.get("query", query="1")
@@ -81,12 +84,11 @@ def prometheus(pascal_server, tmp_path_factory):
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
         made.wait_for('up{job="pascal_sglang"}', 1, "the server is scraped")
-        made.wait_for(f"{ANSWERED} >= 0", 0, "series keep their names")
-        before = made.ask(ANSWERED)[0][1]
+        _, ((_, before),) = made.wait_for(ANSWERED, 0, "series keep their names")
         for index in range(4):
             pascal_server.stream("/generate", generate(f"Measure {index}", think=8, total=24))
-        made.wait_for(ANSWERED, before + 4, "what ended is seen")
-        made.wait_for("min(count_over_time(pascal:starts_total[5m]))", 3, "and seen again")
+        ended, _ = made.wait_for(ANSWERED, before + 4, "what ended is seen")
+        made.at, _ = made.wait_for("min(timestamp(pascal:starts_total))", ended, "and seen again")
         yield made
     finally:
         process.terminate()
@@ -104,7 +106,7 @@ def test_every_panel_is_filled_or_says_why_not(prometheus):
             if all(math.isnan(value) for _, value in prometheus.ask(query)):
                 empty.append(panel["title"])
                 assert panel["fieldConfig"]["defaults"].get("noValue"), query
-    assert len(set(empty)) < len(panels()) / 2
+    assert len(set(empty)) <= len(panels()) / 2
 
 
 def test_the_legend_names_its_instance(prometheus):
@@ -122,7 +124,7 @@ def test_the_legend_names_its_instance(prometheus):
 
 def test_every_rule_is_evaluated_and_no_alert_fires(prometheus):
     written = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"]
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         groups = prometheus.get("rules")["groups"]
         rules = [rule for group in groups for rule in group["rules"]]
@@ -132,9 +134,9 @@ def test_every_rule_is_evaluated_and_no_alert_fires(prometheus):
         time.sleep(0.2)
     assert len(rules) == sum(len(group["rules"]) for group in written)
     assert [rule["lastError"] for rule in rules if rule["health"] != "ok"] == []
-    assert prometheus.ask('ALERTS{alertstate="firing"}') == []
+    assert prometheus.ask('ALERTS{alertstate="firing"}', time.time()) == []
     for name in ("instance:pascal_ttfo_seconds:p95_5m", "instance_dp_rank:pascal_host_kv:usage"):
-        assert prometheus.ask(name)
+        prometheus.wait_for(f"count({name})", 1, "it is recorded")
 
 
 @pytest.mark.parametrize("scraper", ACCEPTS)

@@ -20,11 +20,7 @@ from tests.ports import not_drawn
 
 ROOT = Path(__file__).parents[2]
 SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
-ENGINE = (
-    sys.executable,
-    "-c",
-    "import sys, sglang; sglang.Engine(model_path=sys.argv[2], device='cpu')",
-)
+ENGINE = "import sys, sglang; sglang.Engine(model_path=sys.argv[2], device='cpu')\n"
 ASKED = {CONFIG_ENV: PascalConfig().to_json(), "SGLANG_PLATFORM": "pascal_cpu"}
 SYMBOL = "sglang.srt.managers.scheduler:Scheduler._create_generation_req"
 
@@ -72,7 +68,7 @@ def nothing_left(session):
         if _session(p) == session and p.status() != psutil.STATUS_ZOMBIE
     ]
     # Its children may take a moment to follow it.
-    _, left = psutil.wait_procs(left, timeout=10)
+    _, left = psutil.wait_procs(left, timeout=60)
     for p in left:
         p.kill()
     assert left == []
@@ -116,9 +112,11 @@ def test_an_altered_seam_stops_every_entry_point(altered_copy, tiny_model, forke
     is_refused(*forked(["--model-path", str(tiny_model)], command, ASKED, altered_copy))
 
 
-def test_so_it_does_from_a_shell(altered_copy, tiny_model):
-    env = {**ASKED, "PYTHONPATH": str(altered_copy)}
-    is_refused(*run(ENGINE, ["--model-path", str(tiny_model)], env))
+def test_an_altered_seam_stops_a_program_of_ones_own(altered_copy, tiny_model, forked, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(ENGINE)
+    flags = ["--model-path", str(tiny_model)]
+    is_refused(*forked(flags, (sys.executable, str(program)), ASKED, altered_copy))
 
 
 WITHOUT_PLUGIN = """

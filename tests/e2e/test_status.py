@@ -27,7 +27,7 @@ def test_the_status_says_what_runs_here(pascal_server):
 
 def test_live_requests_say_where_they_stand_and_the_list_can_be_bounded(pascal_server):
     rids = [f"status-{index}" for index in range(3)]
-    bodies = [generate(f"Stand {rid}", think=150, total=400, rid=rid) for rid in rids]
+    bodies = [generate(f"Stand {rid}", think=600, total=2500, rid=rid) for rid in rids]
     callers = [
         threading.Thread(target=pascal_server.post, args=("/generate", body)) for body in bodies
     ]
@@ -35,12 +35,19 @@ def test_live_requests_say_where_they_stand_and_the_list_can_be_bounded(pascal_s
         caller.start()
     seen, bounded = {}, None
     while any(caller.is_alive() for caller in callers):
+        phases = [{each["phase"] for each in seen.get(rid, ())} for rid in rids]
+        if bounded is not None and all("answering" in each for each in phases):
+            for rid in rids:
+                pascal_server.post("/abort_request", {"rid": rid})
+            break
         (instance,) = pascal_server.instances()
         for request in instance["requests"]:
             seen.setdefault(request["rid"], []).append(request)
         if len(instance["requests"]) == 3 and bounded is None:
             bounded = pascal_server.get("/pascal/status?requests=1")["instances"][0]
         time.sleep(0.05)
+    for caller in callers:
+        caller.join(60)
     for rid in rids:
         shown = seen[rid]
         assert {each["status"] for each in shown} <= {"waiting", "running"}
@@ -49,6 +56,8 @@ def test_live_requests_say_where_they_stand_and_the_list_can_be_bounded(pascal_s
         ages = [each["age_s"] for each in shown]
         assert ages == sorted(ages)
         assert ages[0] > 0
+        ended = pascal_server.recent(rid)
+        assert ended["took_s"] > ended["ttfo_s"] > 0
     assert bounded is not None
     assert len(bounded["requests"]) == 1
     assert bounded["more_requests"] >= 1

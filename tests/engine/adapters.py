@@ -1,6 +1,10 @@
-"""LoRA adapters of the tiny model, and what serves them on a machine without a device."""
+"""LoRA adapters of the tiny model, and what serves them on a machine without a device.
+
+As a program it is `sglang`, which can serve them then.
+"""
 
 import json
+import sys
 import uuid
 from itertools import product
 
@@ -52,3 +56,10 @@ def pin_nothing():
     torch.Tensor.pin_memory = lambda tensor: tensor
     for name in ("tensor", "empty", "zeros", "arange"):
         setattr(torch, name, unpinned(getattr(torch, name)))
+
+
+if __name__ == "__main__":
+    from sglang.cli.main import main
+
+    pin_nothing()
+    sys.exit(main())

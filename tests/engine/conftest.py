@@ -1,6 +1,7 @@
 """What stock SGLang answers, once for all engine tests."""
 
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
 LATE = (sys.executable, str(Path(__file__).with_name("late_device.py")), "serve")
 if is_before("0.5.23"):
     LATE = SERVE  # What a step copies off the device is not in one place there.
+# Of what others show nearly as well.
+MORE = pytest.mark.skipif("TEST_MORE" not in os.environ, reason="TEST_MORE is not set")
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,9 @@
 """`sglang` with a bad network between instances, and a slow pipe behind one of them.
 
 Messages are lost, repeated and late; ends of requests are not told; requests that came cannot be
-taken over. What instance 0 sends to the
-detokenizer comes a while later, in order; the detokenizer writes down whenever it had to hold
-something back, and whenever it let something pass out of order. Worker processes import the main
-module, so this holds in all of them.
+taken over. What instance 0 sends to the detokenizer comes a while later, in order; the detokenizer
+writes down whenever it had to hold something back, and whenever it let something pass out of order.
+Worker processes import the main module, so this holds in all of them.
 """
 
 import pickle
@@ -20,7 +19,8 @@ from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.output_order import OutputOrder
 from pascal_sglang.entrypoints import detokenizer
 
-PIPE_DELAY_S = 0.15
+# Longer than most moves take on a busy machine, and far shorter than the detokenizer's patience.
+PIPE_DELAY_S = 1.0
 dice = random.Random(4)
 sound_send, sound_admit, sound_handle = ControlSender.send, OutputOrder.admit, detokenizer._handle
 seen = {}

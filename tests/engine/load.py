@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pascal_sglang.demo.tiny import LETTER_IDS
 from tests.requests import generate
 
-REQUESTS = 160
+REQUESTS = 100
 LETTERS = range(LETTER_IDS[0], LETTER_IDS[1] + 1)
 ABORTED = frozenset(range(5, REQUESTS, 16))
 # Some of those that do not think. The last ones: SGLang does not overlap steps while one runs.
-GRAMMARS = frozenset(range(140, REQUESTS, 7))
+GRAMMARS = frozenset(range(84, REQUESTS, 7))
 
 
 def bodies(count):
@@ -104,5 +104,5 @@ def settled(server):
         (instance,) = server.instances()
         if not instance["requests"] and not instance["paused"]:
             return instance
-        time.sleep(0.2)
+        time.sleep(0.05)
     raise AssertionError(f"never came to rest: {instance}")

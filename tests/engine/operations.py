@@ -10,7 +10,7 @@ from pascal_sglang.demo.tiny import LETTER_IDS
 from tests.requests import chat, generate
 
 CROWD = 24
-TOTAL = 260
+TOTAL = 180
 FIRST_LETTER, LETTERS = LETTER_IDS[0], LETTER_IDS[1] - LETTER_IDS[0] + 1
 
 
@@ -71,8 +71,10 @@ def tokens_made(instances):
 
 
 def held(instances):
-    """Requests by where they wait, and those among them that wait to be prefilled again."""
+    """Requests by where they wait, those among them that wait to be prefilled again, and all that
+    have begun."""
     counts = {"resident": 0, "host": 0, "again": 0}
+    counts["begun"] = sum(map(bool, tokens_made(instances).values()))
     for instance in instances:
         for places in instance["queued"].values():
             for place in ("resident", "host"):

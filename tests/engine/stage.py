@@ -12,7 +12,7 @@ from tests.engine.test_migration import at_rest, nothing_left, total
 from tests.requests import generate
 
 PROMPT = "A question whose answer moves when its thinking is over: "
-THINK, LONG = 6, 400
+THINK, LONG = 6, 300
 
 # How to hold a move in a state: what is held, and the states of source and target meanwhile; None
 # where no move is under way, or no longer.
@@ -37,14 +37,18 @@ class Hold:
         (self.folder / name).write_text(text)
 
     def wait_for(self, name, there=True):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while (self.folder / name).exists() is not there:
             assert time.monotonic() < deadline, (name, there)
             time.sleep(0.005)
 
-    def clear(self):
+    def drop(self, name):
+        (self.folder / name).unlink(missing_ok=True)
+
+    def clear(self, but=""):
         for file in self.folder.iterdir():
-            file.unlink(missing_ok=True)
+            if file.name != but:
+                file.unlink(missing_ok=True)
 
 
 class Reader(threading.Thread):
@@ -89,14 +93,17 @@ class Reader(threading.Thread):
 
     def end(self):
         """Its tokens and how it ended, in a list; empty after hanging up."""
-        self.join(60)
-        assert not self.is_alive()
+        seen = -1
+        while self.is_alive():
+            assert len(self.ids) > seen, "no token for a minute"
+            seen = len(self.ids)
+            self.join(60)
         assert self.error is None
         return self.ids, self.ends
 
 
 def coordinator(**more):
-    body = generate(PROMPT, THINK, LONG, rid=uuid.uuid4().hex, routed_dp_rank=0)
+    body = generate(PROMPT, THINK, LONG, rid=f"mover-{uuid.uuid4().hex}", routed_dp_rank=0)
     body["sampling_params"].update(more)
     return body
 
@@ -113,34 +120,45 @@ class Scene:
     def __init__(self, server, hold, alone):
         self.server, self.hold, self.alone = server, hold, alone
         self.before = at_rest(server)
+        # An instance may have said that it holds something after the last scene had been cleared.
+        hold.clear()
         self.neighbours = [Reader(server, neighbour(i)) for i in (0, 1)]
         # Whoever has decoded has read the last letters about the move before: none is held for it.
         for reader in self.neighbours:
-            reader.began.wait(30)
+            reader.began.wait(60)
         self.movers = 0
 
     def start(self, **more):
+        """A mover that is slow until this is over, or `hurry`."""
         self.movers += 1
+        self.hold.say("slow")
         return Reader(self.server, coordinator(**more))
+
+    def hurry(self):
+        self.hold.drop("slow")
+
+    def let_go(self):
+        """What is held goes on; movers are still slow, so that their moves come to their ends."""
+        self.hold.clear(but="slow")
 
     def states(self, rid):
         """Source's and target's state of a move under way; None without one."""
-        ways = [
-            [
-                m["state"]
-                for i in self.server.instances()
-                for m in i["migrations"][way]
-                if m["rid"] == rid
-            ]
+        return self.states_of_all([rid])[0]
+
+    def states_of_all(self, rids):
+        """The same of several moves, at one time."""
+        instances = self.server.instances()
+        out, into = (
+            {m["rid"]: m["state"] for i in instances for m in i["migrations"][way]}
             for way in ("out", "in")
-        ]
-        return tuple(found[0] if found else None for found in ways)
+        )
+        return [(out.get(rid), into.get(rid)) for rid in rids]
 
     def gained(self, way, outcome):
         return total(self.server.instances(), way, outcome) - total(self.before, way, outcome)
 
     def wait_for(self, way, outcome, count=1):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while self.gained(way, outcome) < count:
             assert time.monotonic() < deadline, self.server.instances()
             time.sleep(0.02)

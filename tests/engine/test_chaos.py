@@ -33,7 +33,7 @@ def chaos(server, reference, *tiers):
     assert sum(instance["ended"].values()) >= REQUESTS
     metrics = server.get("/metrics")
     for tier in tiers:
-        assert instance["pauses"][tier] > 50
+        assert instance["pauses"][tier] > 10
         assert f'tier="{tier}"' in metrics
     kv = instance["kv_tokens"]
     assert (kv["free"] + kv["evictable"], kv["host"]) == (kv["capacity"], 0)
@@ -56,7 +56,7 @@ def test_a_rank_whose_copies_fail_is_followed_by_the_other_one(serve, reference,
     more = {"BREAK_FILE": str(switch)}
     with serve(CHAOS, [*TIGHT, "--tp-size", "2"], FAILING, **more) as server:
         instance = chaos(server, reference, "resident", "recompute", "host")
-        assert instance["pauses"]["copy_failed"] > 3
+        assert instance["pauses"]["copy_failed"] > 0
         switch.touch()
         with pytest.raises((OSError, http.client.HTTPException)):
             server.post("/generate", generate("one more", think=None, total=20), timeout=60)

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from launch.monitoring.dashboard import OUT
+from pascal_sglang.cluster.load_tracker import SILENT_S
 from pascal_sglang.demo.tiny import build_tiny_model
 from tests.engine.operations import (
     CROWD,
@@ -48,7 +49,7 @@ def test_a_flood_of_moves_and_pauses_is_invisible(crowded, reference):
 
 def placed(server, expected=None):
     """Requests placed so far, once the controller knows of none that runs."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         shown = server.get("/pascal/status")["controller"]
         count = sum(shown["placed"].values())
@@ -133,7 +134,7 @@ def relabel_in_place(server):
     assert [i["pauses"] for i in after] == [i["pauses"] for i in before]
     assert all(count == made.get(i, count) for i, count in tokens_made(after).items())
     operate(server, "/continue_generation")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while tokens_made(server.instances()) == made:
         assert time.monotonic() < deadline, "it did not go on"
     return made
@@ -141,7 +142,7 @@ def relabel_in_place(server):
 
 def replace_weights(server, model):
     """By retraction, flush and update. Returns the tokens that each request had."""
-    pause_with_some_held(server, host=3)
+    pause_with_some_held(server, host=1, begun=CROWD // 2)
     operate(server, "/pause_generation", mode="retract")
     instances = server.instances()
     made = tokens_made(instances)
@@ -186,7 +187,7 @@ def test_a_weight_update_reaches_everybody(crowded, whole, tiny_model, other_mod
         cut[i] = starts.get("second", TOTAL)
         assert ids[: cut[i]] == whole[i][: cut[i]]
     begun = [i for i in range(CROWD) if 0 < cut[i] < TOTAL]
-    assert len(begun) > CROWD / 2
+    assert len(begun) >= CROWD // 2
     new = asked(crowded, [body_of(i, ends[i][0][: cut[i]]) for i in begun])
     differ = [i for i, ids in zip(begun, new, strict=True) if ends[i][0][cut[i] :] != ids]
     assert differ == []
@@ -217,7 +218,7 @@ def test_aborted_requests_return_the_tokens_they_have(crowded, whole):
 
     with ThreadPoolExecutor(CROWD) as pool:
         replies = [pool.submit(reply_to, job) for job in jobs]
-        pause_with_some_held(crowded, resident=1, host=1, again=1)
+        pause_with_some_held(crowded, resident=1, host=1, again=1, begun=CROWD // 2)
         operate(crowded, "/abort_request", abort_all=True)
         operate(crowded, "/continue_generation")
         replies = [reply.result() for reply in replies]
@@ -238,4 +239,17 @@ def test_aborted_requests_return_the_tokens_they_have(crowded, whole):
             assert reply["meta_info"]["finish_reason"]["type"] == "abort"
         elif not stream:
             assert reply["choices"][0]["finish_reason"] == "abort"
-    assert aborted > CROWD / 2
+    assert aborted >= CROWD // 2
+
+
+def test_instances_that_are_paused_for_long_are_not_silent(crowded):
+    """They make no pass, and say that they live all the same."""
+    operate(crowded, "/pause_generation", mode="in_place")
+    try:
+        until = time.monotonic() + SILENT_S + 2
+        while time.monotonic() < until:
+            assert crowded.get("/pascal/status")["controller"]["silent"] == []
+            assert all("requests" in instance for instance in crowded.instances())
+            time.sleep(0.5)
+    finally:
+        operate(crowded, "/continue_generation")

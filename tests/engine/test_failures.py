@@ -42,7 +42,7 @@ def health(server):
 
 def becomes(server, states):
     """Wait until the instances are in these states."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while (seen := health(server))[1] != states:
         assert time.monotonic() < deadline, seen
     assert seen[0] == (200 if set(states) == {"live"} else 503)
@@ -116,26 +116,30 @@ def takes_only_its_own_along(server, number, death):
     those before it are dead already."""
     at_rest(server)
     bodies = [
-        generate(f"{death.__name__} {i}", think=20 + i, total=500, rid=uuid.uuid4().hex)
+        generate(f"{death.__name__} {i}", think=20 + i, total=300, rid=uuid.uuid4().hex)
         for i in range(24)
     ]
+    # Somebody is on the instance that dies, however late that is: a session does not move.
+    stays = generate("stays", 6000, 6010, session_id=death.__name__, routed_dp_rank=number)
     before = total(at_rest(server), "incoming", "taken")
-    with ThreadPoolExecutor(len(bodies)) as pool:
+    with ThreadPoolExecutor(len(bodies) + 1) as pool:
+        stays = pool.submit(ask, server, stays)
         replies = [pool.submit(ask, server, body) for body in bodies]
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while total(alive(server), "incoming", "taken") == before:
             assert time.monotonic() < deadline
         failed = death(server)
         replies = [reply.result() for reply in replies]
-    failed += [r for r in replies if isinstance(r, tuple)]
+    assert isinstance(stays.result(), tuple), "it was not on the instance that died"
+    failed += [r for r in (stays.result(), *replies) if isinstance(r, tuple)]
     whole = {i: r for i, r in enumerate(replies) if not isinstance(r, tuple)}
-    assert failed, "nobody was on the instance that died"
     assert whole, "nobody was on another one"
     for code, text in failed:
         assert code == 503
         assert "has died" in text
-    for i, ids in whole.items():
-        assert ask(server, {**bodies[i], "rid": uuid.uuid4().hex}) == ids
+    again = [{**bodies[i], "rid": uuid.uuid4().hex} for i in whole]
+    with ThreadPoolExecutor(len(again)) as pool:
+        assert list(pool.map(lambda body: ask(server, body), again)) == list(whole.values())
     status = server.get("/pascal/status")
     dead = list(range(1, number + 1))
     assert status["controller"]["dead"] == dead
@@ -148,7 +152,7 @@ def takes_only_its_own_along(server, number, death):
 def test_an_instance_takes_only_its_own_requests_along(number, death, server):
     takes_only_its_own_along(server, number, death)
     becomes(server, ["live", "dead", "dead" if number == 2 else "live"])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while counted(server) != {"live": 3 - number, "silent": 0, "dead": number}:
         assert time.monotonic() < deadline, counted(server)
         time.sleep(0.2)
@@ -182,15 +186,15 @@ def test_a_dead_detokenizer_ends_the_server(server, folder):
     jobs = []
     for i in range(4):
         stream = {"stream": True} if i % 2 else {}
-        jobs.append(("/generate", {**generate(f"cut {i}", 6, 900), **stream}))
-        jobs.append(("/v1/chat/completions", {**chat(f"cut {i}", 6, 900), **stream}))
+        jobs.append(("/generate", {**generate(f"cut {i}", 6, 6000), **stream}))
+        jobs.append(("/v1/chat/completions", {**chat(f"cut {i}", 6, 6000), **stream}))
     with ThreadPoolExecutor(len(jobs)) as pool:
         replies = [pool.submit(last_words, server, *job) for job in jobs]
         victim = detokenizer(server)
         maps = Path(f"/proc/{instance(server, 0).pid}/maps").read_text()
         shared = set(re.findall(r"/dev/shm/sglang_loads\S*", maps))
         assert shared
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while sum(len(i["requests"]) for i in alive(server)) < len(jobs):
             assert time.monotonic() < deadline
         victim.kill()
@@ -198,7 +202,7 @@ def test_a_dead_detokenizer_ends_the_server(server, folder):
             code, text = reply.result()
             assert code == (200 if body.get("stream") else 503)
             assert "The server ends: detokenizer" in text
-    assert server.process.wait(30) == 1
+    assert server.process.wait(60) == 1
     assert server.wait_gone() == []
     assert "pascal_sglang: error: detokenizer" in server.output
     assert list(folder.glob("pascal-*")) == []

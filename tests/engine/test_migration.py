@@ -3,13 +3,17 @@ lost, nothing stays behind. Streams, stop strings and aborts are those of `tests
 
 import json
 import os
+import random
 import signal
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,7 @@ from tests.engine.conftest import LATE, SERVE
 from tests.engine.inproc.conftest import arms
 from tests.engine.load import LETTERS, abort, bodies, run
 from tests.engine.odds import assert_same, odds
+from tests.engine.operations import call
 from tests.requests import generate
 
 FLOOD = {"force_migration": 0.02}
@@ -34,11 +39,12 @@ ARMS = {
         ["--tp-size", "2"],
         {"chaos": 0.02, "quantum_tokens": 50},
     ),
-    "mooncake, no overlap, pages of 16": (
+    # As between hosts.
+    "mooncake and TCP, no overlap, pages of 16": (
         60,
         SERVE,
         ["--disable-overlap-schedule", "--page-size", "16"],
-        {"kv_transport": "mooncake"},
+        {"kv_transport": "mooncake", "control_listen": "127.0.0.1"},
     ),
 }
 
@@ -51,15 +57,21 @@ def alive(server):
     return [i for i in server.instances() if not i.get("dead")]
 
 
+def silent(instances):
+    """Whether one shows nothing of itself, which has stood still for seconds."""
+    return any(i.get("silent") for i in instances)
+
+
 def at_rest(server):
     """The instances once nothing runs, waits, is paused or moves."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         instances = alive(server)
-        moving = [m["out"] + m["in"] for i in instances if (m := i["migrations"]) is not None]
-        if not any([*moving, *(i["requests"] or i["paused"] for i in instances)]):
-            return instances
-        time.sleep(0.2)
+        if not silent(instances):
+            moving = [m["out"] + m["in"] for i in instances if (m := i["migrations"]) is not None]
+            if not any([*moving, *(i["requests"] or i["paused"] for i in instances)]):
+                return instances
+        time.sleep(0.05)
     raise AssertionError(f"never came to rest: {instances}")
 
 
@@ -74,21 +86,21 @@ def nothing_left(instances):
 
 def controller(server, moved):
     """What the controller shows, once it has heard of all moves; it shows twice a second."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         shown = server.get("/pascal/status")["controller"]
         if shown["migrations"].get("moved", 0) == moved and not shown["live_requests"]:
             return shown
-        time.sleep(0.2)
+        time.sleep(0.05)
     raise AssertionError(f"the controller knows of something else than {moved} moves: {shown}")
 
 
 def wait_for(server, holds):
     """Poll the status until what is looked for is there."""
     deadline = time.monotonic() + 60
-    while not holds(shown := server.get("/pascal/status")):
+    while silent((shown := server.get("/pascal/status"))["instances"]) or not holds(shown):
         assert time.monotonic() < deadline, shown
-        time.sleep(0.2)
+        time.sleep(0.05)
     return shown
 
 
@@ -125,15 +137,50 @@ def drained(server, rank):
     return shown["controller"]["drains"][str(rank)]
 
 
+def names_on(shown, *ranks):
+    """The requests on these instances; a dead one has none."""
+    here = [i for i in shown["instances"] if i["dp_rank"] in ranks]
+    return {r["rid"] for i in here for r in i.get("requests", ())}
+
+
+@contextmanager
+def thinkers(server, rank, count=1, total=4000, **more):
+    """Requests that are on that instance when the block begins, and think until it is over: they
+    are there however long something takes. Yields their replies by their names."""
+    made = [
+        generate(
+            "One that thinks on and on.",
+            None,
+            total,
+            rid=uuid.uuid4().hex,
+            require_reasoning=True,
+            routed_dp_rank=rank,
+            **more,
+        )
+        for _ in range(count)
+    ]
+    with ThreadPoolExecutor(count) as pool:
+        replies = {b["rid"]: pool.submit(server.post, "/generate", b, 300) for b in made}
+        try:
+            wait_for(server, lambda shown: replies.keys() <= names_on(shown, rank))
+            yield replies
+        finally:
+            while left := [rid for rid, reply in replies.items() if not reply.done()]:
+                for rid in left:
+                    abort(server, rid)
+                wait([replies[rid] for rid in left], timeout=0.2)
+
+
 def with_a_drain(server, work):
     """What the work came to, in whose middle an instance is drained, and serves again."""
     with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(work)
-        wait_for(server, lambda shown: len(shown["instances"][1]["requests"]) > 5)
-        assert server.post("/pascal/drain", {"dp_rank": 1})["left"] > 0
-        progress = drained(server, 1)
-        assert server.post("/pascal/undrain", {"dp_rank": 1})["state"] == "serving"
-        assert progress["moved"] > 0, "they ended where they were: this shows nothing"
+        with thinkers(server, 1, total=1000):
+            job = pool.submit(work)
+            wait_for(server, lambda shown: len(names_on(shown, 1)) > 5 or job.done())
+            assert server.post("/pascal/drain", {"dp_rank": 1})["left"] > 0
+            progress = drained(server, 1)
+            assert server.post("/pascal/undrain", {"dp_rank": 1})["state"] == "serving"
+            assert progress["moved"] > 0, "they ended where they were: this shows nothing"
         return job.result()
 
 
@@ -173,7 +220,7 @@ def test_a_flood_of_moves_is_invisible(arm, serve, reference, stock_server):
     with serve({**FLOOD, **settings}, ["--dp-size", "2", *flags], command, **binding) as server:
         flood(server, count, reference)
         if mooncake:
-            assert check(server) >= {"Mooncake", "Control messages"}
+            assert check(server) >= {"Mooncake", "Control messages over TCP"}
         if "chaos" in settings:
             # Prefilled again where they went, and prompts' log probabilities not collected again.
             assert_same(odds(server, 24), odds(stock_server, 24))
@@ -181,9 +228,15 @@ def test_a_flood_of_moves_is_invisible(arm, serve, reference, stock_server):
 
 
 def test_lost_late_and_repeated_messages_and_a_slow_pipe(serve, reference):
-    """Moves fail and their requests go on; what overtakes in the pipes waits in the detokenizer."""
-    with serve(FLOOD, ["--dp-size", "2"], FAULTY) as server:
+    """Moves fail and their requests go on; what overtakes in the pipes waits in the detokenizer.
+    Long ones move all the while."""
+    with serve(FLOOD, ["--dp-size", "2"], FAULTY) as server, ThreadPoolExecutor(6) as pool:
+        long = [
+            pool.submit(server.post, "/generate", generate("on", 6, 900, rid=uuid.uuid4().hex), 300)
+            for _ in range(6)
+        ]
         whole, _ = run(server, 60)
+        assert len({tuple(reply.result()["output_ids"]) for reply in long}) == 1
         instances = at_rest(server)
         shown = wait_for(server, all_is_given_back)
         output = server.output
@@ -221,20 +274,22 @@ def disconnect(server, body, tokens):
 def flooded(serve):
     binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
     settings = {"force_migration": 0.05, "drain_on_term": True}
-    with serve(settings, ["--dp-size", "3"], LATE, **binding) as server:
+    # Room for those that think on and on, and the others.
+    flags = ["--dp-size", "3", "--max-total-tokens", "16384"]
+    with serve(settings, flags, LATE, **binding) as server:
         yield server
         server.stop(signal.SIGTERM)
 
 
 def test_a_flood_of_moves_among_three_is_invisible(flooded, reference):
-    flood(flooded, 100, reference)
+    flood(flooded, 60, reference)
 
 
 def test_who_hangs_up_at_any_point_of_a_move_leaves_nothing(flooded):
     """Right after the boundary, where a move has just begun, and ever later."""
     before = sum(i["ended"].get("aborted", 0) for i in at_rest(flooded))
     jobs = [
-        (generate(f"hang up {i}", think=6, total=900, rid=uuid.uuid4().hex), 8 + i)
+        (generate(f"hang up {i}", think=6, total=6000, rid=uuid.uuid4().hex), 8 + i)
         for i in range(24)
     ]
     with ThreadPoolExecutor(12) as pool:
@@ -308,13 +363,13 @@ def test_log_probabilities_travel(flooded):
 def test_the_next_turn_goes_where_the_last_one_ended(flooded):
     """A conversation that was moved away is continued where it went, not where it began."""
     at_rest(flooded)
-    for _ in range(4):
+    for _ in range(40):
         prompt = f"{uuid.uuid4().hex} tell me a long story " * 20
         first = uuid.uuid4().hex
         flooded.post("/generate", generate(prompt, 3, 70, rid=first, routed_dp_rank=0))
         home = flooded.recent(first)["dp_rank"]
         second = uuid.uuid4().hex
-        flooded.post("/generate", generate(prompt + " and then", None, 8, rid=second))
+        flooded.post("/generate", generate(prompt + " and then", None, 1, rid=second))
         assert flooded.recent(second)["dp_rank"] == home
         if home:
             return
@@ -336,6 +391,20 @@ def same(futures, reference):
     return [i for i, (found, whole) in enumerate(both) if whole is not None and found != whole]
 
 
+def in_a_burst(server, pool, count, reference, holds, **more):
+    """A burst, once what is looked for is shown in its middle; another one should it end unseen."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        futures = burst(server, pool, count, **more)
+        while not all(f.done() for f in futures):
+            shown = server.get("/pascal/status")
+            if not silent(shown["instances"]) and holds(shown):
+                return futures
+            time.sleep(0.02)
+        assert same(futures, reference) == []
+    raise AssertionError("never seen in the middle of a burst")
+
+
 def refusal(server, path, body):
     """Status and text of an answer that is none."""
     with pytest.raises(urllib.error.HTTPError) as refused:
@@ -348,25 +417,21 @@ def test_a_drain_moves_everything_off_live_and_none_comes_until_it_is_lifted(flo
     """Thinking, answering and waiting requests, while the others have their own load."""
     at_rest(flooded)
     count = 90
-    with ThreadPoolExecutor(count + 1) as pool:
+
+    def all_kinds(shown):
+        here = shown["instances"][1]
+        return here["waiting"] and here["running"]["reasoning"] and here["running"]["answering"]
+
+    with ThreadPoolExecutor(count + 1) as pool, thinkers(flooded, 1, 3) as going:
         load = pool.submit(run, flooded, 40)
-        futures = burst(flooded, pool, count, routed_dp_rank=1)
-        wait_for(
-            flooded,
-            lambda shown: (
-                {"reasoning", "answering"}
-                <= {k for k, n in shown["instances"][1]["running"].items() if n}
-                and shown["instances"][1]["waiting"]
-            ),
-        )
+        futures = in_a_burst(flooded, pool, count, reference, all_kinds, routed_dp_rank=1)
         first = flooded.post("/pascal/drain", {"dp_rank": 1})
         assert (first["dp_rank"], first["state"]) == (1, "draining")
-        assert first["left"] > 20
+        assert first["left"] >= len(going)
         again = flooded.post("/pascal/drain", {"dp_rank": 1})
         assert again["seconds"] >= first["seconds"]
         progress = drained(flooded, 1)
-        going = sum(not f.done() for f in futures)
-        assert going > 0, "they ended where they were: this shows nothing"
+        wait_for(flooded, lambda shown: going.keys() <= names_on(shown, 0, 2))
         why = "Instance 1 is drained."
         refused = refusal(flooded, "/generate", generate("no", 3, 8, routed_dp_rank=1))
         assert refused == (503, why)
@@ -375,13 +440,13 @@ def test_a_drain_moves_everything_off_live_and_none_comes_until_it_is_lifted(flo
         assert flooded.recent(rid)["dp_rank"] != 1
         assert same(futures, reference) == []
         assert differences(load.result()[0], reference) == []
-    assert progress["moved"] > 20
+    assert progress["moved"] >= len(going)
     assert progress["kept"] == {}
     instances = at_rest(flooded)
     nothing_left(instances)
     ended = [r for i in instances if i["dp_rank"] != 1 for r in i["recent"]]
-    starts = [(r, s) for r in ended for kind, s, _ in r["breaks"] if kind == "moved"]
-    assert any(s < r["ttft_s"] + (r["reasoning_time_s"] or 0) for r, s in starts), "none thought"
+    moved = {r["rid"] for r in ended if any(kind == "moved" for kind, _, _ in r["breaks"])}
+    assert going.keys() <= moved
     assert 'pascal:drain_moves_total{model_name="' in flooded.get("/metrics")
     # The two others.
     assert flooded.post("/pascal/drain", {"dp_rank": 0})["state"] in ("draining", "drained")
@@ -397,11 +462,14 @@ def test_a_drain_moves_everything_off_live_and_none_comes_until_it_is_lifted(flo
     wait_for(flooded, lambda shown: shown["controller"]["placed"].get("1", 0) > before)
 
 
+def ten_think_on(rank):
+    return lambda shown: shown["instances"][rank]["running"]["reasoning"] > 9
+
+
 def test_a_drain_that_is_lifted_in_the_middle_loses_nothing(flooded, reference):
     at_rest(flooded)
     with ThreadPoolExecutor(60) as pool:
-        futures = burst(flooded, pool, 60, routed_dp_rank=0)
-        wait_for(flooded, lambda shown: shown["instances"][0]["running"]["reasoning"] > 9)
+        futures = in_a_burst(flooded, pool, 60, reference, ten_think_on(0), routed_dp_rank=0)
         flooded.post("/pascal/drain", {"dp_rank": 0})
         aborted = {i for i in range(60) if reference[i] is None}
         for i in aborted:
@@ -411,6 +479,36 @@ def test_a_drain_that_is_lifted_in_the_middle_loses_nothing(flooded, reference):
     nothing_left(at_rest(flooded))
 
 
+def test_drains_of_everything_at_once_lose_nothing(flooded, reference):
+    """Again and again, of instances that there are not, too, and lifted in the middle; requests are
+    aborted meanwhile."""
+    at_rest(flooded)
+    over = threading.Event()
+
+    def operator(seed):
+        dice, seen = random.Random(seed), Counter()
+        while not over.wait(0.02):
+            path = dice.choice(("/pascal/drain", "/pascal/drain", "/pascal/undrain"))
+            code, _ = call(flooded, path, {"dp_rank": dice.choice((0, 1, 2, 3, -1, None))})
+            seen[code] += 1
+        return seen
+
+    with ThreadPoolExecutor(3) as pool:
+        operators = [pool.submit(operator, seed) for seed in range(3)]
+        try:
+            whole, _ = run(flooded, 60)
+        finally:
+            over.set()
+        seen = sum((each.result() for each in operators), Counter())
+    for rank in range(3):
+        assert flooded.post("/pascal/undrain", {"dp_rank": rank})["state"] == "serving"
+    assert seen.keys() == {200, 400, 409}, seen
+    assert differences(whole, reference) == []
+    nothing_left(at_rest(flooded))
+    shown = wait_for(flooded, lambda s: all_is_given_back(s) and not s["controller"]["drains"])
+    assert (shown["controller"]["errors"], shown["controller"]["rejected"]) == ({}, {})
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -418,8 +516,8 @@ def test_a_drain_that_is_lifted_in_the_middle_loses_nothing(flooded, reference):
         ({"dp_rank": -1}, "dp_rank must be a whole number"),
         ({"dp_rank": True}, "dp_rank must be a whole number"),
         ({"dp_rank": "1"}, "dp_rank must be a whole number"),
-        ({}, "must have a dp_rank"),
-        ([1], "must have a dp_rank"),
+        ({"rank": 1}, "unknown fields: 'rank'"),
+        ([1], "must be a JSON object"),
         ({"dp_rank": 1, "force": True}, "unknown fields: 'force'"),
     ],
 )
@@ -432,24 +530,52 @@ def test_a_drain_of_nothing_is_one_clear_refusal(flooded, body, says):
 
 
 def test_an_instance_that_is_told_to_end_is_drained_first(flooded, reference):
-    """As a node that is taken away tells it. Its requests go on; then it has ended in order."""
+    """As a node that is taken away tells it. Its requests go on; then it has ended in order. One
+    that cannot move keeps it from ending before."""
     instances = at_rest(flooded)
     taken = total(instances[:2], "incoming", "taken")
     with ThreadPoolExecutor(60) as pool:
-        futures = burst(flooded, pool, 60, routed_dp_rank=2)
-        wait_for(flooded, lambda shown: shown["instances"][2]["running"]["reasoning"] > 9)
-        os.kill(instances[2]["pid"], signal.SIGTERM)
-        wait_for(flooded, lambda shown: "2" in shown["controller"]["drains"])
-        # It takes that back; the next one is the first again.
-        assert flooded.post("/pascal/undrain", {"dp_rank": 2})["state"] == "serving"
-        body = generate("back", 3, 8, routed_dp_rank=2)
-        assert len(flooded.post("/generate", body)["output_ids"]) == 8
-        os.kill(instances[2]["pid"], signal.SIGTERM)
+        with thinkers(flooded, 2, session_id="s"):
+            futures = in_a_burst(flooded, pool, 60, reference, ten_think_on(2), routed_dp_rank=2)
+            os.kill(instances[2]["pid"], signal.SIGTERM)
+            wait_for(flooded, lambda shown: "2" in shown["controller"]["drains"])
+            # It takes that back; the next one is the first again.
+            assert flooded.post("/pascal/undrain", {"dp_rank": 2})["state"] == "serving"
+            body = generate("back", 3, 8, routed_dp_rank=2)
+            assert len(flooded.post("/generate", body)["output_ids"]) == 8
+            os.kill(instances[2]["pid"], signal.SIGTERM)
         assert same(futures, reference) == []
     shown = wait_for(flooded, lambda shown: shown["controller"]["dead"] == [2])
     assert total(alive(flooded), "incoming", "taken") > taken
     assert shown["controller"]["drains"] == {}
     assert refusal(flooded, "/pascal/drain", {"dp_rank": 2}) == (409, "Instance 2 has died.")
+    nothing_left(at_rest(flooded))
+
+
+def test_the_death_of_every_target_lifts_a_drain(flooded, reference):
+    """In the middle of its moves: what they took goes with them, all else goes on where it was."""
+    targets = [i["pid"] for i in alive(flooded) if i["dp_rank"] != 1]
+    with (
+        ThreadPoolExecutor(60) as pool,
+        thinkers(flooded, 1, session_id="s") as stays,
+        thinkers(flooded, 1, 3) as going,
+    ):
+        futures = in_a_burst(flooded, pool, 60, reference, ten_think_on(1), routed_dp_rank=1)
+        flooded.post("/pascal/drain", {"dp_rank": 1})
+        wait_for(flooded, lambda shown: going.keys() & names_on(shown, 0, 2))
+        for pid in targets:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(flooded, lambda shown: shown["controller"]["dead"] == [0, 2])
+        wait_for(flooded, lambda shown: stays.keys() <= names_on(shown, 1))
+    ended = [*futures, *going.values()]
+    lost = [error for f in ended if (error := f.exception()) is not None]
+    assert {error.code for error in lost} == {503}, "nothing was lost: this shows nothing"
+    assert all("has died" in error.read().decode() for error in lost)
+    whole = [i for i, f in enumerate(futures) if f.exception() is None]
+    assert same([futures[i] for i in whole], [reference[i] for i in whole]) == []
+    assert flooded.get("/pascal/status")["controller"]["drains"] == {}
+    assert flooded.post("/pascal/undrain", {"dp_rank": 1})["state"] == "serving"
+    assert len(flooded.post("/generate", generate("on", 3, 8))["output_ids"]) == 8
     nothing_left(at_rest(flooded))
 
 

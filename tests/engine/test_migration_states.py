@@ -103,7 +103,9 @@ def scene(held, folder, alone):
 def test_what_was_held_goes_on(state, scene):
     reader, states = held_in(scene, state)
     assert scene.states(reader.rid) == states
-    scene.hold.clear()
+    scene.let_go()
+    scene.wait_for("outgoing", "moved")
+    scene.hurry()
     assert reader.end() == (scene.alone["mover"], ["length"])
     scene.over()
     assert scene.gained("outgoing", "moved") == scene.gained("incoming", "taken") == 1
@@ -134,6 +136,7 @@ def test_who_gives_up(how, state, scene):
 def test_who_ends(ending, state, scene, endings):
     params, expected = endings[ending]
     reader, _ = held_in(scene, state, **params)
+    scene.hurry()
     assert reader.end() == expected
     scene.over()
     moved = state == "owned"
@@ -149,7 +152,12 @@ def test_who_ends_around_the_stop(ending, scene, endings):
     last = len(PROMPT) + len(expected[0])
     for stop_at in range(last - 4, last + 1):
         scene.hold.say("stop-at", str(stop_at))
-        assert scene.start(**params).end() == expected
+        reader = scene.start(**params)
+        deadline = time.monotonic() + 60
+        while scene.states(reader.rid) != ("copying", "receiving"):
+            assert time.monotonic() < deadline, reader.ids
+        scene.hurry()
+        assert reader.end() == expected
     scene.over()
     ended = scene.gained("outgoing", "kept:ended")
     assert ended + scene.gained("outgoing", "moved") == scene.movers
@@ -160,13 +168,16 @@ def test_a_busy_target_refuses(scene):
     """As many as have slots come; one more stays. All ask before anybody is heard."""
     scene.hold.say("hold-ReserveRequest")
     readers = [scene.start(max_new_tokens=200) for _ in range(SLOTS + 1)]
-    deadline = time.monotonic() + 30
-    while any(scene.states(reader.rid) != ("asking", None) for reader in readers):
-        assert time.monotonic() < deadline
+    rids = [reader.rid for reader in readers]
+    deadline = time.monotonic() + 60
+    while set(found := scene.states_of_all(rids)) != {("asking", None)}:
+        assert time.monotonic() < deadline, found
     scene.hold.say("hold-KVChunk")
-    (scene.hold.folder / "hold-ReserveRequest").unlink()
+    scene.hold.drop("hold-ReserveRequest")
     scene.wait_for("incoming", "busy")
-    scene.hold.clear()
+    scene.let_go()
+    scene.wait_for("outgoing", "moved", SLOTS)
+    scene.hurry()
     for reader in readers:
         assert reader.end() == (scene.alone["mover"][:200], ["length"])
     scene.over()
@@ -201,6 +212,8 @@ def test_a_lost_message_is_not_waited_for(lost, scene):
 def test_a_lost_word_is_said_again(lost, scene):
     """The next piece's word is that of the one before, too."""
     reader = start_and_lose(scene, lost)
+    scene.wait_for("outgoing", "moved")
+    scene.hurry()
     assert reader.end() == (scene.alone["mover"], ["length"])
     scene.over()
     assert scene.gained("outgoing", "moved") == 1
@@ -210,6 +223,7 @@ def test_a_lost_cancellation_is_not_waited_for(scene, endings):
     params, expected = endings["length"]
     reader, _ = held_in(scene, "copying, not confirmed", **params)
     scene.hold.say("lose-MigrationCancelled")
+    scene.hurry()
     assert reader.end() == expected
     scene.hold.wait_for("lose-MigrationCancelled", there=False)
     assert scene.states(reader.rid) == (None, "receiving")
@@ -231,6 +245,7 @@ def test_a_target_that_is_stopped_after_the_handover(state, scene):
     """The request ends with an error, and the target drops it once it hears."""
     what, _, _ = STATES[state]
     scene.hold.say(f"hold-{what}")
+    scene.hold.say("slow")
     scene.movers += 1
     with ThreadPoolExecutor(1) as pool:
         reply = pool.submit(scene.server.post, "/generate", coordinator())
@@ -248,17 +263,20 @@ def test_a_target_that_is_stopped_after_the_handover(state, scene):
 
 
 def test_a_full_target_refuses(scene):
-    text = "much to read " * 200
-    filler = generate(text, None, 390, rid=uuid.uuid4().hex, routed_dp_rank=1)
+    # Beside it there is no room for a mover, whether the neighbour has ended or not.
+    text = "much to read " * 203
+    filler = generate(text, None, 340, rid=f"mover-{uuid.uuid4().hex}", routed_dp_rank=1)
     scene.movers += 1
+    scene.hold.say("slow")
     filling = Reader(scene.server, filler)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not filling.ids:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     reader = scene.start()
     scene.wait_for("incoming", "full")
     assert not filling.ends
+    scene.hurry()
     filling.hang_up()
     assert reader.end() == (scene.alone["mover"], ["length"])
     scene.over()

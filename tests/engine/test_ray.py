@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from pascal_sglang.cluster.control_keys import SECRET_ENV
 from tests.engine.load import run, settled
 from tests.engine.test_failures import takes_only_its_own_along
 from tests.engine.test_migration import (
@@ -31,15 +33,22 @@ from tests.harness import PASCAL, TINY_FLAGS, Server, environment
 from tests.ports import RAY_WORKERS, free_port
 
 RAY = Path(sys.executable).with_name("ray")
-COUNT = 60
+COUNT = 40
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def folder():
+    """Ray's, with its logs. Not pytest's own: Ray keeps sockets in it, whose paths must be
+    short."""
+    made = tempfile.mkdtemp(prefix="ray-")
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(folder):
     """The address of a Ray node of this host's; it and all that it started are gone afterwards."""
     port = free_port()
-    # Not pytest's own folder: Ray keeps sockets in it, whose paths must be short.
-    folder = tempfile.mkdtemp(prefix="ray-")
     flags = (
         f"--head --block --node-ip-address=127.0.0.1 --port={port} --num-cpus=2 --num-gpus=2 "
         f"--min-worker-port={RAY_WORKERS[0]} --max-worker-port={RAY_WORKERS[-1]} "
@@ -67,13 +76,18 @@ def cluster():
         tree = psutil.Process(node.pid).children(recursive=True)
         node.terminate()
         for process in psutil.wait_procs([*tree, psutil.Process(node.pid)], timeout=20)[1]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         node.wait(10)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def schedulers_of(processes):
-    return [p for p in processes if "scheduler" in " ".join(p.cmdline()).lower()]
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # It has ended meanwhile.
+            if "scheduler" in " ".join(process.cmdline()).lower():
+                found.append(process)
+    return found
 
 
 def kill_actor(server):
@@ -89,7 +103,9 @@ class TestTwoInstances:
     @pytest.fixture(scope="class")
     def two(self, serve, cluster):
         flags = ["--use-ray", "--dp-size", "2"]
-        with serve(FLOOD, flags, RAY_ADDRESS=cluster) as server:
+        # The control sockets as between hosts.
+        settings = {**FLOOD, "control_listen": "127.0.0.1"}
+        with serve(settings, flags, RAY_ADDRESS=cluster) as server:
             yield server
             server.stop(signal.SIGTERM)
 
@@ -108,6 +124,19 @@ class TestTwoInstances:
             assert f'dp_rank="{rank}"' in metrics
         assert "pascal:migrations_total{" in metrics
 
+    def test_the_sockets_of_a_ray_server_say_so_and_nobody_reads_their_secret(self, two, folder):
+        for who in ("the controller process", "instance 0", "instance 1"):
+            assert re.search(rf"messages to {who} come in over TCP at 127\.0\.0\.1:\d+", two.output)
+        addresses = two.get("/pascal/status")["controller"]["control_addresses"]
+        assert sorted(addresses) == ["0", "1", "controller"]
+        logs = []
+        for path in Path(folder).rglob("*"):
+            with suppress(FileNotFoundError):  # Ray rotates its logs.
+                logs += [path.read_bytes()] if path.is_file() else []
+        lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+        assert any(b"PASCAL_SGLANG_CONTROL" in log for log in logs), "this shows nothing"
+        assert not [log for log in (*logs, *map(str.encode, lines)) if SECRET_ENV.encode() in log]
+
     def test_an_actor_that_dies_takes_only_its_own_requests_along(self, two):
         takes_only_its_own_along(two, 1, kill_actor)
         assert "a scheduler of instance 1 ended with ActorDiedError" in two.output
@@ -115,7 +144,7 @@ class TestTwoInstances:
 
 def test_one_instance_serves(serve, reference, cluster):
     with serve({}, ["--use-ray"], RAY_ADDRESS=cluster) as server:
-        whole, _ = run(server, COUNT)
+        whole, _ = run(server, COUNT // 2)
         instance = settled(server)
         server.stop(signal.SIGTERM)
     assert differences(whole, reference) == []

@@ -65,7 +65,7 @@ def collected(serve):
             with ThreadPoolExecutor(COUNT) as pool:
                 list(pool.map(lambda body: server.post("/generate", body), bodies))
             recent = {r["rid"]: r for i in server.instances() for r in i["recent"]}
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while not all(whole(collector, body["rid"]) for body in bodies):
                 assert time.monotonic() < deadline, collector.spans
                 time.sleep(0.1)

@@ -180,16 +180,16 @@ class World:
         before = before_of(self.kv)
         still = not self.running
         if not self.writes_late:
-            self.to_target += self.source.written()
-        for message in self.source.copy(self.now, self.kv, still=still, before=before):
+            self.to_target += self.source.written(self.now)
+        for message in self.source.copy(self.kv, still=still, before=before):
             if isinstance(message, KVChunk):
                 self.write((self.source.pieces - 1) % WINDOWS, message, message.end)
-                continue
-            if isinstance(message, Handover):
+            elif isinstance(message, Handover):
                 self.write(LAST, message, message.kv_tokens)
-            self.to_target.append(message)
+            else:
+                self.to_target.append(message)
         if not self.writes_late:
-            self.to_target += self.source.written()
+            self.to_target += self.source.written(self.now)
         self.to_target += self.source.tick(self.now)
 
     def write(self, window, piece, end):

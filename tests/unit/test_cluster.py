@@ -2,6 +2,12 @@
 
 import subprocess
 import sys
+from array import array
+from types import SimpleNamespace
+
+import pytest
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from pascal_sglang.cluster.load_tracker import OPEN_DISPATCHES, SILENT_S, LoadTracker
 from pascal_sglang.cluster.messages import (
@@ -13,6 +19,7 @@ from pascal_sglang.cluster.messages import (
 from pascal_sglang.cluster.migration_coordinator import FORGET_S, MigrationCoordinator
 from pascal_sglang.cluster.prefix_index import COMMON, PrefixIndex, block_names
 from pascal_sglang.policy.placement import Placement
+from pascal_sglang.policy.prefix_namespace import Namespace, namespace_of, namespace_sent
 
 
 def status(**more):
@@ -36,7 +43,7 @@ def status(**more):
 
 
 def names(ids, block_tokens, salt=None):
-    return list(block_names(ids, salt, block_tokens))
+    return list(block_names(ids, Namespace(cache_salt=salt), block_tokens))
 
 
 def test_a_prefix_is_found_by_whole_blocks_where_it_was_sent():
@@ -79,10 +86,28 @@ def test_what_many_conversations_share_stays_known_everywhere():
 
 def test_blocks_have_the_same_name_in_every_process():
     code = (
-        "from pascal_sglang.cluster.prefix_index import *; print(list(block_names([7] * 64, 'a')))"
+        "from pascal_sglang.cluster.prefix_index import *; "
+        "print(list(block_names([7] * 64, Namespace('a'))))"
     )
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert seen.stdout.strip() == str(list(block_names([7] * 64, "a")))
+    assert seen.stdout.strip() == str(list(block_names([7] * 64, Namespace("a"))))
+
+
+@pytest.mark.parametrize("lora_id", [None, "adapter"])
+@pytest.mark.parametrize("cache_salt", [None, "", "salt"])
+@pytest.mark.parametrize("extra_key", [None, "", "key"])
+def test_a_request_has_the_namespace_that_sglang_gives_it(extra_key, cache_salt, lora_id):
+    """So that a reply is found where it ended."""
+    fields = {"extra_key": extra_key, "cache_salt": cache_salt, "lora_id": lora_id}
+    req = Req("r", "", array("q", [1]), SamplingParams(), **fields)
+    assert namespace_of(req) == namespace_sent(SimpleNamespace(**fields))
+
+
+def test_text_is_no_prefix_in_another_namespace():
+    kinds = [Namespace(), Namespace("a"), Namespace(None, "a"), Namespace("a", "a")]
+    kinds += [Namespace("", "a"), Namespace("\ud800"), Namespace("a', 'a")]
+    assert len({name for kind in kinds for name in block_names([7] * 64, kind)}) == len(kinds)
+    assert namespace_sent(SimpleNamespace()) == Namespace(), "an embedding has none"
 
 
 def test_a_dispatch_counts_until_its_instance_has_taken_it_in():

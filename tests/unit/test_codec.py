@@ -45,6 +45,7 @@ from pascal_sglang.cluster.messages import (
     ReserveGranted,
     ReserveRequest,
     Terminating,
+    TurnElsewhere,
     WriteQuery,
 )
 from pascal_sglang.cluster.prefix_index import block_names
@@ -85,6 +86,7 @@ ALL = [
     Terminating(1, 0),
     MayEnd("the last one"),
     RequestFinished(1, "r", [1, 2**47]),
+    TurnElsewhere(bytes(16), None, "salt"),
     InstanceDown(0),
     LocationQuery(3, ["r", "s"]),
     LocationReply(1, 3, 70, ["s"]),
@@ -116,6 +118,7 @@ LONGEST = [
     LocationQuery(NUMBER, IDS),
     LocationReply(1, NUMBER, NUMBER, IDS),
     Handover(TEXT, NUMBER, NUMBER, NUMBER, bytes(MAX_STATE_BYTES)),
+    TurnElsewhere(bytes(MAX_STATE_BYTES), TEXT, TEXT),
 ]
 
 
@@ -125,7 +128,7 @@ def test_the_longest_message_fits(message):
 
 
 def test_the_end_of_a_request_of_any_length_fits():
-    blocks = list(block_names(range(64 * MAX_ITEMS), None))
+    blocks = list(block_names(range(64 * MAX_ITEMS)))
     assert len(blocks) == MAX_ITEMS
     assert unpack(pack(RequestFinished(0, TEXT, blocks)), 1)[1].blocks == blocks
 
@@ -206,6 +209,8 @@ DEEP = b"\x91" * 100_000 + b"\x01"
         (altered(Handover("m", 0, 0, 0, b""), state="a"), "Handover: malformed"),
         (pack(Handover("m", 0, 0, 0, bytes(MAX_STATE_BYTES + 1))), "Handover: malformed"),
         (pack(LocationQuery(0, [TEXT] * MAX_ASKED)), "oversized"),
+        (pack(TurnElsewhere(bytes(15), None, None)), "TurnElsewhere: malformed"),
+        (pack(TurnElsewhere(bytes(8), TEXT + "x", None)), "TurnElsewhere: malformed"),
         (b" " * (MAX_HANDOVER_BYTES + 1), "oversized"),
         (DEEP, "no envelope of this version"),
         (pack(STATUS).replace(b"\xa7message", b"\xa7message" + DEEP), "not MessagePack"),
@@ -245,7 +250,7 @@ def test_letters_arrive_in_order_and_bad_ones_are_counted(tmp_path):
     control_sender._sockets[CONTROLLER].send(b"bogus")
     got = []
     while len(got) < len(ALL) + 1:
-        assert control_receiver.socket.poll(5000)
+        assert control_receiver.socket.poll(60_000)
         got += control_receiver.receive()
     assert [read for data in got if (read := control_receiver.read(data))] == [(1, m) for m in ALL]
     assert control_receiver.rejected == {"no envelope of this version": 1}

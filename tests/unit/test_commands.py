@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[2]
 LIVE = str(ROOT / "evals" / "arms" / "live.toml")
 HELPFUL = (
     "evals.accuracy evals.bench.agreement evals.bench.blocking evals.compare "
-    "evals.bench.controllers evals.bench.copy_cost evals.bench.forecast_cost evals.gpu.check "
-    "evals.gpu.kit evals.page evals.bench.placement_cost evals.bench.policy_cost evals.serving "
-    "evals.bench.simulated evals.bench.tenants evals.workload launch.monitoring.dashboard "
-    "pascal_sglang.plugin pascal_sglang.sim"
+    "evals.bench.controllers evals.bench.controller_scale evals.bench.copy_cost "
+    "evals.bench.forecast_cost evals.bench.forecasts evals.gpu.check evals.gpu.kit evals.page "
+    "evals.bench.placement_cost evals.bench.policy_cost evals.serving evals.bench.simulated "
+    "evals.bench.tenants evals.workload launch.monitoring.dashboard pascal_sglang.plugin "
+    "pascal_sglang.sim"
 ).split()
 # In one process, so that what they share is imported once.
 HELP = """

@@ -9,8 +9,9 @@ from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from pascal_sglang.config import PascalConfig
 from pascal_sglang.demo import smollm2, tiny
-from pascal_sglang.demo.budget import DemoThinkingBudget, TinyThinkingBudget
+from pascal_sglang.demo.budget import DemoThinkingBudget, TinyOwnLengths, TinyThinkingBudget
 from pascal_sglang.entrypoints.preflight import idle_budget
+from pascal_sglang.request_checks import thinking_budget_of
 
 PROMPT = [7, 8, 9]
 WORD, OTHER_WORD = 97, 98
@@ -54,6 +55,14 @@ def test_tiny_thinks_exactly_its_budget(budget, late):
     expected = [WORD] * 8
     expected[budget] = tiny.END_THINK_ID
     assert ids == expected
+
+
+@late
+def test_tiny_ends_both_phases_by_itself_where_it_is_told_to(late):
+    wants = [[tiny.END_OF_TURN_ID, tiny.END_THINK_ID, tiny.THINK_ID, WORD]] * 9
+    ids = generate(reloaded(TinyOwnLengths), wants, {"own_lengths": [3, 5]}, late=late)
+    assert ids == [*[WORD] * 3, tiny.END_THINK_ID, *[WORD] * 4, tiny.END_OF_TURN_ID]
+    assert thinking_budget_of({"own_lengths": [3, 5]}) is None, "the server knows nothing of it"
 
 
 @pytest.mark.parametrize("params", [{}, {"thinking_budget": None}, {"thinking_budget": "3"}])

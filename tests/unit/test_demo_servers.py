@@ -11,7 +11,7 @@ from pascal_sglang.config import LaunchError
 from pascal_sglang.demo import servers
 from tests.harness import DEFAULT_SIGNALS
 
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 # Two servers: one runs until it is told to end, the other does what the test says.
 RUN = """
 import sys, time
@@ -23,7 +23,7 @@ def serve(flags):
         {first}
     try:
         print("serving", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     except KeyboardInterrupt:
         return 0
 

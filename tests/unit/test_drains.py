@@ -40,7 +40,7 @@ class World:
         self.drains = Drains(
             self.locations,
             self.coordinator,
-            lambda found: self.placement.place(found, 0),
+            lambda found, source: self.placement.place(found, 0),
             why_none_moves,
         )
         self.may_end = set()

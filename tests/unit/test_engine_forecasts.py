@@ -27,7 +27,7 @@ class Scheduler:
             max_total_num_tokens=5000,
             max_running_requests=8,
         )
-        costs = SimpleNamespace(prefill_token_s=1e-4)
+        costs = SimpleNamespace(prefill_token_s=1e-4, prefill_s=0.0)
         self.states = SimpleNamespace(
             paused_requests=SimpleNamespace(in_status=lambda *_: [], costs=costs)
         )

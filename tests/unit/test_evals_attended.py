@@ -5,11 +5,13 @@ import json
 import os
 import signal
 
+import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from evals.load import attended
 from evals.load.attended import CUT, attend
-from evals.load.client import Target
+from evals.load.client import Target, open_loop
 from evals.workload import Item
 
 
@@ -26,22 +28,37 @@ async def generate(request):
         if len(asked["input_ids"]) == 50 and end is None:
             await asyncio.sleep(0.2)
         if len(asked["input_ids"]) == 99 and end is None:
-            await asyncio.sleep(30)
+            await asyncio.Event().wait()
     return reply
 
 
-def watch(items, *, interrupt_after_s=None, **bounds):
+async def interrupt_when(holds):
+    while not holds():
+        await asyncio.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def watch(items, *, interrupt=None, **bounds):
+    """interrupt: Ctrl-C comes when this holds of the records."""
+
+    def watched(items, target, seed, records):
+        if interrupt is not None:
+            waits = interrupt_when(lambda: records and interrupt(records))
+            tasks.append(asyncio.create_task(waits))
+        return open_loop(items, target, seed, records)
+
+    tasks = []
+
     async def go():
         app = web.Application()
         app.router.add_post("/generate", generate)
         async with TestServer(app, shutdown_timeout=0.1) as server:
-            if interrupt_after_s is not None:
-                loop = asyncio.get_running_loop()
-                loop.call_later(interrupt_after_s, os.kill, os.getpid(), signal.SIGINT)
             target = Target(base_url=str(server.make_url("/")), logit_processor="", **bounds)
             return await attend(items, target, 0, bar=False)
 
-    return asyncio.run(go())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attended, "open_loop", watched)
+        return asyncio.run(go())
 
 
 def test_a_run_left_alone_is_whole():
@@ -55,7 +72,7 @@ def test_a_run_left_alone_is_whole():
 
 def test_an_interrupted_run_keeps_what_came_back():
     items = [Item(0.0, 8, 3, 4), Item(0.0, 99, 3, 4), Item(60.0, 8, 3, 4)]
-    back = watch(items, interrupt_after_s=1.0)
+    back = watch(items, interrupt=lambda records: records[0].finished and records[1].token_s)
     assert (back.interrupted, back.unsent) == (True, 1)
     assert back.items == items[:2]
     done, cut = back.records

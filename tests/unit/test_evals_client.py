@@ -11,6 +11,7 @@ from aiohttp.test_utils import TestServer
 from evals.load.client import Target, open_loop
 from evals.load.timeline import sample
 from evals.workload import Item
+from tests.unit import loop_time
 
 SEEN = web.AppKey("seen", list)
 
@@ -39,7 +40,7 @@ async def generate(request):
         await reply.write(event[:30])
         await reply.write(event[30:])
         if thinking == 102 and count == 2:
-            await asyncio.sleep(30)
+            await asyncio.Event().wait()
         if thinking == 103 and count == 2:
             return reply
     await reply.write(b"data: [DONE]\n\n")
@@ -60,7 +61,10 @@ async def status(request):
     return web.json_response({"instances": [{"dead": True}, {"recent": ended}]})
 
 
-def send(items, tells=None, answers=generate, **bounds):
+def send(items, tells=None, answers=generate, skip=None, **bounds):
+    """skip: time-outs expire when this holds of the records."""
+    records = []
+
     async def go():
         app = web.Application()
         app[SEEN] = []
@@ -70,9 +74,23 @@ def send(items, tells=None, answers=generate, **bounds):
         async with TestServer(app, shutdown_timeout=0.1) as server:
             bounds.setdefault("run_timeout_s", 30.0)
             target = Target(base_url=str(server.make_url("/")), logit_processor="p", **bounds)
-            return await open_loop(items, target, seed=0)
+            return await open_loop(items, target, 0, records)
 
-    return asyncio.run(go())
+    return loop_time.run(go(), records, skip)
+
+
+def test_a_server_that_is_not_told_lengths_is_told_none():
+    seen = []
+
+    async def refuse(request):
+        seen.append((await request.json())["sampling_params"])
+        raise web.HTTPServiceUnavailable(text="seen")
+
+    send([Item(0.0, 8, 3, 4), Item(0.0, 8, 30, 40)], answers=refuse, own_lengths=500)
+    assert {(each["max_new_tokens"], each["ignore_eos"]) for each in seen} == {(500, False)}
+    custom = sorted(each["custom_params"]["own_lengths"] for each in seen)
+    assert custom == [[3, 4], [30, 40]], "for the processor"
+    assert all("thinking_budget" not in each["custom_params"] for each in seen)
 
 
 def test_many_streams_at_once_lose_nothing():
@@ -119,7 +137,14 @@ def test_a_server_that_does_not_tell_is_none_the_worse(tells):
 
 def test_each_failure_is_kept_with_its_request():
     items = [Item(0.0, 8, thinking, 4) for thinking in (101, 102, 103, 3)]
-    refused, slow, cut, fine = send(items, request_timeout_s=1.0).records
+
+    def only_one_goes_on(records):
+        _, slow, *_ = records
+        ended = sum(record.finished or record.error is not None for record in records)
+        return ended == len(records) - 1 and len(slow.token_s) == 2
+
+    bounds = {"request_timeout_s": 60.0, "run_timeout_s": 2 * loop_time.SKIPPED_S}
+    refused, slow, cut, fine = send(items, skip=only_one_goes_on, **bounds).records
     assert refused.error == "HTTP 503: busy"
     assert slow.error == "timeout (request)"
     assert len(slow.token_s) == 2
@@ -150,7 +175,8 @@ def test_a_client_that_cannot_keep_up_says_so():
 
 def test_the_whole_run_is_bounded():
     items = [Item(0.0, 8, 3, 4), Item(0.0, 8, 102, 4), Item(60.0, 8, 3, 4)]
-    fine, slow, unsent = send(items, run_timeout_s=1.0).records
+    back = send(items, skip=lambda records: records[0].finished and records[1].token_s)
+    fine, slow, unsent = back.records
     assert fine.finished
     assert slow.error == unsent.error == "timeout (run)"
     assert unsent.sent_s is None

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from evals import compare
-from evals.arms import TARGETS, Arm, Rate, command_line, load_plan
+from evals.arms import TARGETS, Arm, Rate, command_line, load_plan, processor_of
 from evals.load.remote import parse_counters
 from evals.load.server import ArmError
 from evals.reporting import verdict
@@ -258,6 +258,14 @@ def test_command_lines_of_live():
     assert int(lines["oracle"][capacity]) > plan.kv_tokens
     for name in ("fcfs", "priority", "oracle"):
         assert not any(flag.startswith("--pascal") for flag in lines[name])
+
+
+def test_drafts_have_a_head_beside_the_model_and_no_processor():
+    plan = load_plan(LIVE.with_name("eagle.toml"))
+    for arm in plan.arms:
+        line = command_line(arm, plan, Path("x/tiny"))
+        assert line[line.index("--speculative-draft-model-path") + 1] == "x/tiny-eagle"
+    assert processor_of(plan) == ""
 
 
 def test_bad_plans_are_refused():

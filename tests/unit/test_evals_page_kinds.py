@@ -70,8 +70,8 @@ def no_servers(monkeypatch):
     monkeypatch.setattr(compare.Comparison, "run_all", run_all)
     # A comparison draws its own page; that of its file is drawn here.
     monkeypatch.setattr(compare, "page", SimpleNamespace(write=lambda *_: None))
-    for name in ("model_folder", "logit_processor"):
-        monkeypatch.setattr(arms, name, lambda *_: "")
+    monkeypatch.setattr(arms, "model_folder", lambda *_: Path("model"))
+    monkeypatch.setattr(arms, "logit_processor", lambda *_: "")
     rest = {
         "pauses": {"host": 1, "resident": 1, "recompute": 1},
         "migrations": {"outgoing": {"moved": 2}},
@@ -84,7 +84,7 @@ def no_servers(monkeypatch):
     monkeypatch.setattr(identity, "check", lambda *_: found)
     row = moves.row_of(300, [MOVED], [MOVED], [0.01])
     monkeypatch.setattr(moves, "measure", lambda *_: row)
-    monkeypatch.setattr(arms, "serve", lambda *_: Idle())
+    monkeypatch.setattr(arms, "serve", lambda *_, **__: Idle())
     probe = {"memory can be pinned": {"name": "memory can be pinned", "holds": True, "value": None}}
     monkeypatch.setattr(check.Check, "probe", lambda _: probe)
 

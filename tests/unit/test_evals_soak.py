@@ -27,6 +27,12 @@ from evals.soak.replies import Part, Reply, check
 from evals.soak.run import Task, soak
 
 
+@pytest.fixture(autouse=True)
+def _two_of_one_id_are_served(monkeypatch):
+    """By the servers here, of which no time says whether they may."""
+    monkeypatch.setattr("evals.soak.load.LATE_S", 600.0)
+
+
 def body(kind="thinking", **sampling):
     maker = Maker(random.Random(1), "p")
     return maker.generate(kind, 3, 4, **sampling)
@@ -195,7 +201,8 @@ def test_a_server_that_misbehaves_is_found_out():
             aiohttp.ClientSession(str(server.make_url("/"))) as session,
         ):
             load = Load(session, bodies, Findings(), tells_status=False)
-            await load.learn(1)
+            for _ in range(2):
+                await load.learn(1)
             await load.run(0.3, 2, random.Random(1))
             return load
 
@@ -220,7 +227,7 @@ IDLE = {
 # A process that is called like a scheduler, and lives until it is killed.
 SCHEDULER = (
     "import setproctitle, sys, time; setproctitle.setproctitle('sglang::scheduler_DP1');"
-    "print(flush=True); time.sleep(60)"
+    "print(flush=True); time.sleep(600)"
 )
 
 
@@ -230,18 +237,19 @@ def served(app):
     loop, server = asyncio.new_event_loop(), TestServer(app, shutdown_timeout=0.1)
     runner = threading.Thread(target=loop.run_forever, daemon=True)
     runner.start()
-    asyncio.run_coroutine_threadsafe(server.start_server(), loop).result(10)
+    asyncio.run_coroutine_threadsafe(server.start_server(), loop).result(60)
     try:
         yield str(server.make_url("/")).rstrip("/")
     finally:
-        asyncio.run_coroutine_threadsafe(server.close(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(server.close(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
-        runner.join(10)
+        runner.join(60)
 
 
-def test_a_whole_soak_of_two_instances_of_which_one_dies():
+def test_a_whole_soak_of_two_instances_of_which_one_dies(monkeypatch):
     """Instance 1 is a process that does nothing; what its server says of it is true but once: at
     the end, its controller still knows a request."""
+    monkeypatch.setattr(checks, "REST_S", 1.0)
     victim = subprocess.Popen([sys.executable, "-c", SCHEDULER], stdout=subprocess.PIPE)
     asked = []
 
@@ -283,7 +291,7 @@ def test_a_whole_soak_of_two_instances_of_which_one_dies():
             )
         )
     assert time.monotonic() - began < 60
-    assert victim.wait(10) < 0
+    assert victim.wait(60) < 0
     victim.stdout.close()
     assert found.findings.counts == {"controller": 1}
     assert found.figures["pauses"]["moved"] == 3

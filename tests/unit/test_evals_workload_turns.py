@@ -1,6 +1,5 @@
 """Conversations: how they are made, and how the client holds them."""
 
-import asyncio
 import json
 import time
 
@@ -16,6 +15,7 @@ from evals.load.prompt import Conversation, Reply, new_part, prompt_ids
 from evals.load.turns import converse
 from evals.workload import Recipe, build
 from pascal_sglang.sim.loads.conversations import sizes
+from tests.unit import loop_time
 
 
 def test_the_next_prompt_is_all_that_was_said_and_more():
@@ -110,9 +110,10 @@ def test_replies_come_whole_or_in_parts():
 # The client against a server that notes what it was asked ---------------------------------------
 
 
-def replay(items, *, incremental=False, **bounds):
-    """Output token `n` has id 1000 + n and text `n `; the marker is text `</think>`."""
-    asked = []
+def replay(items, *, incremental=False, skip=None):
+    """Output token `n` has id 1000 + n and text `n `; the marker is text `</think>`. skip: the time
+    that the whole may take is over when this holds of the records."""
+    asked, records = [], []
 
     async def generate(request):
         body = await request.json()
@@ -143,11 +144,11 @@ def replay(items, *, incremental=False, **bounds):
         app = web.Application()
         app.router.add_post("/generate", generate)
         async with TestServer(app, shutdown_timeout=0.1) as server:
-            bounds.setdefault("run_timeout_s", 30.0)
-            target = Target(base_url=str(server.make_url("/")), logit_processor="p", **bounds)
-            return await open_loop(items, target, seed=0)
+            url = str(server.make_url("/"))
+            target = Target(base_url=url, logit_processor="p", run_timeout_s=60.0)
+            return await open_loop(items, target, 0, records)
 
-    return asyncio.run(go()).records, asked
+    return loop_time.run(go(), records, skip).records, asked
 
 
 def talk(*prompts, pause_s=0.05, thinking=2):
@@ -189,8 +190,9 @@ def test_a_turn_waits_for_the_answer_and_its_pause():
 
 
 def test_a_pause_holds_up_nobody_else():
-    items = [*talk((1,), (2,), pause_s=30.0), Item(0.1, 3, 2, 2)]
-    (first, second, single), asked = replay(items, run_timeout_s=1.0)
+    items = [*talk((1,), (2,), pause_s=300.0), Item(0.1, 3, 2, 2)]
+    ended = replay(items, skip=lambda records: records[0].finished and records[2].finished)
+    (first, second, single), asked = ended
     assert first.finished
     assert single.finished
     assert second.error == "timeout (run)"

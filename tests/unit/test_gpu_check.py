@@ -256,7 +256,8 @@ def started(monkeypatch):
     """Servers by the name of their arm, in the order in which they were begun."""
     begun = {}
 
-    def serve(arm, plan, model):
+    def serve(arm, plan, model, *, forked):
+        assert forked, "on a CPU"
         begun[arm.name] = FakeServer(dies=arm.name == "broken")
         return begun[arm.name]
 
@@ -280,6 +281,18 @@ def test_a_server_is_begun_once_and_ended_when_nobody_wants_it(started, tmp_path
         assert not first.stopped.is_set()
         assert key_of(pascal, plan, tmp_path) not in servers
     assert first.stopped.is_set()
+
+
+@pytest.mark.parametrize("forked", [True, False])
+def test_processes_of_a_server_on_a_cpu_are_forks_of_one(monkeypatch, tmp_path, forked):
+    plan = load_plan(check.HERE / "cpu-order.toml")
+    commands = []
+    monkeypatch.setattr(arms, "Server", lambda name, command, *_: commands.append(command))
+    for arm in plan.arms:
+        arms.serve(arm, plan, tmp_path, forked=forked)
+    before = ["-m", "pascal_sglang.demo.forked"] if forked else ["-m"]
+    modules = ["sglang.launch_server", "pascal_sglang.launch_server"]
+    assert [c[1 : len(before) + 2] for c in commands] == [[*before, name] for name in modules]
 
 
 def test_a_server_that_does_not_start_is_told_to_all_that_want_it(started, tmp_path):

@@ -1,6 +1,7 @@
 """The offline kit: what of each wheel it carries, its parts, and its stand-ins."""
 
 import io
+import os
 import random
 import subprocess
 import sys
@@ -8,10 +9,11 @@ import tarfile
 import zipfile
 from importlib.metadata import distribution, entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from evals.gpu import kit
+from evals.gpu import kernels, kit, prebuilt
 
 STANDIN = kit.HERE / "standin"
 CONTENTS = kit.contents()
@@ -226,3 +228,70 @@ def test_wheels_that_are_there_are_not_fetched_again(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(kit.subprocess, "run", lambda *_, **__: pytest.fail("pip was run"))
     kit.fetch(wanted, tmp_path)
+
+
+class Spec:
+    """What FlashInfer builds a module from."""
+
+    name = "batch_prefill_of_some_kind"
+
+    def __init__(self, work):
+        self.jit_library_path = work / "a.so"
+
+    def build(self):
+        flags = ["-lcuda", *os.environ["FLASHINFER_EXTRA_LDFLAGS"].split()]
+        command = ["cc", "-shared", "-x", "c", "/dev/null", *flags, "-o", self.jit_library_path]
+        subprocess.run(command, check=True)
+
+
+@pytest.mark.parametrize("version", ["0.7.2", "0.6.13"])
+def test_modules_are_put_where_flashinfer_looks_for_them(tmp_path, monkeypatch, capsys, version):
+    """Linked as they are where there is a GPU's driver."""
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(__version__=version))
+    monkeypatch.setattr(prebuilt, "SPECS", {"attention": lambda: Spec(tmp_path)})
+    for name in (
+        "FLASHINFER_CUDA_ARCH_LIST",
+        "FLASHINFER_WORKSPACE_BASE",
+        "FLASHINFER_EXTRA_LDFLAGS",
+        kernels.FLAGS_ENV,
+    ):
+        monkeypatch.setenv(name, "")
+    folders = ["--out", str(tmp_path / "aot"), "--work", str(tmp_path / "work")]
+    code = prebuilt.main([*folders, "--flashinfer", "0.7.2"])
+    module = tmp_path / "aot" / Spec.name / f"{Spec.name}.so"
+    if version != "0.7.2":
+        assert (code, module.exists()) == (1, False)
+        assert "FlashInfer 0.6.13 is here, not 0.7.2" in capsys.readouterr().err
+        return
+    assert code == 0
+    assert os.environ["FLASHINFER_CUDA_ARCH_LIST"] == "9.0a"
+    assert "attention" in capsys.readouterr().out
+    dynamic = subprocess.run(["readelf", "-d", module], capture_output=True, text=True, check=True)
+    assert "libcuda.so.1" in dynamic.stdout
+
+
+def test_modules_that_cannot_be_built_end_the_kit_in_one_line(tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.extend(command)
+        raise subprocess.CalledProcessError(1, command[:3])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(kit.KitError, match="cannot be built here"):
+        kit.build_modules(CONTENTS, tmp_path / "work", tmp_path / "site")
+    assert asked[-2:] == ["--flashinfer", "0.7.2"]
+    assert str(tmp_path / "site" / "flashinfer" / "data" / "aot") in asked
+
+
+def test_headers_that_a_bare_cuda_lacks_are_those_of_pytorchs_packages(tmp_path, monkeypatch):
+    include = tmp_path / "nvidia" / "cu13" / "include"
+    include.mkdir(parents=True)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setenv(kernels.FLAGS_ENV, "-DA")
+    kernels.find_headers()
+    assert os.environ[kernels.FLAGS_ENV] == "-DA"
+    (include / "curand_kernel.h").touch()
+    kernels.find_headers()
+    assert os.environ[kernels.FLAGS_ENV] == f"-DA -isystem {include}"

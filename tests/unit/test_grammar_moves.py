@@ -43,7 +43,8 @@ class Backend(BaseGrammarBackend):
 
 
 @pytest.fixture
-def manager():
+def manager(monkeypatch):
+    monkeypatch.setattr(grammar, "COMPILE_S", 60)
     made = GrammarManager.__new__(GrammarManager)
     made.grammar_queue, made.grammar_backend = [], Backend()
     made._enable_strict_thinking = False

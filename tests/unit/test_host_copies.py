@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.memory_pool import (
 )
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from pascal_sglang.engine.kv.copy_stream import CopyStream
 from pascal_sglang.engine.kv.host_copies import HostCopies
 from pascal_sglang.engine.kv.host_kv import HostKV
 from pascal_sglang.engine.kv.pool import measure_costs
@@ -165,6 +166,77 @@ def test_memory_that_lies_scattered_holds_a_copy_too():
     assert all(
         map(torch.equal, [b[30:40] for b in kept[3].parts], [b[30:40] for b in copies.buffers])
     )
+
+
+class Counting(CopyStream):
+    """Counts launches; the next ones fail that `fails` names by their number."""
+
+    def __init__(self, fails=()):
+        self.launched, self.fails = 0, fails
+
+    def run(self, copy, locations, *, after_steps):
+        self.launched += 1
+        if self.launched in self.fails:
+            raise torch.OutOfMemoryError("on purpose")
+        copy()
+        return SimpleNamespace(query=lambda: True, synchronize=lambda: None)
+
+
+def test_what_is_copied_together_goes_by_one_launch_each_way():
+    """In the order asked for: memory that one gives back may be the next one's."""
+    copies, _ = copies_of(pool_of(MHATokenToKVPool), room=40)
+    copies._stream = stream = Counting()
+    before = [buffer.clone() for buffer in copies.buffers]
+    with copies.together():
+        kept = [copies.to_host(torch.arange(10 * i, 10 * i + 10)) for i in range(3)]
+        copies.read(torch.arange(4), HostKV([b[:4].clone() for b in copies.buffers]))
+        assert stream.launched == 1, "memory of another kind"
+    assert stream.launched == 2
+    assert kept[0].done is kept[2].done
+    assert all(copies.wait(kv) for kv in kept)
+    with copies.together():
+        copies.to_device(kept[1], torch.arange(60, 70))
+        copies.to_device(kept[0], torch.arange(70, 80))
+        copies.free(kept[1])
+        over = copies.to_host(torch.arange(30, 50))
+    assert over.ranges == [(10, 20), (30, 40)]
+    assert stream.launched == 4
+    for buffer, was, part in zip(copies.buffers, before, over.parts, strict=True):
+        assert torch.equal(buffer[60:80], torch.cat([was[10:20], was[:10]]))
+        assert torch.equal(torch.cat([part[10:20], part[30:40]]), was[30:50])
+
+
+def test_what_fails_together_is_tried_one_by_one():
+    copies, _ = copies_of(pool_of(MHATokenToKVPool))
+    copies._stream = stream = Counting(fails=(1, 3))
+    with copies.together():
+        kept = [copies.to_host(torch.arange(10 * i, 10 * i + 10)) for i in range(3)]
+    assert stream.launched == 4
+    assert [copies.wait(kv) for kv in kept] == [True, False, True]
+    assert torch.equal(kept[2].parts[0][20:30], copies.buffers[0][20:30])
+
+
+def test_an_error_of_the_caller_leaves_no_copy_that_never_begins():
+    rows = rows_of()
+    copies, _ = copies_of(hybrid(pool_of(MHATokenToKVPool)), rows=rows)
+    copies.states.reserve(2)
+    copies._stream = copies.states._stream = stream = Counting()
+    kept = []
+
+    def fails():
+        with copies.together():
+            copies.to_host(torch.arange(5))
+            kept.extend(copies.states.to_host(torch.tensor([number])) for number in (3, 1))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert stream.launched == 2
+    temporal = rows.mamba_pool.mamba_cache.temporal.transpose(0, 1)
+    assert torch.equal(kept[0].parts[-1], temporal[[3, 1]])
+    with copies.together():
+        pass
+    assert stream.launched == 2
 
 
 def test_without_room_nothing_is_copied():

@@ -8,6 +8,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from pascal_sglang import clock
 from pascal_sglang.cluster import messages, transport
 from pascal_sglang.cluster.messages import MigrateCommand
 from pascal_sglang.cluster.migration_pace import MigrationPace
@@ -194,7 +195,10 @@ def pair(monkeypatch):
     monkeypatch.setattr(f"{there}.migration.outgoing.remaining_of", lambda req, member: 20)
     timeline = SimpleNamespace(stopped=lambda why, now: None, last_answer=1.0)
     monkeypatch.setattr(f"{there}.migration.outgoing.timeline_of", lambda req: timeline)
-    snapshot = SimpleNamespace(blocked_since=1.0, grammar=False, drafted={}, output_ids=[1])
+    here = SimpleNamespace(name=clock.name(), now=clock.now())
+    snapshot = SimpleNamespace(
+        blocked_since=1.0, grammar=False, drafted={}, output_ids=[1], clock=here
+    )
     monkeypatch.setattr(f"{there}.migration.outgoing.export_state", lambda *_: b"")
     monkeypatch.setattr(f"{there}.migration.incoming.read_snapshot", lambda *_: snapshot)
     monkeypatch.setattr(f"{there}.migration.incoming.import_state", lambda *_: Request())

@@ -137,18 +137,19 @@ class World:
             self.kv += self.pace.step_tokens
             self.still_at = None if runs else self.now
         if self.written_at < self.now:
-            self.to_target += self.source.written()
+            self.to_target += self.source.written(self.now)
         self.source.link_tokens = self.pace.link_tokens(1)
         still = self.still_at is not None
-        for message in self.source.copy(self.now, self.kv, still=still):
+        for message in self.source.copy(self.kv, still=still):
             if isinstance(message, KVChunk):
                 self.written_at = self.writer.copy(message.end - message.begin, self.now)
-                continue
-            if isinstance(message, Handover):
+            elif isinstance(message, Handover):
                 # The scheduler waits for that: it is little.
                 tokens = message.kv_tokens - message.begin
                 self.now = max(self.now, self.writer.copy(tokens, self.now))
-            self.to_target.append(message)
+                self.to_target += self.source.written(self.now)
+            else:
+                self.to_target.append(message)
         self.to_target += self.source.tick(self.now)
 
     def target_pass(self):

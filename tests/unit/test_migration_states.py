@@ -1,5 +1,6 @@
 """A move under lost, repeated, late and reordered messages: never two owners, never none."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,8 +107,8 @@ def test_without_trouble_it_moves_and_stops_for_the_tail_alone():
 def test_a_request_that_waits_moves_in_one_word():
     world = World(waits=True)
     assert world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1) == []
-    assert world.source.copy(0.1, 0, still=False) == []
-    assert world.source.copy(0.1, 0, still=True) == [Handover("m1", 0, 0, 0, b"0")]
+    assert world.source.copy(0, still=False) == []
+    assert world.source.copy(0, still=True) == [Handover("m1", 0, 0, 0, b"0")]
     world = World(waits=True)
     world.settle()
     assert world.check() == (False, True)
@@ -120,8 +121,8 @@ def test_the_last_piece_before_the_stop_says_so():
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     pieces = []
     while not world.events:
-        world.source.copy(0.1, world.kv, still=False)
-        for piece in world.source.written():
+        world.source.copy(world.kv, still=False)
+        for piece in world.source.written(world.now):
             pieces.append(piece)
             world.source.hear(ChunkAck("m1", piece.end), 0.1)
     assert [p.last for p in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -131,19 +132,29 @@ def test_the_last_piece_before_the_stop_says_so():
 def test_stop_and_copy_stops_before_the_first_piece():
     world = World(terms(live=False))
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
-    assert world.source.copy(0.1, world.kv, still=False) == []
+    assert world.source.copy(world.kv, still=False) == []
     assert world.events == ["stop"]
-    assert world.source.copy(0.2, world.kv, still=True) == [KVChunk("m1", 0, SLOT_TOKENS, 0, False)]
+    assert world.source.copy(world.kv, still=True) == [KVChunk("m1", 0, SLOT_TOKENS, 0, False)]
 
 
 def handed():
     """A source that has handed over, and its Handover."""
     world = World(terms(live=False), kv=10)
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
-    world.source.copy(0.1, 10, still=False)
-    (handover,) = world.source.copy(0.2, 10, still=True)
+    world.source.copy(10, still=False)
+    (handover,) = world.source.copy(10, still=True)
     assert handover == Handover("m1", 0, 10, 0, b"10")
+    assert world.source.written(0.2) == [handover]
     return world, handover
+
+
+def stopped():
+    """A source whose last piece is being written."""
+    world = World(terms(live=False), kv=10)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
+    world.source.copy(10, still=False)
+    assert len(world.source.copy(10, still=True)) == 1
+    return world
 
 
 def test_a_refusal_costs_the_request_nothing():
@@ -160,10 +171,10 @@ def test_silence_before_the_handover_leaves_the_request_here():
     world = World()
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     for _ in range(WINDOWS):
-        assert len(world.source.copy(0.2, 100, still=False)) == 1
-        assert world.source.copy(0.2, 100, still=False) == [], "the last one is being written"
-        assert len(world.source.written()) == 1
-    assert world.source.copy(0.3, 101, still=False) == [], "all windows are full"
+        assert len(world.source.copy(100, still=False)) == 1
+        assert world.source.copy(100, still=False) == [], "the last one is being written"
+        assert len(world.source.written(world.now)) == 1
+    assert world.source.copy(101, still=False) == [], "all windows are full"
     assert world.source.tick(2.5) == [MigrationCancelled("m1")]
     assert world.running
 
@@ -274,9 +285,65 @@ def test_a_refused_handover_brings_the_request_back():
 
 
 def test_what_did_not_reach_the_slot_stays():
-    world, _ = handed()
+    world = stopped()
     assert world.source.unsent("transport") == [MigrationCancelled("m1")]
     assert world.events == ["stop", "resume"]
+
+
+@pytest.mark.parametrize("why", ["timeout", "target died", "aborted", "refused"])
+def test_a_request_is_its_sources_until_all_of_it_is_in_the_slot(why):
+    world = stopped()
+    assert world.source.copy(10, still=True) == [], "it is being written"
+    assert world.source.tick(1.0) == [], "nothing is said of it"
+    if why == "timeout":
+        assert world.source.tick(9.0) == [MigrationCancelled("m1")]
+    elif why == "target died":
+        world.source.target_died()
+    elif why == "aborted":
+        assert world.source.keep(why) == [MigrationCancelled("m1")]
+    else:
+        assert world.source.hear(ReserveRefused("m1", "refused"), 1.0) == [MigrationCancelled("m1")]
+    assert (world.source.why, world.events) == (why, ["stop", "resume"])
+    assert world.source.written(9.0) == []
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_without_room_a_request_does_not_stop(live):
+    """Its reader would wait for what others write."""
+    world = World(terms(live=live), kv=100, limit=160)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
+    world.source.sent = 99
+    for _ in range(3):
+        assert world.source.copy(100, still=False, room=False) == []
+    assert world.events == []
+    assert world.source.copy(100, still=False) == []
+    assert world.events == ["stop"]
+
+
+def test_over_a_network_what_is_left_goes_in_pieces_too():
+    """What a network does not carry in time, it does not carry while the reader waits either."""
+    world = World(terms(live=False), kv=30)
+    world.source.over_network, world.source.link_tokens = True, 16
+    world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
+    world.source.copy(30, still=False)
+    assert world.source.copy(30, still=True) == [KVChunk("m1", 0, 16, 0, False)]
+    world.source.written(0.2)
+    assert world.source.copy(30, still=True) == [], "until the piece is read"
+    world.source.hear(ChunkAck("m1", 16), 0.3)
+    assert world.source.copy(30, still=True) == [Handover("m1", 16, 30, 0, b"30")]
+
+
+def test_without_room_nothing_is_written_and_a_request_that_is_full_stops_all_the_same():
+    world = World(kv=100, limit=160)
+    world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
+    assert world.source.copy(100, still=False, room=False) == []
+    assert (world.source.passes, world.source.pieces) == (1, 0)
+    world.source.sent = 150
+    assert world.source.copy(158, still=False, room=False) == []
+    assert world.events == ["stop"]
+    world.running = False
+    assert world.source.copy(158, still=True, room=False) == []
+    assert len(world.source.copy(158, still=True)) == 1
 
 
 def test_a_dead_target_ends_only_what_it_may_have_answered():
@@ -301,15 +368,15 @@ def test_a_request_that_fills_its_reservation_stops_if_little_is_left_and_stays_
     """What is left when it stops is what its reader waits for."""
     world = World(limit=105)
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
-    assert world.source.copy(0.1, 103, still=False) == [MigrationCancelled("m1")]
+    assert world.source.copy(103, still=False) == [MigrationCancelled("m1")]
     assert (world.source.why, world.events) == ("outgrew its reservation", [])
     world = World(limit=45, kv=40)
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
-    world.source.copy(0.1, 40, still=False)
-    world.source.written()
-    assert world.source.copy(0.2, 42, still=False) == [], "the piece is on its way"
+    world.source.copy(40, still=False)
+    world.source.written(world.now)
+    assert world.source.copy(42, still=False) == [], "the piece is on its way"
     world.source.hear(ChunkAck("m1", 40), 0.3)
-    world.source.copy(0.3, 43, still=False)
+    world.source.copy(43, still=False)
     assert (world.source.state, world.events) == (SourceState.STOPPING, ["stop"])
 
 
@@ -317,7 +384,7 @@ def test_a_piece_is_what_the_link_carries_in_a_step():
     world = World()
     world.source.hear(ReserveGranted("m1", ["here"], 0, SLOT_TOKENS), 0.1)
     world.source.link_tokens = 13
-    (piece,) = world.source.copy(0.1, 100, still=False)
+    (piece,) = world.source.copy(100, still=False)
     assert (piece.begin, piece.end) == (0, 13)
 
 

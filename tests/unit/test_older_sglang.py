@@ -1,6 +1,7 @@
 """Older releases look like the newest: patches of their sources, and which releases there are."""
 
 import importlib
+import importlib.metadata
 import inspect
 import pkgutil
 import re
@@ -12,7 +13,14 @@ import pytest
 
 from pascal_sglang import older_sglang
 from pascal_sglang.older_sglang.source_patch import patch
-from pascal_sglang.seams import ABSENT, installed, load_seams, supported_versions, version_order
+from pascal_sglang.seams import (
+    ABSENT,
+    SourceTree,
+    installed,
+    load_seams,
+    supported_versions,
+    version_order,
+)
 
 ROOT = Path(__file__).parents[2]
 # Nothing of ours calls them where they are not.
@@ -122,6 +130,33 @@ def test_what_this_release_lacks_is_made_up_for():
     lacking = {s.symbol for s in load_seams() if s.digests.get(version) == ABSENT}
     for symbol in lacking - NOT_MADE_UP_FOR:
         pkgutil.resolve_name(symbol)
+
+
+def test_what_is_made_up_takes_what_the_newest_takes():
+    """Its files lie behind those of an older release under `run.sh --sglang`."""
+    there = importlib.metadata.distributions(name="sglang")
+    trees = [SourceTree(Path(str(each.locate_file(""))), each.version) for each in there]
+    newest = max(trees, key=lambda tree: version_order(tree.version))
+    version = installed().version
+    for seam in load_seams():
+        lacks = seam.digests.get(version) == ABSENT and seam.concerns(newest.version)
+        if not lacks or seam.symbol in NOT_MADE_UP_FOR:
+            continue
+        symbol = newest.find(seam)
+        assert symbol is not None, seam.symbol
+        made, arguments = pkgutil.resolve_name(seam.symbol), symbol.node.args
+        if made is None:
+            continue  # Never called: what it is about is left to SGLang there.
+        most = len(arguments.posonlyargs + arguments.args)
+        defaults = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+        named = {each.arg: default for each, default in defaults}
+        needed = {name: default for name, default in named.items() if default is None}
+        signature = inspect.signature(made)
+        try:
+            signature.bind(*[None] * (most - len(arguments.defaults)), **needed)
+            signature.bind(*[None] * most, **named)
+        except TypeError as error:
+            raise AssertionError(f"{seam.symbol}{signature}: {error}") from error
 
 
 def test_the_scheduler_has_the_extension_points_of_the_newest():

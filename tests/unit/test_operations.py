@@ -125,9 +125,36 @@ def test_a_scheduler_is_not_idle_while_its_kv_may_be_read_or_written(monkeypatch
     monkeypatch.setattr(Scheduler, "is_fully_idle", lambda *_: True)
     scheduler = Copying()
     assert not scheduler.is_fully_idle()
-    assert not scheduler.is_fully_idle(ignore_waiting=True)
     assert scheduler.is_fully_idle(for_health_check=True), "no output will answer it"
     scheduler.device.ended.append("kv")
+    scheduler.transfers.heard(*scheduler.transfers.progress())
+    assert scheduler.is_fully_idle()
+
+
+@pytest.mark.parametrize("ignore_waiting", [True, False])
+def test_what_drops_all_kv_waits_for_copies_and_is_not_refused(monkeypatch, ignore_waiting):
+    """No request runs, but a copy may be late: SGLang ends the server where it may not release
+    memory."""
+    monkeypatch.setattr(Scheduler, "is_fully_idle", lambda *_: True)
+    scheduler = Copying()
+    assert scheduler.is_fully_idle(ignore_waiting=ignore_waiting)
+    assert scheduler.copied
+
+
+def test_a_rank_that_drops_all_kv_alone_meets_no_other_one(monkeypatch):
+    """An update of weights may fail on the others, which then flush nothing."""
+    monkeypatch.setattr(Scheduler, "is_fully_idle", lambda *_: True)
+    met = []
+    monkeypatch.setattr(
+        "pascal_sglang.engine.kv.transfers.least",
+        lambda scheduler, *values: met.append(values) or [*values],
+    )
+    scheduler = Copying()
+    assert scheduler.is_fully_idle(ignore_waiting=False)
+    assert scheduler.copied
+    assert met == []
+    assert scheduler.transfers.progress() == (float("inf"), float("inf"))
+    assert not scheduler.is_fully_idle(), "the ranks do not know it together yet"
     scheduler.transfers.heard(*scheduler.transfers.progress())
     assert scheduler.is_fully_idle()
 
@@ -234,5 +261,7 @@ def test_every_message_of_the_scheduler_is_listed():
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", docs))
     assert {name for name in named if f"def {name}(" not in tests} == set()
-    for row in re.findall(r"^\| (?!Operation|-)(.*)\|$", docs, re.MULTILINE):
+    tables = re.findall(r"^\| Operation.*\n\|-.*\n((?:\|.*\n)+)", docs, re.MULTILINE)
+    assert len(tables) > 2
+    for row in "".join(tables).splitlines():
         assert re.search(r"`test_\w+`", row), row

@@ -83,7 +83,7 @@ def test_the_sdist_has_what_is_needed_to_build_and_to_test(built):
 
 @pytest.mark.parametrize(
     "module",
-    ["pascal_sglang.sim", "pascal_sglang", "evals.serving", "evals.compare", "evals.burst"],
+    ["pascal_sglang.sim", "evals.serving", "evals.compare", "evals.burst"],
 )
 def test_commands_work_outside_the_tree(unpacked, module):
     assert "usage:" in outside(unpacked, "-m", module, "--help")

@@ -1,5 +1,8 @@
 """Memory that cannot be pinned makes copies slower; it fails no kernel that is launched later."""
 
+import mmap
+
+import pytest
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -45,3 +48,27 @@ def test_every_runtime_that_is_loaded_can_be_asked():
     for runtime in pinning._runtimes():
         assert runtime.cudaGetLastError() >= 0
     pinning.clear_error()
+
+
+def test_blocks_share_no_page_whatever_their_size():
+    copies, _ = copies_of(pool_of(MHATokenToKVPool, torch.bfloat16), room=5)
+    ranges = [(b.data_ptr(), b.data_ptr() + b.nbytes - 1) for b in copies._memory]
+    pages = [
+        page for begin, end in ranges for page in {begin // mmap.PAGESIZE, end // mmap.PAGESIZE}
+    ]
+    assert len(copies._memory) > 2
+    assert len(pages) == len(set(pages))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64])
+def test_a_block_is_a_tensor_like_any_other(dtype):
+    block = pinning.on_own_pages((7, 3, 5), dtype)
+    assert (block.shape, block.dtype) == (torch.Size([7, 3, 5]), dtype)
+    block.copy_(torch.ones(7, 3, 5))
+    assert block.float().sum() == 105
+    assert pinning.on_own_pages((0, 5), dtype).shape == (0, 5)
+
+
+def test_memory_that_is_not_there_is_told():
+    with pytest.raises(RuntimeError, match="bytes of host memory"):
+        pinning.on_own_pages((1 << 60,), torch.uint8)

@@ -3,6 +3,7 @@
 import dataclasses
 from array import array
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,7 @@ class FailingCopies:
     deferred = by_row = False
     states = None
     room = 100
+    together = staticmethod(nullcontext)
 
     def save(self, _, locations, held):
         self.room -= len(locations)

@@ -1,14 +1,18 @@
 """What two workers that run at the same time start never meets at a port."""
 
 import re
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from sglang.srt import server_args
 from sglang.srt.utils import network
 
-from evals.load.server import PORTS
+from evals.load.server import PORTS, ArmError
 from tests import ports, warm_servers, workers
+from tests.harness import Server
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,5 +61,26 @@ def test_what_shares_servers_is_one_workers_and_short_tests_come_last():
     assert len(files) == len(set(files))
     assert all((ROOT / file.partition("::")[0]).exists() for file in files)
     assert sorted(files, key=workers.place) == files
+    units = [file for file in files if file.startswith("tests/unit/")]
     others = ["tests/engine/test_dp_attention.py::a", "tests/unit/test_ports.py::a"]
-    assert sorted([*reversed(others), *files], key=workers.place) == [*files, *others]
+    expected = [*files[: -len(units)], others[0], *units, others[1]]
+    assert sorted([*reversed(others), *files], key=workers.place) == expected
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_that_another_run_started_at_the_port_is_not_taken_for_ones_own(monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        monkeypatch.setattr(ports, "free_port", lambda: other.server_port)
+        command = [sys.executable, "-c", "import time; time.sleep(60)"]
+        with pytest.raises(ArmError, match="another process listens"), Server(command, []):
+            pass
+        other.shutdown()

@@ -65,6 +65,15 @@ def test_a_wait_that_goes_on_elsewhere_is_one_wait(clock, running):
     assert running.time_stats.get_queueing_time() == pytest.approx(2 + 6)
 
 
+def test_the_running_time_out_runs_from_the_first_step(clock, running):
+    """`SGLANG_REQ_RUNNING_TIMEOUT` is held against this time."""
+    first = running.time_stats.forward_entry_time
+    entered_queue(running)
+    clock.now += 5
+    left_queue(running)
+    assert running.time_stats.forward_entry_time == first
+
+
 @pytest.fixture
 def four_seconds(monkeypatch):
     monkeypatch.setenv("SGLANG_REQ_WAITING_TIMEOUT", "4")

@@ -15,11 +15,13 @@ from evals.load.server import SUPERVISE
 from tests.harness import BASH
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-TIMEOUT_S = 20
+TIMEOUT_S = 60
+# For longer than any wait.
+LONG_S = 600
 # Stands for the servers: as they do, this ends by SIGINT, and its child is in its process group.
 SERVER = """
 import os, signal, subprocess, sys
-child = subprocess.Popen(["sleep", "60"])
+child = subprocess.Popen(["sleep", "600"])
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 with open(os.environ["PIDS"], "a") as file:
     file.write(f"{os.getpid()} {child.pid}\\n")
@@ -28,7 +30,7 @@ try:
 except KeyboardInterrupt:
     sys.exit(0)
 """
-# Waits until the servers are there, and then as long as the test says.
+# Waits until the servers are there, and then as long as the test says, or until there is a file.
 CHAT = """
 import os, time
 from pathlib import Path
@@ -36,7 +38,9 @@ pids = Path(os.environ["PIDS"])
 while not (pids.exists() and pids.read_text()):
     time.sleep(0.01)
 print("chatting", flush=True)
-time.sleep(float(os.environ["CHAT_S"]))
+ends = time.monotonic() + float(os.environ["CHAT_S"])
+while time.monotonic() < ends and not Path(os.environ["OVER"]).exists():
+    time.sleep(0.01)
 """
 PYTHON = f"""#!/usr/bin/env bash
 case "$1 $2" in
@@ -55,12 +59,13 @@ class Run:
         python = folder / "python"
         python.write_text(PYTHON)
         python.chmod(0o755)
-        self._pids = folder / "pids"
+        self._pids, self._over = folder / "pids", folder / "over"
         env = {
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
             "PASCAL_PYTHON": str(python),
             "PIDS": str(self._pids),
+            "OVER": str(self._over),
             "CHAT_S": str(chat_s),
         }
         self.process = subprocess.Popen(
@@ -77,6 +82,9 @@ class Run:
             if text in line:
                 return
         raise AssertionError(f"ended without {text!r}")
+
+    def end_chat(self):
+        self._over.touch()
 
     def wait_until_started(self):
         deadline = time.monotonic() + TIMEOUT_S
@@ -113,8 +121,8 @@ def _lives(pid):
         (signal.SIGHUP, 0),
         (signal.SIGINT, 0),
         (signal.SIGKILL, 0),
-        (signal.SIGTERM, 60),
-        (signal.SIGHUP, 60),
+        (signal.SIGTERM, LONG_S),
+        (signal.SIGHUP, LONG_S),
     ],
 )
 def test_no_signal_leaves_the_server_behind(tmp_path, number, chat_s):
@@ -138,9 +146,10 @@ def test_nor_does_a_reader_that_goes_first(tmp_path):
 
 def test_nor_a_reader_of_a_few_lines(tmp_path):
     """`quickstart.sh 2>&1 | head -2`: the script ends with what it says next."""
-    run = Run(tmp_path, 0.5)
+    run = Run(tmp_path, LONG_S)
     run.read_until("chatting")
     run.process.stdout.close()
+    run.end_chat()
     run.assert_nothing_stays()
     assert run.process.returncode == 128 + signal.SIGPIPE
 
@@ -178,7 +187,7 @@ def test_a_supervised_command_keeps_its_exit_code(command, code):
 
 
 def test_one_that_will_not_stop_is_killed_with_its_group():
-    deaf = "trap '' INT TERM; sleep 60 & echo $$ $!; while :; do sleep 1; done"
+    deaf = "trap '' INT TERM; sleep 600 & echo $$ $!; while :; do sleep 1; done"
     process = supervise("--stop-timeout", "0.2", "sh", "-c", deaf)
     pids = [int(pid) for pid in process.stdout.readline().split()]
     process.stdin.close()

@@ -183,7 +183,7 @@ class World:
             if migration.source.state in OVER:
                 continue
             migration.kv += migration.source.state is SourceState.COPYING
-            for message in migration.source.copy(self.now, migration.kv, still=True):
+            for message in migration.source.copy(migration.kv, still=True):
                 if isinstance(message, KVChunk | Handover):
                     migration.writing = message
                 else:
@@ -202,7 +202,7 @@ class World:
             )
             window = 0 if isinstance(message, Handover) else migration.source.pieces - 1
             self.memory[migration.at, window % WINDOWS] = (migration.name, message.begin, end)
-        said = [message] if isinstance(message, Handover) else migration.source.written()
+        said = [message] if isinstance(message, Handover) else migration.source.written(self.now)
         self.say(-1, migration.sender, said)
 
     def memory_holder(self, slot):

@@ -3,13 +3,28 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.ranking import URGENT, PassInfo, Tuning, fastest_pace
 from pascal_sglang.policy.registry import POLICIES
 from pascal_sglang.policy.request import Reader, RequestState, RequestStatus
 from pascal_sglang.policy.timeline import Phase
-from pascal_sglang.request_checks import STRUCTURED, problem_with, reader_of
+from pascal_sglang.policy.tool_waits import MOST_KEEP_S
+from pascal_sglang.request_checks import (
+    HINT_TYPE,
+    HINT_VERSION,
+    STRUCTURED,
+    SWITCHES,
+    TOOLS,
+    asked_tool_wait_s,
+    problem_with,
+    problem_with_hints,
+    reader_of,
+    tenant_of,
+    tools_of,
+)
 
 
 def asking(pace):
@@ -142,3 +157,60 @@ def test_the_lead_survives_a_change_of_what_the_engine_delivers():
     together = Pacer(0.001)
     together.deliver(0.0, 100, every=0.01, floor=0.02)
     assert together.shown == pytest.approx(99 * 0.02)
+
+
+# Whatever JSON says, or Python's reader takes for JSON.
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters())
+ANYTHING = st.recursive(
+    SCALARS | st.sampled_from([10**400, -(10**400), "\ud800", "a\nb" * 99]),
+    lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(), each, max_size=3),
+    max_leaves=6,
+)
+FIELDS = (
+    "answer_tpot_ms",
+    "reader",
+    "ttfo_deadline_s",
+    "tool_wait_s",
+    *SWITCHES,
+    "tenant",
+    "tools",
+)
+
+
+def one_line_or_nothing(said):
+    if said is not None:
+        assert len(said.encode()) < 400
+        assert "\n" not in said
+
+
+@given(name=st.sampled_from(FIELDS), value=ANYTHING)
+def test_whatever_a_field_is_the_answer_is_one_line_or_nothing(name, value):
+    for sampling in (
+        {"custom_params": {"pascal": {name: value}}},
+        {"custom_params": {"pascal": value}},
+        {"custom_params": value},
+        value,
+        [value, {"custom_params": {"pascal": {name: value}}}],
+    ):
+        said = problem_with(sampling)
+        one_line_or_nothing(said)
+        if said is None and isinstance(sampling, dict):
+            custom = sampling.get("custom_params")
+            assert isinstance(reader_of(True, sampling), Reader)
+            assert tools_of(custom) in ("", *TOOLS)
+            assert isinstance(tenant_of(custom), str)
+            assert 0 <= (asked_tool_wait_s(custom, None) or 0.0) <= MOST_KEEP_S
+
+
+@given(value=ANYTHING)
+def test_whatever_a_hint_is_the_answer_is_one_line_or_nothing(value):
+    action = {"action_type": HINT_TYPE, "action_version": HINT_VERSION}
+    for hints in (
+        value,
+        {"actions": value},
+        {"actions": [value, {**action, "payload": value}]},
+        [value, {"actions": [{**action, "payload": {"seconds": value}}]}],
+    ):
+        one_line_or_nothing(problem_with_hints(hints))
+        for envelope in hints if isinstance(hints, list) else [hints]:
+            assert 0 <= (asked_tool_wait_s(None, envelope) or 0.0) <= MOST_KEEP_S

@@ -1,5 +1,7 @@
 """A request's state: what comes out elsewhere is what went in, and nothing else is taken."""
 
+import subprocess
+import sys
 import types
 from array import array
 
@@ -12,6 +14,7 @@ from sglang.srt.managers.scheduler_components.logprob_result_processor import (
 )
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from pascal_sglang import clock
 from pascal_sglang.cluster.messages import MAX_STATE_BYTES
 from pascal_sglang.engine.migration.request_snapshot import (
     VERSION,
@@ -19,6 +22,7 @@ from pascal_sglang.engine.migration.request_snapshot import (
     RequestSnapshot,
     export_state,
     import_state,
+    on_this_clock,
     read_snapshot,
     restore_state,
     why_not_migratable,
@@ -131,6 +135,40 @@ def test_everything_listed_arrives():
     for name in ("pacer", "phase", "phase_tokens", "total_tokens", "credit"):
         assert getattr(new.pascal_state, name) == getattr(was, name), name
     assert new.pascal_state.seq == 9, "its place in line is that of its arrival here"
+
+
+def test_times_of_another_hosts_clock_are_brought_onto_this_ones(monkeypatch):
+    req = request()
+    monkeypatch.setattr(clock, "now", lambda: 4.0)
+    state = travelled(req)
+    assert on_this_clock(state, 1e9) is state, "one clock: nothing is changed, not by a digit"
+    monkeypatch.setattr(clock, "name", lambda: "another")
+    state = on_this_clock(state, 1004.0)
+    new = import_state(SCHEDULER, state)
+    new.pascal_state = RequestState(seq=9, pacer=Pacer(0.1), handle=new)
+    restore_state(new, state)
+    assert state.blocked_since == 1003.5
+    assert new.time_stats.forward_entry_time == 1012.5
+    for name in TIMES:
+        was = getattr(req.time_stats, name)
+        is_set = name.endswith("_time") and was
+        assert getattr(new.time_stats, name) == (was + 1000 if is_set else was), name
+    before, then = req.pascal_timeline, new.pascal_timeline
+    assert (then.arrival, then.reasoning_end, then.finished) == (1001.0, 1002.0, None)
+    assert [(b.start, b.end) for b in then.breaks] == [(1002.6, 1003.5), (1003.5, None)]
+    assert (then.ttfo, then.ttft) == (before.ttfo, before.ttft)
+    old, pacer = req.pascal_state.pacer, new.pascal_state.pacer
+    assert pacer.slack(1004.0) == pytest.approx(old.slack(4.0))
+    assert pacer.qoe == pytest.approx(old.qoe)
+    fresh, late = Pacer(0.1), Pacer(0.1)
+    late.shift(1000.0)
+    assert fresh == late
+
+
+def test_processes_of_one_host_have_one_clock():
+    code = "from pascal_sglang import clock; print(clock.name())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == clock.name() != ""
 
 
 def test_log_probabilities_of_the_prompt_travel_until_they_are_sent():

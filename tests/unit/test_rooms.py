@@ -21,7 +21,10 @@ PACKAGE = {
     "sim": ({"policy"}, {"numpy"}),
     "cluster": (
         {"policy", "support", *ENTRY},
-        {"mooncake", "msgspec", "orjson", "prometheus_client", "psutil", "sglang", "zmq"},
+        {
+            *{"mooncake", "msgspec", "orjson", "packaging", "prometheus_client", "psutil"},
+            *{"sglang", "zmq"},
+        },
     ),
     "engine.kv": (
         {"clock", "engine", "instances", "policy"},

@@ -65,12 +65,17 @@ def wheels(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def offline(wheels, tmp_path, monkeypatch):
-    """pip looks there and nowhere else; the cache is empty."""
+def offline(wheels, cache, tmp_path, monkeypatch):
+    """pip looks there and nowhere else."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
-    monkeypatch.setenv("PASCAL_SGLANG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PASCAL_SGLANG_CACHE", str(cache))
     return tmp_path
 
 
@@ -156,6 +161,7 @@ def test_the_seam_list_is_as_it_would_be_recorded(tmp_path):
 
 
 def test_a_release_is_downloaded_once(offline, monkeypatch):
+    monkeypatch.setenv("PASCAL_SGLANG_CACHE", str(offline / "cache"))
     files = release(OTHER).folder
     assert (files / "sglang/srt/managers/scheduler.py").is_file()
     assert [path.name for path in files.parent.iterdir()] == ["files"]

@@ -31,13 +31,16 @@ def load(source, requests, share, seed, instances=2, cost=SMALL):
     return draw(source, requests, cost.rate(*mean_lengths(source)) * instances * share, seed)
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["blocking", "beside"])
-@pytest.mark.parametrize(("source", "seed"), [("arena-hard", 3), ("reasoning-heavy", 0)])
+@pytest.mark.parametrize(
+    ("source", "requests", "seed", "beside"),
+    [("arena-hard", 70, 3, False), ("reasoning-heavy", 40, 0, True)],
+    ids=["blocking", "beside"],
+)
 @pytest.mark.parametrize("name", ARMS)
-def test_jumping_decides_as_stepping_does(name, source, seed, beside, monkeypatch):
+def test_jumping_decides_as_stepping_does(name, source, requests, seed, beside, monkeypatch):
     # A ranking kept for several passes depends on which pass made it.
     monkeypatch.setattr(victims, "KEEP_PASSES", 0)
-    work = load(source, 70, 1.3, seed)
+    work = load(source, requests, 1.3, seed)
     cost = dataclasses.replace(SMALL, copies_beside=beside)
     jumped, stepped = (
         simulate(Setup(cost=cost, instances=2, step_by_step=steps), ARMS[name], work)
@@ -349,7 +352,7 @@ def test_the_command_prints_tables_and_a_page_shows_them(tmp_path, capsys):
 def test_every_remedy_runs(capsys):
     from pascal_sglang.sim.__main__ import main
 
-    assert main("remedies --requests 30 --seeds 1 --processes 1".split()) == 0
+    assert main("remedies --requests 15 --seeds 1 --processes 1".split()) == 0
     shown = capsys.readouterr().out
     for arm in ablations.arms():
         assert shown.count(f"\n{arm.name}  ") >= len(ablations.LOADS)

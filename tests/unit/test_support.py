@@ -20,7 +20,8 @@ from pascal_sglang.support import EVERYTHING, LEVELS, Level, Row, Support
 
 ROOT = Path(__file__).parents[2]
 FEATURES = {
-    "another --speculative-algorithm": "--speculative-algorithm NGRAM",
+    "another --speculative-algorithm": "--speculative-algorithm DFLASH",
+    "--speculative-algorithm NGRAM": "--speculative-algorithm NGRAM",
     "--speculative-eagle-topk above 1": (
         "--speculative-algorithm EAGLE --speculative-eagle-topk 2"
     ),
@@ -237,9 +238,28 @@ def test_every_scheduling_flag_of_sglang_is_in_the_table():
 def test_every_flag_that_is_honoured_has_a_test():
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     defined = set(re.findall(r"def (test_\w+)\(", tests))
+    everything = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     for setting in scheduling_flags.SETTINGS:
         honoured = setting.effect is scheduling_flags.Effect.HONOURED
         assert (setting.test in defined) if honoured else not setting.test, setting.names
+        assert not honoured or all(name in everything for name in setting.names), setting.names
+
+
+def test_every_variable_that_is_overridden_is_named(arguments):
+    given = {
+        name: "1"
+        for setting in scheduling_flags.SETTINGS
+        for name in setting.names
+        if not name.startswith("--")
+    }
+    said = [name for name, _ in scheduling_flags.overridden(arguments(""), Level.MOVE, given)]
+    assert said == [
+        "SGLANG_INIT_NEW_TOKEN_RATIO",
+        "SGLANG_MIN_NEW_TOKEN_RATIO_FACTOR",
+        "SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS",
+        "SGLANG_RETRACT_DECODE_STEPS",
+        "SGLANG_DATA_PARALLEL_BUDGET_INTERVAL",
+    ]
 
 
 @pytest.mark.parametrize(

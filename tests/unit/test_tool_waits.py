@@ -283,3 +283,27 @@ def test_an_abort_of_the_next_turn_forgets_the_conversation():
     assert waits.forget(lambda rid: rid == "next") == [made]
     assert list(waits) == [other]
     assert waits.of("next") is None
+
+
+def test_a_conversation_that_goes_on_elsewhere_is_over_and_its_wait_is_learnt():
+    waits = ToolWaits()
+    for number in range(LEAST_SEEN):
+        made = conversation(waits, PROMPT, REPLY, now=float(number))
+        assert waits.elsewhere(PROMPT + RESULT, "another", number + 2.0) is None
+        assert waits.elsewhere(PROMPT + RESULT, None, number + 2.0) is made
+        assert waits.elsewhere(PROMPT + RESULT, None, number + 2.0) is None
+    assert (len(waits), waits.times.keep_s) == (0, 2.0)
+
+
+def test_one_that_a_request_here_goes_on_with_stays():
+    """A client that gave up the turn that waits here sends it again, or two go on at once."""
+    waits = ToolWaits()
+    made = conversation(waits, PROMPT, REPLY)
+    waits.arrived("next", PROMPT + RESULT, None, 1.0)
+    assert waits.elsewhere(PROMPT + RESULT, None, 1.0) is None
+    waits.arrived("twin", PROMPT + RESULT, None, 2.0)
+    assert waits.left("nobody") is None
+    assert waits.left("next") is None
+    assert waits.of("next") is None
+    assert waits.left("twin") is made
+    assert len(waits) == 0

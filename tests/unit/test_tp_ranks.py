@@ -1,8 +1,6 @@
 """A tensor-parallel rank that fails alone ends the instance; one that fails like all others does
-not. Two ranks meet here as two threads."""
+not."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -10,40 +8,6 @@ import torch
 
 from pascal_sglang.engine.migration.manager import Migrations
 from pascal_sglang.engine.tp_ranks import RanksDiverged, agree, all_agree, catch_on_all_ranks
-
-here = threading.local()
-
-
-@pytest.fixture
-def both(monkeypatch):
-    """Runs something on two ranks at a time: a function of rank and scheduler."""
-    met, told, meeting = threading.Barrier(2), threading.Barrier(2), {}
-
-    def all_reduce(tensor, op, group):
-        meeting[here.rank] = tensor.clone()
-        met.wait(10)
-        tensor.copy_(torch.minimum(meeting[0], meeting[1]))
-        told.wait(10)
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: here.rank)
-
-    def run(work):
-        def rank(number):
-            here.rank = number
-            scheduler = SimpleNamespace(
-                attn_tp_cpu_group=SimpleNamespace(size=lambda: 2),
-                token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 7),
-            )
-            try:
-                return work(number, scheduler)
-            except RanksDiverged as error:
-                return error
-
-        with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(rank, range(2)))
-
-    return run
 
 
 def test_ranks_hear_the_first_one_and_agree_if_all_do(both):

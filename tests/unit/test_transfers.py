@@ -67,9 +67,9 @@ def test_what_is_needed_now_is_waited_for_and_the_ranks_meet_once(monkeypatch):
             return []
         meeting[here.rank] = values
         scheduler.meetings += 1
-        met.wait(10)
+        met.wait(60)
         found = [min(both) for both in zip(meeting[0], meeting[1], strict=True)]
-        told.wait(10)
+        told.wait(60)
         return found
 
     monkeypatch.setattr(module, "least", least)

@@ -18,9 +18,13 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.watchdog import Watchdog
 
 from pascal_sglang.cluster import controller as controller_module
+from pascal_sglang.cluster import load_tracker
 from pascal_sglang.cluster.control_channel import CONTROL_ENV, CONTROLLER, ControlSender
+from pascal_sglang.cluster.control_keys import SECRET_ENV
+from pascal_sglang.cluster.controller import PascalController
 from pascal_sglang.cluster.messages import ControlAnswered
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
+from tests.unit.test_cluster import status
 
 BOUND_S = 30
 
@@ -41,11 +45,13 @@ class Process:
 
 
 class Scene:
-    """A controller in a thread, its tokenizer manager, and two instances."""
+    """A controller in a thread, its tokenizer manager, and two instances. of: the controller's
+    class."""
 
-    def __init__(self, folder, monkeypatch, *, together=False, **settings):
+    def __init__(self, folder, monkeypatch, *, of=PascalController, together=False, **settings):
         monkeypatch.setenv(CONFIG_ENV, PascalConfig(**settings).to_json())
         monkeypatch.setenv(CONTROL_ENV, "")  # Put back afterwards: the controller sets it.
+        monkeypatch.setenv(SECRET_ENV, "0" * 64)
         monkeypatch.setattr(
             controller_module, "get_observability", lambda: SimpleNamespace(enable_metrics=False)
         )
@@ -62,7 +68,7 @@ class Scene:
         ServerArgs.add_cli_args(parser)
         server_args = parser.parse_args(["--model-path", "m", "--dp-size", "2"])
         try:
-            self.controller = controller_module.PascalController(server_args)
+            self.controller = of(server_args)
         except BaseException:
             self.context.destroy(linger=0)  # The interpreter would wait for its sockets.
             raise
@@ -181,6 +187,38 @@ def test_an_instance_that_dies_while_a_batch_is_placed_holds_nothing_up(scene):
     assert lost
 
 
+def test_a_controller_that_stood_still_hears_first_and_calls_nobody_silent(scene, monkeypatch):
+    """What instances said meanwhile lies unread. Clients would hear 503 of `/health`, and of moves
+    whose outcome is among it."""
+    monkeypatch.setattr(load_tracker, "SILENT_S", 0.3)
+    one, seen, steps = scene(), [], iter("SS")
+    controller = one.controller
+    place = controller.control_receiver.place
+    senders = [ControlSender(place, index) for index in range(2)]
+    shows = controller.status_file.show
+
+    def show(now, what):
+        if all(at is not None for at in controller.load_tracker.heard):
+            seen.append(controller.silent())
+        shows(now, what)
+
+    def wake_ms():
+        if next(steps, None):
+            for index, sender in enumerate(senders):
+                assert sender.send(CONTROLLER, status(dp_rank=index))
+            time.sleep(0.4)
+        return 10
+
+    monkeypatch.setattr(controller.status_file, "show", show)
+    monkeypatch.setattr(controller, "wake_ms", wake_ms)
+    one.send(request("a"))  # Wakes it.
+    deadline = time.monotonic() + BOUND_S
+    while len(seen) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert seen[:2] == [[], []]
+
+
 def test_a_request_for_a_dead_instance_ends_alone(scene):
     one = scene()
     one.kill(1)
@@ -260,3 +298,21 @@ def test_instances_that_end_when_asked_to_are_no_failure(scene):
         time.sleep(0.01)
     assert one.error is None
     assert one.thread.is_alive()
+
+
+def test_an_error_in_one_part_of_its_work_leaves_the_others(scene, monkeypatch):
+    one = scene()
+    for whose, name in (
+        (one.controller.drains, "step"),
+        (one.controller.coordinator, "forget_old"),
+        (one.controller.prefixes, "forget"),
+    ):
+        monkeypatch.setattr(whose, name, lambda *_: 1 // 0)
+    monkeypatch.setattr(type(one.controller.drains), "__bool__", lambda _: True)
+    one.send(request("a", routed_dp_rank=1))
+    one.hear(one.instances[1])
+    one.kill(1)
+    assert aborted(one, 1) == ["a"]
+    assert one.controller.describe()["states"] == ["live", "dead"]
+    kinds = {"drains", "the end of an instance", "lost messages"}
+    assert one.controller.errors.counts.keys() == kinds

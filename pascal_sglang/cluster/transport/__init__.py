@@ -7,7 +7,6 @@ k of the target, and tells it through the control messages. `Transport` is the w
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -18,23 +17,57 @@ class TransportError(Exception):
     """A receive buffer cannot be made or reached; the text is one line."""
 
 
+class Write:
+    """One write into a peer's receive buffer: what is put into `memory` is there once `begin` has
+    been called and `query` says so. This one is for memory that is the receive buffer itself."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self.memory = memory
+        self.begun = False
+        # Why it failed, one line.
+        self.problem: str | None = None
+
+    def begin(self) -> None:
+        """`memory` is filled; returns at once, and does nothing the second time."""
+        self.begun = True
+
+    def query(self) -> bool | None:
+        """Whether it is there; None while it is under way, False if it failed."""
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """What it took so far, or in all."""
+        return 0.0
+
+    def abandon(self) -> None:
+        """Give it up: nothing of it is sent from now on, though what was may still arrive."""
+        return
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether this process has nothing to do with it any more, for good."""
+        return True
+
+
 class Transport(ABC):
     """One rank's receive buffer, and the way to the receive buffers of others.
 
     receive_buffer: its memory, read by this rank once a peer says that it wrote.
-    address: what a peer's `room` and `put` take.
-    direct: `room` is the peer's receive buffer itself; otherwise every call gives the same memory
-    again.
+    address: what a peer's `room` takes.
+    direct: the memory of a `Write` is the peer's receive buffer itself.
+    writes: how many there may be at a time, from `room` until each is over; None for any number.
     """
 
     kind: str
     address: str
     receive_buffer: memoryview
     direct: bool
+    writes: int | None = None
 
     def open_peer(self, address: str) -> None:
-        """Prepare a peer's receive buffer for writes. A failure is silent here; `room` raises
-        it."""
+        """Prepare a peer's receive buffer for writes, and let the peer write to this one. A failure
+        is silent here; `room` raises it."""
         return
 
     def close_peer(self, address: str) -> None:
@@ -43,17 +76,11 @@ class Transport(ABC):
         return
 
     @abstractmethod
-    def room(self, address: str, offset: int, size: int) -> memoryview:
-        """Where to write the `size` bytes that `put` then brings to `offset` of a peer's receive
-        buffer.
+    def room(self, address: str, offset: int, size: int) -> Write:
+        """A write of `size` bytes to `offset` of a peer's receive buffer, which has not begun.
 
-        Raises: `TransportError` if there is no such receive buffer, or less room in it."""
-
-    @abstractmethod
-    def put(self, address: str, offset: int, size: int) -> None:
-        """Bring what was written to `room` there; blocks for the time of that.
-
-        Raises: `TransportError`; the peer's memory may then hold part of it."""
+        Raises: `TransportError` if there is no such receive buffer, or less room in it, or nothing
+        to write from."""
 
     @abstractmethod
     def close(self) -> None:
@@ -68,11 +95,11 @@ def make(
     listen: str | None = None,
     unpin: Callable[[memoryview], None] = lambda memory: None,
 ) -> Transport:
-    """A transport of a kind; `receive_buffer` is its bytes of memory, `staging` of what one `put`
-    brings. `auto` is `shm`: all instances of one controller run on its host. `pin` is given all
+    """A transport of a kind; `receive_buffer` is its bytes of memory, `staging` of the largest
+    write. `auto` is `shm`: all instances of one controller run on its host. `pin` is given all
     memory that a device reads or writes, once, and `unpin` what is given back before the end.
-    `listen` is the address at which peers on a network
-    reach this one, none by default. Raises: `TransportError`."""
+    `listen` names the address at which peers on a network reach this one
+    (`listening.own_address`), none by default. Raises: `TransportError`."""
     if kind in ("auto", "shm"):
         from pascal_sglang.cluster.transport.shm import SharedMemory
 
@@ -86,6 +113,8 @@ def make(
 
 def problem_with(kind: str) -> str | None:
     """Why a transport cannot work here at all, before anything is started."""
-    if kind == "mooncake" and importlib.util.find_spec("mooncake") is None:
-        return "the Mooncake Transfer Engine is not installed: pip install pascal_sglang[mooncake]"
-    return None
+    if kind != "mooncake":
+        return None
+    from pascal_sglang.cluster.transport.mooncake import problem_with_engine
+
+    return problem_with_engine()

@@ -4,6 +4,9 @@ A source writes into its target's receive buffer, which both have mapped: nothin
 The receive buffer is an anonymous shared memory file (`memfd_create`): peers of the same user, and
 nobody else, open it by the process that holds it. It has no name that a killed process could leave
 behind, and does not count against the few MiB that containers give to named segments.
+
+Another host has other processes under the same ids, with files of their own. So the address says
+what the file calls itself, too, and nothing else is opened.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 
-from pascal_sglang.cluster.transport import Transport, TransportError
+from pascal_sglang.cluster.transport import Transport, TransportError, Write
 
-_ADDRESS = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
+_NAME = "pascal-kv-receive"
+_ADDRESS = re.compile(r"(/proc/[0-9]+/fd/[0-9]+)#([0-9a-f]{16})")
 # Receive buffers of peers that stay open.
 PEERS = 1024
 
@@ -32,7 +37,8 @@ class SharedMemory(Transport):
         unpin: Callable[[memoryview], None],
     ) -> None:
         try:
-            self._file = os.memfd_create("pascal-kv-receive")
+            own = secrets.token_hex(8)
+            self._file = os.memfd_create(f"{_NAME}-{own}")
             os.fchmod(self._file, 0o600)
             os.ftruncate(self._file, receive_buffer)
             self._memory = mmap.mmap(self._file, receive_buffer)
@@ -40,7 +46,7 @@ class SharedMemory(Transport):
             raise TransportError(
                 f"cannot make {receive_buffer} bytes of shared memory: {error}"
             ) from error
-        self.address = f"/proc/{os.getpid()}/fd/{self._file}"
+        self.address = f"/proc/{os.getpid()}/fd/{self._file}#{own}"
         self.receive_buffer = memoryview(self._memory)
         self._peers: dict[str, memoryview] = {}
         self._pin, self._unpin = pin, unpin
@@ -55,27 +61,27 @@ class SharedMemory(Transport):
         if found is not None:
             self._unpin(found)
 
-    def room(self, address: str, offset: int, size: int) -> memoryview:
+    def room(self, address: str, offset: int, size: int) -> Write:
         peer = self._peer(address)
         if offset < 0 or offset + size > len(peer):
             raise TransportError(
                 f"{offset}+{size} is outside a receive buffer of {len(peer)} bytes"
             )
-        return peer[offset : offset + size]
-
-    def put(self, address: str, offset: int, size: int) -> None:
-        """It is there already."""
+        return Write(peer[offset : offset + size])
 
     def _peer(self, address: str) -> memoryview:
         found = self._peers.get(address)
         if found is not None:
             return found
-        if not _ADDRESS.fullmatch(address):
+        parts = _ADDRESS.fullmatch(address)
+        if not parts:
             raise TransportError("not the address of a receive buffer")
         if len(self._peers) >= PEERS:
             raise TransportError(f"more than {PEERS} receive buffers")
         try:
-            file = os.open(address, os.O_RDWR)
+            if not os.readlink(parts[1]).startswith(f"/memfd:{_NAME}-{parts[2]} "):
+                raise TransportError("a receive buffer that is not on this host")
+            file = os.open(parts[1], os.O_RDWR)
             try:
                 found = memoryview(mmap.mmap(file, os.fstat(file).st_size))
             finally:

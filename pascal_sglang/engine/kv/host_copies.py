@@ -4,10 +4,11 @@ on CUDA, at once elsewhere."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
@@ -22,8 +23,8 @@ from pascal_sglang.engine.kv import drafts
 from pascal_sglang.engine.kv.copy_stream import CopyStream, copy_stream_of
 from pascal_sglang.engine.kv.entry_kernels import EntryKernel, kernel_for
 from pascal_sglang.engine.kv.host_cache import HeldPrefix
-from pascal_sglang.engine.kv.host_kv import HostKV
-from pascal_sglang.engine.kv.pinning import pin, unpin
+from pascal_sglang.engine.kv.host_kv import HostKV, joined
+from pascal_sglang.engine.kv.pinning import on_own_pages, pin, unpin
 from pascal_sglang.engine.kv.range_allocator import RangeAllocator
 from pascal_sglang.engine.kv.recurrent_states import RecurrentStates, recurrent_states_of
 from pascal_sglang.engine.kv.windows import windows_of
@@ -70,6 +71,19 @@ class HostCopy:
         return [half for half in (self.window_prefix, self.window) if half is not None]
 
 
+class Way(NamedTuple):
+    """How entries are copied."""
+
+    # To the host; else to the device.
+    out: bool
+    # After the steps launched so far.
+    after_steps: bool
+
+
+# Host memory, and where on the device the entries are or go.
+Pair = tuple[HostKV, torch.Tensor]
+
+
 class EntryCopies:
     """Host memory for entries of one device pool, and the copies there and back.
 
@@ -98,6 +112,8 @@ class EntryCopies:
         self._pins = pins
         self._kernel: EntryKernel | None = None
         self._failures = 0
+        # Inside of `together`: what is to begin at its end, in order.
+        self._gathered: list[tuple[Way, list[Pair]]] | None = None
 
     @property
     def bytes_per_entry(self) -> int:
@@ -120,8 +136,8 @@ class EntryCopies:
         if self.buffers is None:
             return
         for buffer in self.buffers:
-            block = torch.empty((entries, *buffer.shape[1:]), dtype=buffer.dtype)
-            # Not pin_memory=True: that rounds up to a power of two.
+            # Not torch.empty with pin_memory=True: that rounds up to a power of two.
+            block = on_own_pages((entries, *buffer.shape[1:]), buffer.dtype)
             if self._pins and block.nbytes and (failed := pin(block.data_ptr(), block.nbytes)):
                 size = entries * self.bytes_per_entry / 2**30
                 raise RuntimeError(
@@ -150,30 +166,62 @@ class EntryCopies:
     def read(self, locations: torch.Tensor, kv: HostKV, *, after_steps: bool = False) -> HostKV:
         """Begin to copy the entries at `locations`, as `to_host` does, into memory of the caller's
         choice. after_steps: a step in flight may write them, and is waited for."""
-        kernel = self._kernel_for(kv)
-        copy = partial(_copy_out, self.buffers) if kernel is None else kernel.copy_out
-        self._begin(kv, copy, locations, after_steps=after_steps)
+        self._begin(Way(out=True, after_steps=after_steps), kv, locations)
         return kv
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Copies from and to `take`'s memory that are asked for inside begin at the end: those of
+        one way that follow each other by one launch, with one event. Until then none of them may be
+        waited for, asked about or held for."""
+        assert self._gathered is None
+        self._gathered = []
+        try:
+            yield
+        finally:
+            gathered, self._gathered = self._gathered, None
+            for way, pairs in gathered:
+                self._launch(way, pairs)
+
+    def _begin(self, way: Way, kv: HostKV, locations: torch.Tensor) -> None:
+        gathered = self._gathered
+        if gathered is None or kv.parts is not self._memory:
+            self._launch(way, [(kv, locations)])
+        elif gathered and gathered[-1][0] == way:
+            gathered[-1][1].append((kv, locations))
+        else:
+            gathered.append((way, [(kv, locations)]))
+
+    def _launch(self, way: Way, pairs: Sequence[Pair]) -> None:
+        """Begin copies of one way at once. Where that fails they are begun one by one: the device
+        may have memory for some of them."""
+        kept = [kv for kv, _ in pairs]
+        whole = joined(kept) if len(pairs) > 1 else kept[0]
+        kernel = self._kernel_for(whole)
+        copy: Callable[[HostKV, torch.Tensor], None]
+        if kernel is None:
+            copy = partial(_copy_out if way.out else _copy_in, self.buffers)
+        else:
+            copy = kernel.copy_out if way.out else kernel.copy_in
+        try:
+            where = torch.cat([locations for _, locations in pairs]) if pairs[1:] else pairs[0][1]
+            # Request rows are int32, of which each index into a buffer would make an int64 again.
+            where = where.to(torch.int64)
+            done = self._stream.run(partial(copy, whole, where), where, after_steps=way.after_steps)
+        except Exception:  # Whatever it is that a kernel raises: the other ranks wait for a word.
+            if len(pairs) == 1:
+                self._failed(kept[0])
+            else:
+                for pair in pairs:
+                    self._launch(way, [pair])
+            return
+        for kv in kept:
+            kv.done = done
 
     def _kernel_for(self, kv: HostKV) -> EntryKernel | None:
         """What copies to or from there by one launch; None if PyTorch does."""
         kernel = self._kernel
         return kernel if kernel is not None and kernel.takes(kv) else None
-
-    def _begin(
-        self,
-        kv: HostKV,
-        copy: Callable[[HostKV, torch.Tensor], None],
-        locations: torch.Tensor,
-        *,
-        after_steps: bool,
-    ) -> None:
-        try:
-            # Request rows are int32, of which each index into a buffer would make an int64 again.
-            where = locations.to(torch.int64)
-            kv.done = self._stream.run(partial(copy, kv, where), where, after_steps=after_steps)
-        except Exception:  # Whatever it is that a kernel raises: the other ranks wait for a word.
-            self._failed(kv)
 
     def _failed(self, kv: HostKV) -> None:
         kv.failed = True
@@ -205,10 +253,8 @@ class EntryCopies:
         """Begin to write the entries to `locations`. Steps see them once `wait` has returned or
         after `hold_steps`; until then the host memory is read. If the device fails, `kv.failed` and
         `wait` say so."""
-        kernel = self._kernel_for(kv)
-        copy = partial(_copy_in, self.buffers) if kernel is None else kernel.copy_in
         # A step in flight may still write entries that have just been freed and given to us.
-        self._begin(kv, copy, locations, after_steps=True)
+        self._begin(Way(out=False, after_steps=True), kv, locations)
 
     def hold_steps(self, kv: HostKV) -> None:
         """Have steps launched from now on wait for the copy, if it is not complete by then."""
@@ -292,6 +338,15 @@ class HostCopies(EntryCopies):
     def window_tokens(self) -> int:
         """Entries of sliding windows that a paused request has at most."""
         return 0 if self._window_pool is None else self._window_pool.most
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(super().together())
+            for beside in (self.states, self.windows):
+                if beside is not None:
+                    stack.enter_context(beside.together())
+            yield
 
     def beside(self) -> EntryCopies:
         """More host memory for plain KV, apart from this. Copies of both run in one order."""

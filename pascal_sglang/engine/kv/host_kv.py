@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,3 +56,14 @@ class HostKV:
                 last = min(first + most, end)
                 yield at, first, last
                 at += last - first
+
+
+def joined(many: Sequence[HostKV]) -> HostKV:
+    """The entries of several with the same `parts`, one after the other, as one."""
+    ranges: list[Range] = []
+    for begin, end in (place for kv in many for place in kv.places):
+        if ranges and ranges[-1][1] == begin:
+            ranges[-1] = (ranges[-1][0], end)
+        else:
+            ranges.append((begin, end))
+    return HostKV(many[0].parts, ranges=ranges, pinned=many[0].pinned)

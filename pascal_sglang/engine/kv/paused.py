@@ -265,8 +265,9 @@ class PausedRequests:
             return
         in_flight = self._in_flight() if leaving else set()
         going = [req for req in leaving if req not in in_flight]
-        for req in going:
-            self._begin_pause(req)
+        with self.copies.together():
+            for req in going:
+                self._begin_pause(req)
         spilling = [req for req in self._spilling if self.is_spilling(req)]
         if wait or not self.copies.deferred:
             under_way = [self._table[req].transfer for req in (*going, *spilling)]
@@ -314,6 +315,13 @@ class PausedRequests:
         paused = self._table.get(req)
         resident = paused is not None and paused.status is PauseStatus.RESIDENT
         return resident and paused is not None and paused.transfer is not None
+
+    def begin_spills(self, reqs: Iterable[Req]) -> None:
+        """Begin the copies of resident requests that are to `spill` now, all together."""
+        with self.copies.together():
+            for req in reqs:
+                if self._table[req].transfer is None:
+                    self._begin_copy(req, self.locations_of(req), None)
 
     def spill(self, req: Req, *, wait: bool = True, at_any_price: bool = False) -> KVTier:
         """Take the KV of a resident request off the device; returns the tier it went to, which is

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 from functools import cache
 
 import torch
+
+
+def on_own_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a tensor that shares no page with any other. CUDA pins whole pages and may refuse
+    one twice, and `torch.empty` has several small tensors on one. Raises: RuntimeError if there is
+    not enough."""
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise RuntimeError(f"no {size} bytes of host memory: {error}") from error
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def pin(at: int, size: int) -> int:

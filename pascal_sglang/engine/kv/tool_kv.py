@@ -14,7 +14,8 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
@@ -24,10 +25,12 @@ from sglang.srt.mem_cache.common import _req_radix_key
 from pascal_sglang.engine.kv.host_copies import EntryCopies
 from pascal_sglang.engine.kv.host_kv import HostKV
 from pascal_sglang.engine.kv.pool import Pool
+from pascal_sglang.engine.kv.transfers import Transfer, Transfers
 from pascal_sglang.engine.req_attributes import state_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree
 from pascal_sglang.policy.kv_tier import Costs
+from pascal_sglang.policy.prefix_namespace import Namespace, namespace_of
 from pascal_sglang.policy.tool_waits import (
     Conversation,
     ToolWaits,
@@ -37,17 +40,27 @@ from pascal_sglang.policy.tool_waits import (
 
 # What came of a conversation's KV. copied: the next turn got it back from host memory. resident:
 # the device had it still. lost: neither had it, or a copy would have taken longer than a prefill.
-# expired: no next turn came in time. forgotten: there were too many.
-OUTCOMES = ("copied", "resident", "lost", "expired", "forgotten")
+# elsewhere: the next turn went to another instance. expired: none came in time. forgotten: there
+# were too many.
+OUTCOMES = ("copied", "resident", "lost", "elsewhere", "expired", "forgotten")
 # Seconds between two looks for what has expired, and for what the prefix cache has.
 LOOK_S = 0.25
 
 
-class Namespace(NamedTuple):
-    """What of a request SGLang's key of the prefix cache has besides tokens."""
+@dataclass(slots=True, eq=False)
+class Save:
+    """Tokens of a conversation on their way to the host."""
 
-    extra_key: str | None
-    cache_salt: str | None
+    conversation: Conversation
+    # The conversation's host memory when the copy began; `piece` is the part that it fills.
+    copy: HostKV
+    piece: HostKV
+    transfer: Transfer
+    # The node of the prefix cache up to which it had the conversation, and how many tokens.
+    node: Any
+    tokens: int
+    # Whether steps wait for the copy.
+    holds: bool = False
 
 
 class ToolKV:
@@ -63,19 +76,21 @@ class ToolKV:
         scheduler: SchedulerProtocol,
         pool: Pool,
         copies: EntryCopies,
+        transfers: Transfers,
         costs: Costs,
         wait_of: Callable[[Req], tuple[bool, float | None]],
         is_queued: Callable[[Req], bool],
         *,
         lru: bool,
     ) -> None:
-        """copies: of plain KV alone. wait_of: whether the conversation of a request that ended is
-        expected to go on, and for how many seconds its KV is to be kept if it says that. is_queued:
-        whether a request waits to start. lru: whether the prefix cache evicts first what has not
-        been used for longest."""
+        """copies: of plain KV alone. transfers: all copies that are under way. wait_of: whether
+        the conversation of a request that ended is expected to go on, and for how many seconds its
+        KV is to be kept if it says that. is_queued: whether a request waits to start. lru: whether
+        the prefix cache evicts first what has not been used for longest."""
         self._scheduler = scheduler
         self._pool = pool
         self.copies = copies
+        self._transfers = transfers
         self._costs = costs
         self._wait_of = wait_of
         self._is_queued = is_queued
@@ -85,8 +100,10 @@ class ToolKV:
         self.kept_tokens = 0
         self._arrived: list[Req] = []
         self._ended: list[tuple[Req, float | None]] = []
-        # Pieces on their way to the host.
-        self._saving: list[tuple[Conversation, HostKV]] = []
+        # Prompts of requests that went elsewhere.
+        self._elsewhere: list[tuple[array[int], Namespace]] = []
+        # In the order in which they began.
+        self._saving: list[Save] = []
         # When to look again for what has expired, and for what the prefix cache has.
         self._look_at = self._touch_at = 0.0
         # As of the last look there: tokens of those that are not saved, and of requests that have
@@ -120,22 +137,39 @@ class ToolKV:
             if waits:
                 self._ended.append((req, asked_s))
 
+    def elsewhere(self, ids: array[int], namespace: Namespace) -> None:
+        """A request with this prompt went to another instance, though this one may keep KV for
+        it."""
+        self._elsewhere.append((ids, namespace))
+
+    def left(self, req: Req) -> None:
+        """A request has migrated."""
+        self._went_elsewhere(self.waits.left(req))
+
+    def _went_elsewhere(self, conversation: Conversation | None) -> None:
+        if conversation is not None:
+            self.counts["elsewhere"] += not conversation.expired
+            self._let_go(conversation)
+
     def step(self, now: float, spare_tokens: int) -> None:
         """Begin a pass: take in who came and ended, let go of what is over, and save what the next
         steps may evict. spare_tokens: KV entries that are free after them, without evictions."""
         self._finish_saves()
         ended, self._ended = self._ended, []
         arrived, self._arrived = self._arrived, []
+        elsewhere, self._elsewhere = self._elsewhere, []
         for req, asked_s in ended:
             ids, prompt = _tokens(req), len(req.origin_input_ids)
             for each in self.waits.replied(ids, prompt, namespace_of(req), now, asked_s):
                 self.counts["forgotten"] += not each.expired
                 self._let_go(each)
+        for ids, namespace in elsewhere:
+            self._went_elsewhere(self.waits.elsewhere(ids, namespace, now))
         for req in arrived if len(self.waits) else ():
             self.waits.arrived(req, _tokens(req), namespace_of(req), now)
         if now >= self._look_at:
             self._look_at = now + LOOK_S
-            # Refused, or started in an order that is not the plan's, or on another instance.
+            # Refused, or started in an order that is not the plan's.
             self.waits.release(lambda req: not self._is_queued(req))
             for each in self.waits.expire(now):
                 self.counts["expired"] += 1
@@ -158,12 +192,13 @@ class ToolKV:
         if self._lru and self._evicts_others(unsaved, most - spare_tokens, now):
             return
         left, room = most, self.copies.room
-        for each in unsaved:
-            if left <= 0:
-                break
-            if not each.saved and (each.copy is not None or len(each.ids) <= room):
-                left -= self._save_some(each, left)
-                room = self.copies.room
+        with self.copies.together():
+            for each in unsaved:
+                if left <= 0:
+                    break
+                if not each.saved and (each.copy is not None or len(each.ids) <= room):
+                    left -= self._save_some(each, left)
+                    room = self.copies.room
 
     def _evicts_others(self, unsaved: Sequence[Conversation], tokens: int, now: float) -> bool:
         """Whether the prefix cache has `tokens` to evict before any of these."""
@@ -203,7 +238,7 @@ class ToolKV:
             copy = conversation.copy = self.copies.take(tokens)
             self.kept_tokens += tokens
         whole = 0 if copy is None else min(tokens, copy.tokens)
-        begin, end = conversation.kept, min(whole, conversation.kept + most)
+        begin, end = conversation.begun, min(whole, conversation.begun + most)
         conversation.saved = end == whole or end <= begin
         if copy is None or end <= begin:
             return 0
@@ -211,31 +246,56 @@ class ToolKV:
         piece = copy.between(begin, end)
         # Entries of a request that has just ended may be another's too.
         self.copies.read(locations, piece, after_steps=self._just_ended)
-        # No lock: it would look to the plan as if memory were short. Whose steps get these entries
-        # next write there after the copy.
-        self.copies.hold_steps(piece)
-        self._saving.append((conversation, piece))
-        if not self.copies.deferred:
-            self._finish_saves()
+        conversation.begun = end
+        transfer = self._transfers.begin([(self.copies, piece)])
+        node = match.last_device_node
+        self._saving.append(Save(conversation, copy, piece, transfer, node, tokens))
         return end - begin
 
+    def hold_steps(self) -> None:
+        """A step is about to be launched. It waits for the copies to the host whose entries may be
+        written by it: those that the prefix cache has evicted since.
+
+        Nothing is locked for a copy: it would look to the plan as if memory were short.
+        """
+        for save in self._saving:
+            if save.holds or save.copy is not save.conversation.copy:
+                continue
+            match = self._match(save.conversation)
+            if (match.last_device_node, match.device_prefix_len) != (save.node, save.tokens):
+                save.holds = True
+                self.copies.hold_steps(save.piece)
+
     def _finish_saves(self) -> None:
-        """Wait until copies to the host are complete, and drop those that one rank has not made."""
+        """Count what is in host memory on every rank, and let go of conversations of which a rank
+        has not copied a part. Nothing is waited for."""
         saving, self._saving = self._saving, []
-        for conversation, piece in saving:
-            if all_agree(self._scheduler, self.copies.wait(piece)):
+        for save in saving:
+            conversation, transfer = save.conversation, save.transfer
+            if conversation.copy is not save.copy:
+                continue  # It was let go meanwhile.
+            if transfer.complete is None:
+                self._saving.append(save)
+            elif transfer.complete:
                 self.counts["saved"] += not conversation.kept
-                conversation.kept += piece.tokens
-                self.counts["saved_tokens"] += piece.tokens
+                conversation.kept += save.piece.tokens
+                self.counts["saved_tokens"] += save.piece.tokens
             else:
                 self.counts["copy_failed"] += 1
                 conversation.saved = True
                 self._let_go(conversation)
 
+    def _wait_for(self, conversation: Conversation) -> None:
+        """Until all of it whose copy has begun is in host memory, or is known to have failed."""
+        own = (save.transfer for save in self._saving if save.copy is conversation.copy)
+        self._transfers.finish(*own)
+        self._finish_saves()
+
     def _let_go(self, conversation: Conversation) -> None:
-        """Give back the host memory of a conversation, if it has some."""
+        """Give back the host memory of a conversation, if it has some. Whatever is copied there
+        next comes after the copies that are under way."""
         copy: HostKV | None = conversation.copy
-        conversation.copy, conversation.kept = None, 0
+        conversation.copy, conversation.kept, conversation.begun = None, 0, 0
         if copy is not None:
             self.kept_tokens -= copy.tokens
             self.copies.free(copy)
@@ -246,7 +306,6 @@ class ToolKV:
         conversation = self.waits.of(req)
         if conversation is None:
             return
-        self._finish_saves()
         self.waits.remove(conversation)
         try:
             self.counts[self._copy_back(req, conversation)] += 1
@@ -263,6 +322,9 @@ class ToolKV:
         most = most // page * page
         prefix = pool.cached_prefix(req, most)
         had = prefix.tokens
+        if had < min(most, conversation.begun):
+            # The device has lost already what is only being copied.
+            self._wait_for(conversation)
         copy: HostKV | None = conversation.copy
         whole = had if copy is None else min(most, conversation.kept)
         if whole <= had:
@@ -274,6 +336,8 @@ class ToolKV:
         lock = pool.lock(prefix.node) if had else None  # Before anything is evicted.
         try:
             own = pool.take(whole - had)
+            # The nodes of those that were evicted for it may be made anew below.
+            self.hold_steps()
             if own is None or not self._load(copy, had, whole, own):
                 return "lost"
             locations = own.to(torch.int64)
@@ -306,15 +370,14 @@ class ToolKV:
 
     def forget(self, matches: Callable[[str], bool]) -> None:
         """Drop what is kept for next turns whose id `matches`: they are aborted."""
-        self._finish_saves()
         self._arrived = [req for req in self._arrived if not matches(req.rid)]
         for each in self.waits.forget(lambda req: matches(req.rid)):
             self._let_go(each)
 
     def drop(self) -> None:
         """Drop all that is kept: it is no longer valid, or nobody goes on with it."""
-        self._finish_saves()
         self._ended.clear()
+        self._elsewhere.clear()
         for each in self.waits:
             self.waits.remove(each)
             self._let_go(each)
@@ -329,10 +392,6 @@ class ToolKV:
             "host_capacity": self.copies.capacity,
             "counts": dict(self.counts),
         }
-
-
-def namespace_of(req: Req) -> Namespace:
-    return Namespace(req.extra_key, req.cache_salt)
 
 
 def _tokens(req: Req) -> array[int]:

@@ -95,6 +95,12 @@ class Transfers:
             del self._open[transfer.number]
         return all(transfer.complete for transfer in transfers)
 
+    def wait_here(self) -> None:
+        """Wait until nothing is read or written by a copy on this rank. The ranks do not meet for
+        that, and say so with the next `progress`."""
+        for transfer in self._open.values():
+            transfer.wait()
+
     def finish_all(self) -> None:
         """Wait for everything that is under way."""
         self.finish(*self._open.values())

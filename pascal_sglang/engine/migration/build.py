@@ -9,7 +9,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from pascal_sglang.cluster import messages
 from pascal_sglang.cluster.control_channel import CONTROL_ENV, ControlSender
-from pascal_sglang.cluster.migration_pace import WAITED_SHARE, MigrationPace
+from pascal_sglang.cluster.migration_pace import WAITED_SHARE, MigrationPace, NetworkPace
 from pascal_sglang.cluster.migration_source import Terms
 from pascal_sglang.cluster.transport import TransportError, make
 from pascal_sglang.config import PascalConfig
@@ -30,20 +30,20 @@ from pascal_sglang.engine.migration.receive_buffer import (
 from pascal_sglang.engine.plan_executor import PlanExecutor
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.engine.tp_ranks import all_agree, from_every_rank
-from pascal_sglang.instances import instance_count, own_instance, speaks
+from pascal_sglang.instances import instance_count, own_instance, several_hosts, speaks
 from pascal_sglang.support import Level, Support
 
 logger = logging.getLogger(__name__)
 
 
-def control_folder(config: PascalConfig) -> str | None:
-    """The folder of the control sockets where the controller places this process's requests; None
+def control_place(config: PascalConfig) -> str | None:
+    """The place of the control sockets where the controller places this process's requests; None
     otherwise."""
     return os.environ.get(CONTROL_ENV) if config.places and instance_count() > 1 else None
 
 
-def migration_folder(config: PascalConfig) -> str | None:
-    """The folder of the control sockets where this process's requests may move; None otherwise."""
+def migration_place(config: PascalConfig) -> str | None:
+    """The place of the control sockets where this process's requests may move; None otherwise."""
     return os.environ.get(CONTROL_ENV) if config.can_migrate and instance_count() > 1 else None
 
 
@@ -57,7 +57,7 @@ def receive_bytes(
     scheduler: SchedulerProtocol, copies: HostCopies, config: PascalConfig, support: Support
 ) -> int:
     """Bytes of this rank's receive buffer, before it is made; 0 where requests do not move."""
-    if migration_folder(config) is None or support.level < Level.MOVE:
+    if migration_place(config) is None or support.level < Level.MOVE:
         return 0
     kv = kv_bytes_of(scheduler, copies)
     return 0 if isinstance(kv, str) else receive_buffer_bytes(kv, most_window_bytes())
@@ -71,14 +71,16 @@ def build_migrations(
 ) -> tuple[Migrations | None, Support]:
     """The moves of a scheduler with an executor; None, and logged, where requests cannot move. And
     the level; `support` is what the server and its pools leave."""
-    folder = migration_folder(config)
-    if folder is None or executor is None:
+    place = migration_place(config)
+    if place is None or executor is None:
         return None, support
     if support.level < Level.MOVE:
         logger.warning("pascal_sglang: requests do not move here, because of %s", support.reason)
         return None, support
     kv = kv_bytes_of(scheduler, executor.paused_requests.copies)
     problem = kv if isinstance(kv, str) else None
+    if several_hosts() and config.kv_transport == "auto":
+        problem = "instances on several hosts, and no --pascal-kv-transport between them"
     most = most_window_bytes()
     transport = None
     if problem is None and not isinstance(kv, str):
@@ -102,7 +104,7 @@ def build_migrations(
     assert transport is not None
     assert not isinstance(kv, str)
     leads = speaks()
-    control_sender = Rank0Sender(ControlSender(folder, own_instance()) if leads else None)
+    control_sender = Rank0Sender(ControlSender(place, own_instance()) if leads else None)
     terms = Terms(live=config.live_migration)
     receive_buffer = ReceiveBuffer(
         executor.pool, kv, transport.receive_buffer, executor.paused_requests.transfers, most
@@ -123,7 +125,8 @@ def build_migrations(
             executor.capacity.step_tokens,
             executor.paused_requests.costs.copy_token_s or None,
             # As `OutgoingMigrations._sent`: the scheduler waits for the others' pieces.
-            share=1.0 if kv.copies.deferred and transport.direct else WAITED_SHARE,
+            share=1.0 if kv.copies.deferred else WAITED_SHARE,
+            network=None if transport.direct else NetworkPace(receive_buffer.slot_tokens),
         ),
         control_sender=control_sender,
         prefill_gate=prefill_gate,

@@ -29,6 +29,7 @@ from pascal_sglang.engine.migration.request_snapshot import (
     BadSnapshot,
     RequestSnapshot,
     import_state,
+    on_this_clock,
     read_snapshot,
     restore_state,
 )
@@ -76,7 +77,8 @@ class IncomingMigration(MigrationTarget):
     def problem(self, state: bytes, tokens: int) -> str | None:
         scheduler = self.side.scheduler
         try:
-            self.snapshot = read_snapshot(state, tokens, scheduler.max_req_len)
+            read = read_snapshot(state, tokens, scheduler.max_req_len)
+            self.snapshot = on_this_clock(read, self.heard)
             self.req = import_state(scheduler, self.snapshot)
             # Without KV there is none of a draft model either: it is prefilled with the rest.
             self.drafted = unpack(self.snapshot.drafted, scheduler) if tokens else None

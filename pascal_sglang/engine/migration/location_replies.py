@@ -1,18 +1,21 @@
-"""Tells the controller which requests live on this instance (`cluster.location_check`)."""
+"""Takes in what the controller says where no requests move; tells it which of them live here
+(`cluster.location_check`)."""
 
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pascal_sglang.cluster.codec import BadMessage, unpack
-from pascal_sglang.cluster.messages import LocationQuery, MayEnd
+from pascal_sglang.cluster.messages import LocationQuery, MayEnd, TurnElsewhere
 from pascal_sglang.engine.kv.paused import PausedRequests
 from pascal_sglang.engine.load_reporter import LoadReporter
 from pascal_sglang.engine.migration.control_receiver import ControlBatch
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
 from pascal_sglang.instances import instance_count
+from pascal_sglang.policy.prefix_namespace import Namespace
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,8 @@ class LocationReplies:
     load_reporter: LoadReporter | None
     # Lets the instance end, which was told to.
     end: Callable[[MayEnd], None] = lambda word: None
+    # Told of requests that went to another instance though this one has most of their prompts.
+    elsewhere: Callable[[array[int], Namespace], None] = lambda ids, namespace: None
 
     def hear(self, control_batch: ControlBatch) -> None:
         """Take in what the controller says where no requests move."""
@@ -40,6 +45,8 @@ class LocationReplies:
                 self.reply(message)
             elif isinstance(message, MayEnd):
                 self.end(message)
+            elif isinstance(message, TurnElsewhere):
+                self.elsewhere(*message.prompt())
 
     def reply(self, query: LocationQuery) -> None:
         """Say which of some requests live here, those on their way out included."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.tp_ranks import ERRORS_LOGGED, catch_on_all_ranks
 from pascal_sglang.instances import instance_count, own_instance
+from pascal_sglang.policy.prefix_namespace import Namespace
 from pascal_sglang.policy.running_mean import running_mean
 from pascal_sglang.policy.timeline import Phase
 
@@ -71,12 +73,16 @@ class Migrations:
     locate: Callable[[messages.LocationQuery], None] = lambda query: None
     # Lets the instance end, which was told to.
     end: Callable[[messages.MayEnd], None] = lambda word: None
+    # Told of requests that went to another instance though this one has most of their prompts.
+    elsewhere: Callable[[array[int], Namespace], None] = lambda ids, namespace: None
+    # Told of each request that goes on elsewhere.
+    left: Callable[[Req], None] = lambda req: None
     _dice: random.Random = field(default_factory=lambda: random.Random(0))
     _dp_rank: int = field(default_factory=own_instance)
     _instances: int = field(default_factory=instance_count)
 
     def __post_init__(self) -> None:
-        self.outgoing_migrations.left = self.gone
+        self.outgoing_migrations.left = self._left
 
     @property
     def reserved_tokens(self) -> int:
@@ -148,6 +154,8 @@ class Migrations:
             self.locate(message)
         elif isinstance(message, messages.MayEnd):
             self.end(message)
+        elif isinstance(message, messages.TurnElsewhere):
+            self.elsewhere(*message.prompt())
         else:
             self._reject("not for an instance")
 
@@ -166,7 +174,7 @@ class Migrations:
     def step(self, running: ScheduleBatch) -> None:
         """Once per pass, before the plan."""
         now = self.states.pass_info.now
-        if self.outgoing_migrations.under_way:
+        if self.outgoing_migrations.under_way or self.outgoing_migrations.closing:
             self.outgoing_migrations.step(running, now)
         if (
             not self.incoming_migrations.is_idle
@@ -222,6 +230,10 @@ class Migrations:
     def gone(self, req: Req) -> None:
         """The request has ended here, or moved on, without another token."""
         self.incoming_migrations.arrived.pop(req, None)
+
+    def _left(self, req: Req) -> None:
+        self.gone(req)
+        self.left(req)
 
     def aborted(self, rid: str, matches: Callable[[str], bool]) -> None:
         """An abort has come, before it is looked for among the requests here."""

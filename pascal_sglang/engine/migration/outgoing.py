@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from pascal_sglang.cluster.transport import Transport
 from pascal_sglang.engine.kv.serializer import KVSerializer
 from pascal_sglang.engine.kv.transfers import Transfers
 from pascal_sglang.engine.migration.control_receiver import Rank0Sender
-from pascal_sglang.engine.migration.outgoing_kv import OutgoingKV, find
+from pascal_sglang.engine.migration.outgoing_kv import FAILED, UNDER_WAY, OutgoingKV, find
 from pascal_sglang.engine.migration.outgoing_waiting import OutgoingWaiting
 from pascal_sglang.engine.migration.prefill_gate import PrefillGate
 from pascal_sglang.engine.migration.request_snapshot import export_state, why_not_migratable
@@ -31,12 +32,15 @@ from pascal_sglang.engine.observability.tracing import span
 from pascal_sglang.engine.req_attributes import state_of, timeline_of
 from pascal_sglang.engine.request_states import RequestStates, remaining_of
 from pascal_sglang.engine.scheduler_protocol import SchedulerProtocol
-from pascal_sglang.engine.tp_ranks import least
+from pascal_sglang.engine.tp_ranks import all_agree, least
 from pascal_sglang.instances import own_instance
 from pascal_sglang.policy.request import RequestStatus
 
 logger = logging.getLogger(__name__)
 
+# How long bytes of a piece that was given up may still be on their way through a network, in
+# seconds: its slot is not given to others until then.
+QUIET_S = 10.0
 # Of KV in host memory, which the scheduler's thread copies, all moves send so much in a pass while
 # others decode: half a millisecond.
 HOST_PIECE_BYTES = 4 << 20
@@ -56,6 +60,8 @@ class OutgoingMigration(MigrationSource):
     aborted: bool = False
     # When it was told to leave the batch, in seconds; 0 while it runs.
     stopped_at: float = 0.0
+    # The pass in which its last piece was begun.
+    served: int = 0
 
     @property
     def req(self) -> Req:
@@ -115,6 +121,18 @@ class OutgoingMigration(MigrationSource):
         self.side.report(self.migration, False, self.why)
 
 
+@dataclass(slots=True)
+class Closing:
+    """A move that is over while a network still carries a piece of it. Its target is told that
+    nothing is written into the slot any more once that is so. Times in seconds."""
+
+    target: int
+    kv: OutgoingKV
+    since: float
+    # The piece has failed, and this instance has nothing to do with it any more.
+    rest_since: float | None = None
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class OutgoingMigrations:
     """Migrations from here."""
@@ -128,6 +146,7 @@ class OutgoingMigrations:
     control_sender: Rank0Sender
     prefill_gate: PrefillGate
     under_way: dict[str, OutgoingMigration] = field(default_factory=dict)
+    closing: dict[str, Closing] = field(default_factory=dict)
     # How they ended: `moved` or `kept:<why>`.
     counts: Counter[str] = field(default_factory=Counter)
     # By this rank.
@@ -201,6 +220,7 @@ class OutgoingMigrations:
             terms=self.terms,
             reserve=reserve,
             spare=self.pace.spare,
+            over_network=self.pace.network is not None,
             side=self,
             target=order.target,
             kv=kv,
@@ -213,7 +233,8 @@ class OutgoingMigrations:
 
     def hear(self, sender: int, message: Message, now: float) -> None:
         out = self.under_way.get(message.migration)
-        if out is None and isinstance(message, messages.WriteQuery):
+        known = out is not None or message.migration in self.closing
+        if not known and isinstance(message, messages.WriteQuery):
             # What was under way has been waited for before the move was forgotten.
             self.control_sender.send(sender, [messages.MigrationCancelled(message.migration)])
         if out is None or out.target != sender:
@@ -228,20 +249,85 @@ class OutgoingMigrations:
         the running batch."""
         self.running = running
         alive = set(running.reqs)
-        for migration, out in list(self.under_way.items()):
+        self._agree_on_sending()
+        self._close(now)
+        for out in self.under_way.values():
+            self._look_at(out, alive, now)
+        # Those that stand still first, then in turn: a network takes a few pieces at a time.
+        in_turn = sorted(
+            self.under_way.items(),
+            key=lambda each: (each[1].state is not SourceState.STOPPING, each[1].served),
+        )
+        for migration, out in in_turn:
             self._advance(out, alive, now)
             self._say(out, out.tick(now))
             self._close_if_over(migration)
 
+    def _agree_on_sending(self) -> None:
+        """What the ranks know together of the pieces that go over a network."""
+        both = [out.kv for out in self.under_way.values()]
+        both += [closing.kv for closing in self.closing.values()]
+        sending = [kv for kv in both if kv.sending is not None and kv.rate == UNDER_WAY]
+        if sending:
+            rates = least(self.scheduler, *(kv.word() for kv in sending))
+            for kv, rate in zip(sending, rates, strict=True):
+                kv.rate = rate
+
+    def _close(self, now: float) -> None:
+        """Tell the targets of moves that are over when nothing is on its way to them any more."""
+        for migration, closing in list(self.closing.items()):
+            kv = closing.kv
+            if kv.rate == UNDER_WAY:
+                if now - closing.since > self.terms.patience_s:
+                    kv.give_up_write()
+                    if self.pace.network is not None:
+                        self.pace.network.failed()
+                    closing.since = math.inf
+                continue
+            if kv.rate <= FAILED and closing.rest_since is None:
+                if all_agree(self.scheduler, kv.is_at_rest):
+                    closing.rest_since = now
+                else:
+                    kv.give_up_write()
+            if kv.rate > FAILED or now - (closing.rest_since or now) > QUIET_S:
+                del self.closing[migration]
+                cancelled = messages.MigrationCancelled(migration)
+                self.control_sender.send(closing.target, [cancelled])
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether the transport takes no more writes now, as far as all ranks know."""
+        writes = self.transport.writes
+        if writes is None:
+            return False
+        sending = sum(out.kv.sending is not None for out in self.under_way.values())
+        sending += sum(closing.rest_since is None for closing in self.closing.values())
+        return sending >= writes
+
     def _say(self, out: OutgoingMigration, said: Sequence[Message]) -> None:
         """Tell the target. If the move is over, it gives the slot to others: nothing may be on
         its way there."""
-        if out.is_over and out.writing is not None:
+        if out.is_over and out.kv.sending is not None:
+            self._leave_to_network(out)
+            said = [each for each in said if not isinstance(each, messages.MigrationCancelled)]
+        elif out.is_over and out.writing is not None:
             self._wait(out)
+        if out.is_over:
             out.writing = None
         self.control_sender.send(out.target, said)
 
-    def _advance(self, out: OutgoingMigration, alive: set[Req], now: float) -> None:
+    def _leave_to_network(self, out: OutgoingMigration) -> None:
+        """The move is over, and the network may still carry a piece of it."""
+        if out.migration in self.closing:
+            return
+        if out.kv.writing is not None:  # What is read there may be given to others.
+            self.transfers.finish(out.kv.writing)
+        out.kv.give_up_unbegun()
+        since = -math.inf if out.why == "timeout" else self.states.pass_info.now
+        self.closing[out.migration] = Closing(out.target, out.kv, since)
+
+    def _look_at(self, out: OutgoingMigration, alive: set[Req], now: float) -> None:
+        """What has become of the request, and of the piece that is on its way."""
         if out.state not in OPEN:
             return
         why = "recompute" if out.kv.is_lost(alive) else None
@@ -252,9 +338,11 @@ class OutgoingMigrations:
             self._say(out, out.keep(why))
             return
         if out.writing is not None and out.kv.is_written() is not None:
-            self._say(out, out.written() if self._wait(out) else out.unsent("transport"))
-            if out.state not in OPEN:
-                return
+            self._say(out, out.written(now) if self._wait(out) else out.unsent("transport"))
+
+    def _advance(self, out: OutgoingMigration, alive: set[Req], now: float) -> None:
+        if out.state not in OPEN:
+            return
         if self._copy(out, alive, now) and out.state is SourceState.STOPPING:
             # Without overlap nothing of it is under way, and it stands still at once.
             self.states.finish_pauses()
@@ -270,13 +358,14 @@ class OutgoingMigrations:
         tokens = out.kv.tokens(status, runs and self.scheduler.enable_overlap)
         out.link_tokens = self._link_tokens(status, waits=not alive)
         try:
-            said = out.copy(now, tokens, still=still, before=out.kv.before(status, tokens))
+            before_tokens = out.kv.before(status, tokens)
+            said = out.copy(tokens, still=still, before=before_tokens, room=not self._is_full)
         except (TypeError, ValueError, OverflowError):
             logger.exception("pascal_sglang: the state of %s does not travel", out.req.rid)
             said = out.keep("state")
         for message in said:
             if isinstance(message, messages.KVChunk | messages.Handover):
-                said = self._sent(out, message, status)
+                said = self._sent(out, message, status, now)
         self._say(out, said)
         return before is not out.state
 
@@ -289,21 +378,23 @@ class OutgoingMigrations:
         most = max(1, HOST_PIECE_BYTES // self.kv.per_token // max(1, self.moves))
         return most if link is None else min(link, most)
 
-    def _sent(self, out: OutgoingMigration, message: Any, status: RequestStatus) -> list[Message]:
+    def _sent(
+        self, out: OutgoingMigration, message: Any, status: RequestStatus, now: float
+    ) -> list[Message]:
         """Put the KV that `message` speaks of where the target finds it; what can be said now. The
         device copies a KVChunk while the next steps decode. A Handover is little, and its reader
-        waits for it."""
-        chunk = message if isinstance(message, messages.KVChunk) else None
-        end = message.kv_tokens if chunk is None else chunk.end
+        waits for it. A network carries both while the scheduler goes on."""
+        stopped = isinstance(message, messages.Handover)
+        end = message.kv_tokens if stopped else message.end
         began = clock.now()
-        beside = chunk is not None and self.kv.copies.deferred and self.transport.direct
-        stopped = chunk is None
+        beside = not self.transport.direct or (not stopped and self.kv.copies.deferred)
         out.kv.write(message.begin, end, message.before, status, stopped=stopped, beside=beside)
-        if beside:
+        out.served = self.states.pass_info.pass_no
+        if beside and out.kv.is_written() is not True:
             return []
         if not self._wait(out, end - message.begin, began, stopped=stopped):
             return out.unsent("transport")
-        return [message] if chunk is None else out.written()
+        return out.written(now)
 
     def _wait(
         self,
@@ -316,6 +407,8 @@ class OutgoingMigrations:
         """Whether the KV last written is in the slot, on every rank: rank 0 speaks for all.
         tokens: those of a piece that is waited for since `began`, which says how fast they go, on
         the slowest rank. stopped: it is the last one."""
+        if out.kv.sending is not None:
+            return self._arrived(out)
         if out.kv.writing is not None:
             complete = out.kv.writing.complete
             sent = self.transfers.finish(out.kv.writing) if complete is None else complete
@@ -329,6 +422,21 @@ class OutgoingMigrations:
             self.pace.went(tokens, rate, stopped=stopped)
         if problem is not None:
             logger.warning("pascal_sglang: %s stays: %s", out.req.rid, problem)
+        return sent
+
+    def _arrived(self, out: OutgoingMigration) -> bool:
+        """Whether the piece that a network carried is in the slot, on every rank."""
+        kv, network = out.kv, self.pace.network
+        tokens, sent = kv.sending or 0, kv.rate > FAILED
+        if network is not None:
+            if not sent:
+                network.failed()
+            elif tokens:
+                network.went(tokens, tokens / kv.rate)
+        if sent:
+            kv.sent(True)
+        else:
+            logger.warning("pascal_sglang: %s stays: %s", out.req.rid, kv.problem)
         return sent
 
     def _close_if_over(self, migration: str) -> None:
@@ -377,6 +485,6 @@ class OutgoingMigrations:
                 out.target_died()
                 self._say(out, [])
                 self._close_if_over(migration)
-        # What was on its way there has been waited for.
+        # What is still on its way there fails, and is waited for in `closing`.
         if instance in self._peers:
             self.transport.close_peer(self._peers.pop(instance))

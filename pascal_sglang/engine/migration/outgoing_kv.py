@@ -11,7 +11,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from pascal_sglang.cluster.messages import ReserveGranted
 from pascal_sglang.cluster.migration_source import WINDOWS
-from pascal_sglang.cluster.transport import Transport, TransportError
+from pascal_sglang.cluster.transport import Transport, TransportError, Write
 from pascal_sglang.engine.kv.paused import PausedRequests, PauseStatus
 from pascal_sglang.engine.kv.recurrent_states import RecurrentStates
 from pascal_sglang.engine.kv.serializer import KVSerializer
@@ -21,6 +21,10 @@ from pascal_sglang.policy.kv_tier import KVTier
 from pascal_sglang.policy.request import RequestStatus
 
 logger = logging.getLogger(__name__)
+
+# A rank's word on a write over a network: under way, failed, or else how fast it went, in tokens a
+# second; the least of all ranks is what holds for all.
+UNDER_WAY, FAILED = 0.0, 1e-9
 
 # Where a paused request's KV can be read.
 KEPT: dict[PauseStatus | None, RequestStatus] = {
@@ -44,9 +48,12 @@ class OutgoingKV:
     bytes_sent: int = 0
     # The piece that is copied beside the decoding.
     writing: Transfer | None = None
+    # Tokens of the piece that goes over a network, until it has arrived; and the ranks' word on it.
+    sending: int | None = None
+    rate: float = UNDER_WAY
     _pieces: int = 0
     _copy: Parts | None = None
-    _written: tuple[str, int, int] | None = None
+    _written: Write | None = None
     _problem: str | None = None
 
     def status(self, running: set[Req]) -> RequestStatus | None:
@@ -95,19 +102,26 @@ class OutgoingKV:
     ) -> None:
         """Begin to put KV of the tokens `begin`..`end` into the target's slot, the first `before`
         of the request's without entries of sliding windows. stopped: all that is left, and its
-        recurrent state too. `written` says what came of it; beside: `writing` does."""
+        recurrent state too. `written` says what came of it; beside: `is_written` does."""
         self._problem = self._written = self._copy = None
+        before = max(0, before - begin)
         try:
-            self._write(begin, end, max(0, before - begin), status, stopped=stopped)
+            self._write(begin, end, before, status, stopped=stopped)
         except TransportError as error:
             self._problem = str(error)
         except Exception as error:  # Whatever it is: the other ranks wait to be told so.
             self._problem = f"reading KV failed: {error}"
-        if beside:
-            if self._problem is not None:
-                logger.warning("pascal_sglang: %s", self._problem)
-            failed = self._problem is not None
+        if not beside:
+            return
+        if self._problem is not None:
+            logger.warning("pascal_sglang: %s", self._problem)
+        failed = self._problem is not None
+        # The same on all ranks, whatever failed on one.
+        if self.serializer.copies.deferred:
             self.writing = self.paused_requests.transfers.begin(self._copy or [], failed=failed)
+        if not self.transport.direct and self.serializer.size(end - begin, before, state=stopped):
+            self.sending, self.rate = end - begin, UNDER_WAY
+            self.word()
 
     def _write(
         self, begin: int, end: int, before: int, status: RequestStatus, *, stopped: bool
@@ -125,8 +139,9 @@ class OutgoingKV:
         with_state = stopped and self.serializer.state_bytes > 0
         if self.tp_rank >= len(self.granted.receive_buffers):
             raise TransportError("the target has fewer TP ranks")
-        there = (self.granted.receive_buffers[self.tp_rank], offset, size)
-        memory = self.transport.room(*there)
+        there = self.transport.room(self.granted.receive_buffers[self.tp_rank], offset, size)
+        memory = there.memory
+        self._written = there
         if status is RequestStatus.HOST:
             copy = self.paused_requests.copy_of(self.req)
             self.serializer.copy_host(copy, begin, end, before, memory)
@@ -140,29 +155,72 @@ class OutgoingKV:
                 self.serializer.copy_out(where, before, memory, self._copy)
             if state is not None:
                 self.serializer.state_out(state, memory, self._copy)
-        self._written = there
 
     def is_written(self) -> bool | None:
         """Whether the piece that is copied beside the decoding is in the slot on every rank; None
         while that is not known."""
+        if self.sending is not None:
+            return None if self.rate == UNDER_WAY else self.rate > FAILED
         return True if self.writing is None else self.writing.complete
+
+    def word(self) -> float:
+        """This rank's word on the piece that goes over a network: it is sent once it is copied."""
+        write = self._written
+        if self._problem is not None or write is None:
+            return FAILED
+        if self.serializer.copies.deferred:
+            copied = True if self.writing is None else self._copied(self.writing)
+        else:
+            copied = self._copy is None or self.serializer.wait(self._copy)
+            self._copy = None
+        if copied is None:
+            return UNDER_WAY
+        if copied:
+            write.begin()
+            copied = write.query()
+        if copied is None:
+            return UNDER_WAY
+        if not copied:
+            self._problem = write.problem or "reading KV failed"
+            return FAILED
+        return max(2 * FAILED, (self.sending or 0) / max(1e-9, write.seconds))
+
+    @staticmethod
+    def _copied(transfer: Transfer) -> bool | None:
+        return transfer.query() if transfer.complete is None else transfer.complete
+
+    def give_up_write(self) -> None:
+        """Nothing of the piece is sent any more."""
+        if self._written is not None:
+            self._written.abandon()
+
+    def give_up_unbegun(self) -> None:
+        """Do not begin to send the piece."""
+        if self._written is not None and not self._written.begun:
+            self._written.abandon()
+
+    @property
+    def problem(self) -> str:
+        """Why the piece has failed."""
+        return self._problem or "another rank"
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether this rank has nothing to do with the piece any more."""
+        return self._written is None or self._written.at_rest
 
     def sent(self, complete: bool) -> None:
         """The piece that was copied beside the decoding has been waited for."""
         if complete and self._written is not None:
-            self.bytes_sent += self._written[2]
-        self.writing = self._copy = self._written = None
+            self.bytes_sent += self._written.memory.nbytes
+        self.writing = self._copy = self._written = self.sending = None
 
     def written(self) -> str | None:
         """Wait for what `write` began; None if it is in the slot, else why it is not."""
         if self._copy is not None and not self.serializer.wait(self._copy):
             self._problem = "reading KV failed"
         if self._problem is None and self._written is not None:
-            try:
-                self.transport.put(*self._written)
-                self.bytes_sent += self._written[2]
-            except Exception as error:  # As above.
-                self._problem = str(error)
+            self.bytes_sent += self._written.memory.nbytes
         self._copy = self._written = None
         return self._problem
 

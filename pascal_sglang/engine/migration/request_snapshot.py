@@ -16,6 +16,7 @@ import msgspec
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from pascal_sglang import clock
 from pascal_sglang.cluster.codec import UNREADABLE
 from pascal_sglang.cluster.messages import MAX_STATE_BYTES, Count
 from pascal_sglang.engine.kv.drafts import DraftState
@@ -35,7 +36,7 @@ from pascal_sglang.policy.pacer import Pacer
 from pascal_sglang.policy.timeline import Break, Phase, PhaseTimeline
 
 # Goes up with every change to what the snapshot says.
-VERSION = 6
+VERSION = 7
 
 TokenIds = Annotated[list[Count], msgspec.Meta(min_length=1)]
 
@@ -47,6 +48,13 @@ class PolicyState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     phase_tokens: Count
     total_tokens: Count
     credit: int
+
+
+class ClockReading(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The clock that a snapshot's times are of, and what it said when the snapshot was made."""
+
+    name: str
+    now: float
 
 
 class RequestSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,6 +81,7 @@ class RequestSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trace: TraceLink | None
     # Seconds; the reader has been kept waiting since then.
     blocked_since: float
+    clock: ClockReading
     version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
 
 
@@ -117,6 +126,7 @@ def export_state(req: Req, blocked_since: float, drafted: DraftState | None = No
             drafted=pack(drafted),
             trace=export_trace(req),
             blocked_since=blocked_since,
+            clock=ClockReading(clock.name(), clock.now()),
             version=VERSION,
         )
     )
@@ -163,6 +173,29 @@ def read_snapshot(state: bytes, kv_tokens: int, longest: int) -> RequestSnapshot
     if most is None or prompt + most > longest:
         raise BadSnapshot("longer than this instance serves")
     return snapshot
+
+
+def on_this_clock(snapshot: RequestSnapshot, heard: float) -> RequestSnapshot:
+    """The snapshot, its times brought onto the clock of this process where they are of another
+    host's: as if it had not been on its way at all. heard: when it came here, the same on all TP
+    ranks, which are to decide alike."""
+    if snapshot.clock.name == clock.name():
+        return snapshot
+    ahead = heard - snapshot.clock.now
+    timeline, pacer = _timeline(snapshot), _pacer(snapshot)
+    timeline.shift(ahead)
+    pacer.shift(ahead)
+    times = {
+        name: value + ahead if name.endswith("_time") and value else value
+        for name, value in snapshot.times.items()
+    }
+    return msgspec.structs.replace(
+        snapshot,
+        times=times,
+        timeline=dataclasses.asdict(timeline),
+        pacer=dataclasses.asdict(pacer),
+        blocked_since=snapshot.blocked_since + ahead,
+    )
 
 
 def import_state(scheduler: SchedulerProtocol, snapshot: RequestSnapshot) -> Req:

@@ -157,8 +157,8 @@ class ToolMetrics:
             "pascal:tool_turns",
             "Conversations that waited for a tool, by what came of their KV. copied: the next turn "
             "got it back from host memory; resident: the device had it still; lost: neither had "
-            "it, or a copy takes longer than a prefill; expired: no next turn came in time; "
-            "forgotten: there were too many.",
+            "it, or a copy takes longer than a prefill; elsewhere: the next turn went to another "
+            "instance; expired: none came in time; forgotten: there were too many.",
             [*names, "outcome"],
         )
         tokens = Counter(

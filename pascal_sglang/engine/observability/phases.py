@@ -104,7 +104,7 @@ class PhaseTracker:
         else:
             outcome = "answered" if timeline.answer_tokens else "no_answer"
         self.outcomes[outcome] += 1
-        self.recent.append({**describe(req), "outcome": outcome})
+        self.recent.append({**describe(req), "outcome": outcome, "took_s": timeline_of(req).took})
         if self.metrics is not None:
             self.metrics.record(timeline, outcome, qoe_of(req))
 

@@ -13,19 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pascal_sglang.policy.forecast import (
-    OUTCOMES,
-    WHEN,
-    Calibration,
-    Estimate,
-    Forecaster,
-    Machine,
-    Outlook,
-    Present,
-)
+import numpy as np
+
+from pascal_sglang.policy import fast_forward
+from pascal_sglang.policy.calibration import Calibration
+from pascal_sglang.policy.fast_forward import Machine, Present
+from pascal_sglang.policy.forecast import Forecaster
+from pascal_sglang.policy.forecast_errors import OUTCOMES, WHEN, Estimate
+from pascal_sglang.policy.outlook import Outlook
 from pascal_sglang.policy.timeline import Phase
 from pascal_sglang.sim.arms import Arm
-from pascal_sglang.sim.cluster import Cluster, Setup
+from pascal_sglang.sim.cluster import UNLIMITED, Cluster, Setup
 from pascal_sglang.sim.experiments import paper
 from pascal_sglang.sim.experiments.runs import Task
 from pascal_sglang.sim.experiments.tables import lay_out
@@ -40,11 +38,19 @@ EVERY_S = 5.0
 COUNTED = 0.75
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationTask(Task):
+    """budgets: share of the requests whose thinking budget says how long they think."""
+
+    budgets: float = 0.0
+
+
 @dataclass(slots=True, eq=False)
 class Watched:
-    """An instance's forecaster, who is there, and the last outlook."""
+    """An instance's forecaster, what came of its forecasts, who is there, and the last outlook."""
 
     forecaster: Forecaster
+    calibration: Calibration
     here: dict[SimRequest, None] = field(default_factory=dict)
     outlook: Outlook | None = None
 
@@ -56,7 +62,7 @@ class CalibrationCluster(Cluster):
     spent_s: processor time that forecasts took; looks: how many, requests: of how many in all.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: CalibrationTask) -> None:
         load = task.workload or draw(task.source, task.requests, task.rate, task.seed, task.shape)
         super().__init__(task.setup, task.arm, load, None)
         self.watched: dict[Instance, Watched] = {}
@@ -64,8 +70,11 @@ class CalibrationCluster(Cluster):
             if not isinstance(instance, PascalInstance):
                 raise ValueError(f"arm {task.arm.name}: SGLang's own scheduling is not forecast")
             policy = instance.planner.policy
-            self.watched[instance] = Watched(Forecaster(policy, self.tuning, task.setup.tpot))
-        self.calibration, self.naive = Calibration(), Calibration()
+            forecaster = Forecaster(policy, self.tuning, task.setup.tpot)
+            self.watched[instance] = Watched(forecaster, Calibration(errors=forecaster.errors))
+        self.naive = Calibration()
+        draws = np.random.default_rng([task.seed, 7]).random(len(load))
+        self.has_budget = [bool(drawn < task.budgets) for drawn in draws]
         self.until_s = COUNTED * max(load.arrival_s)
         self.spent_s = 0.0
         self.looks = self.requests = 0
@@ -76,20 +85,25 @@ class CalibrationCluster(Cluster):
         watched.forecaster.arrivals.add(now, request.prompt, True)
         watched.here[request] = None
         if watched.outlook is not None and now <= self.until_s:
-            estimate = watched.outlook.arrival.estimate(request.prompt)
-            self.calibration.arrived(request, now, estimate)
+            arrival = watched.outlook.arrival
+            limit = request.reasoning if self.has_budget[request.index] else math.inf
+            estimate = arrival.estimate(request.prompt, limit=limit)
+            course = arrival.course(request.prompt)
+            watched.calibration.forecast(request, now, estimate, course)
         super().sent(instance, request)
 
     def thought(self, instance: Instance, request: SimRequest) -> bool:
-        self.watched[instance].forecaster.ended(request, Phase.REASONING, request.reasoning)
+        cut = self.has_budget[request.index]
+        forecaster = self.watched[instance].forecaster
+        forecaster.ended(request, Phase.REASONING, request.reasoning, cut=cut)
         return super().thought(instance, request)
 
     def ended(self, instance: Instance, request: SimRequest) -> None:
         watched = self.watched[instance]
         watched.forecaster.ended(request, Phase.ANSWERING, request.answer)
         del watched.here[request]
-        for each in (self.calibration, self.naive):
-            each.began(request, request.first_answer)
+        for each in (watched.calibration, self.naive):
+            each.began(request, request.first_answer, request.reasoning)
         super().ended(instance, request)
 
     def _look(self, _: object) -> None:
@@ -112,9 +126,18 @@ class CalibrationCluster(Cluster):
         )
         began = time.process_time()
         forecaster = watched.forecaster
-        present = [Present(state=r, kv_tokens=r.kv_tokens) for r in watched.here]
-        forecaster.look(list(watched.here), now)
-        for outlook in forecaster.outlook(present, machine, instance.pass_info):
+        present = [
+            Present(
+                state=r,
+                kv_tokens=r.kv_tokens,
+                limit=self._limit(r),
+                thinks_s=None if r.first_token < 0 else now - r.first_token,
+            )
+            for r in watched.here
+        ]
+        forecaster.look(list(watched.here), now, costs)
+        forecast = fast_forward.outlook(forecaster, present, machine, instance.pass_info)
+        for outlook in forecast:
             watched.outlook = outlook or watched.outlook
         self.spent_s += time.process_time() - began
         self.looks += 1
@@ -124,20 +147,44 @@ class CalibrationCluster(Cluster):
             return
         for state, estimate in watched.outlook.requests.items():
             assert isinstance(state, SimRequest)
-            began_s = None if state.first_token < 0 else state.first_token
-            self.calibration.forecast(state, now, began_s, estimate)
-            left = forecaster.tokens_left(state.phase_tokens, math.inf)
+            course = watched.outlook.courses[state]
+            watched.calibration.forecast(state, now, estimate, course)
+            lengths = forecaster.lengths(state.phase_tokens, self._limit(state))
+            left = [tokens - state.phase_tokens for tokens in lengths]
             alone = Estimate(*(forecaster.token_s * tokens for tokens in left))
-            self.naive.forecast(state, now, began_s, alone)
+            self.naive.forecast(state, now, alone, course)
+
+    def _limit(self, request: SimRequest) -> int:
+        """The most tokens that are known to come in this phase."""
+        if request.phase is not Phase.REASONING or not self.has_budget[request.index]:
+            return UNLIMITED
+        return request.reasoning - request.phase_tokens
+
+    @property
+    def counts(self) -> dict[str, Counter[str]]:
+        """As `Calibration.counts`, of all instances."""
+        found = {when: Counter[str]() for when in WHEN}
+        for watched in self.watched.values():
+            for when, counts in watched.calibration.counts.items():
+                found[when].update(counts)
+        return found
 
 
 def tasks(
-    source: str, hardware: str, instances: int, arm: Arm, seeds: int, requests: int
-) -> list[Task]:
-    """Every seed under every one of the loads of the paper."""
+    source: str,
+    hardware: str,
+    instances: int,
+    arm: Arm,
+    seeds: int,
+    requests: int,
+    budgets: float = 0.0,
+    burst_s: tuple[float, float] | None = None,
+) -> list[CalibrationTask]:
+    """Every seed under every one of the loads of the paper. burst_s: see `workload.Shape`."""
     setup = Setup(cost=PRESETS[hardware], instances=instances)
     return [
-        Task(
+        CalibrationTask(
+            budgets=budgets,
             setup=setup,
             arm=arm,
             source=source,
@@ -145,7 +192,7 @@ def tasks(
             rate=paper.rate(source, load, setup),
             requests=requests,
             seed=seed,
-            shape=Shape(fits=setup.cost.capacity),
+            shape=Shape(fits=setup.cost.capacity, burst_s=burst_s),
         )
         for load in paper.LOADS.values()
         for seed in range(seeds)
@@ -153,7 +200,9 @@ def tasks(
 
 
 def calibrate(task: Task) -> dict[str, Any]:
-    """What came of the forecasts of one run, by when they were made, and what they took."""
+    """What came of the forecasts of one run, by when they were made, and what they took. task: a
+    `CalibrationTask`."""
+    assert isinstance(task, CalibrationTask)
     cluster = CalibrationCluster(task)
     cluster.run()
     return {
@@ -163,7 +212,7 @@ def calibrate(task: Task) -> dict[str, Any]:
         "seed": task.seed,
         "ms_per_forecast": 1e3 * cluster.spent_s / max(1, cluster.looks),
         "requests_per_forecast": cluster.requests / max(1, cluster.looks),
-        "outcomes": {when: dict(counts) for when, counts in cluster.calibration.counts.items()},
+        "outcomes": {when: dict(counts) for when, counts in cluster.counts.items()},
         "naive": {when: dict(counts) for when, counts in cluster.naive.counts.items()},
     }
 

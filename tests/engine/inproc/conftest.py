@@ -22,6 +22,7 @@ def since(release, why):
 HYBRID_POOLS = since("0.5.22", "hybrid pools stay in SGLang's order there")
 PAGES = since("0.5.22", "the reference platform has pages of one token there")
 HOST_POOL = since("0.5.22", "the hierarchical cache takes streams of a CUDA device there")
+LATE_DEVICE = since("0.5.23", "the late device of the tests stands in for what SGLang has since")
 SAMPLED_DRAFTS = since("0.5.23", "what samples drafts is in a compiled package there")
 
 

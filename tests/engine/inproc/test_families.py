@@ -4,6 +4,7 @@ import pytest
 
 from tests.engine.inproc import models
 from tests.engine.inproc.bed import Request, run
+from tests.engine.inproc.conftest import HYBRID_POOLS
 
 POOLS = {"gpt_oss": "SWAKVPool", "deepseek_v3": "MLATokenToKVPool", "gemma2": "MHATokenToKVPool"}
 TOKENS = 24
@@ -13,7 +14,9 @@ LONG = [97 + (5 * i) % 26 for i in range(75)]
 PROMPTS = [[97 + i for i in range(5)], LONG, [*LONG[:60], *LONG[:30]]]
 
 
-@pytest.mark.parametrize("family", POOLS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=HYBRID_POOLS) if f == "gpt_oss" else f for f in POOLS]
+)
 def test_tokens_are_those_of_hugging_face(family, tmp_path):
     model = models.build(family, tmp_path / family)
     asked = [

@@ -46,7 +46,7 @@ def test_a_scheduler_under_pressure_forecasts(tiny_model, tmp_path):
     seen = lines(found)
     ranges = [each for line in seen for each in line["ranges"]]
     assert len(ranges) > 24, "requests were forecast, some more than once"
-    assert all(0 < low <= half <= high for low, half, high in ranges)
+    assert all(0 <= low <= half <= high for low, half, high in ranges)
     assert max(line["waits_s"] for line in seen) > 0, "memory was short"
     outcomes = forecast["outcomes"]
     assert sum(sum(counts.values()) for counts in outcomes.values()) > 0

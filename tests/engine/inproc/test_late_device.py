@@ -5,7 +5,10 @@ import pytest
 
 from tests.engine.inproc import late, loopback
 from tests.engine.inproc.bed import differing, run
+from tests.engine.inproc.conftest import LATE_DEVICE
 from tests.engine.inproc.test_plain import CHAOS, requests
+
+pytestmark = LATE_DEVICE
 
 MOVING = {**CHAOS, "migration": "always"}
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.engine.inproc import late, loopback
 from tests.engine.inproc.bed import Request, run
-from tests.engine.inproc.conftest import HYBRID_POOLS
+from tests.engine.inproc.conftest import HYBRID_POOLS, LATE_DEVICE
 from tests.engine.inproc.models import qwen3_next
 
 pytestmark = HYBRID_POOLS
@@ -22,7 +22,7 @@ HIERARCHICAL = (
 CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
 # Tokens of a first turn, and of all.
 FIRST, WHOLE = 8, 50
-TURNS = 12
+TURNS = 9
 
 
 def prompt(i):
@@ -98,7 +98,10 @@ def test_moves_change_no_token(model, answers):
     loopback.assert_moved(moved)
 
 
-@pytest.mark.parametrize("hooks", [{}, late.PAUSES], ids=["", "late device"])
+@pytest.mark.parametrize(
+    "hooks",
+    [pytest.param({}, id=""), pytest.param(late.PAUSES, id="late device", marks=LATE_DEVICE)],
+)
 def test_states_are_a_capacity_of_their_own(model, answers, hooks):
     """There is KV for all, and states for four that run: whose state stays on the device gives it
     up for others."""

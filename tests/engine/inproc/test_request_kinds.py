@@ -29,6 +29,7 @@ KINDS = (
     ({"json_schema": json.dumps(SCHEMA)}, {}),
     ({}, {"return_hidden_states": True}),
     ({}, {"session_params": {"id": "s"}}),
+    ({}, {"session_id": "kept in the prefix cache"}),
     ({"presence_penalty": 1.5, "regex": SMALL}, {"return_logprob": True, "logprob_start_len": 0}),
 )
 
@@ -65,8 +66,8 @@ def serve(model, asked, settings, flags, **more):
 def test_every_kind_survives_pauses_on_every_tier(tiny_model):
     """Without overlap, SGLang says what is right; with overlap it does not count the token that is
     under way, and we do."""
-    asked = requests(KINDS, 45)
-    flags = ["--enable-return-hidden-states"]
+    asked = requests(KINDS, 50)
+    flags = ["--enable-return-hidden-states", "--enable-session-radix-cache"]
     hook = {"each_pass": f"{__name__}:open_session"}
     no_overlap = ["--disable-overlap-schedule"]
     stock = serve(tiny_model, asked, None, [*flags, *ROOMY, *no_overlap], **hook)

@@ -11,9 +11,11 @@ from dataclasses import replace
 
 import pytest
 
-from pascal_sglang.demo.tiny import build_tiny_model
+from pascal_sglang.demo.eagle import eagle_head
+from pascal_sglang.demo.tiny import END_THINK_ID, build_tiny_model
 from pascal_sglang.engine.kv.paused import PauseStatus
 from pascal_sglang.engine.migration.draft_rows import pack, unpack
+from tests.engine.conftest import MORE
 from tests.engine.inproc import draft_models
 from tests.engine.inproc.bed import Request, differing, run
 from tests.engine.inproc.conftest import PAGES, SAMPLED_DRAFTS
@@ -23,6 +25,9 @@ STEPS = 3
 NO_OVERLAP = ["--disable-overlap-schedule"]
 AMPLE = ["--max-total-tokens", "8192"]
 HERE = "tests.engine.inproc.test_speculative"
+KINDS = ("standalone", "eagle", "eagle3", "mtp")
+# Whose draft workers differ; those of the others are the second one's.
+APART = KINDS[:2]
 
 
 def speculation(algorithm, draft):
@@ -50,7 +55,7 @@ def servers(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("drafts")
     deep = build_tiny_model(folder / "deep", layers=4)
     copy = draft_models.imprecise_copy(tiny_model, folder / "copy")
-    head = draft_models.eagle_head(tiny_model, folder / "head")
+    head = eagle_head(tiny_model, folder / "head")
     head3 = draft_models.eagle3_head(deep, folder / "head3")
     whole = draft_models.with_token_predictor(tiny_model, folder / "whole")
     return {
@@ -82,8 +87,13 @@ def references(servers):
     return References(servers)
 
 
-@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no-overlap"])
-@pytest.mark.parametrize("kind", ["standalone", "eagle", "eagle3", "mtp"])
+@pytest.mark.parametrize(
+    ("kind", "overlap"),
+    [
+        *((kind, True) for kind in KINDS),
+        *(pytest.param(kind, False, marks=() if kind in APART else MORE) for kind in KINDS),
+    ],
+)
 def test_pauses_change_no_token(servers, references, kind, overlap):
     model, flags = servers[kind]
     more = [] if overlap else NO_OVERLAP
@@ -112,7 +122,7 @@ def keep_kv(scheduler, reqs, passes):
 
 
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no-overlap"])
-@pytest.mark.parametrize("kind", ["standalone", "eagle"])
+@pytest.mark.parametrize("kind", APART)
 def test_drafts_go_on_as_before(servers, references, kind, overlap):
     """As many steps for as many tokens: with other KV or another row than it had, the draft model
     would propose others."""
@@ -202,5 +212,21 @@ def test_grammars_and_log_probabilities_go_along(servers):
     assert differing(paused, alone) == []
     for found, expected in zip(paused.logprobs, alone.logprobs, strict=True):
         assert found == pytest.approx(expected, abs=1e-3)
+    assert min(paused.pauses[tier] for tier in ("resident", "host", "recompute")) > 5
+    assert paused.free == paused.capacity
+
+
+def test_strict_thinking_ends_at_its_budget_with_drafts(servers):
+    """The only way to bound thinking there: processors do not act on drafts, masks do."""
+    model, flags = servers["eagle"]
+    asked = requests(24, max_new_tokens=60)
+    for i, each in enumerate(asked):
+        params = {**each.params, "custom_params": {"thinking_budget": 5 + i}}
+        asked[i] = replace(each, params=params, options={"require_reasoning": True})
+    strict = ["--enable-strict-thinking"]
+    alone = run(model, asked, flags=[*AMPLE, *strict])
+    paused = run(model, asked, CHAOS, ["--max-total-tokens", "1800", *flags, *strict])
+    assert [ids.index(END_THINK_ID) for ids in alone.outputs] == [5 + i for i in range(24)]
+    assert differing(paused, alone) == []
     assert min(paused.pauses[tier] for tier in ("resident", "host", "recompute")) > 5
     assert paused.free == paused.capacity

@@ -4,7 +4,7 @@ import pytest
 
 from tests.engine.inproc import late, loopback, models
 from tests.engine.inproc.bed import Request, differing, run
-from tests.engine.inproc.conftest import HYBRID_POOLS, is_before
+from tests.engine.inproc.conftest import HYBRID_POOLS, LATE_DEVICE, is_before
 
 pytestmark = HYBRID_POOLS
 CHAOS = {"chaos": 0.08, "quantum_tokens": 50, "answer_tpot_ms": 40.0}
@@ -96,14 +96,14 @@ def test_copies_by_the_pools_own_code_change_no_token(model, stock):
 @pytest.mark.parametrize(
     ("settings", "flags", "hooks"),
     [
-        ({}, (), late.MOVES),
-        (
+        pytest.param({}, (), late.MOVES, id="live, late device", marks=LATE_DEVICE),
+        pytest.param(
             {"live_migration": False},
             ("--disable-overlap-schedule", *PAGES),
             loopback.HOOKS,
+            id="stopped",
         ),
     ],
-    ids=["live, late device", "stopped"],
 )
 def test_moves_change_no_token(model, stock, settings, flags, hooks):
     """The live tail of a window goes with the KV, and the windows of both sides all come back."""

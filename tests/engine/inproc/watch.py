@@ -22,15 +22,26 @@ def batches(scheduler, reqs, passes):
         "waiting": [req.rid for req in scheduler.waiting_queue],
         # Tokens that a prefill keeps for what a request may still write.
         "reserved": schedule_policy.CLIP_MAX_NEW_TOKENS,
+        # Passes for which SGLang's delayer has put a prefill off.
+        "delayed": _delayed(scheduler.prefill_delayer),
     }
     print(MARK + json.dumps(line))
 
 
+def _delayed(delayer):
+    state = None if delayer is None else delayer._curr_state
+    return 0 if state is None else state.delayed_count
+
+
 def retracting(scheduler, reqs, passes):
-    """SGLang's own test of retractions; it reads the variable on import, which is long past."""
+    """SGLang's own test of retractions, as by `SGLANG_TEST_RETRACT`,
+    `SGLANG_TEST_RETRACT_INTERVAL` and `SGLANG_TEST_RETRACT_NO_PREFILL_BS`; it reads these on
+    import, which is long past."""
     from sglang.srt.managers import scheduler as module
 
     module.TEST_RETRACT = True
+    module.TEST_RETRACT_INTERVAL = 3
+    module.TEST_RETRACT_NO_PREFILL_BS = 12
     batches(scheduler, reqs, passes)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-if sys.orig_argv[1:3] == ["-m", "evals.gpu.check"]:
+if sys.orig_argv[1:3] in (["-m", "evals.gpu.check"], ["-m", "evals.soak"]):
     from evals import arms
     from evals.load import server
     from tests.harness import Server
@@ -12,5 +12,6 @@ if sys.orig_argv[1:3] == ["-m", "evals.gpu.check"]:
 
         def __init__(self, name, command, env, start_timeout_s):
             super().__init__(command[:3], command[3:], env, warm=True)
+            self.pid = self.process.pid
 
     arms.Server = Fork
