@@ -205,8 +205,15 @@ class AnswerEta:
         return max(0.0, exchange.estimate.p50 - passed), max(0.0, exchange.estimate.p90 - passed)
 
     def describe(self) -> dict[str, Any]:
-        """For `GET /pascal/status`: requests refused and capped, by reason."""
-        return {name: dict(counts) for name, counts in self.counts.items()}
+        """For `GET /pascal/status`: requests refused and capped, by reason, and by which forecasts
+        this process decides. An instance shows those a moment after it has made them."""
+        forecasts = {
+            str(instance): {"idle": one.idle, "backlog_share": round(one.arrival.waits, 3)}
+            for instance, one in self.files.shown().items()
+        }
+        return {name: dict(counts) for name, counts in self.counts.items()} | {
+            "forecasts": forecasts
+        }
 
 
 _active: AnswerEta | None = None

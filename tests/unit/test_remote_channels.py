@@ -244,7 +244,33 @@ def test_an_instance_ends_with_the_server(link, ended):
         sender.close()
     assert not ended.is_set()
     head.close()
-    assert ended.wait(60)
+    assert ended.wait(60), _stands(head, far)
+
+
+def _stands(head, far):
+    import sys
+    import traceback
+
+    import psutil
+
+    out = []
+    ports = {int(e.rpartition(":")[2]) for e in (head.endpoints.tokenizer, head.endpoints.detokenizer, head.endpoints.files, far.requests_at)}
+    for seen in psutil.net_connections("tcp"):
+        if seen.laddr.port in ports or (seen.raddr and seen.raddr.port in ports):
+            out.append(f"{seen}")
+    out.append(f"me {os.getpid()} {head.endpoints} {far.requests_at}")
+    out.append(os.popen("ss -tanpoie | head -400").read())
+    out.append(os.popen("ps -eLf | head -300").read())
+    names = {t.ident: t.name for t in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        out.append(f"--- {names.get(ident)}")
+        out.extend(traceback.format_stack(frame)[-4:])
+    ctx = __import__("pascal_sglang.cluster.control_keys", fromlist=["_context"])._context()
+    out.append(f"closed {[(s, s.closed) for s in (*head._forwarded, head._files)]} {ctx}")
+    text = "\n".join(out)
+    with open("/work/tmp/rc_stands.log", "a") as f:
+        f.write(text)
+    return text
 
 
 def test_an_instance_whose_requests_may_be_lost_is_out_of_reach(link):
