@@ -130,14 +130,16 @@ def connect(keys: ControlKeys, endpoint: str, on_break: Callable[[], None]) -> z
 
 
 def _watch(events: zmq.Socket[bytes], endpoint: str, on_break: Callable[[], None]) -> None:
-    made = False
+    # To the last event, though one is enough: for a monitor that nobody reads, or that is closed
+    # before its socket, libzmq waits without end, in the thread that closes all sockets.
+    made = broken = False
     while (event := recv_monitor_message(events)["event"]) != zmq.EVENT_MONITOR_STOPPED:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             made = True
-        elif made:
+        elif made and not broken:
+            broken = True
             logger.error("pascal_sglang: the connection to %s is broken", endpoint)
             on_break()
-            return
 
 
 def _connect(sender: zmq.Socket[bytes], endpoint: str) -> zmq.Socket[bytes]:
