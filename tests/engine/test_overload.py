@@ -25,13 +25,19 @@ FLAGS = "--enable-strict-thinking --max-running-requests 4 --served-model-name t
 FLAGS += ["--max-total-tokens", "32768"]
 QUANTUM = 10_000
 EFFORTS = {"low": 12, "high": 40}
-NOTHING = {"brownout": "off", "max_ttfo": None, "fairness": "off"}
+EFFORT_BUDGETS = ",".join(f"{name}={tokens}" for name, tokens in EFFORTS.items())
+# As the server starts.
+LIMITS = {
+    "brownout": "off",
+    "max_ttfo": None,
+    "fairness": "off",
+    "effort_budgets": EFFORT_BUDGETS,
+}
 
 
 @pytest.fixture(scope="module")
 def overloaded(serve):
-    efforts = ",".join(f"{name}={tokens}" for name, tokens in EFFORTS.items())
-    with serve({"effort_budgets": efforts, "quantum_tokens": QUANTUM}, FLAGS) as server:
+    with serve({"effort_budgets": EFFORT_BUDGETS, "quantum_tokens": QUANTUM}, FLAGS) as server:
         yield server
 
 
@@ -40,7 +46,7 @@ def server(overloaded):
     """Has learnt that thoughts end with their first token, whatever long ones were here before."""
     teach(overloaded)
     yield overloaded
-    overloaded.put("/pascal/config", NOTHING)
+    overloaded.put("/pascal/config", LIMITS)
 
 
 def teach(server):
@@ -49,9 +55,14 @@ def teach(server):
         while not (longest := learnt(server)) or longest > LEAST_BUDGET:
             assert time.monotonic() < deadline, server.instances()
             list(pool.map(lambda _: send(server, ends_at_once()), range(64)))
-    while ETA not in send(server, ends_at_once()).headers:
-        assert time.monotonic() < deadline, server.instances()
-        time.sleep(0.2)
+    while not ((seen := goes_by(server)) and seen["idle"]):
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.1)
+
+
+def goes_by(server):
+    """What requests are decided by, None at first: a moment after the instance has forecast it."""
+    return server.get("/pascal/status")["admission"]["forecasts"].get("0")
 
 
 def learnt(server):
@@ -83,15 +94,13 @@ def backlog(server):
         try:
             deadline = time.monotonic() + 60
             while True:
-                status = server.get("/pascal/status")
-                (instance,) = status["instances"]
-                # What requests are decided by comes a moment after the instance has forecast it.
-                goes_by = status["admission"]["forecasts"].get("0")
-                is_backlog = goes_by is not None and goes_by["backlog_share"] > 2 * BACKLOG_SHARE
+                (instance,) = server.instances()
+                seen = goes_by(server)
                 # All have come: an abort reaches each.
-                if len(instance["requests"]) >= len(bodies) and is_backlog:
+                have_come = len(instance["requests"]) >= len(bodies)
+                if have_come and seen and seen["backlog_share"] > 2 * BACKLOG_SHARE:
                     break
-                assert time.monotonic() < deadline, (len(instance["requests"]), goes_by)
+                assert time.monotonic() < deadline, (len(instance["requests"]), seen)
                 time.sleep(0.1)
             yield
         finally:
