@@ -49,8 +49,9 @@ logger = logging.getLogger(__name__)
 EVERY_S = 1.0
 SHARE = 0.001
 LATEST_S = 15.0
-# Seconds of one pass that a forecast takes before it goes on in the next.
-SLICE_S = 0.0005
+# Seconds of one pass that a forecast takes before it goes on in the next. Of long passes it takes
+# that share, and `MOST_SLICE_S` at most: they are few, and it would be old once it is made.
+SLICE_S, SLICE_SHARE, MOST_SLICE_S = 0.0005, 0.01, 0.005
 # Requests whose own forecasts are shown, for their streams.
 MOST_SHOWN = 1024
 # What a look or a forecast that has ended gives.
@@ -90,7 +91,7 @@ class Forecasts:
         # Requests in the forecast under way or made last, and whether the one shown had none.
         self._size = 0
         self._shows_idle = False
-        self._next_at = self._next_look = self._not_before = 0.0
+        self._next_at = self._next_look = self._not_before = self._stepped_at = 0.0
 
     def retune(self, tuning: Tuning, config: PascalConfig, tenants: TenantCounters | None) -> None:
         """Forecast by other values from now on; a forecast under way ends with the old ones.
@@ -160,6 +161,8 @@ class Forecasts:
     def step(self, now: float) -> None:
         """Go on with a look or a forecast, or begin one if it is time. An error delays the next
         one."""
+        slice_s = min(max(SLICE_S, SLICE_SHARE * (now - self._stepped_at)), MOST_SLICE_S)
+        self._stepped_at = now
         if now < self._not_before:
             return
         try:
@@ -176,16 +179,16 @@ class Forecasts:
                     self._run = self._forecast()
                 else:
                     return
-            self._go_on()
+            self._go_on(slice_s)
         except Exception:
             self.errors += 1
             self._run, self._not_before = None, now + 60.0
             logger.exception("pascal_sglang: a forecast failed; the next one is due in a minute")
 
-    def _go_on(self) -> None:
+    def _go_on(self, slice_s: float) -> None:
         assert self._run is not None
         began = spent = clock.now()
-        while spent - began < SLICE_S:
+        while spent - began < slice_s:
             over = next(self._run, OVER) is OVER
             spent = clock.now()
             if over:
@@ -227,9 +230,10 @@ class Forecasts:
         live = self._live()
         first = next(live, None)
         self._size = 0
-        if first is None and self._shows_idle:
-            self._next_at = self.request_states.pass_info.now + EVERY_S
-            self._spent_s = 0.0
+        now = self.request_states.pass_info.now
+        # Of those who came before it was idle fewer are expected again, the longer it is.
+        if first is None and self._shows_idle and self.outlook and now - self.outlook.at < LATEST_S:
+            self._next_at, self._spent_s = now + EVERY_S, 0.0
             return
         for outlook in self._outlook(live if first is None else chain([first], live)):
             if outlook is not None:

@@ -231,8 +231,6 @@ class PascalScheduler(OperationsScheduler):
         self.phase_tracker.arrived(req, getattr(recv_req.time_stats, "created_time", 0.0))
         if self.plan_executor is not None:
             self.plan_executor.request_states.arrived(req, recv_req)
-            if self.plan_executor.forecasts is not None:
-                self.plan_executor.forecasts.arrived(req)
         return req
 
     def send_control_output(self, output: Any, recv_req: Any) -> None:
@@ -251,6 +249,10 @@ class PascalScheduler(OperationsScheduler):
                 self.plan_executor.request_states.queued(req)
                 if self.plan_executor.tool_kv is not None:
                     self.plan_executor.tool_kv.arrived(req)
+                # Not what SGLang refuses, which costs nothing, nor what comes back.
+                comes = not (is_retracted or req.output_ids) and req.to_finish is None
+                if comes and self.plan_executor.forecasts is not None:
+                    self.plan_executor.forecasts.arrived(req)
 
     def init_invariant_checker(self) -> None:
         """The pools exist by now: build the executor, and let SGLang's leak checks count the KV of

@@ -38,8 +38,11 @@ GROWS = 1.25
 STEP_QUANTA = 2.0
 # Steps with whose arrivals a cohort is made.
 ARRIVAL_STEPS = 2
-# Cohorts that requests which are here are put into: thinkers, and answers.
+# Cohorts that requests which are here are put into, apart from the last of each kind: thinkers, and
+# answers.
 THINKERS, ANSWERERS = 12, 4
+# Priorities that are told apart; of more, those of neighbours in rank are much the same.
+PRIORITIES = 4
 # Cohorts of fewer requests than this are forgotten.
 FEWEST = 0.05
 # Of a step with fewer requests, the part that grows with their number is smaller in proportion.
@@ -79,8 +82,10 @@ class Cohort:
 
     state: one that stands for all. count: how many of them are still in their phase. kv: entries of
     each. limits: tokens of the phase that they do not exceed, the least first; empty without
-    limits. thinks: share of them that will think. unfilled: tokens of each that a prefill has still
-    to make. curve: the seconds and the tokens of the phase after each step.
+    limits. thinks: share of them that will think, once they are prefilled. share: of them that
+    runs. unfilled: tokens of each that need a prefill; filled: the share for which that has been
+    promised, and fills_s: seconds that it still takes, with those before it. curve: the seconds and
+    the tokens of the phase after each step.
     """
 
     state: RequestState
@@ -90,6 +95,8 @@ class Cohort:
     thinks: float = 1.0
     unfilled: float = 0.0
     share: float = 0.0
+    filled: float = 0.0
+    fills_s: float = 0.0
     begins_s: float = 0.0
     curve: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
 
@@ -171,9 +178,12 @@ class FastForward:
         # In order of rank within a portion, which are merged then.
         portions: dict[Phase, list[list[Ranked]]] = {phase: [[]] for phase in Phase}
         counts = Counter[Phase]()
+        priorities: set[int] = set()
         for number, each in enumerate(present, 1):
             state = each.state
             counts[state.phase] += 1
+            if len(priorities) <= PRIORITIES:
+                priorities.add(state.priority)
             requests[state.tenant] += 1
             rank = policy.rank(state, self.pass_info, self.tuning)
             ranked = (rank, policy.key(state, self.tuning), state.seq, number, each)
@@ -190,9 +200,10 @@ class FastForward:
         for phase, most in ((Phase.REASONING, THINKERS), (Phase.ANSWERING, ANSWERERS)):
             portions[phase][-1].sort()
             merged = heapq.merge(*portions[phase])
-            for group in self._grouped(merged, -(-counts[phase] // most)):
+            apart = len(priorities) <= PRIORITIES
+            for group in self._grouped(merged, -(-counts[phase] // most), apart=apart):
                 if group is not None:
-                    self.cohorts.append(self._cohort(group))
+                    self.cohorts.append(self._cohort(group, phase))
                     if phase is Phase.REASONING:
                         self.members.append((self.cohorts[-1], group))
                 yield
@@ -207,29 +218,30 @@ class FastForward:
     def _group_of(self, state: RequestState) -> str:
         return OTHERS if self.groups is None else self.groups.group_of(state.tenant)
 
-    def _grouped(self, ranked: Iterable[Ranked], size: int) -> Iterator[list[Present] | None]:
-        """In groups of at most `size` neighbours in rank; None after each portion."""
-        group: list[Present] = []
-        kind: object = None
+    def _grouped(
+        self, ranked: Iterable[Ranked], size: int, *, apart: bool
+    ) -> Iterator[list[Present] | None]:
+        """In groups of one kind, of at most `size` neighbours in rank; None after each portion."""
+        groups: dict[object, list[Present]] = {}
         for number, (*_, each) in enumerate(ranked, 1):
             state = each.state
             runs = state.status is RequestStatus.RUNNING
-            tenant = self._group_of(state)
-            mine = (runs, state.total_tokens > 0, state.reader, state.priority, tenant)
-            if group and (mine != kind or len(group) == size):
-                yield group
-                group = []
+            priority = state.priority if apart else 0
+            kind = (runs, state.total_tokens > 0, state.reader, priority, self._group_of(state))
+            group = groups.setdefault(kind, [])
             group.append(each)
-            kind = mine
+            if len(group) == size:
+                yield groups.pop(kind)
             if number % PORTION == 0:
                 yield None
-        if group:
-            yield group
+        yield from groups.values()
 
-    def _cohort(self, group: Sequence[Present]) -> Cohort:
-        middle, count = group[len(group) // 2].state, len(group)
+    def _cohort(self, group: Sequence[Present], phase: Phase) -> Cohort:
+        """phase: as it was when they were ranked; some may have begun to answer since."""
+        still = [p for p in group if p.state.phase is phase] or group
+        middle, count = still[len(still) // 2].state, len(group)
         pacer = middle.pacer
-        tokens = sum(p.state.phase_tokens for p in group) / count
+        tokens = sum(p.state.phase_tokens for p in still) / len(still)
         state = RequestState(
             seq=middle.seq,
             pacer=Pacer(
@@ -240,7 +252,7 @@ class FastForward:
                 floor=pacer.floor,
             ),
             status=middle.status,
-            phase=middle.phase,
+            phase=phase,
             phase_tokens=tokens,  # type: ignore[arg-type] # A mean is as good.
             total_tokens=sum(p.state.total_tokens for p in group) / count,  # type: ignore[arg-type]
             since_pass=middle.since_pass,
@@ -254,7 +266,7 @@ class FastForward:
         )
         kv = sum(p.kv_tokens for p in group) / count
         waits = state.status is RequestStatus.WAITING
-        fresh = not middle.total_tokens and state.phase is Phase.REASONING
+        fresh = not middle.total_tokens and phase is Phase.REASONING
         cohort = Cohort(
             state,
             count,
@@ -394,20 +406,26 @@ class FastForward:
         after = self.passed + step_s
         ended: dict[Kind, list[float]] = {}
         left: list[Cohort] = []
-        prefill_s = self.machine.prefill_token_s
         for cohort in self.cohorts:
             state = cohort.state
             tokens = cohort.share * step_s / token_s
             before = state.phase_tokens
             thinks = state.phase is Phase.REASONING
             count = cohort.count
-            if cohort.share and cohort.unfilled:
-                filled = cohort.unfilled * cohort.share
-                self._prefill_s += filled * count * prefill_s
-                own_s = max(self._prefill_s, filled * prefill_s)
-                cohort.unfilled = 0.0
-                tokens *= max(0.0, 1 - own_s / step_s)
-                count *= cohort.thinks
+            if cohort.unfilled and cohort.share > cohort.filled:
+                own_s = (
+                    cohort.unfilled * (cohort.share - cohort.filled) * self.machine.prefill_token_s
+                )
+                self._prefill_s += own_s * count
+                cohort.fills_s = max(self._prefill_s, cohort.fills_s, own_s)
+                cohort.filled = cohort.share
+            if cohort.filled and cohort.share:
+                fills_s = min(step_s, cohort.fills_s)
+                cohort.fills_s -= fills_s
+                tokens *= 1 - fills_s / step_s
+                if not cohort.fills_s:
+                    count *= cohort.thinks
+                    cohort.thinks = 1.0
             if tokens > 0:
                 state.phase_tokens = before + tokens  # type: ignore[assignment]
                 state.total_tokens += tokens  # type: ignore[assignment]

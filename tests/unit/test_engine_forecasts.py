@@ -1,9 +1,11 @@
 """When a scheduler looks, forecasts and shows; the requests are none of SGLang's."""
 
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
 
+from pascal_sglang.cluster.forecast_files import OLD_S
 from pascal_sglang.engine import forecasts
 from pascal_sglang.engine.forecasts import Forecasts
 from pascal_sglang.policy.pacer import Pacer
@@ -97,6 +99,38 @@ def test_an_instance_that_has_become_idle_says_so_in_its_next_pass(scheduler):
     scheduler.passes(150)
     assert scheduler.shown[before:] == [(True, 0)]
     assert scheduler.forecasts.errors == 0
+
+
+def test_an_idle_instance_goes_on_to_forecast(scheduler):
+    """Else it would expect those who came before it was idle for ever, and refuse who comes."""
+    scheduler.fill(1)
+    scheduler.passes(400)
+    scheduler.running.clear()
+    scheduler.passes(1)
+    shown = len(scheduler.shown)
+    scheduler.now += 3600
+    scheduler.passes(1000)
+    assert scheduler.forecasts.outlook.at > scheduler.now - 2 * forecasts.LATEST_S
+    again = scheduler.shown[shown:]
+    assert again == [(True, 0)] * len(again)
+    assert len(again) <= 2 + 1000 * PASS_S / forecasts.LATEST_S
+
+
+def test_long_passes_do_not_make_forecasts_old(scheduler, monkeypatch):
+    """There are few of them, and each request takes a little of one."""
+    ticks = count(0.0, 0.0003)
+    monkeypatch.setattr(forecasts.clock, "now", lambda: next(ticks))
+    monkeypatch.setattr("tests.unit.test_engine_forecasts.PASS_S", 0.3)
+    scheduler.passes(2)
+    scheduler.fill(5000)
+    gaps, at, shown = [], scheduler.now, len(scheduler.shown)
+    for _ in range(1000):
+        scheduler.passes(1)
+        if len(scheduler.shown) > shown:
+            gaps.append(scheduler.now - at)
+            at, shown = scheduler.now, len(scheduler.shown)
+    assert len(gaps) > 2
+    assert max(gaps) < OLD_S / 2
 
 
 def test_an_error_puts_forecasts_off(scheduler, monkeypatch):

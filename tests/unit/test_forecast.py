@@ -12,7 +12,7 @@ from pascal_sglang.policy import fast_forward
 from pascal_sglang.policy.arrivals import GO_ON, Arrivals
 from pascal_sglang.policy.calibration import Calibration
 from pascal_sglang.policy.fairness import APART, TenantCounters
-from pascal_sglang.policy.fast_forward import STEPS, Machine, Present
+from pascal_sglang.policy.fast_forward import PRIORITIES, STEPS, THINKERS, Machine, Present
 from pascal_sglang.policy.forecast import LEARNS, PORTION, Forecaster
 from pascal_sglang.policy.forecast_errors import ARRIVAL, WAITING, WHEN, Estimate, Expected
 from pascal_sglang.policy.kv_tier import Costs
@@ -249,6 +249,27 @@ def test_a_longer_prompt_is_prefilled_longer():
     assert long.p50 - short.p50 == pytest.approx(5.0, rel=0.03)
 
 
+def test_prefills_of_those_before_it_take_their_time_however_long_it_is():
+    waiting = [
+        present(n, RequestStatus.WAITING, tokens=0, prompt=10_000, limit=100) for n in range(100)
+    ]
+    courses = outlook(waiting, capacity=10**7, prefill=1e-4).courses
+    # In cohorts, whose members share what all of them take: 100 s for 1,000,000 tokens.
+    times = sorted(courses[each.state].expected(50.0).seconds for each in waiting)
+    assert 1 < times[0] < 25
+    assert 80 < times[-1] < 120
+    assert len({round(seconds) for seconds in times}) >= THINKERS - 1
+
+
+def test_a_short_prompt_among_long_ones_answers_no_sooner_than_it_thinks():
+    forecaster = Forecaster(POLICIES["pascal"], TUNING, 0.1)
+    forecaster.arrivals.add(NOW, 10_000, True)
+    machine = Machine(capacity=10**6, slots=256, prefill_token_s=1e-3)
+    *_, last = fast_forward.outlook(forecaster, [], machine, INFO)
+    alone = outlook([]).arrival.estimate(100).p50
+    assert last.arrival.estimate(100).p50 == pytest.approx(alone, rel=0.1)
+
+
 def test_a_request_that_does_not_think_answers_with_its_first_token():
     arrival = outlook([]).arrival
     assert arrival.estimate(0, thinks=False).p90 < 0.6 < arrival.estimate(0).p50
@@ -365,6 +386,40 @@ def test_a_request_without_an_answer_says_nothing():
     calibration.forecast(state, 10.0, Estimate(1, 2, 3), course(ARRIVAL))
     calibration.gone(state)
     assert calibration.began(state, 18.5, 700) == []
+
+
+@pytest.mark.parametrize("priorities", [1, 2, 700])
+def test_however_many_kinds_there_are_cohorts_are_few(priorities):
+    requests = [
+        present(
+            n,
+            RequestStatus.WAITING,
+            tokens=0,
+            reader=list(Reader)[n % 2],
+            priority=n * 7 % priorities,
+        )
+        for n in range(700)
+    ]
+    forecaster = Forecaster(PRIORITISED, TUNING, 0.1)
+    run = fast_forward.FastForward(forecaster, Machine(capacity=30_000, slots=256), INFO)
+    for _ in run.take_in(requests):
+        pass
+    assert sum(cohort.count for cohort in run.cohorts) == len(requests)
+    assert len(run.cohorts) <= THINKERS + 2 * min(priorities, PRIORITIES) + 1
+
+
+def test_one_that_begins_to_answer_meanwhile_says_nothing_of_those_like_it():
+    requests = [present(n, tokens=100) for n in range(3 * PORTION)]
+
+    def come():
+        yield from requests
+        for each in requests[:: 2 * THINKERS]:
+            each.state.phase, each.state.phase_tokens = ANSWERS, 1
+
+    forecaster = Forecaster(POLICIES["pascal"], TUNING, 0.1)
+    *_, found = fast_forward.outlook(forecaster, come(), Machine(capacity=10**6, slots=999), INFO)
+    thinkers = [r.state for r in requests if r.state.phase is THINKS]
+    assert min(found.requests[state].p50 for state in thinkers) > 1
 
 
 def test_however_many_requests_little_is_done_at_a_time():

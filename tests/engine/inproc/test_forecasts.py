@@ -52,6 +52,21 @@ def test_a_scheduler_under_pressure_forecasts(tiny_model, tmp_path):
     assert sum(sum(counts.values()) for counts in outcomes.values()) > 0
 
 
+def test_who_is_refused_is_not_expected_again(tiny_model):
+    """Else refusals, which cost nothing, would look like a load, and others be refused for it."""
+    ids = [97] * 20
+    refused = Request(ids=ids, options={"return_logprob": True, "logprob_start_len": 10**6})
+    found = run(
+        tiny_model,
+        [*requests(3, 10), *[refused] * 20],
+        {"quantum_tokens": 50},
+        ["--max-total-tokens", "1500"],
+        each_pass="tests.engine.inproc.watch:arrivals",
+    )
+    assert [reason["type"] for reason in found.finish] == ["length"] * 3 + ["abort"] * 20
+    assert 2.9 < max(line["arrived"] for line in lines(found)) <= 3
+
+
 def test_fcfs_makes_no_forecasts(tiny_model, tmp_path):
     found = run(
         tiny_model,

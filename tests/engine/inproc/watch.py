@@ -57,6 +57,12 @@ def forecasts(scheduler, reqs, passes):
     print(MARK + json.dumps(line))
 
 
+def arrivals(scheduler, reqs, passes):
+    """How many requests forecasts go by."""
+    arrived = scheduler.plan_executor.forecasts.forecaster.arrivals
+    print(MARK + json.dumps({"pass": passes, "arrived": arrived._count}))
+
+
 def lines(outcome):
     """What was written, in order."""
     found = [line for line in outcome.log.splitlines() if line.startswith(MARK)]
