@@ -17,6 +17,8 @@ from tests.harness import BASH, STOCK, TINY_FLAGS, Server, environment
 from tests.hosts import Host, Network
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "ray_cluster.sh"
+# Its command line; an older release's environment has no script for it.
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
 PORT = 30_000
 RAY_PORT = 6379
 START_S, START_SERVER_S = 120, 800

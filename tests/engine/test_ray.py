@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -31,8 +30,8 @@ from tests.engine.test_migration import (
 )
 from tests.harness import PASCAL, TINY_FLAGS, Server, environment
 from tests.ports import RAY_WORKERS, free_port
+from tests.ray_hosts import RAY
 
-RAY = Path(sys.executable).with_name("ray")
 COUNT = 40
 
 
@@ -55,7 +54,7 @@ def cluster(folder):
         f"--include-dashboard=false --temp-dir={folder} --object-store-memory=100000000"
     )
     node = subprocess.Popen(
-        [RAY, "start", *flags.split()],
+        [*RAY, "start", *flags.split()],
         env=environment({"RAY_USAGE_STATS_ENABLED": "0"}),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -24,7 +24,7 @@ from pascal_sglang.config import CONFIG_ENV, ConfigError, PascalConfig
 from tests import hosts
 from tests.engine.load import run
 from tests.engine.test_migration import at_rest, differences, nothing_left, total, wait_for
-from tests.ray_hosts import PORT, RAY_PORT, HostServer, cluster, serving
+from tests.ray_hosts import PORT, RAY, RAY_PORT, HostServer, cluster, serving
 from tests.requests import generate
 
 pytestmark = [
@@ -232,8 +232,7 @@ def test_a_stranger_on_the_network_gets_nowhere(network, several, server):
         assert "OK" not in calls.values(), (others[at], calls)
         assert page in (None, 200, 401), (others[at], page)
         assert page or "UNAUTHENTICATED" in calls.values(), others[at]
-    script = Path(sys.executable).with_name("ray")
-    peek = [*stranger.prefix, script, "status", "--address", f"{several[0].address}:{RAY_PORT}"]
+    peek = [*stranger.prefix, *RAY, "status", "--address", f"{several[0].address}:{RAY_PORT}"]
     done = subprocess.run(
         peek,
         capture_output=True,
