@@ -366,6 +366,14 @@ async def withhold_status(
     return [{k: v for k, v in state.items() if k != INIT_INFO_KEY} for state in states]
 
 
+async def living_layouts(
+    original: Callable[[Any], Awaitable[list[dict[str, Any]]]], manager: Any
+) -> list[dict[str, Any]]:
+    """Around `TokenizerControlMixin.get_hicache_l3_cache_layout`: without the empty ones of dead
+    instances. SGLang's route calls layouts that differ inconsistent."""
+    return [layout for layout in await original(manager) if layout]
+
+
 async def assume_reasoning(
     original: Callable[[Any, Any], Awaitable[Any]], obj: Any, request: Any
 ) -> Any:
