@@ -156,6 +156,13 @@ HOOKS = (
         only_main=True,
     ),
     Hook(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
+        ".get_hicache_l3_cache_layout",
+        "around",
+        _frontend("living_layouts"),
+        only_main=True,
+    ),
+    Hook(
         "sglang.srt.entrypoints.http_server.serve_generate_request",
         "around",
         _frontend("assume_reasoning"),

@@ -54,7 +54,16 @@ REPLIES: dict[type, Callable[[str], Any]] = {
     io.UnloadLoRAAdapterReqInput: _lora,
     io.LoadLoRAAdapterFromTensorsReqInput: _lora,
     io.DumperControlReqInput: lambda _: io.DumperControlReqOutput(success=True, response=[]),
+    io.AddExternalCorpusReqInput: _told(io.AddExternalCorpusReqOutput),
+    io.RemoveExternalCorpusReqInput: _told(io.RemoveExternalCorpusReqOutput),
+    io.ListExternalCorporaReqInput: _told(io.ListExternalCorporaReqOutput),
+    io.AttachHiCacheStorageReqInput: _told(io.AttachHiCacheStorageReqOutput),
+    io.DetachHiCacheStorageReqInput: _told(io.DetachHiCacheStorageReqOutput),
+    io.ClearHiCacheReqInput: lambda _: io.ClearHiCacheReqOutput(success=True),
 }
+# Releases before 0.5.23 lack it. `http_server.living_layouts` leaves the empty layout out.
+if hasattr(io, "GetHiCacheL3LayoutReq"):
+    REPLIES[io.GetHiCacheL3LayoutReq] = lambda _: io.GetHiCacheL3LayoutReqOutput(layout={})
 
 
 @dataclass(slots=True)

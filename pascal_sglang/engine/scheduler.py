@@ -260,6 +260,9 @@ class PascalScheduler(OperationsScheduler):
         super().init_invariant_checker()
         self.plan_executor, self.support = build_executor(self, self.pascal_config, self.support)
         self.load_reporter = build_load_reporter(self, self.plan_executor)
+        if self.external_corpus_manager is not None:
+            # Its answer to a corpus that has been loaded would pass by `send_control_output`.
+            self.external_corpus_manager._send_response = self.send_control_output
         if self.plan_executor is not None:
             stock: Any = self.invariant_checker
             fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}

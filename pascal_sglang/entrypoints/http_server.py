@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -236,11 +236,8 @@ def add_routes(crash: CrashShutdown, facts: ServerFacts, drain: ServerDrain) -> 
                 await change_configuration(await request.body())
             except ConfigError as error:
                 raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
-            except TimeoutError:
-                raise HTTPException(
-                    HTTPStatus.GATEWAY_TIMEOUT,
-                    "an instance does not answer; it changes when it goes on",
-                ) from None
+            except TimeoutError as error:
+                raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, str(error)) from None
         config = PascalConfig.from_env()
         assert config is not None
         whole = dataclasses.asdict(config)
@@ -289,17 +286,32 @@ async def ask_instances(change: str | None = None) -> list[dict[str, Any]] | Non
 
     manager = http_server.get_global_state().tokenizer_manager
     manager.auto_create_handle_loop()
+
+    async def ask() -> list[dict[str, Any]]:
+        answers = await manager.get_internal_state_communicator(GetInternalStateReq(rid=change))
+        return [answer.internal_state for answer in answers]
+
+    if (states := await _in_time(ask)) is None:
+        return None
+    instances = (state[INIT_INFO_KEY] for state in states)
+    return sorted(instances, key=lambda instance: int(instance["dp_rank"]))
+
+
+async def _in_time(
+    ask: Callable[[], Awaitable[list[dict[str, Any]]]],
+) -> list[dict[str, Any]] | None:
+    """The internal state of every instance; None if one does not answer.
+
+    What does not end in time is cancelled: SGLang's communicator takes one request at a time.
+    """
     for _ in range(STATUS_ASKED):
-        asked = manager.get_internal_state_communicator(GetInternalStateReq(rid=change))
         try:
-            answers = await asyncio.wait_for(asked, STATUS_S)
+            states = await asyncio.wait_for(ask(), STATUS_S)
         except TimeoutError:
             continue
-        states = [answer.internal_state[INIT_INFO_KEY] for answer in answers]
-        instances = {state["dp_rank"]: state for state in states}
         # One that was silent may answer late, to what was asked before, and so twice.
-        if len(instances) == len(states):
-            return [instances[rank] for rank in sorted(instances)]
+        if len({state[INIT_INFO_KEY]["dp_rank"] for state in states}) == len(states):
+            return states
     return None
 
 
@@ -307,7 +319,7 @@ async def change_configuration(body: bytes) -> None:
     """Let every process go by other values of the configuration from its next pass on.
 
     body: a JSON object with fields that may change. Raises: ConfigError, where nothing has changed;
-    TimeoutError for an instance that does not answer, and changes when it goes on.
+    TimeoutError for an instance that does not answer, which says whether anything has.
     """
     try:
         values = object_in(body)
@@ -319,15 +331,43 @@ async def change_configuration(body: bytes) -> None:
         before = PascalConfig.from_env()
         assert before is not None
         config = before.changed(values)
+        manager = http_server.get_global_state().tokenizer_manager
         try:
-            check_frontend(config, http_server.get_global_state().tokenizer_manager.server_args)
+            check_frontend(config, manager.server_args)
         except LaunchError as error:
             raise ConfigError(str(error)) from None
-        # What this process goes by, too.
-        os.environ[CONFIG_ENV] = config.to_json()
-        answer_eta.reconfigure(config)
-        if values and await ask_instances(change_of(values)) is None:
-            raise TimeoutError
+        if not values:
+            return
+        change, sent = change_of(values), asyncio.Event()
+
+        def follow() -> None:
+            os.environ[CONFIG_ENV] = config.to_json()
+            answer_eta.reconfigure(config)
+            sent.set()
+
+        with _when_sent(manager.get_internal_state_communicator, change, follow):
+            answered = await ask_instances(change) is not None
+        if not answered:
+            outcome = "it changes when it goes on" if sent.is_set() else "nothing has changed"
+            raise TimeoutError(f"an instance does not answer; {outcome}")
+
+
+@contextlib.contextmanager
+def _when_sent(communicator: Any, change: str, follow: Callable[[], None]) -> Iterator[None]:
+    """Call `follow` as the change leaves: the communicator sends no request while it waits for the
+    replies to another one, and this process must not go by a change that no instance gets."""
+    send = communicator._send
+
+    def send_and_follow(request: Any) -> None:
+        send(request)
+        if request.rid == change:
+            follow()
+
+    communicator._send = send_and_follow
+    try:
+        yield
+    finally:
+        communicator._send = send
 
 
 def controller() -> dict[str, Any]:
@@ -361,9 +401,24 @@ async def withhold_status(
     original: Callable[[Any], Awaitable[list[dict[str, Any]]]], manager: Any
 ) -> list[dict[str, Any]]:
     """Around `TokenizerControlMixin.get_internal_state`, which `/server_info` shows to everybody
-    with the API key: what is for `STATUS_PATH` stays there."""
-    states = await original(manager)
+    with the API key: what is for `STATUS_PATH` stays there.
+
+    Raises: HTTPException (504) for an instance that does not answer.
+    """
+    states = await _in_time(lambda: original(manager))
+    if states is None:
+        from fastapi import HTTPException
+
+        raise HTTPException(HTTPStatus.GATEWAY_TIMEOUT, "an instance does not answer")
     return [{k: v for k, v in state.items() if k != INIT_INFO_KEY} for state in states]
+
+
+async def living_layouts(
+    original: Callable[[Any], Awaitable[list[dict[str, Any]]]], manager: Any
+) -> list[dict[str, Any]]:
+    """Around `TokenizerControlMixin.get_hicache_l3_cache_layout`: without the empty ones of dead
+    instances. SGLang's route calls layouts that differ inconsistent."""
+    return [layout for layout in await original(manager) if layout]
 
 
 async def assume_reasoning(

@@ -277,6 +277,15 @@ def run_controller(*args: Any, **kwargs: Any) -> None:
     data_parallel_controller.run_data_parallel_controller_process(*args, **kwargs)
 
 
+def _tokenizer_control(module: Any) -> None:
+    """No route asks for layouts of the cache yet."""
+
+    async def get_hicache_l3_cache_layout(self: Any) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    module.TokenizerControlMixin.get_hicache_l3_cache_layout = get_hicache_l3_cache_layout
+
+
 def _engine(module: Any) -> None:
     module.run_data_parallel_controller_process = run_controller
 
@@ -322,6 +331,7 @@ PARTS = {
     "sglang.srt.managers.scheduler": _scheduler,
     "sglang.srt.managers.scheduler_components.flush_wrapper": _flush_wrapper,
     "sglang.srt.session.session_controller": _session,
+    "sglang.srt.managers.tokenizer_control_mixin": _tokenizer_control,
     "sglang.srt.managers.data_parallel_controller": _controller,
     "sglang.srt.entrypoints.engine": _engine,
     "sglang.srt.ray.data_parallel_controller": _ray_controller,

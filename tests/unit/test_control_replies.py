@@ -1,28 +1,36 @@
 """Every control request gets as many replies as there were instances, whoever died when."""
 
+import asyncio
+import copy
 import time
+from types import SimpleNamespace
 
 import pytest
 import zmq
 from sglang.srt.managers import io_struct as io
-from sglang.srt.managers.tokenizer_control_mixin import _COMMUNICATOR_SPECS
+from sglang.srt.managers import tokenizer_control_mixin
+from sglang.srt.managers.communicator import FanOutCommunicator
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.tokenizer_control_mixin import _COMMUNICATOR_SPECS, TokenizerControlMixin
+from sglang.srt.speculative.external_corpus_manager import ExternalCorpusManager
 
 from pascal_sglang.cluster import worker_sender
-from pascal_sglang.cluster.control_replies import MAX_WAITING, REPLIES, ControlReplies
+from pascal_sglang.cluster.control_replies import (
+    MAX_WAITING,
+    REPLIES,
+    ControlReplies,
+    reply_for,
+)
 from pascal_sglang.cluster.loop_errors import LOGGED, LoopErrors
 from pascal_sglang.cluster.worker_sender import WorkerSender
+from pascal_sglang.engine import scheduler as scheduler_module
+from pascal_sglang.engine.scheduler import PascalScheduler
+from pascal_sglang.entrypoints import http_server
 
-# Features that we refuse at start, that ask one instance, or that SGLang has for one instance only.
+# SGLang asks them of one instance, or the death of an instance ends a server that has them.
 ELSEWHERE = {
-    "AddExternalCorpusReqOutput",
-    "AttachHiCacheStorageReqOutput",
-    "ClearHiCacheReqOutput",
-    "DetachHiCacheStorageReqOutput",
-    "GetHiCacheL3LayoutReqOutput",
     "InitWeightsSendGroupForRemoteInstanceReqOutput",
-    "ListExternalCorporaReqOutput",
     "PdRoleSwitchReqOutput",
-    "RemoveExternalCorpusReqOutput",
     "ScaleElasticEPReqOutput",
     "SendWeightsToRemoteInstanceReqOutput",
 }
@@ -133,3 +141,98 @@ def test_errors_are_counted_by_kind_and_the_first_are_logged(caplog):
     errors.note("reading", KeyError("k"))
     assert errors.counts == {"placing": LOGGED + 3, "reading": 1}
     assert len(caplog.records) == LOGGED + 1
+
+
+BOUND_S = 5
+LAYOUT = {"enabled": True, "page_size": 64, "hicache_object_layout": {"pools": ["kv"]}}
+
+
+class Manager(TokenizerControlMixin):
+    """SGLang's side of two instances. living: the reply of the one that is alive."""
+
+    def __init__(self, living):
+        self.living = living
+        self.communicator = FanOutCommunicator(self.send, 2)
+
+    def __getattr__(self, name):
+        assert name.endswith("_communicator"), name
+        return self.communicator
+
+    def auto_create_handle_loop(self):
+        """The test hands replies over itself."""
+
+    def record_config_updates(self, *_, **__):
+        """Of the server's arguments, which this one does not have."""
+
+    def send(self, request):
+        asyncio.get_running_loop().call_soon(self.reply, type(request))
+
+    def reply(self, kind):
+        self.communicator.handle_recv(self.living)
+        self.communicator.handle_recv(reply_for(kind, 1, "dead"))
+
+
+@pytest.mark.parametrize("success", [True, False])
+@pytest.mark.parametrize(
+    ("name", "arguments", "reply", "more"),
+    [
+        ("clear_hicache_storage", (), io.ClearHiCacheReqOutput, {}),
+        ("attach_hicache_storage", ("file",), io.AttachHiCacheStorageReqOutput, {}),
+        ("detach_hicache_storage", (), io.DetachHiCacheStorageReqOutput, {}),
+        (
+            "add_external_corpus",
+            (io.AddExternalCorpusReqInput(corpus_id="c", documents=[""]),),
+            io.AddExternalCorpusReqOutput,
+            {"corpus_id": "c", "loaded_token_count": 3},
+        ),
+        ("remove_external_corpus", ("c",), io.RemoveExternalCorpusReqOutput, {}),
+        (
+            "list_external_corpora",
+            (),
+            io.ListExternalCorporaReqOutput,
+            {"corpus_token_counts": {"c": 3}},
+        ),
+    ],
+)
+def test_the_result_is_that_of_the_living(monkeypatch, name, arguments, reply, more, success):
+    spec = SimpleNamespace(
+        speculative_algorithm="NGRAM", speculative_ngram_external_corpus_max_tokens=9
+    )
+    monkeypatch.setattr(tokenizer_control_mixin, "get_spec", lambda: spec)
+    manager = Manager(reply(success=success, **more))
+    asked = getattr(manager, name)(*copy.deepcopy(arguments))
+    found = asyncio.run(asyncio.wait_for(asked, BOUND_S))
+    assert found.success is success
+    if success:
+        assert {field: getattr(found, field) for field in more} == more
+
+
+@pytest.mark.skipif(
+    not hasattr(io, "GetHiCacheL3LayoutReq"), reason="SGLang has no such request here"
+)
+def test_the_layout_of_the_cache_is_that_of_the_living():
+    """SGLang calls layouts that differ inconsistent."""
+    from sglang.srt.mem_cache.hicache_storage import merge_l3_layouts
+
+    manager = Manager(io.GetHiCacheL3LayoutReqOutput(layout=LAYOUT))
+    asked = http_server.living_layouts(Manager.get_hicache_l3_cache_layout, manager)
+    assert merge_l3_layouts(asyncio.run(asyncio.wait_for(asked, BOUND_S))) == LAYOUT
+
+
+def test_a_corpus_that_has_been_loaded_is_answered_like_any_control_request(monkeypatch):
+    """SGLang answers it past `send_control_output`, by which the controller learns of answers."""
+    monkeypatch.setattr(Scheduler, "init_invariant_checker", lambda _: None)
+    monkeypatch.setattr(scheduler_module, "build_executor", lambda *_: (None, None))
+    worker = SimpleNamespace(add_external_corpus=lambda *_: 3, commit_corpus_load=lambda *_: None)
+    scheduler = PascalScheduler.__new__(PascalScheduler)
+    scheduler.pascal_config = scheduler.support = None
+    scheduler.external_corpus_manager = ExternalCorpusManager(worker, lambda *_: None)
+    answered = []
+    scheduler.send_control_output = lambda output, request: answered.append((output, request))
+    scheduler.init_invariant_checker()
+    asked = io.AddExternalCorpusReqInput(corpus_id="c", token_chunks=[[1]])
+    assert scheduler.external_corpus_manager.add(asked) is None
+    scheduler.external_corpus_manager._pending_load[1].join()
+    scheduler.external_corpus_manager.check_pending_load()
+    ((output, request),) = answered
+    assert (output.loaded_token_count, request) == (3, asked)

@@ -21,6 +21,7 @@ from pascal_sglang.cluster import controller as controller_module
 from pascal_sglang.cluster import load_tracker
 from pascal_sglang.cluster.control_channel import CONTROL_ENV, CONTROLLER, ControlSender
 from pascal_sglang.cluster.control_keys import SECRET_ENV
+from pascal_sglang.cluster.control_replies import reply_for
 from pascal_sglang.cluster.controller import PascalController
 from pascal_sglang.cluster.messages import ControlAnswered
 from pascal_sglang.config import CONFIG_ENV, PascalConfig
@@ -254,18 +255,31 @@ def test_no_message_ends_the_loop(scene, monkeypatch):
     assert one.controller.describe()["errors"] == one.controller.errors.counts
 
 
-def test_for_a_dead_instance_the_controller_answers_control_requests(scene):
-    one = scene()
-    one.send(io.FlushCacheReqInput())
-    assert isinstance(one.hear(one.instances[1]), io.FlushCacheReqInput)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        io.FlushCacheReqInput(),
+        io.ClearHiCacheReqInput(),
+        io.AttachHiCacheStorageReqInput(hicache_storage_backend="file"),
+        io.DetachHiCacheStorageReqInput(),
+        io.AddExternalCorpusReqInput(corpus_id="c", token_chunks=[[1]]),
+        io.RemoveExternalCorpusReqInput(corpus_id="c"),
+        io.ListExternalCorporaReqInput(),
+        *([io.GetHiCacheL3LayoutReq()] if hasattr(io, "GetHiCacheL3LayoutReq") else []),
+    ],
+    ids=lambda asked: type(asked).__name__,
+)
+def test_for_a_dead_instance_the_controller_answers_control_requests(scene, asked):
+    one, kind = scene(), type(asked)
+    one.send(asked)
+    assert isinstance(one.hear(one.instances[1]), kind)
     one.kill(1)
     control_sender = ControlSender(one.controller._folder.path, 0)
     for _ in range(2):
-        assert isinstance(one.hear(one.instances[0]), io.FlushCacheReqInput)
-        control_sender.send(CONTROLLER, ControlAnswered(0, "FlushCacheReqInput"))
-        reply = one.hear(one.manager)
-        assert (reply.success, reply.message) == (True, "Instance 1 is dead.")
-        one.send(io.FlushCacheReqInput())
+        assert isinstance(one.hear(one.instances[0]), kind)
+        control_sender.send(CONTROLLER, ControlAnswered(0, kind.__name__))
+        assert one.hear(one.manager) == reply_for(kind, 1, "dead")
+        one.send(asked)
 
 
 def test_the_last_instance_takes_the_controller_along(scene):
