@@ -19,8 +19,8 @@ from pascal_sglang.cluster.remote_channels import (
     connect,
 )
 from pascal_sglang.cluster.transport.listening import abort_connections
-from pascal_sglang.config import ConfigError, PascalConfig
-from pascal_sglang.entrypoints import ray_hosts, ray_watch
+from pascal_sglang.config import ACTOR_ENV, ConfigError, PascalConfig
+from pascal_sglang.entrypoints import ray_actors, ray_hosts, ray_watch
 from pascal_sglang.entrypoints.preflight import idle_racks
 from pascal_sglang.entrypoints.ray_hosts import OverHosts, assign
 from pascal_sglang.instances import HOSTS_ENV
@@ -222,3 +222,48 @@ def test_of_an_actor_that_fails_at_its_start_the_cause_is_said():
     said = f"Scheduler actor failed to initialize: {ActorDiedError(failed)}"
     assert ray_watch.last_words(said) == "an instance does not start: ValueError: no"
     assert ray_watch.last_words("--use-ray needs\n2 GPUs") == "--use-ray needs\n2 GPUs"
+
+
+ENVIRONMENT = {
+    "HF_TOKEN": "hf_private",
+    "HUGGING_FACE_HUB_TOKEN": "hf_older",
+    "SGLANG_API_KEY": "private",
+    "SGLANG_STORE_PASSWORD": "private",
+    "PASCAL_SGLANG_CONTROL_SECRET": "s" * 64,
+    "HF_HUB_OFFLINE": "1",
+    "HF_TOKEN_PATH": "/a/file",
+    # A switch, which is read when the module is imported.
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "True",
+    "PASCAL_SGLANG_CONFIG": "{}",
+    "AWS_SECRET_ACCESS_KEY": "of no use there",
+}
+CREDENTIALS = dict(list(ENVIRONMENT.items())[:5])
+
+
+def test_ray_is_given_no_credential_to_log(monkeypatch):
+    """It logs the environment of its actors, but not the arguments of their constructors."""
+    monkeypatch.setattr(os, "environ", dict(ENVIRONMENT))
+    monkeypatch.setattr(ray_actors.engine, "SchedulerActor", None)
+    made = []
+    ray_actors.create_scheduler_actor(
+        lambda **_: made.append(ray_actors.engine.SchedulerActor), dp_rank=0
+    )
+    (actor,) = made
+    told = actor._actor_class._default_options["runtime_env"]["env_vars"]
+    assert set(told) == {
+        "HF_HUB_OFFLINE", "HF_TOKEN_PATH", "HF_HUB_DISABLE_IMPLICIT_TOKEN", "PASCAL_SGLANG_CONFIG",
+        ACTOR_ENV,
+    }  # fmt: skip
+    assert actor._more == {"credentials": CREDENTIALS}
+
+
+def test_an_actor_has_its_credentials_before_it_loads_anything(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+    def load_plugins():
+        assert CREDENTIALS.items() <= os.environ.items()
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(ray_actors, "load_plugins", load_plugins)
+    with pytest.raises(ConfigError, match="far enough"):
+        ray_actors.PascalSchedulerActor(server_args=None, port_args=None, credentials=CREDENTIALS)
