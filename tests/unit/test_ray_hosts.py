@@ -1,6 +1,7 @@
 """Which host of a Ray cluster gets which instance, and what becomes of one that is out of reach."""
 
 import os
+from array import array
 from types import SimpleNamespace
 
 import pytest
@@ -267,3 +268,16 @@ def test_an_actor_has_its_credentials_before_it_loads_anything(monkeypatch):
     monkeypatch.setattr(ray_actors, "load_plugins", load_plugins)
     with pytest.raises(ConfigError, match="far enough"):
         ray_actors.PascalSchedulerActor(server_args=None, port_args=None, credentials=CREDENTIALS)
+
+
+def test_a_request_that_is_too_large_for_its_instance_counts_nowhere(far):
+    one, _ = far
+    for worker in one.controller.workers:
+        worker._most_bytes = 1 << 14
+    one.send(request("large", input_ids=array("q", range(1 << 14))))
+    ended = one.hear(one.manager)
+    assert ended.rid == "large"
+    assert "are more than the 16384 that an instance" in ended.finished_reason["message"]
+    assert [one.controller.load_tracker.dispatched(i) for i in range(2)] == [0, 0]
+    assert one.controller.placed == {}
+    assert len(one.controller.prefixes) == 0
