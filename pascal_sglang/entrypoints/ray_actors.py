@@ -26,7 +26,7 @@ from pascal_sglang.entrypoints.http_server import hand_out_ways, shake_hands
 from pascal_sglang.entrypoints.ray_hosts import beside, controller_class, place_instances
 from pascal_sglang.entrypoints.ray_watch import last_words
 from pascal_sglang.handshake import REQUESTS_KEY
-from pascal_sglang.instances import instance_count, own_instance, speaks
+from pascal_sglang.instances import instance_count, own_instance, several_hosts, speaks
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +162,13 @@ def launch_instances(
 
     data_parallel_controller.RayDataParallelController = controller_class()
     return original(cls, copy.deepcopy(server_args), *args, **kwargs)
+
+
+def carry_features(original: Callable[..., str], *args: Any) -> str:
+    """Around `determine_tensor_transport_mode`: SGLang sends multimodal features as names of shared
+    memory unless one instance is on several nodes. Here instances are, so they go with the request.
+    """
+    return "default" if several_hosts() else original(*args)
 
 
 def start_cpu_monitor(original: Callable[..., Any], component: str, *args: Any) -> Any:

@@ -1,13 +1,21 @@
 """Which host of a Ray cluster gets which instance, and what becomes of one that is out of reach."""
 
+import functools
 import os
 from array import array
 from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 import zmq
 from ray.exceptions import ActorDiedError, RayTaskError
+from sglang.srt.managers import mm_utils
+from sglang.srt.managers.schedule_batch import (
+    Modality,
+    MultimodalDataItem,
+    MultimodalProcessorOutput,
+)
 
 from pascal_sglang.cluster import watched_controller
 from pascal_sglang.cluster.controller import PascalController
@@ -281,3 +289,34 @@ def test_a_request_that_is_too_large_for_its_instance_counts_nowhere(far):
     assert [one.controller.load_tracker.dispatched(i) for i in range(2)] == [0, 0]
     assert one.controller.placed == {}
     assert len(one.controller.prefixes) == 0
+
+
+def test_multimodal_features_go_with_the_request(far, monkeypatch):
+    """Not as the name of shared memory, which is of one host."""
+    one, scheduler = far
+    stock = mm_utils.determine_tensor_transport_mode
+    hooked = functools.partial(ray_actors.carry_features, stock)
+    monkeypatch.setattr(mm_utils, "determine_tensor_transport_mode", hooked)
+    monkeypatch.setattr(mm_utils, "_is_default_tensor_transport", None)
+    monkeypatch.setattr(mm_utils, "get_serving", lambda: SimpleNamespace(skip_tokenizer_init=False))
+    monkeypatch.setenv(HOSTS_ENV, "10.0.1.1,10.0.2.1")
+    item = MultimodalDataItem(modality=Modality.IMAGE, hash=1, feature=torch.arange(12.0))
+    inputs = MultimodalProcessorOutput(mm_items=[item])
+    one.send(mm_utils.wrap_shm_features(request("a", routed_dp_rank=1, mm_inputs=inputs)))
+    feature = one.hear(scheduler).mm_inputs.mm_items[0].feature
+    assert torch.equal(feature, torch.arange(12.0))
+    monkeypatch.delenv(HOSTS_ENV)
+    assert ray_actors.carry_features(lambda: "cuda_ipc") == "cuda_ipc"
+
+
+@pytest.mark.parametrize("transport", [None, "cpu", "cuda_ipc", "cuda_vmm"])
+def test_features_in_memory_of_one_host_are_refused(monkeypatch, transport):
+    monkeypatch.setattr(ray_hosts, "get_serving", lambda: SimpleNamespace(tokenizer_worker_num=1))
+    given = SimpleNamespace(mm_feature_transport=transport)
+    monkeypatch.setattr(ray_hosts, "get_mm", lambda: given)
+    config = PascalConfig(control_listen=ADDRESS)
+    if transport in (None, "cpu"):
+        ray_hosts._check_carried(config)
+        return
+    with pytest.raises(RuntimeError, match=f"several hosts do not work with .*{transport}"):
+        ray_hosts._check_carried(config)
