@@ -214,6 +214,13 @@ HOOKS = (
         only_main=True,
         with_ray=True,
     ),
+    Hook(
+        "sglang.srt.multimodal.transport.determine_tensor_transport_mode",
+        "around",
+        _ray("carry_features"),
+        only_main=True,
+        with_ray=True,
+    ),
 )
 
 

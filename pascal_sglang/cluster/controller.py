@@ -239,10 +239,11 @@ class PascalController(WatchedController):
         hits = self.prefixes.hits(blocks)
         candidates = self.placement.in_sight(self.active(), hits)
         index = self.placement.place(candidates, len(req.input_ids or ()), hits)
+        # A request that its instance would not take is refused here, and counts nowhere.
+        sock_send(self.workers[index], req)
         if self.pascal_config.tool_kv:
             self._tell_holder(req, index, hits)
         self._note(req, index, blocks)
-        sock_send(self.workers[index], req)
 
     def _tell_holder(self, req: Any, index: int, hits: Mapping[int, int]) -> None:
         """A request goes to an instance. Tell the one that has more of its prompt than that one

@@ -311,6 +311,8 @@ class InstanceChannels:
 
         self.port_args = replace(
             port_args,
+            # Instances of one host would share one file of figures of load.
+            instance_id=f"{port_args.instance_id}-{os.path.basename(folder)}",
             tokenizer_ipc_name=here("tokenizer"),
             detokenizer_ipc_name=here("detokenizer"),
             scheduler_input_ipc_name=here("requests"),

@@ -20,26 +20,40 @@ from sglang.srt.ray import engine
 from sglang.srt.ray.scheduler_actor import SchedulerActor
 from sglang.srt.runtime_context import get_parallel
 
-from pascal_sglang.cluster.control_keys import SECRET_ENV
 from pascal_sglang.cluster.remote_channels import HeadEndpoints, InstanceChannels
 from pascal_sglang.config import ACTOR_ENV
 from pascal_sglang.entrypoints.http_server import hand_out_ways, shake_hands
 from pascal_sglang.entrypoints.ray_hosts import beside, controller_class, place_instances
 from pascal_sglang.entrypoints.ray_watch import last_words
 from pascal_sglang.handshake import REQUESTS_KEY
-from pascal_sglang.instances import instance_count, own_instance, speaks
+from pascal_sglang.instances import instance_count, own_instance, several_hosts, speaks
 
 logger = logging.getLogger(__name__)
 
-FORWARDED = ("PASCAL_SGLANG_", "SGLANG_", "PROMETHEUS_", "OMP_NUM_THREADS", "HF_")
+FORWARDED = (
+    "PASCAL_SGLANG_",
+    "SGLANG_",
+    "PROMETHEUS_",
+    "OMP_NUM_THREADS",
+    "HF_",
+    "HUGGING_FACE_HUB_TOKEN",
+)
+# How names of credentials end. Names of switches may end so too; these are their values.
+CREDENTIALS = ("_TOKEN", "_KEY", "_SECRET", "_PASSWORD")
+SWITCHED = ("", "0", "1", "false", "true", "no", "yes", "off", "on")
 
 
-def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
+def forwarded(environ: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """What an actor must know of its server's environment; it runs on another process's. Ray writes
-    all of it into command lines and logs, so the secret goes another way."""
+    the first part into command lines and logs, so credentials, the second, go another way."""
     kept = {name: value for name, value in environ.items() if name.startswith(FORWARDED)}
-    kept.pop(SECRET_ENV, None)
-    return {**kept, ACTOR_ENV: "1"}
+    credentials = {
+        name: value
+        for name, value in kept.items()
+        if name.endswith(CREDENTIALS) and value.lower() not in SWITCHED
+    }
+    settings = {name: value for name, value in kept.items() if name not in credentials}
+    return {**settings, ACTOR_ENV: "1"}, credentials
 
 
 class PascalSchedulerActor(SchedulerActor.__ray_metadata__.modified_class):
@@ -50,15 +64,14 @@ class PascalSchedulerActor(SchedulerActor.__ray_metadata__.modified_class):
         *,
         server_args: Any,
         port_args: Any,
-        control_secret: str | None = None,
+        credentials: Mapping[str, str] | None = None,
         one_host: bool = False,
         head: HeadEndpoints | None = None,
         **kwargs: Any,
     ) -> None:
         """one_host: the ranks of its instance are on one host. head: where the server's other
         processes take what it says, if they are on another."""
-        if control_secret is not None:
-            os.environ[SECRET_ENV] = control_secret
+        os.environ.update(credentials or {})
         # Imported first: a child process hooks only what it has imported.
         importlib.import_module("sglang.srt.managers.scheduler")
         load_plugins()
@@ -89,8 +102,8 @@ class PascalSchedulerActor(SchedulerActor.__ray_metadata__.modified_class):
 
 
 class WithArguments:
-    """An actor class, or what its `options` make, whose constructor is given `more` too, as the
-    secret of the control sockets: an argument goes to the actor alone."""
+    """An actor class, or what its `options` make, whose constructor is given `more` too, as
+    credentials: an argument goes to the actor alone."""
 
     def __init__(self, actor_class: Any, more: Mapping[str, Any]) -> None:
         self._actor_class, self._more = actor_class, more
@@ -104,9 +117,9 @@ class WithArguments:
 
 def create_scheduler_actor(original: Callable[..., Any], **kwargs: Any) -> Any:
     """Around `ray.engine._create_scheduler_actor`, which looks its class up when it is called."""
-    environment = {"env_vars": forwarded(os.environ)}
-    more = {"control_secret": os.environ.get(SECRET_ENV), **beside(kwargs)}
-    actor_class = ray.remote(runtime_env=environment)(PascalSchedulerActor)
+    settings, credentials = forwarded(os.environ)
+    more = {"credentials": credentials, **beside(kwargs)}
+    actor_class = ray.remote(runtime_env={"env_vars": settings})(PascalSchedulerActor)
     engine.SchedulerActor = WithArguments(actor_class, more)
     return original(**kwargs)
 
@@ -149,6 +162,13 @@ def launch_instances(
 
     data_parallel_controller.RayDataParallelController = controller_class()
     return original(cls, copy.deepcopy(server_args), *args, **kwargs)
+
+
+def carry_features(original: Callable[..., str], *args: Any) -> str:
+    """Around `determine_tensor_transport_mode`: SGLang sends multimodal features as names of shared
+    memory unless one instance is on several nodes. Here instances are, so they go with the request.
+    """
+    return "default" if several_hosts() else original(*args)
 
 
 def start_cpu_monitor(original: Callable[..., Any], component: str, *args: Any) -> Any:

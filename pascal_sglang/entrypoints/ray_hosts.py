@@ -21,7 +21,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.placement_group import placement_group as create_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from sglang.srt.runtime_context import get_parallel, get_serving
+from sglang.srt.runtime_context import get_mm, get_parallel, get_serving
 
 from pascal_sglang import clock
 from pascal_sglang.cluster.control_channel import CONTROL_ENV
@@ -121,6 +121,11 @@ def _check_carried(config: PascalConfig) -> None:
         problem = "do not work with --pascal-kv-transport shm, which is memory of one host"
     elif config.can_migrate and config.kv_transport != "auto" and config.kv_listen is None:
         problem = f"and --pascal-kv-transport {config.kv_transport} need --pascal-kv-listen ADDRESS"
+    elif (transport := get_mm().mm_feature_transport) not in (None, "cpu"):
+        problem = (
+            f"do not work with --mm-feature-transport {transport}, which is memory of one host and "
+            "which SGLang chooses for some models; give --mm-feature-transport cpu"
+        )
     if problem is not None:
         raise RuntimeError(f"instances on several hosts {problem}")
     if os.environ.get(RAY_AUTH_ENV) != "token":

@@ -33,6 +33,7 @@ from tests.ports import RAY_WORKERS, free_port
 from tests.ray_hosts import RAY
 
 COUNT = 40
+TOKEN = "hf_that_nobody_reads"
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ class TestTwoInstances:
         flags = ["--use-ray", "--dp-size", "2"]
         # The control sockets as between hosts.
         settings = {**FLOOD, "control_listen": "127.0.0.1"}
-        with serve(settings, flags, RAY_ADDRESS=cluster) as server:
+        with serve(settings, flags, RAY_ADDRESS=cluster, HF_TOKEN=TOKEN) as server:
             yield server
             server.stop(signal.SIGTERM)
 
@@ -134,7 +135,9 @@ class TestTwoInstances:
                 logs += [path.read_bytes()] if path.is_file() else []
         lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
         assert any(b"PASCAL_SGLANG_CONTROL" in log for log in logs), "this shows nothing"
-        assert not [log for log in (*logs, *map(str.encode, lines)) if SECRET_ENV.encode() in log]
+        for secret in (SECRET_ENV, TOKEN):
+            said = (*logs, *map(str.encode, lines))
+            assert not [log for log in said if secret.encode() in log]
 
     def test_an_actor_that_dies_takes_only_its_own_requests_along(self, two):
         takes_only_its_own_along(two, 1, kill_actor)

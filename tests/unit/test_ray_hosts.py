@@ -1,12 +1,21 @@
 """Which host of a Ray cluster gets which instance, and what becomes of one that is out of reach."""
 
+import functools
 import os
+from array import array
 from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 import zmq
 from ray.exceptions import ActorDiedError, RayTaskError
+from sglang.srt.managers import mm_utils
+from sglang.srt.managers.schedule_batch import (
+    Modality,
+    MultimodalDataItem,
+    MultimodalProcessorOutput,
+)
 
 from pascal_sglang.cluster import watched_controller
 from pascal_sglang.cluster.controller import PascalController
@@ -19,8 +28,8 @@ from pascal_sglang.cluster.remote_channels import (
     connect,
 )
 from pascal_sglang.cluster.transport.listening import abort_connections
-from pascal_sglang.config import ConfigError, PascalConfig
-from pascal_sglang.entrypoints import ray_hosts, ray_watch
+from pascal_sglang.config import ACTOR_ENV, ConfigError, PascalConfig
+from pascal_sglang.entrypoints import ray_actors, ray_hosts, ray_watch
 from pascal_sglang.entrypoints.preflight import idle_racks
 from pascal_sglang.entrypoints.ray_hosts import OverHosts, assign
 from pascal_sglang.instances import HOSTS_ENV
@@ -222,3 +231,92 @@ def test_of_an_actor_that_fails_at_its_start_the_cause_is_said():
     said = f"Scheduler actor failed to initialize: {ActorDiedError(failed)}"
     assert ray_watch.last_words(said) == "an instance does not start: ValueError: no"
     assert ray_watch.last_words("--use-ray needs\n2 GPUs") == "--use-ray needs\n2 GPUs"
+
+
+ENVIRONMENT = {
+    "HF_TOKEN": "hf_private",
+    "HUGGING_FACE_HUB_TOKEN": "hf_older",
+    "SGLANG_API_KEY": "private",
+    "SGLANG_STORE_PASSWORD": "private",
+    "PASCAL_SGLANG_CONTROL_SECRET": "s" * 64,
+    "HF_HUB_OFFLINE": "1",
+    "HF_TOKEN_PATH": "/a/file",
+    # A switch, which is read when the module is imported.
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "True",
+    "PASCAL_SGLANG_CONFIG": "{}",
+    "AWS_SECRET_ACCESS_KEY": "of no use there",
+}
+CREDENTIALS = dict(list(ENVIRONMENT.items())[:5])
+
+
+def test_ray_is_given_no_credential_to_log(monkeypatch):
+    """It logs the environment of its actors, but not the arguments of their constructors."""
+    monkeypatch.setattr(os, "environ", dict(ENVIRONMENT))
+    monkeypatch.setattr(ray_actors.engine, "SchedulerActor", None)
+    made = []
+    ray_actors.create_scheduler_actor(
+        lambda **_: made.append(ray_actors.engine.SchedulerActor), dp_rank=0
+    )
+    (actor,) = made
+    told = actor._actor_class._default_options["runtime_env"]["env_vars"]
+    assert set(told) == {
+        "HF_HUB_OFFLINE", "HF_TOKEN_PATH", "HF_HUB_DISABLE_IMPLICIT_TOKEN", "PASCAL_SGLANG_CONFIG",
+        ACTOR_ENV,
+    }  # fmt: skip
+    assert actor._more == {"credentials": CREDENTIALS}
+
+
+def test_an_actor_has_its_credentials_before_it_loads_anything(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+    def load_plugins():
+        assert CREDENTIALS.items() <= os.environ.items()
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(ray_actors, "load_plugins", load_plugins)
+    with pytest.raises(ConfigError, match="far enough"):
+        ray_actors.PascalSchedulerActor(server_args=None, port_args=None, credentials=CREDENTIALS)
+
+
+def test_a_request_that_is_too_large_for_its_instance_counts_nowhere(far):
+    one, _ = far
+    for worker in one.controller.workers:
+        worker._most_bytes = 1 << 14
+    one.send(request("large", input_ids=array("q", range(1 << 14))))
+    ended = one.hear(one.manager)
+    assert ended.rid == "large"
+    assert "are more than the 16384 that an instance" in ended.finished_reason["message"]
+    assert [one.controller.load_tracker.dispatched(i) for i in range(2)] == [0, 0]
+    assert one.controller.placed == {}
+    assert len(one.controller.prefixes) == 0
+
+
+def test_multimodal_features_go_with_the_request(far, monkeypatch):
+    """Not as the name of shared memory, which is of one host."""
+    one, scheduler = far
+    stock = mm_utils.determine_tensor_transport_mode
+    hooked = functools.partial(ray_actors.carry_features, stock)
+    monkeypatch.setattr(mm_utils, "determine_tensor_transport_mode", hooked)
+    monkeypatch.setattr(mm_utils, "_is_default_tensor_transport", None)
+    monkeypatch.setattr(mm_utils, "get_serving", lambda: SimpleNamespace(skip_tokenizer_init=False))
+    monkeypatch.setenv(HOSTS_ENV, "10.0.1.1,10.0.2.1")
+    item = MultimodalDataItem(modality=Modality.IMAGE, hash=1, feature=torch.arange(12.0))
+    inputs = MultimodalProcessorOutput(mm_items=[item])
+    one.send(mm_utils.wrap_shm_features(request("a", routed_dp_rank=1, mm_inputs=inputs)))
+    feature = one.hear(scheduler).mm_inputs.mm_items[0].feature
+    assert torch.equal(feature, torch.arange(12.0))
+    monkeypatch.delenv(HOSTS_ENV)
+    assert ray_actors.carry_features(lambda: "cuda_ipc") == "cuda_ipc"
+
+
+@pytest.mark.parametrize("transport", [None, "cpu", "cuda_ipc", "cuda_vmm"])
+def test_features_in_memory_of_one_host_are_refused(monkeypatch, transport):
+    monkeypatch.setattr(ray_hosts, "get_serving", lambda: SimpleNamespace(tokenizer_worker_num=1))
+    given = SimpleNamespace(mm_feature_transport=transport)
+    monkeypatch.setattr(ray_hosts, "get_mm", lambda: given)
+    config = PascalConfig(control_listen=ADDRESS)
+    if transport in (None, "cpu"):
+        ray_hosts._check_carried(config)
+        return
+    with pytest.raises(RuntimeError, match=f"several hosts do not work with .*{transport}"):
+        ray_hosts._check_carried(config)

@@ -10,6 +10,7 @@ import pytest
 import zmq
 from sglang.srt.managers.load_snapshot import (
     LoadSnapshot,
+    ShmLoadSnapshotReader,
     ShmLoadSnapshotWriter,
     shm_path_for,
 )
@@ -150,10 +151,32 @@ def test_figures_that_an_instance_shows_are_shown_here(link):
     here = folders[METRICS_ENV] / "counter_i1p77.db"
     wait(lambda: here.exists() and here.read_bytes() == METRICS)
     wait(lambda: (folders[FOLDER_ENV] / "forecast-1.json").exists())
-    # Both ends are on one host here, where the far one takes the name away.
-    wait(lambda: not os.path.exists(path) or head._loads is not None)
+    wait(lambda: not os.path.exists(path))
+    loads = ShmLoadSnapshotReader(head._loads_at, 2)
     writer.write(LoadSnapshot(dp_rank=1, num_running_reqs=8))
-    wait(lambda: head._loads is not None)
+    wait(lambda: (s := loads.read(1)) is not None and s.num_running_reqs == 8)
+    os.unlink(head._loads_at)
+
+
+def test_each_of_two_instances_on_one_host_shows_its_load(link):
+    """SGLang gives both the same name of a file, which goes once it is open."""
+    head, far, _, _, _ = link
+    ports = head.port_args
+    other_head = HeadChannels(ControlKeys(own_secret(), "a" * 32), ADDRESS, 0, ports)
+    other = InstanceChannels(other_head.endpoints, ports, lambda: None)
+    # Another file than theirs, as on another host.
+    head._loads_at = other_head._loads_at = shm_path_for(f"head{ports.instance_id}")
+    reader = ShmLoadSnapshotReader(head._loads_at, 2)
+    for one, index in ((far, 1), (other, 0)):
+        writer = ShmLoadSnapshotWriter(shm_path_for(one.port_args.instance_id), 2, index)
+        writer.write(LoadSnapshot(dp_rank=index, num_running_reqs=7 + index))
+        # Whoever shows files already looks at them meanwhile.
+        time.sleep(10 * remote_channels.LOOK_S)
+        one.show(index, 2, speaks=True)
+        wait(lambda i=index: (s := reader.read(i)) is not None and s.num_running_reqs == 7 + i)
+    assert not os.path.exists(shm_path_for(ports.instance_id))
+    other_head.close()
+    os.unlink(head._loads_at)
 
 
 def says(head, data):
