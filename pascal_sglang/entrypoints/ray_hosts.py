@@ -31,6 +31,7 @@ from pascal_sglang.config import PascalConfig
 from pascal_sglang.entrypoints.ray_watch import Watched, watch
 from pascal_sglang.handshake import PROCESS_KEY, REQUESTS_KEY
 from pascal_sglang.instances import HOSTS_ENV, several_hosts
+from pascal_sglang.older_sglang import install as install_older
 
 if TYPE_CHECKING:
     from pascal_sglang.cluster.controller import PascalController as _Controller
@@ -198,6 +199,8 @@ def controller_class() -> Any:
     """The controller of instances that are Ray's actors."""
     # Not earlier: its base is to be our controller, which stands in SGLang's place by now.
     from sglang.srt.ray import data_parallel_controller
+
+    install_older()  # It has only been imported now.
 
     class Controller(OverHosts, data_parallel_controller.RayDataParallelController):
         """SGLang's for Ray, with what is ours."""

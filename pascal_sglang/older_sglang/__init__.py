@@ -27,6 +27,8 @@ STEPS: tuple[tuple[str, Parts], ...] = (
 # Attribute of a module of SGLang: the steps that it has taken. It is kept there, because a process
 # may be a fork in which this package is another one.
 TAKEN = "_pascal_steps"
+# Whoever needs it imports it, once our controller stands in the place of its base, and asks again.
+LATE = "sglang.srt.ray.data_parallel_controller"
 
 
 def install(*, everywhere: bool = False, with_ray: bool = False) -> None:
@@ -37,7 +39,7 @@ def install(*, everywhere: bool = False, with_ray: bool = False) -> None:
         if version >= version_order(target):
             continue
         for name, change in parts.items():
-            if everywhere and (with_ray or not name.startswith("sglang.srt.ray")):
+            if everywhere and (with_ray or not name.startswith("sglang.srt.ray")) and name != LATE:
                 importlib.import_module(name)
             module = sys.modules.get(name)
             if module is None or _is_being_imported(module):

@@ -49,7 +49,10 @@ PACKAGE = {
         {"msgspec", "psutil", "sglang", "torch", "zmq"},
     ),
     "entrypoints": (
-        {"cluster", "platforms", "policy", "request_checks", "support", *ENTRY},
+        {
+            *{"cluster", "older_sglang", "platforms", "policy", "request_checks", "support"},
+            *ENTRY,
+        },
         {"fastapi", "psutil", "ray", "sglang", "starlette"},
     ),
     "streaming": ({"clock", "config", "entrypoints"}, {"sglang"}),
