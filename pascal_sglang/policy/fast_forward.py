@@ -197,10 +197,10 @@ class FastForward:
             self.groups = TenantGroups(counters, requests)
             self.policy = with_fairness(self.policy, self.groups)
         self.queue = WaitQueue(self.policy, self.tuning)
+        apart = len(priorities) <= PRIORITIES
         for phase, most in ((Phase.REASONING, THINKERS), (Phase.ANSWERING, ANSWERERS)):
             portions[phase][-1].sort()
             merged = heapq.merge(*portions[phase])
-            apart = len(priorities) <= PRIORITIES
             for group in self._grouped(merged, -(-counts[phase] // most), apart=apart):
                 if group is not None:
                     self.cohorts.append(self._cohort(group, phase))
@@ -221,7 +221,8 @@ class FastForward:
     def _grouped(
         self, ranked: Iterable[Ranked], size: int, *, apart: bool
     ) -> Iterator[list[Present] | None]:
-        """In groups of one kind, of at most `size` neighbours in rank; None after each portion."""
+        """In groups of one kind, of at most `size` neighbours in rank; None after each portion.
+        apart: those of another priority are of another kind."""
         groups: dict[object, list[Present]] = {}
         for number, (*_, each) in enumerate(ranked, 1):
             state = each.state
@@ -413,9 +414,8 @@ class FastForward:
             thinks = state.phase is Phase.REASONING
             count = cohort.count
             if cohort.unfilled and cohort.share > cohort.filled:
-                own_s = (
-                    cohort.unfilled * (cohort.share - cohort.filled) * self.machine.prefill_token_s
-                )
+                tokens_to_fill = cohort.unfilled * (cohort.share - cohort.filled)
+                own_s = tokens_to_fill * self.machine.prefill_token_s
                 self._prefill_s += own_s * count
                 cohort.fills_s = max(self._prefill_s, cohort.fills_s, own_s)
                 cohort.filled = cohort.share
